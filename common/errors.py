@@ -1,0 +1,79 @@
+"""Errors that tell a person what is wrong and what to do about it.
+
+Whatever a user can cause (a file, a key, a value) is raised as `UserError`: entry points print its text and
+exit with status 1. Anything else is a fault of this project and keeps its traceback.
+"""
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class UserError(Exception):
+    """A fault in what the user gave; the text names the thing, what was found, what was wanted and the way out."""
+
+
+class Faults:
+    """Collects every fault of an input, so that all are told at once.
+
+    Example:
+        >>> faults = Faults("trainconfig/mine.yaml")
+        >>> faults.add("unknown key 'epoch'")
+        >>> faults.raise_if_any()
+        Traceback (most recent call last):
+        ...
+        common.errors.UserError: trainconfig/mine.yaml has 1 fault:
+          - unknown key 'epoch'
+    """
+
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+        self.sentences: list[str] = []
+
+    def add(self, sentence: str) -> None:
+        """Note one more fault."""
+        self.sentences.append(sentence)
+
+    def raise_if_any(self) -> None:
+        """Raise one `UserError` with every fault noted so far, or return."""
+        if self.sentences:
+            plural = "s" if len(self.sentences) > 1 else ""
+            lines = "".join(f"\n  - {sentence}" for sentence in self.sentences)
+            raise UserError(f"{self.subject} has {len(self.sentences)} fault{plural}:{lines}")
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the valid name nearest to `name`, or an empty string."""
+    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """Return the first names, comma separated, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate an entry point: a `UserError` is printed as its sentence, with exit status 1 and no traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            fail(str(error))
+
+    return wrapper
+
+
+def fail(sentence: str) -> NoReturn:
+    """Print `sentence` as an error and exit with status 1."""
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,69 @@
+"""What tests share: where reference data lies, and sounds made by formula."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # the same sums in the same order, however many cores a machine has
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data beside a developer's checkout (or `CED_SHARED`); skips where it is absent."""
+    folder = Path(os.environ.get("CED_SHARED", ROOT.parent / "shared"))
+    if not (folder / "fixtures").is_dir():
+        pytest.skip(f"needs the reference data, which is not at {folder}")
+    return folder
+
+
+def run_command(*words: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Run `python WORDS...` in the project's root, or elsewhere, and return what it printed."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., subprocess.CompletedProcess]:
+    """`command("run.py", "train", ...)` runs a command of the project as a user does."""
+    return run_command
+
+
+def write_tones(folder: Path, n_clips: int, n_classes: int, sample_rate: int, seconds: float, seed: int = 0) -> Path:
+    """Write noisy tones, one pitch a class, and their list (`filename`, `labels` by name); return the list."""
+    rng = np.random.default_rng(seed)
+    (folder / "sounds").mkdir(parents=True, exist_ok=True)
+    time = np.arange(round(seconds * sample_rate)) / sample_rate
+    lines = ["filename\tlabels"]
+    for index in range(n_clips):
+        label = index % n_classes
+        pitch = 200.0 * 1.5**label * rng.uniform(0.97, 1.03)
+        sound = 0.4 * np.sin(2 * np.pi * pitch * time) + 0.05 * rng.standard_normal(len(time))
+        soundfile.write(folder / "sounds" / f"tone_{index:03d}.wav", sound, sample_rate)
+        lines.append(f"sounds/tone_{index:03d}.wav\ttone {label}")
+    target = folder / "tones.tsv"
+    target.write_text("\n".join(lines) + "\n")
+    return target
+
+
+@pytest.fixture(scope="session")
+def tone_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The TSV of a pack of 28 one-second tones in 7 classes, recorded at 8 kHz, packed at 16 kHz."""
+    folder = tmp_path_factory.mktemp("tones")
+    listed = write_tones(folder, 28, 7, 8000, 1.0)
+    result = run_command("scripts/wavlist_to_hdf5.py", listed, folder / "pack", "-n", "2")
+    assert result.returncode == 0, result.stderr
+    return folder / "pack" / "labels" / "tones.tsv"
