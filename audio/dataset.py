@@ -1,0 +1,259 @@
+"""Packed clips as waveforms: the pack behind a manifest, a PyTorch dataset of clips or chunks, and padding.
+
+B batch, S samples, N clips, M chunks.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from audio.io import from_int16, resample
+from audio.manifest import read_manifest, resolve
+from audio.shards import Shard
+from common.errors import Faults, UserError, some
+
+logger = logging.getLogger(__name__)
+
+ASSUMED_SAMPLE_RATE = 16000  # Hz; of published stores, which do not tell theirs
+
+
+class Pack:
+    """The clips of a packed manifest (`labels/NAME.tsv`), each found in its shard.
+
+    A pack may be pickled and may be inherited over a fork: each process reads with handles of its own.
+
+    Attributes:
+        manifest: the file it was opened from.
+        table: the rows whose clip is there, renumbered from 0; every value a string.
+        names: the clips' names, as the manifest spells them.
+        sample_rate: of every clip, in Hz.
+        n_missing: how many rows were left out because no shard holds their clip.
+    """
+
+    def __init__(
+        self,
+        manifest: Path,
+        table: pd.DataFrame,
+        shards: Sequence[Shard],
+        shard_of: np.ndarray,
+        position_of: np.ndarray,
+        sample_rate: int,
+        n_missing: int,
+    ) -> None:
+        self.manifest = manifest
+        self.table = table
+        self.names: list[str] = table["filename"].tolist()
+        self.sample_rate = sample_rate
+        self.n_missing = n_missing
+        self._shards = list(shards)
+        self._shard_of = shard_of
+        self._position_of = position_of
+
+    @classmethod
+    def open(
+        cls,
+        manifest_path: str | Path,
+        *,
+        required: Sequence[str] = ("filename", "hdf5path"),
+        limit_shards: int | None = None,
+    ) -> "Pack":
+        """Open the clips that a manifest lists.
+
+        Args:
+            manifest_path: a tab-separated table with at least `filename` and `hdf5path`.
+            required: the columns that must be there.
+            limit_shards: use the rows of the first shards only.
+
+        Raises:
+            UserError: with all that is wrong: a missing column, absent or damaged shards, sample rates that differ, or
+                no clip of the table in its shards. Where only some clips are missing, their rows are left out, with a
+                logged notice.
+        """
+        manifest = Path(manifest_path)
+        table = _read_packed_manifest(manifest, required)
+        paths = table["hdf5path"].unique().tolist()[:limit_shards]
+        shards = _open_shards(paths, manifest)
+        shard_of = pd.Index(paths).get_indexer(pd.Index(table["hdf5path"]))  # -1 beyond the limit
+        position_of = np.full(len(table), -1, dtype=np.int64)
+        for number, shard in enumerate(shards):
+            rows = np.flatnonzero(shard_of == number)
+            position_of[rows] = shard.index.find_all(table["filename"].to_numpy()[rows])
+        usable = position_of >= 0
+        missing = table["filename"][(shard_of >= 0) & ~usable].tolist()
+        if not usable.any():
+            raise UserError(
+                f"{manifest}: none of its {len(missing)} clips is in the shards {some(paths, 3)}; found there for "
+                f"example {some(map(repr, shards[0].names), 2)}, wanted {some(map(repr, missing), 2)}"
+            )
+        if missing:
+            logger.warning(
+                "%s: %d clips are not in their shards and are left out: %s", manifest, len(missing), some(missing)
+            )
+        return cls(
+            manifest,
+            table[usable].reset_index(drop=True),
+            shards,
+            shard_of[usable],
+            position_of[usable],
+            _common_rate(shards, manifest),
+            len(missing),
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def n_samples(self) -> np.ndarray:
+        """Length of each clip in samples, int64 (N,); in the clips layout every clip is looked up for it, once."""
+        lengths = np.empty(len(self), dtype=np.int64)
+        slow = any(shard.layout == "clips" for shard in self._shards) and len(self) > 10_000
+        for i in tqdm(range(len(self)), desc="clip lengths", unit="clip", disable=not slow):
+            lengths[i] = self._shards[self._shard_of[i]].n_samples(int(self._position_of[i]))
+        return lengths
+
+    def read(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Read clip `i`, or its part from sample `start` to before `stop`: float32 (S,), full scale at 1.0."""
+        return from_int16(self._shards[self._shard_of[i]].read(int(self._position_of[i]), start, stop))
+
+
+def _read_packed_manifest(manifest: Path, required: Sequence[str]) -> pd.DataFrame:
+    try:
+        return read_manifest(manifest, required=required)
+    except UserError as error:
+        if "'hdf5path'" in str(error) and "missing" in str(error):
+            stem = manifest.stem
+            raise UserError(
+                f"{error}. The list is not packed yet: run `python scripts/wavlist_to_hdf5.py {manifest} OUTDIR`, then "
+                f"use OUTDIR/labels/{stem}.tsv"
+            ) from None
+        raise
+
+
+def _open_shards(paths: Sequence[str], manifest: Path) -> list[Shard]:
+    """Open every shard, telling all faults at once."""
+    faults = Faults(str(manifest))
+    shards = []
+    for path in paths:
+        if not path:
+            faults.add("some rows have no 'hdf5path'")
+            continue
+        places = [Path(path), resolve(path, manifest), manifest.parent.parent / "hdf5" / Path(path).name]
+        place = next((place for place in places if place.is_file()), None)
+        if place is None:
+            looked = ", ".join(dict.fromkeys(map(str, [places[0], manifest.parent / path, places[2]])))
+            faults.add(f"the shard {path!r} is not there (looked for {looked})")
+            continue
+        shard = Shard(place)
+        try:
+            len(shard)
+        except UserError as error:
+            faults.add(str(error))
+        shards.append(shard)
+    faults.raise_if_any()
+    return shards
+
+
+def _common_rate(shards: Sequence[Shard], manifest: Path) -> int:
+    rates: dict[int, list[str]] = {}
+    silent = [shard for shard in shards if shard.sample_rate is None]
+    for shard in shards:
+        rates.setdefault(shard.sample_rate or ASSUMED_SAMPLE_RATE, []).append(shard.path.name)
+    if silent:
+        logger.warning(
+            "%s: %s does not tell its sample rate; taken as %d Hz", manifest, silent[0].path, ASSUMED_SAMPLE_RATE
+        )
+    if len(rates) > 1:
+        found = "; ".join(f"{rate} Hz in {some(names, 3)}" for rate, names in sorted(rates.items()))
+        raise UserError(
+            f"{manifest}: its shards differ in sample rate ({found}); pack them again with one --sample_rate"
+        )
+    return next(iter(rates))
+
+
+class ClipDataset(Dataset[dict[str, Any]]):
+    """Clips, or chunks of them, at the sample rates that models want.
+
+    Args:
+        pack: where the clips are.
+        sample_rates: in Hz; each item holds the waveform at every one of them.
+        bounds: int64 (M, 3): clip, first sample, end, in samples of the pack (see `chunk_bounds`); whole clips when
+            None.
+    """
+
+    def __init__(self, pack: Pack, sample_rates: Sequence[int], bounds: np.ndarray | None = None) -> None:
+        self.pack = pack
+        self.sample_rates = list(sample_rates)
+        self.bounds = bounds
+
+    def __len__(self) -> int:
+        return len(self.pack) if self.bounds is None else len(self.bounds)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return `index`, the clip's `name` and `waveforms`: for each rate in Hz a float32 tensor (S,)."""
+        if self.bounds is None:
+            clip, waveform = index, self.pack.read(index)
+        else:
+            clip, start, stop = map(int, self.bounds[index])
+            waveform = self.pack.read(clip, start, stop)
+        waveforms = {
+            rate: torch.from_numpy(resample(waveform, self.pack.sample_rate, rate)) for rate in self.sample_rates
+        }
+        return {"index": index, "name": self.pack.names[clip], "waveforms": waveforms}
+
+
+def chunk_bounds(
+    n_samples: np.ndarray, sample_rate: int, chunk_seconds: float, drop_short_tail: bool = True
+) -> np.ndarray:
+    """Split clips into chunks, as CED does for its soft targets.
+
+    Args:
+        n_samples: length of each clip, int (N,).
+        sample_rate: in Hz.
+        chunk_seconds: length of a chunk; the last one of a clip is what is left.
+        drop_short_tail: leave out a last chunk shorter than half, unless it is the clip's only one.
+
+    Returns:
+        int64 (M, 3): clip, first sample, end; in the order of clips, then of time. A clip without samples has no chunk.
+
+    Raises:
+        UserError: a chunk of less than one sample.
+    """
+    chunk = round(chunk_seconds * sample_rate)
+    if chunk < 1:
+        raise UserError(f"chunks of {chunk_seconds} s at {sample_rate} Hz have no sample; wanted a longer chunk length")
+    n_samples = np.asarray(n_samples, dtype=np.int64)
+    n_whole, tail = np.divmod(n_samples, chunk)
+    keep_tail = (tail > 0) & ((n_whole == 0) | (2 * tail >= chunk) | (not drop_short_tail))
+    counts = n_whole + keep_tail
+    clip = np.repeat(np.arange(len(n_samples)), counts)
+    first_of_clip = np.repeat(np.cumsum(counts) - counts, counts)
+    start = (np.arange(counts.sum()) - first_of_clip) * chunk
+    return np.stack([clip, start, np.minimum(start + chunk, n_samples[clip])], axis=1).astype(np.int64)
+
+
+def loader_workers(wanted: int) -> int:
+    """Return how many loader processes to start: at most one for each core, since more only wait for each other."""
+    return min(wanted, os.cpu_count() or 1)
+
+
+def pad_batch(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack waveforms of different lengths.
+
+    Args:
+        waveforms: float32 (S,) each.
+
+    Returns:
+        The batch (B, longest S) with zeros after each clip's end, and the lengths, int64 (B,).
+    """
+    lengths = torch.tensor([len(waveform) for waveform in waveforms], dtype=torch.int64)
+    return torch.nn.utils.rnn.pad_sequence(list(waveforms), batch_first=True), lengths

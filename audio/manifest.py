@@ -1,0 +1,280 @@
+"""Manifests: the tables of clips (.tsv), their labels, and the ways in which a clip's name is spelt.
+
+A clip is known by its name: the path in the manifest's `filename` column. Published stores spell names in other ways
+(without the folder, another extension, AudioSet's leading "Y"), so names are found by their relative path first and
+by their stem where that leaves no doubt.
+"""
+
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from audio.io import AUDIO_EXTENSIONS, FOREIGN_EXTENSIONS
+from common.errors import Faults, UserError, did_you_mean
+
+_EXTENSIONS = AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS
+# "Y", an 11-character YouTube id, then nothing, or the start, or start and end of the segment in seconds.
+_AUDIOSET_NAME = re.compile(r"Y([A-Za-z0-9_-]{11}(?:_\d+(?:\.\d+)?){0,2})")
+_MOST_FAULTS_TOLD = 20
+
+
+def read_manifest(
+    path: str | Path,
+    *,
+    required: Sequence[str] = ("filename",),
+    delimiter: str = "\t",
+    filename_column: str = "filename",
+) -> pd.DataFrame:
+    r"""Read a table with one clip a row.
+
+    Args:
+        path: a text file (UTF-8) with a header line.
+        required: columns that must be there; "filename" stands for `filename_column`.
+        delimiter: between columns.
+        filename_column: what the file calls the column of names; it is called "filename" in the result.
+
+    Returns:
+        The table, every value a string as it stands in the file, missing ones "".
+
+    Raises:
+        UserError: the file cannot be read, has no rows, or lacks a column.
+    """
+    try:
+        table = pd.read_csv(
+            path, sep=delimiter, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig", engine="c"
+        )
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except pd.errors.EmptyDataError:
+        raise UserError(f"{path}: the file is empty; wanted a header line with a {filename_column!r} column") from None
+    except (OSError, ValueError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
+        raise UserError(f"{path}: cannot be read as a table ({str(error).strip()})") from None
+    table = table.fillna("")
+    _check_columns(path, table, [filename_column if c == "filename" else c for c in required], delimiter)
+    if table.empty:
+        raise UserError(f"{path}: the table has a header but no rows")
+    if filename_column != "filename" and filename_column in table:
+        if "filename" in table:
+            raise UserError(
+                f"{path}: has a 'filename' column beside the wanted {filename_column!r}; rename or remove one of them"
+            )
+        table = table.rename(columns={filename_column: "filename"})
+    return table
+
+
+def _check_columns(path: str | Path, table: pd.DataFrame, wanted: Sequence[str], delimiter: str) -> None:
+    missing = [column for column in wanted if column not in table]
+    if not missing:
+        return
+    columns = [str(column) for column in table.columns]
+    sentence = f"{path}: found the columns {', '.join(map(repr, columns))}, wanted {', '.join(map(repr, wanted))}"
+    sentence += "; missing " + ", ".join(f"{name!r}{did_you_mean(name, columns)}" for name in missing)
+    if any("/" in column or _without_extension(column) != column for column in columns):
+        sentence += (
+            f". The first line looks like a clip rather than a header: put a line with {wanted[0]!r} on top of the list"
+        )
+    elif len(columns) == 1 and delimiter not in columns[0]:
+        other = next((mark for mark in (",", "\t", ";", " ") if mark in columns[0]), None)
+        if other:
+            sentence += f". The header looks separated by {other!r}, and was read with {delimiter!r}"
+    raise UserError(sentence)
+
+
+def resolve(path: str, manifest: str | Path) -> Path:
+    """Return where a path named in a manifest lies.
+
+    An absolute path is taken as it is; a relative one is looked for beside the manifest first, else it is meant from
+    the working directory.
+    """
+    beside = Path(manifest).parent / path  # an absolute `path` replaces the folder
+    return beside if beside.exists() else Path(path)
+
+
+def parse_labels(
+    column: pd.Series, classes: int | Sequence[str], names: Sequence[str] | None = None
+) -> list[np.ndarray]:
+    """Turn a column of classes joined by ";" into arrays of class indexes.
+
+    Args:
+        column: strings such as "74;75", or "Dog;Bark" where the classes have names.
+        classes: how many there are, or their names.
+        names: the clips' names, told beside the row where a label is wrong.
+
+    Returns:
+        For each row the indexes, int64, ascending, each once.
+
+    Raises:
+        UserError: every row with an entry that is neither a whole number in range nor a class's name, or without one.
+    """
+    num_classes = classes if isinstance(classes, int) else len(classes)
+    index_of = {} if isinstance(classes, int) else {name: index for index, name in enumerate(classes)}
+    wanted = f"whole numbers from 0 to {num_classes - 1}" + (" or names of classes" if index_of else "")
+    faults = Faults(f"the column {column.name!r}")
+    parsed: dict[str, np.ndarray] = {}  # rows share few distinct values
+    labels, n_faulty = [], 0
+    for row, value in enumerate(column.astype(str)):
+        if value not in parsed:
+            parts = [part.strip() for part in value.split(";") if part.strip()]
+            indexes = [index_of.get(part, _index(part, num_classes)) for part in parts]
+            wrong = [part for part, index in zip(parts, indexes, strict=True) if index is None]
+            if wrong or not parts:
+                what = "no label" if not parts else f"{', '.join(map(repr, wrong))} is no class"
+                n_faulty += 1
+                if n_faulty <= _MOST_FAULTS_TOLD:
+                    clip = f" ({names[row]})" if names is not None else ""
+                    faults.add(f"row {row + 1}{clip}: {what}{_hint(wrong, index_of)}; wanted {wanted}")
+                continue
+            parsed[value] = np.unique(np.array(indexes, dtype=np.int64))
+        labels.append(parsed[value])
+    if n_faulty > _MOST_FAULTS_TOLD:
+        faults.add(f"and {n_faulty - _MOST_FAULTS_TOLD} rows more")
+    faults.raise_if_any()
+    return labels
+
+
+def _index(text: str, num_classes: int) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and int(text) < num_classes else None
+
+
+def _hint(wrong: list[str], index_of: dict[str, int]) -> str:
+    return did_you_mean(wrong[0], index_of) if wrong else ""
+
+
+def normalise(name: str) -> str:
+    """Return a clip's name as a plain path: "/" between folders, no "./"."""
+    if "\\" in name or "//" in name or "/." in name or name[:1] == "." or name[-1:] == "/":
+        return posixpath.normpath(name.replace("\\", "/"))
+    return name
+
+
+def _base(path: str) -> str:
+    return path[path.rfind("/") + 1 :]
+
+
+def _folder(path: str) -> str:
+    return path[: max(path.rfind("/"), 0)]
+
+
+def _without_extension(name: str) -> str:
+    """Strip a known audio extension only: in "-0DdlOuIFUI_50.000" the dot belongs to the name."""
+    stem, _, extension = name.rpartition(".")
+    return stem if stem and f".{extension.lower()}" in _EXTENSIONS else name
+
+
+def _key(base: str) -> str:
+    """Return the loosest spelling of a name without its folder."""
+    stem = _without_extension(base)
+    found = _AUDIOSET_NAME.fullmatch(stem) if stem[:1] == "Y" else None
+    return found[1] if found else stem
+
+
+def spellings(name: str) -> list[str]:
+    """Return the spellings of a clip's name from exact to loose, each once.
+
+    The relative path; without its folder; without a known audio extension; without the "Y" that AudioSet downloads have
+    before the 11-character YouTube id.
+    """
+    path = normalise(name)
+    base = _base(path)
+    return list(dict.fromkeys([path, base, _without_extension(base), _key(base)]))
+
+
+class NameIndex:
+    """Finds clips by name among names that may be spelt otherwise.
+
+    The same relative path always wins. Else a name with the same loosest spelling (see `spellings`) is taken when it is
+    the only one, or when the folders single it out. Where folders disagree ("a/x.wav" for "b/x.wav") the stem counts
+    only if no two names share a stem; two candidates that nothing tells apart are no match.
+
+    Args:
+        names: the names to find; of equal ones the first is found.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._paths = [normalise(name) for name in names]
+        self._exact: dict[str, int] = {}
+        for position, path in enumerate(self._paths):
+            self._exact.setdefault(path, position)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @cached_property
+    def _loose(self) -> tuple[dict[str, int], dict[str, list[int]]]:
+        """The first name of each loosest spelling, and all names of those that several have."""
+        first: dict[str, int] = {}
+        several: dict[str, list[int]] = {}
+        for path, position in self._exact.items():
+            key = _key(_base(path))
+            if first.setdefault(key, position) != position:
+                several.setdefault(key, [first[key]]).append(position)
+        return first, several
+
+    def find(self, name: str) -> int:
+        """Return the position of `name`, or -1."""
+        return self._find(normalise(name), stems_identify=True)
+
+    def find_all(self, names: Iterable[str]) -> np.ndarray:
+        """Return the positions of many names, int64, -1 where missing.
+
+        Knowing them all, this is stricter than `find` on each: where two different names would be given the same clip,
+        it goes to the one that spells it exactly, or to none.
+        """
+        wanted = [normalise(name) for name in names]
+        found = np.array([self._exact.get(path, -1) for path in wanted], dtype=np.int64)
+        if (found >= 0).all():
+            return found
+        distinct = set(wanted)
+        stems_identify = len({_key(_base(path)) for path in distinct}) == len(distinct)
+        positions = {path: self._find(path, stems_identify) for path in distinct}
+        claims = Counter(positions.values())
+        for path, position in positions.items():
+            if claims[position] > 1 and path != self._paths[position]:
+                positions[path] = -1
+        return np.array([positions[path] for path in wanted], dtype=np.int64)
+
+    def _find(self, path: str, stems_identify: bool) -> int:
+        if path in self._exact:
+            return self._exact[path]
+        first, several = self._loose
+        folder, base = _folder(path), _base(path)
+        key = _key(base)
+        if key in several:
+            return self._choose(folder, base, several[key])
+        position = first.get(key, -1)
+        if position < 0 or (stems_identify and not several) or _agree(folder, _folder(self._paths[position])):
+            return position
+        return -1
+
+    def _choose(self, folder: str, base: str, candidates: list[int]) -> int:
+        """Return which of several names with one stem the folders, then the spelling, single out; else -1."""
+        folders = {position: _folder(self._paths[position]) for position in candidates}
+        agreeing = [position for position in candidates if _agree(folder, folders[position])]
+        deepest = max((_depth(folder, folders[position]) for position in agreeing), default=0)
+        if deepest == 0 and len(set(folders.values())) > 1:
+            return -1
+        nearest = [position for position in agreeing if _depth(folder, folders[position]) == deepest]
+        for spelling in (str, _without_extension, _key):
+            same = [position for position in nearest if spelling(_base(self._paths[position])) == spelling(base)]
+            if same:
+                return same[0] if len(same) == 1 else -1
+        return -1
+
+
+def _agree(one: str, other: str) -> bool:
+    """Whether one folder can be the end of the other: "balanced" and "data/balanced", "" and any."""
+    return f"/{one}".endswith(f"/{other}" if other else "") or f"/{other}".endswith(f"/{one}" if one else "")
+
+
+def _depth(one: str, other: str) -> float:
+    """Return how many trailing folders two agreeing paths share; infinite when they are the same."""
+    if one == other:
+        return float("inf")
+    shorter = min(one, other, key=len)
+    return len(shorter.split("/")) if shorter else 0

@@ -1,0 +1,350 @@
+"""HDF5 shards: many clips in one file, read at random.
+
+Two layouts. "flat" (ours): `samples` int16, all clips end to end; `offsets` int64 (N + 1); `names` UTF-8 (N,);
+attributes `layout`, `version`, `sample_rate` (Hz). "clips" (as CED published it): one dataset a clip, keyed by name,
+int16 or float, (S,) or (channels, S), with or without a `sample_rate` attribute. A look-up by name costs more than the
+reading, so the flat layout is the faster one: its reader asks HDF5 once where each block of samples lies, and then
+reads the file directly.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import h5py
+import numpy as np
+
+from audio.io import to_int16
+from audio.manifest import NameIndex
+from common.errors import UserError
+from common.files import whole_file
+
+LAYOUTS = ("flat", "clips")
+VERSION = 1
+
+_CHUNK_SAMPLES = 1 << 18  # half a MiB: resizable datasets are stored in chunks
+_BLOCK_SAMPLES = 1 << 22  # held in memory before they are appended
+_PACK_AGAIN = "pack it again with scripts/wavlist_to_hdf5.py"
+# Float datasets have full scale at 1.0 and may exceed it a little; far beyond, they hold 16-bit values as floats.
+_HIGHEST_FLOAT = 16.0
+
+
+class ShardWriter(AbstractContextManager["ShardWriter"]):
+    """Writes a shard, which appears under its name when the `with` block ends without an error, or not at all.
+
+    Args:
+        path: the file to make or to replace.
+        sample_rate: of every clip, in Hz.
+        layout: "flat" or "clips".
+    """
+
+    def __init__(self, path: str | Path, sample_rate: int, layout: str = "flat") -> None:
+        if layout not in LAYOUTS:
+            raise UserError(f"there is no layout {layout!r}; wanted one of {', '.join(LAYOUTS)}")
+        self.path = Path(path)
+        self.sample_rate = sample_rate
+        self.layout = layout
+        self._names: list[str] = []
+        self._ends = [0]
+        self._pending: list[np.ndarray] = []
+        self._n_pending = 0
+
+    def __enter__(self) -> Self:
+        self._whole = whole_file(self.path)
+        self._file = h5py.File(self._whole.__enter__(), "w")
+        self._file.attrs["sample_rate"] = self.sample_rate
+        if self.layout == "flat":
+            self._samples = self._file.create_dataset(
+                "samples", (0,), maxshape=(None,), chunks=(_CHUNK_SAMPLES,), dtype="<i2"
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self._file.close()
+            self._whole.__exit__(kind, error, trace)
+
+    def append(self, name: str, samples: np.ndarray) -> None:
+        """Add a clip.
+
+        Args:
+            name: as it will be looked up.
+            samples: int16 (S,); the clips layout also takes (channels, S).
+
+        Raises:
+            ValueError: samples of another type or shape, or (clips layout) a name that HDF5 cannot keep beside the
+                others.
+        """
+        n_dimensions = (1,) if self.layout == "flat" else (1, 2)
+        if samples.dtype != np.int16 or samples.ndim not in n_dimensions:
+            raise ValueError(f"found {samples.dtype} samples of shape {samples.shape}, wanted int16 (S,)")
+        if self.layout == "clips":
+            self._file.create_dataset(name, data=samples)
+            return
+        self._names.append(name)
+        self._ends.append(self._ends[-1] + len(samples))
+        self._pending.append(samples)
+        self._n_pending += len(samples)
+        if self._n_pending >= _BLOCK_SAMPLES:
+            self._write_pending()
+
+    def finish(self) -> None:
+        """Write all that is left and close the HDF5 file; the rename waits for the end of the `with` block."""
+        if not self._file:
+            return
+        if self.layout == "flat":
+            self._write_pending()
+            self._file["offsets"] = np.array(self._ends, dtype=np.int64)
+            self._file.create_dataset("names", data=self._names, shape=(len(self._names),), dtype=h5py.string_dtype())
+            self._file.attrs["layout"] = "flat"
+            self._file.attrs["version"] = VERSION
+        self._file.close()
+
+    def _write_pending(self) -> None:
+        if self._pending:
+            end = self._ends[-1]
+            self._samples.resize((end,))
+            self._samples[end - self._n_pending :] = np.concatenate(self._pending)
+            self._pending, self._n_pending = [], 0
+
+
+class Shard:
+    """Reads a shard of either layout.
+
+    Nothing is opened before it is needed. A process never uses a handle of another one: the shard may be pickled, and
+    may be inherited over a fork, whether or not it has been read before.
+
+    Args:
+        path: the HDF5 file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._hdf5: h5py.File | None = None  # for the clips layout
+        self._bytes: BinaryIO | None = None  # for the flat layout
+        self._owner = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_hdf5": None, "_bytes": None, "_owner": -1}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def _contents(self) -> "_Contents":
+        with _open(self.path) as file:
+            try:
+                return _Contents(file, self.path)
+            except (OSError, KeyError, RuntimeError, ValueError) as error:
+                raise UserError(f"{self.path}: the file is damaged ({error}); {_PACK_AGAIN}") from None
+
+    @property
+    def layout(self) -> str:
+        """"flat" or "clips"."""  # fmt: skip
+        return self._contents.layout
+
+    @property
+    def names(self) -> list[str]:
+        """The clips' names: in the order of packing (flat), or of HDF5 (clips)."""
+        return self._contents.names
+
+    @property
+    def sample_rate(self) -> int | None:
+        """In Hz; None where the store does not tell, as those published by CED."""
+        return self._contents.sample_rate
+
+    @cached_property
+    def index(self) -> NameIndex:
+        """Finds clips under other spellings of their names."""
+        return NameIndex(self.names)
+
+    def find(self, name: str) -> int:
+        """Return the position of a clip, by any spelling of its name that leaves no doubt.
+
+        Raises:
+            KeyError: it is not there, or several clips could be meant.
+        """
+        position = self.index.find(name)
+        if position < 0:
+            raise KeyError(f"{self.path} holds no clip {name!r}, or more than one that could be meant")
+        return position
+
+    def n_samples(self, position: int) -> int:
+        """Return the length S of a clip; costs nothing in the flat layout, and a look-up in the other."""
+        offsets = self._contents.offsets
+        if offsets is not None:
+            return int(offsets[position + 1] - offsets[position])
+        return int(self._dataset(position).shape[-1])
+
+    def read(self, position: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Read a clip, or the part of it from sample `start` to before `stop`, which are cut at the clip's end.
+
+        Returns:
+            int16 (S,); the channels of a clip that has several are averaged.
+
+        Raises:
+            UserError: the clip is stored in a way that cannot be sound.
+        """
+        offsets = self._contents.offsets
+        if offsets is None:
+            return self._read_dataset(position, start, stop)
+        begin, end = int(offsets[position]), int(offsets[position + 1])
+        stop = end if stop is None else min(begin + stop, end)
+        start = min(begin + start, stop)
+        return self._read_flat(start, stop - start)
+
+    def _read_dataset(self, position: int, start: int, stop: int | None) -> np.ndarray:
+        samples = self._dataset(position)[..., start:stop]  # (S,) or (channels, S)
+        if samples.dtype == np.int16 and samples.ndim == 1:
+            return samples
+        where = f"{self.path}: the clip {self.names[position]!r}"
+        if samples.dtype.kind == "f":
+            samples = samples.astype(np.float64)
+            highest = float(np.abs(samples).max(initial=0))
+            if not highest <= _HIGHEST_FLOAT:  # also where it is NaN
+                raise UserError(
+                    f"{where} holds floats up to {highest:g}; wanted full scale at 1.0, or int16; {_PACK_AGAIN}"
+                )
+        elif samples.dtype == np.int16:
+            samples = samples / 32768.0
+        else:
+            raise UserError(f"{where} is stored as {samples.dtype}; wanted int16 or float32; {_PACK_AGAIN}")
+        return to_int16(samples.mean(axis=0) if samples.ndim == 2 else samples)
+
+    def _dataset(self, position: int) -> h5py.Dataset:
+        self._drop_inherited()
+        if self._hdf5 is None:
+            self._hdf5 = _open(self.path)
+        return self._hdf5[self.names[position]]
+
+    def _read_flat(self, begin: int, n_samples: int) -> np.ndarray:
+        contents = self._contents
+        if contents.block_starts is None:  # stored with a filter, by another program
+            self._drop_inherited()
+            if self._hdf5 is None:
+                self._hdf5 = _open(self.path)
+            return self._hdf5["samples"][begin : begin + n_samples]
+        self._drop_inherited()
+        if self._bytes is None:
+            self._bytes = open(self.path, "rb", buffering=0)  # noqa: SIM115 - kept open between reads
+            if contents.stamp != _stamp(self.path):
+                raise UserError(f"{self.path}: the file was replaced while in use; start again")
+        samples = np.empty(n_samples, dtype="<i2")
+        view, done = samples.view(np.uint8).data, 0
+        while done < n_samples:
+            block, offset = divmod(begin + done, contents.block_samples)
+            n = min(contents.block_samples - offset, n_samples - done)
+            place = int(contents.block_starts[block]) + 2 * offset
+            # A read at a place moves no file position, so that it is safe beside other threads.
+            n_read = os.preadv(self._bytes.fileno(), [view[2 * done : 2 * (done + n)]], place)
+            if n_read != 2 * n:
+                raise UserError(f"{self.path}: the file ends too early; {_PACK_AGAIN}")
+            done += n
+        return samples
+
+    def _drop_inherited(self) -> None:
+        if self._owner != os.getpid():
+            # HDF5 shares the state of a file that is still open: the inherited handle goes before a new one comes.
+            if self._hdf5 is not None:
+                self._hdf5.close()
+            self._hdf5 = self._bytes = None
+            self._owner = os.getpid()
+
+
+class _Contents:
+    """What a shard tells about itself, read once."""
+
+    def __init__(self, file: h5py.File, path: Path) -> None:
+        rate = file.attrs.get("sample_rate")
+        self.sample_rate = None if rate is None else int(rate)
+        self.stamp = _stamp(path)
+        self.offsets: np.ndarray | None = None
+        self.block_starts: np.ndarray | None = None
+        self.block_samples = 1
+        if isinstance(file.get("samples"), h5py.Dataset) and isinstance(file.get("offsets"), h5py.Dataset):
+            self.layout = "flat"
+            self._read_flat(file, path)
+        else:
+            self.layout = "clips"
+            self.names = _leaves(file)
+            _check_clips(file, self.names, path)
+
+    def _read_flat(self, file: h5py.File, path: Path) -> None:
+        version = int(file.attrs.get("version", VERSION))
+        if version > VERSION:
+            raise UserError(
+                f"{path}: written in version {version} of the flat layout; this program reads up to {VERSION}"
+            )
+        samples = file["samples"]
+        self.offsets = file["offsets"][:].astype(np.int64)
+        self.names = file["names"].asstr()[:].tolist()
+        found = (
+            f"{len(self.names)} names, {len(self.offsets)} offsets, {samples.dtype} samples of shape {samples.shape}"
+        )
+        sound = samples.dtype == np.dtype("<i2") and samples.ndim == 1 and len(self.offsets) == len(self.names) + 1
+        if not sound or (np.diff(self.offsets) < 0).any() or self.offsets[0] != 0 or self.offsets[-1] != len(samples):
+            raise UserError(f"{path}: the parts of the flat layout do not fit together (found {found}); {_PACK_AGAIN}")
+        self.block_samples, self.block_starts = _blocks(samples)
+
+
+def _blocks(samples: h5py.Dataset) -> tuple[int, np.ndarray | None]:
+    """Return how many samples a block has and at which byte each starts; None where only HDF5 can decode them."""
+    if samples.chunks is None:
+        start = samples.id.get_offset()
+        return max(1, len(samples)), None if start is None else np.array([start])
+    if samples.id.get_create_plist().get_nfilters():
+        return 1, None
+    (size,) = samples.chunks
+    starts = np.full(-(-len(samples) // size), -1, dtype=np.int64)
+
+    def note(chunk: Any) -> None:
+        if chunk.chunk_offset[0] // size < len(starts):
+            starts[chunk.chunk_offset[0] // size] = chunk.byte_offset
+
+    samples.id.chunk_iter(note)
+    return size, None if (starts < 0).any() else starts
+
+
+def _leaves(file: h5py.File) -> list[str]:
+    """List every dataset without opening each: what is not a folder of something else."""
+    paths: list[str] = []
+    file.visit(paths.append)
+    folders = {path.rpartition("/")[0] for path in paths}
+    return [path for path in paths if path not in folders]
+
+
+def _check_clips(file: h5py.File, names: Sequence[str], path: Path) -> None:
+    for name in names[:3]:
+        node = file[name]
+        if not isinstance(node, h5py.Dataset) or node.ndim not in (1, 2) or node.dtype not in (np.int16, "f4", "f8"):
+            what = f"{node.dtype} of shape {node.shape}" if isinstance(node, h5py.Dataset) else "an empty group"
+            raise UserError(
+                f"{path}: is no shard of clips: found {name!r} ({what}), wanted either 'samples', 'offsets' and "
+                f"'names', or one int16 dataset a clip; {_PACK_AGAIN}"
+            )
+    if not names:
+        raise UserError(f"{path}: holds no clip; {_PACK_AGAIN}")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _open(path: Path) -> h5py.File:
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such shard; {_PACK_AGAIN}")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        what = "is no HDF5 file" if not h5py.is_hdf5(path) else "is truncated or damaged"
+        raise UserError(f"{path}: {what} ({error}); wanted a shard of clips; {_PACK_AGAIN}") from None
