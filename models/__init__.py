@@ -1,0 +1,23 @@
+"""What computes: front-ends, networks, their registry, and their weights."""
+
+from models import audiotransformer, mobilenetv3  # noqa: F401  (they register their models)
+from models.base import AudioTagger
+from models.ensemble import Ensemble
+from models.labels import audioset_labels, read_labels
+from models.loading import load_model, load_weights, save_checkpoint
+from models.registry import create_model, list_models, published_initialisation, published_weights, register_model
+
+__all__ = [
+    "AudioTagger",
+    "Ensemble",
+    "audioset_labels",
+    "create_model",
+    "list_models",
+    "load_model",
+    "load_weights",
+    "published_initialisation",
+    "published_weights",
+    "read_labels",
+    "register_model",
+    "save_checkpoint",
+]

@@ -1,0 +1,184 @@
+"""The face that every tagger shows to the rest of the project.
+
+Letters: B batch, S samples, F mel bands, T frames, N tokens, D width, C classes, E embedding width; primes mark what
+is left after striding.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError, some
+from models.frontends import FrontEnd
+from models.labels import labels_for
+
+Activation = Literal["sigmoid", "softmax"]
+Outputs = Literal["logits", "probabilities"]
+
+
+class AudioTagger(nn.Module):
+    """A network that gives each of C classes a probability, and embeds sound on the way.
+
+    A clip's result depends neither on its batch mates nor on padding. An architecture that can mask padding inside
+    sets `masks_padding`; the others are run once for every length that occurs in the batch.
+
+    Args:
+        front_end: waveform to spectrogram.
+        num_classes: C.
+        embed_dim: width E of its embeddings.
+        outputs: whether `forward` gives "logits" or "probabilities".
+
+    Attributes:
+        name: its name in the registry.
+        arguments: what it was created with, kept for checkpoints.
+        labels: the names of its classes.
+        activation: "sigmoid" (any number of classes at once) or "softmax" (exactly one).
+    """
+
+    masks_padding: ClassVar[bool] = False
+    head: ClassVar[str]  # module of the state dict whose first dimension is C
+
+    def __init__(
+        self,
+        front_end: FrontEnd,
+        *,
+        num_classes: int,
+        embed_dim: int,
+        outputs: Outputs = "logits",
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise UserError(f"num_classes must be at least 1, not {num_classes}")
+        self.name = type(self).__name__
+        self.arguments: dict[str, Any] = {}
+        self.front_end = front_end
+        self.num_classes = num_classes
+        self.embed_dim = embed_dim
+        self.activation: Activation = "sigmoid"
+        self.outputs: Outputs = outputs
+        self.labels = labels_for(num_classes, None)
+
+    @property
+    def sample_rate(self) -> int:
+        """Hertz of the waveforms it takes."""
+        return self.front_end.sample_rate
+
+    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Tag clips.
+
+        Args:
+            waveform: (B,S) in [-1, 1] at `sample_rate`.
+            lengths: (B,) samples of each clip, None where all of S belong to it.
+
+        Returns:
+            (B,C), what `outputs` says.
+        """
+        waveform, lengths = _without_common_padding(waveform, lengths)
+        if lengths is None:
+            return self.forward_spectrogram(self.front_end(waveform))
+        if self.masks_padding:
+            return self.forward_spectrogram(self.front_end(waveform, lengths), self.front_end.n_frames(lengths))
+        return run_by_length(lambda clips: (self.forward(clips),), waveform, lengths)[0]
+
+    def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
+        """Tag clips whose spectrograms are at hand: (B,F,T), own frames (B,) or None -> (B,C), as `forward`."""
+        raise NotImplementedError
+
+    def forward_features(self, mel: Tensor) -> Tensor:
+        """Compute what the head reads: (B,F,T) -> tokens (B,N,D) or maps (B,D,F',T')."""
+        raise NotImplementedError
+
+    def embed(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Embed clips.
+
+        Args:
+            waveform: (B,S) in [-1, 1] at `sample_rate`.
+            lengths: (B,) samples of each clip, None where all of S belong to it.
+
+        Returns:
+            One vector a clip (B,E), and one vector a time step (B,T',E), zero behind a clip's `n_steps`.
+        """
+        waveform, lengths = _without_common_padding(waveform, lengths)
+        if lengths is None:
+            return self.embed_spectrogram(self.front_end(waveform))
+        if self.masks_padding:
+            return self.embed_spectrogram(self.front_end(waveform, lengths), self.front_end.n_frames(lengths))
+        clip, frames = run_by_length(self.embed, waveform, lengths)
+        return clip, frames
+
+    def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Embed clips whose spectrograms are at hand: (B,F,T), own frames (B,) or None -> (B,E), (B,T',E)."""
+        raise NotImplementedError
+
+    def n_steps(self, n_samples: int) -> int:
+        """Time steps T' that `embed` gives a clip of `n_samples` samples."""
+        raise NotImplementedError
+
+    def probabilities(self, output: Tensor) -> Tensor:
+        """Turn what `forward` gave (B,C) into probabilities (B,C); probabilities stay as they are."""
+        if self.outputs == "probabilities":
+            return output
+        return self._activate(output)
+
+    def predict(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Probabilities (B,C) of clips; arguments as in `forward`.
+
+        Raises:
+            UserError: a clip holds NaN or infinite samples.
+        """
+        output = self(waveform, lengths)
+        if not bool(output.isfinite().all()):
+            rows = (~output.isfinite().all(1)).nonzero().flatten().tolist()
+            raise UserError(f"clips {some(map(str, rows))} of the batch hold NaN or infinite samples")
+        return self.probabilities(output)
+
+    def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fit the weights of a relative (another input length, say) to this network; logs what it changes."""
+        return dict(state)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay must leave alone, beside biases and norms."""
+        return set()
+
+    def _activate(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1) if self.activation == "softmax" else logits.sigmoid()
+
+
+def _without_common_padding(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Cut what is padding in every clip; lengths become None where none is left."""
+    if lengths is None or waveform.ndim != 2 or lengths.numel() == 0:
+        return waveform, None
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if shortest < 1 or longest > waveform.shape[1] or lengths.shape != waveform.shape[:1]:
+        raise UserError(f"lengths {lengths.tolist()} must be one number a clip, 1 to {waveform.shape[1]} samples")
+    return waveform[:, :longest], None if shortest == longest else lengths
+
+
+def run_by_length(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    """Run clips of equal length together, for networks that cannot mask padding.
+
+    Args:
+        function: takes a batch without padding, returns tensors whose first axis is the batch.
+        x: (B,...,T), padded along its last axis.
+        lengths: (B,) what of T belongs to each clip.
+
+    Returns:
+        The results in the order of the batch, shorter axes zero-padded.
+    """
+    pieces: list[tuple[Tensor, ...]] = []
+    rows: list[Tensor] = []
+    for length in lengths.unique().tolist():
+        row = (lengths == length).nonzero().flatten().to(x.device)
+        pieces.append(function(x[row][..., :length]))
+        rows.append(row)
+    back = torch.cat(rows).argsort()
+    joined = []
+    for results in zip(*pieces, strict=True):
+        shape = [max(sizes) for sizes in zip(*(result.shape[1:] for result in results), strict=True)]
+        padded = [result.new_zeros(len(result), *shape) for result in results]
+        for whole, result in zip(padded, results, strict=True):
+            whole[tuple(slice(size) for size in result.shape)] = result
+        joined.append(torch.cat(padded)[back])
+    return tuple(joined)

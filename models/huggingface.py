@@ -1,0 +1,130 @@
+"""Hugging Face folders of CED (`mispeech/ced-*`): config.json and model.safetensors, both ways.
+
+Their state dict has no front-end, calls `init_bn.1.*` `init_bn.*`, and prefixes all but the output layer by `encoder.`.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.errors import UserError, some
+from common.files import whole_file, write_json
+from models.audiotransformer import SIZES, AudioTransformer
+from models.labels import audioset_labels
+from models.layers import Block
+
+logger = logging.getLogger(__name__)
+
+# keys of config.json that are arguments of the network
+_MEL = ("center", "f_min", "f_max", "hop_size", "n_fft", "n_mels", "win_size")
+_NETWORK = ("mlp_ratio", "qkv_bias", "init_bn", "pooling", "target_length", "patch_size", "patch_stride", "eval_avg")
+_TRAINING = ("drop_rate", "attn_drop_rate", "drop_path_rate", "init_values", "time_patch_out", "freq_patch_out")
+
+
+def is_huggingface_folder(folder: Path) -> bool:
+    """Whether a folder holds a model of Hugging Face's layout."""
+    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a CED folder.
+
+    Returns:
+        The state dict in this project's names, and a config as in checkpoints of this project.
+
+    Raises:
+        UserError: the folder holds another kind of model, or cannot be read.
+    """
+    try:
+        given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        state = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be read as a Hugging Face folder ({error})") from error
+    if given.get("model_type") != "ced":
+        raise UserError(f"{folder}: its config.json has model_type {given.get('model_type')!r}; wanted 'ced'")
+    state = from_huggingface(state)
+    if "time_pos_embed" not in state:
+        raise UserError(f"{folder}: its tensors are {some(state)}; wanted those of CED")
+    width = state["time_pos_embed"].shape[1]
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    dims = (width, given.get("num_heads") or width // 64, depth)
+    arguments = {key: given[key] for key in (*_MEL, *_NETWORK, *_TRAINING) if given.get(key) is not None}
+    name = next((f"audiotransformer_{size}" for size in SIZES if SIZES[size] == dims), None)
+    if name is None:
+        name = "audiotransformer_base"
+        arguments.update(zip(("embed_dim", "num_heads", "depth"), dims, strict=True))
+    for key in ("patch_size", "patch_stride"):  # an edge, or the two edges of a square
+        if isinstance(arguments.get(key), list):
+            arguments[key] = arguments[key][0]
+    config: dict[str, Any] = {"model": name, "model_args": arguments}
+    labels = _labels(given, folder)
+    if labels is not None:
+        config.update(labels=labels, num_classes=len(labels))
+    return state, config
+
+
+def write_huggingface(folder: str | Path, model: AudioTransformer) -> None:
+    """Write config.json and model.safetensors of a model, each whole or not at all."""
+    folder = Path(folder)
+    config = {
+        **model.arguments,
+        **{key: getattr(model.front_end, key) for key in _MEL},
+        **{key: getattr(model, key) for key in ("pooling", "target_length", "eval_avg", "embed_dim")},
+        "architectures": ["CedForAudioClassification"],
+        "model_type": "ced",
+        "num_heads": cast(Block, model.blocks[0]).attn.num_heads,
+        "depth": len(model.blocks),
+        "outputdim": model.num_classes,
+        "id2label": {str(index): label for index, label in enumerate(model.labels)},
+        "label2id": {label: index for index, label in enumerate(model.labels)},
+    }
+    state = {key: value.contiguous() for key, value in to_huggingface(model.state_dict()).items()}
+    with whole_file(folder / "model.safetensors") as partial:
+        save_file(state, partial, metadata={"format": "pt"})
+    write_json(folder / "config.json", config)
+
+
+def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a state dict of this project to Hugging Face's names."""
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith("outputlayer."):
+            renamed[key] = value
+        elif not key.startswith("front_end."):
+            renamed["encoder." + key.replace("init_bn.1.", "init_bn.")] = value
+    return renamed
+
+
+def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a Hugging Face state dict to this project's names."""
+    return {key.removeprefix("encoder.").replace("init_bn.", "init_bn.1."): value for key, value in state.items()}
+
+
+def _labels(given: Mapping[str, Any], folder: Path) -> list[str] | None:
+    """The names in id2label; AudioSet's own where the published converter had cut a name at its comma."""
+    id2label = given.get("id2label")
+    if not id2label:
+        return None
+    try:
+        labels = [str(id2label[str(index)]) for index in range(len(id2label))]
+    except KeyError as error:
+        raise UserError(
+            f"{folder}: id2label of config.json has no entry for class {error}; wanted 0, 1, 2, ..."
+        ) from error
+    official = audioset_labels()
+    if len(labels) != len(official):
+        return labels
+    bare = [label.strip(' "') for label in labels]
+    if bare == official or any(
+        name.split(",")[0] != cut.split(",")[0] for cut, name in zip(bare, official, strict=True)
+    ):
+        return labels
+    cut = [label for label, name in zip(bare, official, strict=True) if label != name]
+    logger.warning("%s: %d class names are cut at a comma (%s): read in full", folder, len(cut), some(cut, 3))
+    return official

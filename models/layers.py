@@ -1,0 +1,141 @@
+"""Transformer blocks on fused attention.
+
+`Attention` returns its keys and takes a bias, and `Block` offers its two halves, so that what works between them (token
+merging, say) needs no block of its own.
+
+Letters: B batch, N tokens, D width, H heads, d width of a head.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training a residual branch is dropped for a whole clip with probability `p`."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,...) -> (B,...), kept branches scaled up so that the expectation stays."""
+        if self.p == 0 or not self.training:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.p
+        return x * keep / (1 - self.p)
+
+
+class LayerScale(nn.Module):
+    """A learnt factor for each channel of a residual branch."""
+
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,N,D) -> (B,N,D)."""
+        return x * self.gamma
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention.
+
+    Args:
+        width: D.
+        num_heads: H, a divisor of D.
+        qkv_bias: whether queries, keys and values have a bias.
+        attention_dropout: of the attention weights.
+        dropout: of the output.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, *, qkv_bias: bool = True, attention_dropout: float = 0.0, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_dropout = attention_dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            x: tokens (B,N,D).
+            bias: None, or what broadcasts to (B,H,N,N): bool (True takes part) or added to the scores.
+
+        Returns:
+            (B,N,D), and the keys (B,H,N,d).
+        """
+        batch, n_tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, n_tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B,H,N,d)
+        dropout = self.attention_dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        out = out.transpose(1, 2).reshape(batch, n_tokens, width)
+        return self.proj_drop(self.proj(out)), key
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,N,D) -> (B,N,D)."""
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention, then x + MLP.
+
+    Args:
+        width: D.
+        num_heads: H.
+        mlp_ratio: hidden width of the MLP in units of D.
+        qkv_bias: whether queries, keys and values have a bias.
+        dropout: of projections.
+        attention_dropout: of attention weights.
+        drop_path: probability that a branch is dropped for a clip.
+        init_values: initial layer scale, None for none.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        init_values: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, num_heads, qkv_bias=qkv_bias, attention_dropout=attention_dropout, dropout=dropout)
+        self.ls1 = nn.Identity() if init_values is None else LayerScale(width, init_values)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio), dropout)
+        self.ls2 = nn.Identity() if init_values is None else LayerScale(width, init_values)
+        self.drop_path = DropPath(drop_path)
+
+    def attend(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """First half: (B,N,D) -> (B,N,D) and the attention's keys (B,H,N,d); `bias` as in `Attention`."""
+        out, keys = self.attn(self.norm1(x), bias)
+        return x + self.drop_path(self.ls1(out)), keys
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Second half: (B,N,D) -> (B,N,D)."""
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Both halves: (B,N,D) -> (B,N,D)."""
+        return self.feed_forward(self.attend(x, bias)[0])

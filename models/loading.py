@@ -1,0 +1,284 @@
+"""Weights in and out: published ones, our own checkpoints, runs' folders and Hugging Face folders.
+
+A checkpoint of ours is a `torch.save` of {"model": state dict, "config": dict} that holds nothing but tensors and plain
+values; the keys "model" and "model_args" of its config are those of published configurations.
+"""
+
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor
+
+from common.errors import Faults, UserError, did_you_mean, some
+from common.files import whole_file
+from models.base import Activation, AudioTagger
+from models.huggingface import is_huggingface_folder, read_huggingface
+from models.registry import create_model, list_models, model_entry
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+_PRE_TRAINING_PARTS = ("decoder", "mask_token")  # of a masked auto-encoder; tagging has no use for them
+
+
+def load_model(
+    source: str | Path,
+    *,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    labels: list[str] | None = None,
+    activation: Activation | None = None,
+    device: str | torch.device = "cpu",
+    **arguments: Any,
+) -> AudioTagger:
+    """Build a model with its weights.
+
+    Args:
+        source: a name from `list_models` (its published weights are fetched once and kept), or a file, URL, run's
+            folder or Hugging Face folder that says itself which model it holds.
+        weights: what to read instead of the published weights of the name.
+        num_classes: C where it must differ from that of the weights; the last layer then starts anew, with a notice.
+        labels: names of the classes, by default those of the checkpoint.
+        activation: "sigmoid" or "softmax", by default that of the checkpoint.
+        device: where the model goes.
+        **arguments: settings that override those of the checkpoint.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UserError: nothing of that name, weights that cannot be fetched or read, or that do not fit.
+    """
+    named = str(source) in list_models()
+    origin = weights or (_weights_of(str(source)) if named else source)
+    state, config = read_weights(origin)
+    name = str(source) if named else config.get("model") or _published_as(str(origin))
+    if name not in list_models():
+        what = f"names {name!r}, which is no model here" if name else "does not say which model it holds"
+        raise UserError(f"{origin} {what}: give `-m NAME --weights {origin}`, NAME one of {some(list_models(), 99)}")
+
+    stored = {key: value for key, value in (config.get("model_args") or {}).items() if key != "outputdim"}
+    if (
+        config.get("model") != name
+    ):  # the weights of a relative; settings that are none here show as tensors that misfit
+        stored = {key: value for key, value in stored.items() if key in model_entry(name).arguments}
+    settings: dict[str, Any] = {**stored, **arguments}
+    if activation or config.get("activation"):
+        settings["activation"] = activation or config["activation"]
+    wanted = num_classes or (len(labels) if labels else config.get("num_classes"))
+    if labels is None and config.get("labels") and wanted == len(config["labels"]):
+        labels = list(config["labels"])
+    model = create_model(name, num_classes=wanted, labels=labels, **settings)
+    n_stored = len(state.get(f"{model.head}.weight", ()))
+    if wanted is None and n_stored not in (0, model.num_classes):
+        model = create_model(name, num_classes=n_stored, **settings)
+    _fit(model, state, str(origin))
+    return model.to(device).eval()
+
+
+def load_weights(model: AudioTagger, source: str | Path, *, pre_training: bool = False) -> None:
+    """Read weights into a model that exists.
+
+    Args:
+        model: takes the weights.
+        source: a file, URL or folder, or the name of a model with published weights.
+        pre_training: the weights come from masked pre-training: they may lack the last layers, and parts that only
+            pre-training needs are left out, both with a notice.
+
+    Raises:
+        UserError: the weights cannot be fetched or read, or do not fit.
+    """
+    origin = _weights_of(str(source)) if str(source) in list_models() else source
+    _fit(model, read_weights(origin)[0], str(origin), pre_training)
+
+
+def save_checkpoint(path: str | Path, model: AudioTagger, extra: Mapping[str, Any] | None = None) -> None:
+    """Write a checkpoint, whole or not at all, from which `load_model` builds the same model again.
+
+    Args:
+        path: the file; its folder is made.
+        model: what to save.
+        extra: more entries of the file, of tensors and plain values; an entry "config" adds to the model's own.
+
+    Raises:
+        UserError: `extra` would replace what describes the model, or holds what cannot be read back safely.
+    """
+    extra = dict(extra or {})
+    own = {
+        "format_version": FORMAT_VERSION,
+        "model": model.name,
+        "model_args": model.arguments,
+        "num_classes": model.num_classes,
+        "labels": list(model.labels),
+        "activation": model.activation,
+        "sample_rate": model.sample_rate,
+    }
+    more = dict(extra.pop("config", None) or {})
+    taken = [key for key in more if key in own] + [key for key in extra if key == "model"]
+    if taken:
+        raise UserError(f"{path}: the entries {some(taken)} describe the model and cannot be given")
+    with whole_file(path) as partial:
+        torch.save({"model": model.state_dict(), "config": {**more, **own}, **extra}, partial)
+        _read_tensors(partial)
+
+
+def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a state dict and what the checkpoint says about it.
+
+    Args:
+        source: a file, a URL, a run's folder or a Hugging Face folder.
+
+    Returns:
+        The state dict, and the config, empty where there is none.
+
+    Raises:
+        UserError: it does not exist, cannot be fetched or read, or holds no state dict.
+    """
+    if str(source).startswith(("http://", "https://")):
+        path = fetch(str(source))
+    else:
+        path = Path(source)
+        if not path.exists():
+            raise UserError(
+                f"{source}: no such file or folder, and no model of that name{did_you_mean(str(source), list_models())}"
+            )
+    if path.is_dir():
+        if is_huggingface_folder(path):
+            return read_huggingface(path)
+        path = _best_of_run(path)
+    content = _read_tensors(path)
+    config = content.get("config")
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path}: found entries {some(map(str, content))}; wanted a state dict, or one under 'model'")
+    return dict(content), dict(config) if isinstance(config, Mapping) else {}
+
+
+def fetch(url: str) -> Path:
+    """Return the local copy of a URL in torch.hub's folder; fetch it first where there is none.
+
+    Raises:
+        UserError: it cannot be fetched; the text says where to put the file by hand.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("fetching %s to %s", url, path)
+    try:
+        with whole_file(path) as partial:
+            torch.hub.download_url_to_file(url, str(partial))
+            _read_tensors(partial)  # a connection that broke off must not leave half a file for the next time
+    except (OSError, RuntimeError, UserError) as error:
+        raise UserError(
+            f"the weights {url} cannot be fetched ({error}): fetch that file by hand and put it at {path}, "
+            "or give a file with `--weights PATH`"
+        ) from error
+    return path
+
+
+def _weights_of(name: str) -> str:
+    weights = model_entry(name).weights
+    if weights is None:
+        twin = name.replace("audiotransformer_", "ced_")
+        hint = f" ({twin!r} has)" if twin != name and twin in list_models() else ""
+        raise UserError(f"model {name!r} has no published weights{hint}: give a checkpoint with `--weights PATH`")
+    return weights
+
+
+def _published_as(url: str) -> str | None:
+    return next((name for name in list_models() if model_entry(name).weights == url), None)
+
+
+def _best_of_run(folder: Path) -> Path:
+    """The averaged checkpoint of a run, else the best one, else the only one."""
+    files = sorted(folder.glob("*.pt"))
+    for name in ("averaged.pt", "best.pt"):
+        if folder / name in files:
+            return folder / name
+    scored = [(float(match[1]), file) for file in files if (match := re.search(r"mAP=(\d*\.\d+)", file.stem))]
+    if scored:
+        return max(scored)[1]
+    if len(files) == 1:
+        return files[0]
+    raise UserError(
+        f"{folder}: found {some(file.name for file in files) or 'no .pt files'}; wanted a run's folder with "
+        "averaged.pt or best.pt, or a Hugging Face folder with config.json and model.safetensors"
+    )
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    """Read a file of tensors and plain values; never runs code from it."""
+    try:
+        if ".safetensors" in path.suffixes:
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: holds more than tensors and plain values, or is no checkpoint; only what can be read "
+            f"without running code of it is read ({str(error).splitlines()[0]})"
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read as a checkpoint ({error}); is the file whole?") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: found a {type(content).__name__}; wanted a state dict, or one under 'model'")
+    return dict(content)
+
+
+def _fit(model: AudioTagger, state: Mapping[str, Tensor], origin: str, pre_training: bool = False) -> None:
+    """Load strictly. Only the last layer may differ in its number of classes, and that is told."""
+    own = model.state_dict()
+    if pre_training:
+        state = _without_pre_training_parts(state, origin)
+    state = model.adapt_weights(state)
+    constants = {key for key in own if key.startswith("front_end.")}  # follow from the settings, so they may be absent
+    missing = [key for key in own if key not in state and key not in constants]
+    unexpected = [key for key in state if key not in own]
+    differing = [key for key in state if key in own and state[key].shape != own[key].shape]
+
+    head = [key for key in own if key.startswith(f"{model.head}.")]
+    weight = f"{model.head}.weight"
+    if weight in differing and state[weight].shape[1:] == own[weight].shape[1:]:
+        logger.warning(
+            "%s: its last layer is for %d classes, the model has %d: the last layer starts anew",
+            origin,
+            len(state[weight]),
+            model.num_classes,
+        )
+        state = {key: value for key, value in state.items() if key not in head}
+        differing = [key for key in differing if key not in head]
+    elif pre_training and weight in missing:
+        layers = model.head.split(".")[0] + "."
+        head = [key for key in missing if key.startswith(layers)]
+        logger.warning("%s: has no last layers (%s): they start anew", origin, some(head))
+        missing = [key for key in missing if key not in head]
+
+    faults = Faults(f"{origin}: it does not fit {model.name!r} and")
+    if missing:
+        faults.add(f"{len(missing)} tensors are missing: {some(missing)}")
+    if unexpected:
+        faults.add(f"{len(unexpected)} tensors are unexpected: {some(unexpected)}")
+    if differing:
+        shapes = [f"{key} is {tuple(state[key].shape)}, wanted {tuple(own[key].shape)}" for key in differing]
+        faults.add(f"{len(differing)} tensors have another shape: {some(shapes)}")
+    faults.raise_if_any()
+    model.load_state_dict({**own, **state}, strict=True)
+
+
+def _without_pre_training_parts(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    left_out = [key for key in state if key.startswith(_PRE_TRAINING_PARTS)]
+    if left_out:
+        logger.warning("%s: %d tensors of its decoder are left out", origin, len(left_out))
+    return {key.removeprefix("encoder."): value for key, value in state.items() if key not in set(left_out)}

@@ -1,0 +1,227 @@
+"""EfficientAT's MobileNetV3 on mel spectrograms.
+
+Method: Schmid, Koutini, Widmer, "Efficient large-scale audio tagging via transformer-to-CNN knowledge distillation",
+ICASSP 2023, on Howard et al., "Searching for MobileNetV3", ICCV 2019. Names in the state dict are those of the
+published checkpoints. Squeeze and excitation acts on channels.
+
+Letters: B batch, F mel bands, T frames, C classes, D channels; primes mark what is left after striding.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from models.base import AudioTagger, run_by_length
+from models.frontends import EfficientAtMel
+from models.registry import register_model
+
+
+class Stage(NamedTuple):
+    """One inverted residual block: what MobileNetV3-Large has at width 1."""
+
+    kernel: int
+    expanded: int
+    out: int
+    excite: bool
+    hard_swish: bool
+    stride: int
+
+
+STAGES = (
+    Stage(3, 16, 16, False, False, 1),
+    Stage(3, 64, 24, False, False, 2),
+    Stage(3, 72, 24, False, False, 1),
+    Stage(5, 72, 40, True, False, 2),
+    Stage(5, 120, 40, True, False, 1),
+    Stage(5, 120, 40, True, False, 1),
+    Stage(3, 240, 80, False, True, 2),
+    Stage(3, 200, 80, False, True, 1),
+    Stage(3, 184, 80, False, True, 1),
+    Stage(3, 184, 80, False, True, 1),
+    Stage(3, 480, 112, True, True, 1),
+    Stage(3, 672, 112, True, True, 1),
+    Stage(5, 672, 160, True, True, 2),
+    Stage(5, 960, 160, True, True, 1),
+    Stage(5, 960, 160, True, True, 1),
+)
+LAST_HIDDEN = 1280
+
+
+def _to_eights(channels: float) -> int:
+    """The multiple of 8 nearest to `channels`, but never more than 10 % below it."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+def _conv(
+    n_in: int, n_out: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: type[nn.Module] | None = None
+) -> nn.Sequential:
+    """Convolution, batch norm and activation, padded so that only the stride shrinks the map."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(n_out, eps=1e-3, momentum=0.01),
+    ]
+    return nn.Sequential(*layers, *([act()] if act else []))
+
+
+class SqueezeExcitation(nn.Module):
+    """Scale every channel by what the means of all channels say."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, squeezed)
+        self.fc2 = nn.Linear(squeezed, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,D,F',T') -> (B,D,F',T')."""
+        scale = self.fc2(self.fc1(x.mean((2, 3))).relu()).sigmoid()
+        return x * scale[:, :, None, None]
+
+
+class ConcurrentExcitation(nn.Module):
+    """The place of squeeze and excitation in published checkpoints, which could hold several at once."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.conc_se_layers = nn.ModuleList([SqueezeExcitation(channels, squeezed)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,D,F',T') -> (B,D,F',T')."""
+        return self.conc_se_layers[0](x)
+
+
+class InvertedResidual(nn.Module):
+    """Expand, filter each channel, excite, project; with a shortcut where shapes allow."""
+
+    def __init__(self, stage: Stage, n_in: int, n_expanded: int, n_out: int) -> None:
+        super().__init__()
+        act: type[nn.Module] = nn.Hardswish if stage.hard_swish else nn.ReLU
+        layers: list[nn.Module] = [] if n_expanded == n_in else [_conv(n_in, n_expanded, act=act)]
+        layers.append(_conv(n_expanded, n_expanded, stage.kernel, stage.stride, n_expanded, act))
+        if stage.excite:
+            layers.append(ConcurrentExcitation(n_expanded, _to_eights(n_expanded // 4)))
+        layers.append(_conv(n_expanded, n_out))
+        self.block = nn.Sequential(*layers)
+        self.has_shortcut = stage.stride == 1 and n_in == n_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,D,F',T') -> (B,D',F'',T'')."""
+        return x + self.block(x) if self.has_shortcut else self.block(x)
+
+
+class MobileNetV3(AudioTagger):
+    """EfficientAT's network; takes clips of any length in one piece and gives logits.
+
+    Args:
+        num_classes: C.
+        width: factor on the numbers of channels.
+        dropout: before the last layer.
+        sample_rate: of the waveform, in hertz.
+        n_mels: F.
+        n_fft: samples of a Fourier transform.
+        win_size: samples of the window.
+        hop_size: samples between frames.
+        f_min: lower edge of the bands in hertz.
+        f_max: upper edge in hertz.
+    """
+
+    head = "classifier.5"
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 527,
+        width: float = 1.0,
+        dropout: float = 0.2,
+        sample_rate: int = 32000,
+        n_mels: int = 128,
+        n_fft: int = 1024,
+        win_size: int = 800,
+        hop_size: int = 320,
+        f_min: float = 0.0,
+        f_max: float = 15000.0,
+    ) -> None:
+        n_features = 6 * _to_eights(STAGES[-1].out * width)
+        front_end = EfficientAtMel(
+            sample_rate=sample_rate,
+            n_mels=n_mels,
+            n_fft=n_fft,
+            win_size=win_size,
+            hop_size=hop_size,
+            f_min=f_min,
+            f_max=f_max,
+        )
+        super().__init__(front_end, num_classes=num_classes, embed_dim=n_features)
+        channels = _to_eights(STAGES[0].out * width)
+        layers: list[nn.Module] = [_conv(1, channels, 3, 2, act=nn.Hardswish)]
+        for stage in STAGES:
+            expanded, out = _to_eights(stage.expanded * width), _to_eights(stage.out * width)
+            layers.append(InvertedResidual(stage, channels, expanded, out))
+            channels = out
+        self.features = nn.Sequential(*layers, _conv(channels, n_features, act=nn.Hardswish))
+        n_hidden = _to_eights(LAST_HIDDEN * width)
+        self.classifier = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(n_features, n_hidden),
+            nn.Hardswish(),
+            nn.Dropout(dropout),
+            nn.Linear(n_hidden, num_classes),
+        )
+        self.apply(_initialise)
+
+    def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
+        """Tag spectrograms: (B,F,T), own frames (B,) or None -> logits (B,C)."""
+        if n_frames is None:
+            return self.classifier(self.forward_features(mel))
+        return run_by_length(lambda clips: (self.forward_spectrogram(clips),), mel, n_frames)[0]
+
+    def forward_features(self, mel: Tensor) -> Tensor:
+        """Compute the maps below the head: (B,F,T) -> (B,D,F',T'), both axes strided by 32."""
+        return self.features(mel[:, None])
+
+    def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Embed spectrograms: (B,F,T), own frames (B,) or None -> pooled maps (B,D) and their columns (B,T',D)."""
+        if n_frames is None:
+            maps = self.forward_features(mel)
+            return maps.mean((2, 3)), maps.mean(2).transpose(1, 2)
+        clip, frames = run_by_length(self.embed_spectrogram, mel, n_frames)
+        return clip, frames
+
+    def n_steps(self, n_samples: int) -> int:
+        """Columns of the last map: every 32nd frame, rounded up."""
+        return -(-self.front_end.n_frames(n_samples) // 32)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+        nn.init.zeros_(module.bias)
+
+
+_RELEASE = "https://github.com/fschmid56/EfficientAT/releases/download/v0.0.1"
+# published file -> width and front-end settings; hops are 5, 15, 20 and 25 ms
+_PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mn01_as": ("mn01_as_mAP_298.pt", {"width": 0.1}),
+    "mn02_as": ("mn02_as_mAP_378.pt", {"width": 0.2}),
+    "mn04_as": ("mn04_as_mAP_432.pt", {"width": 0.4}),
+    "mn05_as": ("mn05_as_mAP_443.pt", {"width": 0.5}),
+    "mn10_as": ("mn10_as_mAP_471.pt", {"width": 1.0}),
+    "mn20_as": ("mn20_as_mAP_478.pt", {"width": 2.0}),
+    "mn30_as": ("mn30_as_mAP_482.pt", {"width": 3.0}),
+    "mn40_as": ("mn40_as_mAP_484.pt", {"width": 4.0}),
+    "mn40_as_ext": ("mn40_as_ext_mAP_487.pt", {"width": 4.0}),
+    "mn40_as_no_im_pre": ("mn40_as_no_im_pre_mAP_483.pt", {"width": 4.0}),
+    "mn10_as_hop_5": ("mn10_as_hop_5_mAP_475.pt", {"hop_size": 160}),
+    "mn10_as_hop_15": ("mn10_as_hop_15_mAP_463.pt", {"hop_size": 480}),
+    "mn10_as_hop_20": ("mn10_as_hop_20_mAP_456.pt", {"hop_size": 640}),
+    "mn10_as_hop_25": ("mn10_as_hop_25_mAP_447.pt", {"hop_size": 800}),
+    "mn10_as_mels_40": ("mn10_as_mels_40_mAP_453.pt", {"n_mels": 40}),
+    "mn10_as_mels_64": ("mn10_as_mels_64_mAP_461.pt", {"n_mels": 64}),
+    "mn10_as_mels_256": ("mn10_as_mels_256_mAP_474.pt", {"n_mels": 256}),
+}
+for _name, (_file, _arguments) in _PUBLISHED.items():
+    register_model(_name, weights=f"{_RELEASE}/{_file}")(partial(MobileNetV3, **_arguments))

@@ -1,0 +1,132 @@
+"""Names to networks: the one place that knows which models there are."""
+
+import fnmatch
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args
+
+from common.errors import Faults, UserError, did_you_mean, some
+from models.base import Activation, AudioTagger
+from models.labels import labels_for
+
+AUDIOSET_CLASSES = 527
+
+Factory = TypeVar("Factory", bound=Callable[..., AudioTagger])
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """What is known of a registered model.
+
+    Attributes:
+        factory: called with `num_classes` and the arguments of the model.
+        weights: URL of its published weights, None where there are none.
+        initialisation: URL of a published pre-training to start training from, None where there is none.
+    """
+
+    factory: Callable[..., AudioTagger]
+    weights: str | None = None
+    initialisation: str | None = None
+
+    @property
+    def arguments(self) -> list[str]:
+        """Names of the arguments it takes, besides `num_classes`."""
+        return [name for name in inspect.signature(self.factory).parameters if name != "num_classes"]
+
+
+_MODELS: dict[str, ModelEntry] = {}
+
+
+def register_model(
+    name: str | None = None, *, weights: str | None = None, initialisation: str | None = None
+) -> Callable[[Factory], Factory]:
+    """Decorate a factory (a function, a class or a partial of one) to make it a model of that name.
+
+    Args:
+        name: what to call it, by default the factory's own name.
+        weights: URL of published weights.
+        initialisation: URL of published pre-training weights.
+
+    Example:
+        >>> @register_model()
+        ... def my_tagger(*, num_classes, width=64):
+        ...     return MyTagger(num_classes=num_classes, width=width)
+    """
+
+    def register(factory: Factory) -> Factory:
+        key = name or getattr(factory, "__name__", "")
+        if not key or key in _MODELS:
+            raise ValueError(f"a model needs a name of its own, {key!r} is taken or empty")
+        _MODELS[key] = ModelEntry(factory, weights, initialisation)
+        return factory
+
+    return register
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the sorted names of all models that match a pattern such as "ced_*"."""
+    return sorted(fnmatch.filter(_MODELS, pattern))
+
+
+def model_entry(name: str) -> ModelEntry:
+    """Return what is known of a model.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in _MODELS:
+        raise UserError(
+            f"no model is called {name!r}{did_you_mean(name, _MODELS)}; known are {some(list_models(), 99)}"
+        )
+    return _MODELS[name]
+
+
+def published_weights(name: str) -> str | None:
+    """Return the URL of a model's published weights, if any."""
+    return model_entry(name).weights
+
+
+def published_initialisation(name: str) -> str | None:
+    """Return the URL of the published pre-training that training starts from, if any."""
+    return model_entry(name).initialisation
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    labels: list[str] | None = None,
+    activation: Activation = "sigmoid",
+    **arguments: Any,
+) -> AudioTagger:
+    """Build a registered model with fresh weights.
+
+    Args:
+        name: see `list_models`.
+        num_classes: C, by default the number of labels, or AudioSet's 527.
+        labels: names of the classes, by default AudioSet's if there are 527, else their numbers.
+        activation: "sigmoid" (any number of classes at once) or "softmax" (exactly one).
+        **arguments: settings of the architecture.
+
+    Returns:
+        The network, in training mode.
+
+    Raises:
+        UserError: an unknown name, unknown arguments, or values that contradict each other.
+    """
+    entry = model_entry(name)
+    faults = Faults(f"model {name!r}")
+    for key in arguments:
+        if key not in entry.arguments:
+            hint = did_you_mean(key, entry.arguments) or f"; it takes {some(entry.arguments, 99)}"
+            faults.add(f"unknown argument {key!r}{hint}")
+    if activation not in get_args(Activation):
+        faults.add(f"activation must be one of {some(get_args(Activation))}, not {activation!r}")
+    faults.raise_if_any()
+    if num_classes is None:
+        num_classes = AUDIOSET_CLASSES if labels is None else len(labels)
+    labels = labels_for(num_classes, labels)
+    model = entry.factory(num_classes=num_classes, **arguments)
+    model.name, model.arguments, model.labels, model.activation = name, dict(arguments), labels, activation
+    return model

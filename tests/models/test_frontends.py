@@ -1,0 +1,94 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from common.errors import UserError
+from models.frontends import CedMel, EfficientAtMel
+from tests.models.sounds import noise, padded
+
+
+def test_ced_mel_is_what_its_formula_says():
+    wave = noise(4000)
+    mel = CedMel()(wave[None])[0]
+    extended = F.pad(wave[None], (256, 256), mode="reflect")[0]
+    window = 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(512) / 512)
+    power = torch.stack([torch.fft.rfft(extended[i : i + 512] * window).abs() ** 2 for i in range(0, 4001, 160)])
+    corners = 700 * (10 ** (torch.linspace(0, 2595 * math.log10(1 + 8000 / 700), 66) / 2595) - 1)
+    bins = torch.arange(257) * 31.25
+    weights = torch.zeros(257, 64)
+    for band in range(64):
+        low, mid, high = corners[band : band + 3]
+        weights[:, band] = torch.clamp(torch.minimum((bins - low) / (mid - low), (high - bins) / (high - mid)), min=0)
+    wanted = 10 * torch.log10(torch.clamp(power @ weights, min=1e-10)).T
+    torch.testing.assert_close(mel, wanted, atol=2e-3, rtol=0)
+
+
+def test_ced_mel_numbers_of_frames_and_levels():
+    front_end = CedMel()
+    assert front_end(torch.zeros(1, 16000)).shape == (1, 64, 101)
+    assert front_end.n_frames(160000) == 1001
+    assert front_end.n_frames(torch.tensor([16000, 160000])).tolist() == [101, 1001]
+    assert torch.all(front_end(torch.zeros(1, 16000)) == -100)
+    assert abs(front_end(noise(160000)[None]).mean().item() - 6.7) < 0.3
+
+
+@pytest.mark.parametrize("front_end", [CedMel(), CedMel(center=False), CedMel(min_frames=16), EfficientAtMel()])
+def test_a_clip_in_a_padded_batch_has_the_features_it_has_alone(front_end):
+    clips = [noise(n, seed=n) for n in (1, 2, 255, 256, 257, 2399, 2400, 9000, 16001)]
+    batch, lengths = padded(clips)
+    together = front_end(batch, lengths)
+    silence = front_end.power_db_to_value(-100.0)
+    for mel, clip in zip(together, clips, strict=True):
+        alone = front_end(clip[None])[0]
+        n_frames = front_end.n_frames(len(clip))
+        assert alone.shape[1] == n_frames
+        torch.testing.assert_close(mel[:, :n_frames], alone, atol=1e-4, rtol=1e-4)
+        assert torch.all(mel[:, n_frames:] == silence)
+
+
+def test_autocast_leaves_features_in_float32():
+    wave = noise(8000)[None]
+    for front_end in (CedMel(), EfficientAtMel()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mel = front_end(wave)
+        assert mel.dtype == torch.float32
+        torch.testing.assert_close(mel, front_end(wave))
+
+
+@pytest.mark.parametrize(("front_end", "hertz"), [(CedMel(), 1000.0), (EfficientAtMel(), 5000.0)])
+def test_a_tone_peaks_in_the_band_whose_centre_is_nearest(front_end, hertz):
+    assert front_end.band_centers_hz.shape == (front_end.n_mels,)
+    time = torch.arange(front_end.sample_rate) / front_end.sample_rate
+    mel = front_end(torch.sin(2 * math.pi * hertz * time)[None])[0]
+    assert mel.mean(1).argmax() == (front_end.band_centers_hz - hertz).abs().argmin()
+
+
+def test_decibels_in_the_scale_of_each_front_end():
+    assert CedMel().power_db_to_value(-30.0) == -30.0
+    assert EfficientAtMel().power_db_to_value(0.0) == pytest.approx((math.log(1 + 1e-5) + 4.5) / 5)
+    silence = EfficientAtMel()(torch.zeros(1, 4000))
+    torch.testing.assert_close(silence, torch.full_like(silence, EfficientAtMel().power_db_to_value(-200)))
+
+
+def test_only_ced_mel_has_tensors_in_a_checkpoint():
+    assert set(CedMel().state_dict()) == {"0.spectrogram.window", "0.mel_scale.fb"}
+    assert not EfficientAtMel().state_dict()
+
+
+def test_f_max_none_is_half_the_sample_rate():
+    assert CedMel(f_max=None).f_max == 8000
+
+
+def test_faults_are_sentences():
+    with pytest.raises(UserError, match="fit into 0 to 8000"):
+        CedMel(f_max=9000)
+    with pytest.raises(UserError, match="win_size 600"):
+        CedMel(win_size=600)
+    with pytest.raises(UserError, match="at least one sample"):
+        CedMel()(torch.zeros(2, 0))
+    with pytest.raises(UserError, match="1 to 100 samples"):
+        CedMel()(torch.zeros(2, 100), torch.tensor([0, 100]))
+    assert isinstance(CedMel(), nn.Module)

@@ -1,0 +1,108 @@
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import models.registry
+from common.errors import UserError
+from models import AudioTagger, create_model, list_models, load_model, register_model, save_checkpoint
+from models.frontends import CedMel
+from tests.models.sounds import noise
+
+# Seconds to build and up to 300 MB to store; each is the twin of a model that is tested, but for its width or name.
+WIDE = {"mn30_as", "mn40_as", "mn40_as_ext", "mn40_as_no_im_pre"}
+WIDE |= {"audiotransformer_small", "audiotransformer_base", "audiotransformer_base_4740"}
+
+
+@pytest.mark.parametrize("name", sorted(set(list_models()) - WIDE))
+def test_every_model_learns_and_survives_a_checkpoint(name, tmp_path):
+    torch.manual_seed(0)
+    model = create_model(name, labels=["rain", "dog, barking", "sea"])
+    wave = noise(2 * model.sample_rate).reshape(2, -1)
+    target = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    output = model(wave)
+    assert output.shape == (2, 3)
+    nn.functional.binary_cross_entropy(model.probabilities(output), target).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    before = next(iter(model.parameters())).detach().clone()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(before, next(iter(model.parameters())))
+
+    save_checkpoint(tmp_path / "model.pt", model)
+    again = load_model(tmp_path / "model.pt")
+    assert (again.name, again.labels, again.sample_rate) == (name, model.labels, model.sample_rate)
+    assert not again.training
+    model.eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(again.predict(wave), model.predict(wave), atol=0, rtol=0)
+        clip, frames = again.embed(wave)
+    assert clip.shape == (2, model.embed_dim)
+    assert frames.shape == (2, model.n_steps(model.sample_rate), model.embed_dim)
+    torch.testing.assert_close(frames.mean(1), clip, atol=1e-4, rtol=1e-4)
+
+
+def test_the_names_that_were_promised():
+    assert list_models("ced_*") == ["ced_base", "ced_mini", "ced_small", "ced_tiny"]
+    sizes = ["base", "base_4740", "mini", "nano", "pico", "small", "tiny"]
+    assert list_models("audiotransformer_*") == [f"audiotransformer_{size}" for size in sizes]
+    assert list_models("mn*_as") == [f"mn{width}_as" for width in ("01", "02", "04", "05", "10", "20", "30", "40")]
+
+
+class Toy(AudioTagger):
+    head = "linear"
+
+    def __init__(self, *, num_classes, power=1.0):
+        super().__init__(CedMel(), num_classes=num_classes, embed_dim=64)
+        self.power = power
+        self.linear = nn.Linear(64, num_classes)
+
+    def forward_spectrogram(self, mel, n_frames=None):
+        return self.linear(mel.mean(2) / 100 * self.power)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr(models.registry, "_MODELS", dict(models.registry._MODELS))
+    register_model("toy")(Toy)
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_model_added_in_one_file_is_created_saved_and_loaded(tmp_path):
+    model = create_model("toy", num_classes=4, power=2.0, activation="softmax").eval()
+    save_checkpoint(tmp_path / "toy.pt", model, extra={"epoch": 3})
+    again = load_model(tmp_path / "toy.pt")
+    assert again.arguments == {"power": 2.0}
+    clips = noise(16000).reshape(2, 8000)
+    lengths = torch.tensor([8000, 4000])
+    torch.testing.assert_close(again.predict(clips, lengths), model.predict(clips, lengths))
+    torch.testing.assert_close(again.predict(clips).sum(1), torch.ones(2))
+    torch.testing.assert_close(again.predict(clips, lengths)[1], again.predict(clips[1:, :4000])[0])
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_name_cannot_be_taken_twice():
+    with pytest.raises(ValueError, match="'toy' is taken"):
+        register_model("toy")(Toy)
+
+
+def test_unknown_names_and_arguments_name_the_nearest():
+    with pytest.raises(UserError, match=r"no model is called 'ced_tny'.*did you mean 'ced_tiny'"):
+        create_model("ced_tny")
+    with pytest.raises(UserError, match=r"(?s)2 faults.*'poling' \(did you mean 'pooling'.*'target_len'"):
+        create_model("ced_tiny", poling="mean", target_len=3)
+    with pytest.raises(UserError, match="activation must be one of sigmoid, softmax"):
+        create_model("audiotransformer_pico", activation="tanh")
+    with pytest.raises(UserError, match="2 labels were given for 3 classes"):
+        create_model("audiotransformer_pico", num_classes=3, labels=["a", "b"])
+
+
+def test_labels_are_audiosets_or_numbers():
+    assert create_model("audiotransformer_pico").labels[1] == "Male speech, man speaking"
+    assert create_model("audiotransformer_pico", num_classes=2).labels == ["0", "1"]
+
+
+def test_importing_and_creating_says_nothing(caplog):
+    with caplog.at_level(logging.DEBUG):
+        create_model("audiotransformer_pico")
+    assert not caplog.records
