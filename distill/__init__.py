@@ -1,0 +1,1 @@
+"""What a student learns from: replayed augmentation, stored soft targets, objectives."""

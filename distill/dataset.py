@@ -1,0 +1,154 @@
+"""Items of training: a chunk of a clip, augmented as its seed says, with its target.
+
+The epoch travels with the index, `dataset[(epoch, item)]`, so that it is right with any number of loader workers, also
+with workers that outlive an epoch or read ahead into the next.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from audio.dataset import Pack, pad_batch
+from audio.io import resample
+from distill.sources import TargetSource
+
+FRESH_MASKS_STREAM = 1  # keeps the fresh masks' random numbers apart from the run's other streams
+
+
+class ReplayDataset(Dataset[dict[str, Any]]):
+    """The items of a target source, read from its pack.
+
+    Args:
+        pack: the clips.
+        source: items, seeds and targets.
+        sample_rates: the rates that the models to be fed want, in hertz.
+        fresh_masks: draw mask positions anew instead of replaying them (`disable_consistency`); shifts are replayed
+            still, as published.
+        seed: of the fresh masks.
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        source: TargetSource,
+        sample_rates: Sequence[int],
+        *,
+        fresh_masks: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.pack, self.source, self.sample_rates = pack, source, tuple(sample_rates)
+        self.fresh_masks, self.seed = fresh_masks, seed
+
+    def __len__(self) -> int:
+        return len(self.source.bounds)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """Return item `key[1]` as epoch `key[0]` shows it; see `collate` for the fields."""
+        epoch, item = key
+        clip, start, stop = (int(x) for x in self.source.bounds[item])
+        n_reference = int(self.source.n_reference[item])
+        replay = self.source.replay
+        draw = replay.draw(self.source.seed(epoch, item), n_reference)
+        value, min_value = draw.value, draw.min_value
+        if self.fresh_masks:
+            stream = np.random.default_rng([self.seed, FRESH_MASKS_STREAM, epoch, item])
+            value, min_value = stream.random(2, dtype=np.float32).tolist()
+        rate = self.pack.sample_rate
+        waveform = replay.transform_waveform(self.pack.read(clip, start, stop), draw, rate)
+        return {
+            "item": item,
+            "waveforms": {r: torch.from_numpy(resample(waveform, rate, r).copy()) for r in self.sample_rates},
+            "value": value,
+            "min_value": min_value,
+            "n_reference": n_reference,
+            "target": torch.from_numpy(self.source.target(epoch, item)),
+        }
+
+    def name(self, item: int) -> str:
+        """Return the name of the clip that `item` is a chunk of."""
+        return self.pack.names[int(self.source.bounds[item, 0])]
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put items together.
+
+    Returns:
+        `item` (B,) int64; `waveforms` and `lengths`, each {sample rate: (B, S) float32 / (B,) int64}; `value` and
+        `min_value` (B,) float32, the mask draws; `n_reference` (B,) int64; `target` (B, C) float32.
+    """
+    padded = {rate: pad_batch([item["waveforms"][rate] for item in items]) for rate in items[0]["waveforms"]}
+    return {
+        "item": torch.tensor([item["item"] for item in items]),
+        "waveforms": {rate: waveform for rate, (waveform, _) in padded.items()},
+        "lengths": {rate: lengths for rate, (_, lengths) in padded.items()},
+        "value": torch.tensor([item["value"] for item in items], dtype=torch.float32),
+        "min_value": torch.tensor([item["min_value"] for item in items], dtype=torch.float32),
+        "n_reference": torch.tensor([item["n_reference"] for item in items]),
+        "target": torch.stack([item["target"] for item in items]),
+    }
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, item) over one pass after another, without end or for a number of passes.
+
+    Pass p is a permutation that is a pure function of (seed, p): every item once. With `weights`, items are drawn with
+    replacement instead, each as often as its weight says.
+
+    Args:
+        n_items: M.
+        batch_size: B; with `cut_passes` the last batch of a pass may be smaller, otherwise batches run on into the
+            next pass.
+        seed: of the order.
+        weights: (M,) relative frequencies, or None for permutations.
+        cut_passes: end a batch where a pass ends.
+    """
+
+    def __init__(
+        self,
+        n_items: int,
+        batch_size: int,
+        seed: int,
+        *,
+        weights: np.ndarray | None = None,
+        cut_passes: bool = True,
+    ) -> None:
+        self.n_items, self.batch_size, self.seed = n_items, batch_size, seed
+        self.probabilities = None if weights is None else weights / weights.sum()
+        self.cut_passes = cut_passes
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batch: list[tuple[int, int]] = []
+        epoch = 0
+        while True:
+            epoch += 1
+            for item in self._order(epoch):
+                batch.append((epoch, int(item)))
+                if len(batch) == self.batch_size:
+                    yield batch
+                    batch = []
+            if batch and self.cut_passes:
+                yield batch
+                batch = []
+
+    def _order(self, epoch: int) -> np.ndarray:
+        stream = np.random.default_rng([self.seed, epoch])
+        if self.probabilities is None:
+            return stream.permutation(self.n_items)
+        return stream.choice(self.n_items, self.n_items, p=self.probabilities)
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move every tensor of a batch, nested ones too."""
+    return {k: _move(v, device) for k, v in batch.items()}
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {k: _move(v, device) for k, v in value.items()}
+    return value

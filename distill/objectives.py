@@ -1,0 +1,98 @@
+"""What a student is trained towards: an objective is an object that turns an output and a batch into losses.
+
+Adding one is a class here with `@register_objective("name")`; a configuration names it with `objective: name` and
+gives its arguments with `objective_args`.
+
+Shapes: B batch · C classes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError, did_you_mean
+
+
+class Objective(Protocol):
+    """Turns what a model said and what the batch holds into named losses."""
+
+    @property
+    def wants(self) -> str | None:
+        """What `output` must be: `logits`, `probabilities`, or None where it does not matter."""
+
+    def __call__(self, output: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the losses; `loss` is the one that is minimised, the others are logged."""
+
+
+_OBJECTIVES: dict[str, Callable[..., Objective]] = {}
+
+
+def register_objective(name: str) -> Callable[[Callable[..., Objective]], Callable[..., Objective]]:
+    """Make an objective known by `name`."""
+
+    def register(factory: Callable[..., Objective]) -> Callable[..., Objective]:
+        _OBJECTIVES[name] = factory
+        return factory
+
+    return register
+
+
+def create_objective(name: str, **arguments: Any) -> Objective:
+    """Build a registered objective; a `UserError` tells an unknown name or argument."""
+    if name not in _OBJECTIVES:
+        raise UserError(
+            f"unknown objective {name!r}{did_you_mean(name, _OBJECTIVES)}; known are {', '.join(_OBJECTIVES)}"
+        )
+    try:
+        return _OBJECTIVES[name](**arguments)
+    except TypeError as error:
+        raise UserError(f"objective {name}: {error}") from None
+
+
+class _SoftBCE(nn.BCELoss):
+    """Binary cross-entropy of probabilities, computed in float32 whatever the precision around it."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(output.device.type, enabled=False):
+            return super().forward(output.float(), target.float())
+
+
+class _SoftCrossEntropy(nn.CrossEntropyLoss):
+    """Cross-entropy with a distribution for a target; multi-hot or top-k targets are scaled to sum to one."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return super().forward(output, target / target.sum(dim=1, keepdim=True).clamp_min(1e-8))
+
+
+# name in a configuration → (loss, what it wants the model to give)
+LOSSES: dict[str, tuple[type[nn.Module], str]] = {
+    "BCELoss": (_SoftBCE, "probabilities"),
+    "BCEWithLogitsLoss": (nn.BCEWithLogitsLoss, "logits"),
+    "CrossEntropyLoss": (_SoftCrossEntropy, "logits"),
+}
+
+
+@register_objective("target")
+class TargetLoss:
+    """A loss between the output and the batch's target, hard or soft.
+
+    Args:
+        loss: a name in `LOSSES`.
+        loss_args: its arguments, as `torch.nn` spells them. `reduction: none` is averaged over everything.
+    """
+
+    def __init__(self, loss: str, loss_args: Mapping[str, Any]) -> None:
+        if loss not in LOSSES:
+            raise UserError(f"unknown loss {loss!r}{did_you_mean(loss, LOSSES)}; known are {', '.join(LOSSES)}")
+        factory, self.wants = LOSSES[loss]
+        self.activation = "softmax" if loss == "CrossEntropyLoss" else "sigmoid"
+        try:
+            self.loss = factory(**loss_args)
+        except TypeError as error:
+            raise UserError(f"loss {loss}: {error}".replace("__init__() ", "")) from None
+
+    def __call__(self, output: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return {loss: scalar} for `output` (B, C) and `batch["target"]` (B, C)."""
+        return {"loss": self.loss(output, batch["target"]).mean()}

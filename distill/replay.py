@@ -1,0 +1,280 @@
+"""Seed → augmentation: the same event, shifted and masked in the same place, for teacher and student.
+
+Consistent teaching (Dinkel et al., "CED: Consistent ensemble distillation for audio tagging", ICASSP 2024) stores one
+seed a chunk and epoch beside the teacher's answer. Everything random about the augmentation of that chunk is a pure
+function of this seed, drawn in the published order:
+
+1. each waveform transform in turn (`Shift`: one Bernoulli draw, then, if it applies, one integer);
+2. `value`, one uniform number: how wide the masks are;
+3. `min_value`, one uniform number: where they lie. All masks of a chunk share these two numbers, as published.
+
+Draws are made on the reference grid (16 kHz, 10 ms frames, 64 HTK mel bands up to 8 kHz) and applied in seconds and
+hertz, so that a model with another rate or another mel scale sees the same part of the same event disappear.
+
+Shapes: B batch · S samples · F mel bands · T frames.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import Faults, UserError, did_you_mean
+
+REFERENCE_RATE = 16_000  # Hz
+REFERENCE_HOP_SECONDS = 0.01
+REFERENCE_BANDS = 64
+REFERENCE_F_MAX = 8_000.0  # Hz
+
+
+class MelGrid(Protocol):
+    """What replay must know of a front-end: where its frames and bands lie, and how it writes a power."""
+
+    sample_rate: int  # hertz
+    hop_size: int  # samples between frame centres; frame 0 is centred on time 0
+
+    @property
+    def band_centers_hz(self) -> Tensor:
+        """Centre frequency of each mel band, (F,)."""
+
+    def power_db_to_value(self, db: float) -> float:
+        """What a band that holds a power of `db` dB reads in this front-end's scale."""
+
+
+class WaveTransform(Protocol):
+    """A change of the waveform that one number describes."""
+
+    def draw(self, n_samples: int, generator: torch.Generator) -> float:
+        """Draw that number for a chunk of `n_samples` at the reference rate, in units that know no sample rate."""
+
+    def apply(self, waveform: np.ndarray, amount: float, sample_rate: int) -> np.ndarray:
+        """Return the changed waveform (S,)."""
+
+
+class SpecTransform(Protocol):
+    """A mask on the spectrogram, placed by the two numbers that all masks of a chunk share."""
+
+    def masked(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
+        """Say which bins are masked.
+
+        Args:
+            seconds: (T,) frame centres.
+            hertz: (F,) band centres.
+            draws: `value` and `min_value`, each (B,) float32.
+            n_reference: (B,) chunk lengths in samples at the reference rate.
+
+        Returns:
+            Booleans that broadcast to (B, F, T).
+        """
+
+
+class Shift:
+    """Circular shift of the waveform by a random fraction of its length.
+
+    Draws as `torch_audiomentations.Shift` does (unit: fraction, with rollover), which is what published stores used.
+
+    Args:
+        min_shift: smallest shift, a fraction of the chunk's length; negative is to the left.
+        max_shift: largest shift, likewise.
+        p: probability that a chunk is shifted at all.
+    """
+
+    def __init__(self, min_shift: float = -0.5, max_shift: float = 0.5, p: float = 0.5) -> None:
+        if min_shift > max_shift:
+            raise UserError(f"Shift: min_shift {min_shift} is larger than max_shift {max_shift}; exchange them")
+        self.min_shift, self.max_shift, self.p = min_shift, max_shift, p
+
+    def draw(self, n_samples: int, generator: torch.Generator) -> float:
+        """Return the shift in seconds for a chunk of `n_samples` at the reference rate."""
+        if not torch.bernoulli(torch.tensor([self.p]), generator=generator).item():
+            return 0.0
+        low, high = round(self.min_shift * n_samples), round(self.max_shift * n_samples)
+        shift = torch.randint(low, high + 1, (1,), dtype=torch.int32, generator=generator).item()
+        return shift / REFERENCE_RATE
+
+    def apply(self, waveform: np.ndarray, seconds: float, sample_rate: int) -> np.ndarray:
+        """Return `waveform` (S,) rolled to the right by `seconds`."""
+        return np.roll(waveform, round(seconds * sample_rate))
+
+
+def _mask(value: Tensor, min_value: Tensor, size: Tensor | int, param: int) -> tuple[Tensor, Tensor]:
+    """Return first and past-the-last masked index on the reference grid, in the published float32 arithmetic."""
+    width = value * param
+    start = (min_value * (size - width)).long()
+    return start, start + width.long()
+
+
+def _inside(centers: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """Return (B, n) booleans: which of the `centers` (n,) lie in each clip's stretch from `start` to `stop` (B,)."""
+    return (centers >= start[:, None]) & (centers < stop[:, None])
+
+
+class TimeMasking:
+    """One masked stretch of time, at most `time_mask_param` reference frames (10 ms each) wide."""
+
+    def __init__(self, time_mask_param: int = 192) -> None:
+        self.param = time_mask_param
+
+    def masked(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
+        """Return (B, 1, T) booleans for frames centred on `seconds` (T,); see `SpecTransform`."""
+        n_frames = n_reference // round(REFERENCE_HOP_SECONDS * REFERENCE_RATE) + 1
+        start, stop = _mask(*draws, n_frames, self.param)
+        # A frame is masked when its centre is; the corners lie half a frame before the centres.
+        corners = ((index.double() - 0.5) * REFERENCE_HOP_SECONDS for index in (start, stop))
+        return _inside(seconds, *corners)[:, None, :]
+
+
+class FrequencyMasking:
+    """One masked stretch of frequency, at most `freq_mask_param` reference bands (64 HTK mel to 8 kHz) wide."""
+
+    def __init__(self, freq_mask_param: int = 24) -> None:
+        self.param = freq_mask_param
+
+    def masked(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
+        """Return (B, F, 1) booleans for bands centred on `hertz` (F,); see `SpecTransform`."""
+        start, stop = _mask(*draws, REFERENCE_BANDS, self.param)
+        # Band b is centred on (b + 1) / 65 of the mel range; the corners lie half a band below the centres.
+        mel_step = _hz_to_mel(REFERENCE_F_MAX) / (REFERENCE_BANDS + 1)
+        corners = (_mel_to_hz((index.double() + 0.5) * mel_step) for index in (start, stop))
+        return _inside(hertz, *corners)[:, :, None]
+
+
+def _hz_to_mel(hz: float) -> float:
+    return 2595.0 * math.log10(1.0 + hz / 700.0)
+
+
+def _mel_to_hz(mel: Tensor) -> Tensor:
+    return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
+
+
+# The transforms a configuration may name. A new one is a class above and a line here.
+WAVE_TRANSFORMS: dict[str, Callable[..., WaveTransform]] = {"Shift": Shift}
+SPEC_TRANSFORMS: dict[str, Callable[..., SpecTransform]] = {
+    "TimeMasking": TimeMasking,
+    "FrequencyMasking": FrequencyMasking,
+}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Everything random about one chunk in one epoch."""
+
+    wave: tuple[float, ...]  # one number for each waveform transform, in its unit
+    value: float
+    min_value: float
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The augmentation of a store: its transforms, drawn from a seed and applied alike for every model.
+
+    Args:
+        wavtransforms: name → arguments, as in a `logitconfig/` file.
+        spectransforms: list of {name: arguments}.
+        mask_fill: what a masked bin reads: 0 dB as published, or the clip's own mean level.
+    """
+
+    wavtransforms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    spectransforms: Sequence[Mapping[str, Mapping[str, Any]]] = ()
+    mask_fill: Literal["0dB", "mean"] = "0dB"
+    _wave: tuple[WaveTransform, ...] = field(init=False, repr=False, compare=False)
+    _spec: tuple[SpecTransform, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        faults = Faults("the augmentation")
+        wave = [_build(WAVE_TRANSFORMS, name, args, faults) for name, args in self.wavtransforms.items()]
+        spec = [
+            _build(SPEC_TRANSFORMS, name, args, faults) for entry in self.spectransforms for name, args in entry.items()
+        ]
+        if self.mask_fill not in ("0dB", "mean"):
+            faults.add(f"mask_fill is {self.mask_fill!r}; use '0dB' (as published) or 'mean'")
+        faults.raise_if_any()
+        object.__setattr__(self, "_wave", tuple(wave))
+        object.__setattr__(self, "_spec", tuple(spec))
+
+    def settings(self) -> dict[str, Any]:
+        """Return what `Replay(**settings)` needs to be this object again, as plain JSON values."""
+        return {
+            "wavtransforms": {name: dict(args or {}) for name, args in self.wavtransforms.items()},
+            "spectransforms": [{n: dict(a or {}) for n, a in entry.items()} for entry in self.spectransforms],
+            "mask_fill": self.mask_fill,
+        }
+
+    def draw(self, seed: int, n_reference: int) -> Draw:
+        """Return what `seed` says about a chunk of `n_reference` samples at the reference rate."""
+        generator = torch.Generator().manual_seed(int(seed))
+        wave = tuple(transform.draw(n_reference, generator) for transform in self._wave)
+        value = torch.rand(1, generator=generator).item()
+        min_value = torch.rand(1, generator=generator).item()
+        return Draw(wave, value, min_value)
+
+    def transform_waveform(self, waveform: np.ndarray, draw: Draw, sample_rate: int) -> np.ndarray:
+        """Return `waveform` (S,) after every waveform transform of `draw`."""
+        for transform, amount in zip(self._wave, draw.wave, strict=True):
+            waveform = transform.apply(waveform, amount, sample_rate)
+        return waveform
+
+    def mask_spectrogram(
+        self,
+        mel: Tensor,
+        grid: MelGrid,
+        value: Tensor,
+        min_value: Tensor,
+        n_reference: Tensor,
+        n_frames: Tensor | None = None,
+    ) -> Tensor:
+        """Mask a batch at once.
+
+        Args:
+            mel: (B, F, T) as `grid`, its front-end, made it.
+            grid: the front-end, for the place of its frames and bands and its scale.
+            value: (B,) float32, the width draws.
+            min_value: (B,) float32, the position draws.
+            n_reference: (B,) chunk lengths in samples at the reference rate.
+            n_frames: (B,) each clip's own frames where the batch is padded; the mean fill counts these alone.
+
+        Returns:
+            (B, F, T), a new tensor; `mel` itself when there is nothing to mask.
+        """
+        if not self._spec:
+            return mel
+        seconds = torch.arange(mel.shape[-1], device=mel.device, dtype=torch.float64)
+        seconds = seconds * (grid.hop_size / grid.sample_rate)
+        hertz = grid.band_centers_hz.to(mel.device, torch.float64)
+        fill = self._fill(mel, grid, n_frames)
+        for transform in self._spec:
+            mel = torch.where(transform.masked(seconds, hertz, (value, min_value), n_reference), fill, mel)
+        return mel
+
+    def _fill(self, mel: Tensor, grid: MelGrid, n_frames: Tensor | None) -> Tensor:
+        if self.mask_fill == "0dB":
+            return mel.new_tensor(grid.power_db_to_value(0.0))
+        if n_frames is None:
+            return mel.mean(dim=(1, 2), keepdim=True)
+        own = torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None]  # (B, T)
+        total = (mel * own[:, None, :]).sum(dim=(1, 2), keepdim=True)
+        return total / (n_frames[:, None, None] * mel.shape[1])
+
+
+def _build(known: Mapping[str, Any], name: str, arguments: Mapping[str, Any] | None, faults: Faults) -> Any:
+    if name not in known:
+        faults.add(f"unknown transform {name!r}{did_you_mean(name, known)}; known are {', '.join(known)}")
+        return None
+    try:
+        return known[name](**(arguments or {}))
+    except TypeError as error:
+        faults.add(f"transform {name}: {error}".replace("__init__() ", ""))
+        return None
+
+
+def epoch_seeds(seed: int, epoch: int, n: int, first: int = 0) -> np.ndarray:
+    """Return one augmentation seed for each of the items `first` … `first + n` in `epoch`, int32 (n,).
+
+    A pure function of its arguments, item by item: it does not matter how the items are split over processes.
+    """
+    stream = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    return stream.integers(0, 2**31, size=first + n, dtype=np.int64)[first:].astype(np.int32)
