@@ -1,0 +1,137 @@
+"""Training, for real, on a few tones."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from audio.dataset import Pack
+from common.errors import Faults, UserError
+from distill.dataset import ReplayDataset, collate
+from distill.objectives import create_objective
+from distill.replay import Replay
+from distill.sources import SeededItems
+from training.config import TrainConfig
+from training.data import open_training
+from training.loop import Run, Trainer, prepare_batch
+from training.optim import create_optimizer
+from training.precision import Precision
+from training.student import create_student
+
+CPU = torch.device("cpu")
+
+
+def settings(tone_pack, **changes):
+    return TrainConfig(
+        **{
+            "train_data": str(tone_pack),
+            "eval_data": str(tone_pack),
+            "model": "audiotransformer_pico",
+            "model_args": {"pooling": "logit"},
+            "pretrained": False,
+            "loss": "BCEWithLogitsLoss",
+            "init_from_data": True,
+            "batch_size": 8,
+            "epochs": 25,
+            "warmup_epochs": 1,
+            "valid_every": 5,
+            "optimizer": "AdamW",
+            "optimizer_args": {"lr": 0.003},
+            "num_workers": 0,
+            "device": "cpu",
+        }
+        | changes
+    )
+
+
+def train(folder: Path, config: TrainConfig, seed=1):
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    faults = Faults("the test")
+    data = open_training(config, seed, faults)
+    faults.raise_if_any()
+    objective = create_objective(config.objective, loss=config.loss, loss_args=config.loss_args)
+    model = create_student(config, data.labels, objective)
+    run = Run(config, data, model, objective, folder, CPU, seed)
+    return run.fit(), run
+
+
+@pytest.mark.parametrize("loss", ["BCEWithLogitsLoss", "CrossEntropyLoss"])
+def test_a_model_learns_seven_classes_named_by_words(tone_pack, tmp_path, loss):
+    result, run = train(tmp_path, settings(tone_pack, loss=loss))
+    assert run.model.labels == [f"tone {i}" for i in range(7)]
+    assert result["top1"] > 0.9
+    assert result["mAP"] > 0.9
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 26))
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
+    assert (tmp_path / "averaged.pt").is_file()
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["clips"] == 28
+    assert saved["chance_mAP"] == pytest.approx(1 / 7)
+    assert len((tmp_path / "results_per_class.csv").read_text().splitlines()) == 8
+
+
+@pytest.mark.parametrize("changes", [{}, {"mixup": 0.5, "sampler": "balanced"}, {"mode": "amp_bf16"}], ids=str)
+def test_the_same_seed_gives_the_same_weights_with_any_number_of_workers(tone_pack, tmp_path, changes):
+    short = {"epochs": 2, "valid_every": 2} | changes
+    one, two = (
+        train(tmp_path / str(n), settings(tone_pack, num_workers=n, **short))[1].model.state_dict() for n in (0, 2)
+    )
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_training_on_chunks_covers_the_whole_of_a_long_clip(tone_pack):
+    faults = Faults("the test")
+    data = open_training(settings(tone_pack, chunk_length=0.25), 1, faults)
+    assert not faults.sentences
+    assert len(data.source.bounds) == 28 * 4
+    assert np.array_equal(data.source.target(1, 5), np.eye(7)[1])
+
+
+def test_patch_out_draws_from_the_runs_own_generator(tone_pack, tmp_path):
+    arguments = {"pooling": "logit", "time_patch_out": 2}
+    short = settings(tone_pack, model_args=arguments, epochs=1, valid_every=1, init_from_data=False)
+    a, b = (train(tmp_path / name, short)[1].model.state_dict() for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_names_of_the_batch(tone_pack, tmp_path):
+    changes = {"optimizer": "SGD", "optimizer_args": {"lr": 1e30}, "use_scheduler": False, "init_from_data": False}
+    with pytest.raises(UserError, match=r"the loss is (nan|inf).*sounds/tone_\d+\.wav"):
+        train(tmp_path, settings(tone_pack, **changes))
+
+
+def test_fresh_masks_replace_the_replayed_ones_but_not_the_shift(tone_pack):
+    pack = Pack.open(tone_pack)
+    replay = Replay({"Shift": {"p": 1.0}}, [{"TimeMasking": {}}])
+    source = SeededItems(np.array([[0, 0, 16000]]), 16000, replay, seed=3)
+    replayed, fresh = (ReplayDataset(pack, source, [16000], fresh_masks=f, seed=3) for f in (False, True))
+    one, other = replayed[(1, 0)], fresh[(1, 0)]
+    assert torch.equal(one["waveforms"][16000], other["waveforms"][16000])
+    assert (one["value"], one["min_value"]) != (other["value"], other["min_value"])
+    assert fresh[(1, 0)]["value"] == other["value"]
+    assert fresh[(2, 0)]["value"] != other["value"]
+
+
+@pytest.mark.parametrize("mode", ["noamp", "amp", "amp_bf16"])
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("mixup", [None, 0.5])
+def test_one_step_serves_every_mode(tone_pack, mode, fresh, mixup):
+    """The published code had three copies of its step; inconsistent masks worked in one of them, mixup in two."""
+    torch.manual_seed(0)
+    config = settings(tone_pack)
+    replay = Replay({}, [{"TimeMasking": {"time_mask_param": 20}}])
+    source = SeededItems(np.array([[i, 0, 16000] for i in range(4)]), 16000, replay, seed=3)
+    source.target = lambda epoch, item: np.eye(7, dtype=np.float32)[item]
+    dataset = ReplayDataset(Pack.open(tone_pack), source, [16000], fresh_masks=fresh)
+    objective = create_objective("target", loss=config.loss, loss_args={"reduction": "none"})
+    model = create_student(config, [str(i) for i in range(7)], objective).train()
+    optimizer = create_optimizer("AdamW", model.parameters(), {"lr": 1e-3}, CPU)
+    trainer = Trainer(model, objective, optimizer, None, Precision(mode, CPU), replay, mixup, seed=0)
+    batch = prepare_batch(collate([dataset[(1, i)] for i in range(4)]), CPU)
+    losses = [trainer.step(batch)["loss"].item() for _ in range(12)]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]

@@ -1,0 +1,1 @@
+"""How a model learns and is judged: configuration, loop, optimisers, metrics, soft targets, tagging."""

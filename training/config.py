@@ -1,0 +1,208 @@
+"""The configuration of a run: typed, checked before any data is read, every fault told at once.
+
+Keys and defaults of CED's published files are kept, so that they run unchanged; keys of this project's own are marked.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from common.errors import Faults, did_you_mean
+from distill.objectives import LOSSES
+from distill.targets import LABEL_TYPES
+
+Mode = Literal["noamp", "amp", "amp_bf16"]
+Transforms = dict[str, dict[str, Any] | None]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class TrainConfig(_Config):
+    """What `run.py train` reads."""
+
+    # --- data
+    train_data: str  # TSV of a pack
+    eval_data: str | None = None  # TSV of a pack with a `labels` column: reported at the end
+    valid_data: str | None = None  # ours: chooses the best checkpoints; null = eval_data, as published
+    logitspath: str | None = None  # folder of soft targets; null = train on the `labels` column (ours)
+    labels_csv: str | None = None  # ours: index,mid,display_name; null = what the store or the column says
+    num_classes: int | None = Field(None, ge=1)  # null = as many as the targets have
+    num_workers: int = Field(4, ge=0)
+    chunk_length: float = Field(10.0, gt=0)  # ours: seconds an item has at most, when training on labels
+    sampler: Literal["balanced"] | None = None
+
+    # --- model
+    model: str
+    model_args: dict[str, Any] = {}
+    # A name, path or URL; true = the published initialisation of this model; null = that, or a random start with a
+    # warning where it cannot be had; false = a random start.
+    pretrained: bool | str | None = None
+    init_from_data: bool = False  # ours: set input normalisation and head bias from the first batches
+
+    # --- targets
+    objective: str = "target"  # ours
+    objective_args: dict[str, Any] = {}
+    loss: str = "BCELoss"
+    loss_args: dict[str, Any] = {}
+    label_type: str = "zero"  # what classes outside the stored top k get
+    max_aug_epochs: int = Field(0, ge=0)  # stored epochs to use; 0 = all
+
+    # --- augmentation; shift and masks come with the soft targets, these three are for training on labels (ours)
+    mixup: float | None = Field(None, gt=0)  # alpha of the Beta distribution
+    disable_consistency: bool = False  # draw masks anew instead of replaying the teacher's
+    wavtransforms: Transforms = {}
+    spectransforms: list[Transforms] = []
+    mask_fill: Literal["0dB", "mean"] = "0dB"
+
+    # --- optimisation
+    batch_size: int = Field(32, ge=1)
+    eval_batch_size: int | None = Field(None, ge=1)  # null = batch_size
+    epochs: int = Field(120, ge=1)
+    epoch_length: int | None = Field(None, ge=1)  # iterations; null = a full pass
+    optimizer: Literal["Adam8bit", "Adam", "AdamW", "SGD"] = "Adam8bit"
+    optimizer_args: dict[str, Any] = {"lr": 0.001}
+    use_scheduler: bool = True
+    warmup_iters: int = Field(5000, ge=0)
+    warmup_epochs: int | None = Field(None, ge=0)  # in place of warmup_iters
+    decay_frac: float = Field(0.1, ge=0, le=1)  # the cosine ends at this fraction of the learning rate
+    mode: Mode = "noamp"
+    device: str = "auto"  # ours
+
+    # --- selection and output
+    valid_every: int = Field(1, ge=1)  # epochs
+    early_stop: int = Field(10, ge=1)  # validations without a better mAP
+    average: bool = True  # average the weights of the best checkpoints
+    n_saved: int = Field(4, ge=1)
+    outputpath: str = "experiments/"
+    logfile: str = "train.log"
+    debug: bool = False  # log more
+
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, value: str) -> str:
+        return _one_of(value, LOSSES)
+
+    @field_validator("label_type", mode="before")
+    @classmethod
+    def _known_label_type(cls, value: Any) -> str:
+        return _one_of(str(value), LABEL_TYPES)  # a YAML file may spell 527 as a number
+
+    @field_validator("optimizer_args")
+    @classmethod
+    def _numbers(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {k: _number(v) for k, v in value.items()}  # YAML reads 1e-3 as text
+
+    @field_validator("spectransforms", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return [{k: v} for k, v in value.items()] if isinstance(value, dict) else value
+
+
+class SoftTargetConfig(_Config):
+    """What `save_logits.py` reads."""
+
+    train_data: str
+    model: str | list[str]  # names, checkpoints, or a list of them: an ensemble
+    weights: str | list[str] | None = None  # ours: weights for each of them, for files that do not say what they are
+    model_args: dict[str, Any] = {}
+    name: str | None = None  # ours: the folder's name; null = the models' names joined by "_"
+    outputpath: str = "logits/"
+    chunk_length: float = Field(10.0, gt=0)  # seconds
+    epochs: int = Field(40, ge=1)
+    batch_size: int = Field(128, ge=1)
+    num_workers: int = Field(8, ge=0)
+    topk: int = Field(20, ge=1)
+    mode: Mode | None = None
+    device: str = "auto"  # ours
+    seed: int = Field(42, ge=0)  # ours: the augmentation seeds are a pure function of it
+    wavtransforms: Transforms = {"Shift": {"min_shift": -0.5, "max_shift": 0.5}}
+    spectransforms: list[Transforms] = [
+        {"TimeMasking": {"time_mask_param": 192}},
+        {"FrequencyMasking": {"freq_mask_param": 24}},
+    ]
+    mask_fill: Literal["0dB", "mean"] = "0dB"  # ours
+
+    @field_validator("spectransforms", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return [{k: v} for k, v in value.items()] if isinstance(value, dict) else value
+
+
+def _one_of(value: str, valid: Any) -> str:
+    if value not in valid:
+        raise ValueError(f"it can be {', '.join(valid)}{did_you_mean(value, valid)}")
+    return value
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+ConfigT = TypeVar("ConfigT", TrainConfig, SoftTargetConfig)
+
+
+def read_config(kind: type[ConfigT], path: str | Path, overrides: dict[str, Any], faults: Faults) -> ConfigT | None:
+    """Read a YAML configuration and lay command-line values over it.
+
+    Args:
+        kind: `TrainConfig` or `SoftTargetConfig`.
+        path: the YAML file.
+        overrides: key → value; a dotted key (`optimizer_args.lr`) reaches into a mapping.
+        faults: gets every fault: an unknown key with the nearest valid one, a value of the wrong type, a missing key.
+
+    Returns:
+        The configuration. Where there were faults: the configuration with the faulty keys at their defaults, so that
+        the data it names can be checked in the same go; None if that is not possible.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        faults.add(f"it cannot be read: {error}")
+        return None
+    if not isinstance(settings, dict):
+        faults.add(f"it holds {type(settings).__name__}, not a mapping of keys to values")
+        return None
+    for key, value in overrides.items():
+        _override(settings, key, value)
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        for fault in error.errors():
+            faults.add(_sentence(kind, fault))
+            settings.pop(str(fault["loc"][0]), None)
+    try:
+        return kind(**settings)
+    except ValidationError:
+        return None
+
+
+def _override(settings: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        settings = settings.setdefault(parent, {})
+    settings[last] = _parsed(value)
+
+
+def _parsed(value: Any) -> Any:
+    """Read text from the command line as YAML would, so that `--mixup null` means what it says."""
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return value
+
+
+def _sentence(kind: type[BaseModel], fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{did_you_mean(key, kind.model_fields)}"
+    if fault["type"] == "missing":
+        return f"the key {key!r} is missing; add `{key}: ...` or give --{key}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{key} is {fault['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,203 @@
+"""From the paths of a configuration to data: packs, label lists and target sources, with every fault noted."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from audio.dataset import Pack, chunk_bounds
+from audio.manifest import parse_labels
+from common.errors import Faults, UserError
+from distill.replay import Replay
+from distill.sources import LabelTargets, TargetSource
+from distill.targets import SoftTargetStore, StoredTargets
+from models.labels import labels_for, read_labels
+from models.registry import AUDIOSET_CLASSES
+from training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+PACK_FIRST = "pack the sounds first: `python scripts/wavlist_to_hdf5.py LIST.tsv OUTDIR` writes OUTDIR/labels/LIST.tsv"
+
+
+@dataclass
+class LabelledPack:
+    """A pack and what each of its clips is labelled with.
+
+    Attributes:
+        pack: N clips.
+        labels: class indices of each clip.
+        num_classes: C.
+    """
+
+    pack: Pack
+    labels: list[np.ndarray]
+    num_classes: int
+
+    def multi_hot(self) -> np.ndarray:
+        """Return the labels as (N, C) of 0 and 1."""
+        targets = np.zeros((len(self.labels), self.num_classes), np.float32)
+        for row, indices in zip(targets, self.labels, strict=True):
+            row[indices] = 1.0
+        return targets
+
+
+@dataclass
+class TrainingData:
+    """All that a run learns and is judged from."""
+
+    pack: Pack
+    source: TargetSource
+    labels: list[str]
+    valid: LabelledPack | None
+    evaluation: LabelledPack | None
+    balance: np.ndarray | None  # (M,) how often to draw each item, for `sampler: balanced`
+
+
+def open_pack(path: str, faults: Faults, *, labelled: bool = False) -> Pack | None:
+    """Open a pack; what is wrong with it is noted in `faults`."""
+    required = ("filename", "hdf5path", "labels") if labelled else ("filename", "hdf5path")
+    if not Path(path).is_file():
+        faults.add(f"{path} does not exist; {PACK_FIRST}")
+        return None
+    try:
+        return Pack.open(path, required=required)
+    except UserError as error:
+        faults.add(str(error))
+        return None
+
+
+def open_labelled(path: str, labels: list[str], faults: Faults) -> LabelledPack | None:
+    """Open a pack with a `labels` column of indices into `labels`, or of names in it."""
+    pack = open_pack(path, faults, labelled=True)
+    if pack is None:
+        return None
+    try:
+        indices = parse_labels(pack.table["labels"], labels, pack.names)
+    except UserError as error:
+        faults.add(f"{path}: {error}")
+        return None
+    return LabelledPack(pack, indices, len(labels))
+
+
+def open_training(config: TrainConfig, seed: int, faults: Faults) -> TrainingData | None:
+    """Open everything a run needs.
+
+    Args:
+        config: names the files.
+        seed: of the run, for augmentation seeds that no store brings.
+        faults: gets every fault found; where there is none, data is returned.
+    """
+    named = _named_labels(config, faults)
+    opened = _stored_source(config, named, faults) if config.logitspath else _label_source(config, named, seed, faults)
+    labels = opened[2] if opened else named
+    packs: dict[str, LabelledPack | None] = {}
+    for path in dict.fromkeys(p for p in (config.valid_data, config.eval_data) if p):
+        if labels is not None:
+            packs[path] = open_labelled(path, labels, faults)
+        else:
+            open_pack(path, faults, labelled=True)
+    if opened is None or faults.sentences:
+        return None
+    pack, source, labels = opened
+    evaluation = packs[config.eval_data] if config.eval_data else None
+    valid = packs[config.valid_data] if config.valid_data else evaluation
+    balance = _balance(pack, source, labels, faults) if config.sampler == "balanced" else None
+    return TrainingData(pack, source, labels, valid, evaluation, balance)
+
+
+def _named_labels(config: TrainConfig, faults: Faults) -> list[str] | None:
+    """Return the class names that the configuration gives: of `labels_csv`, or plain ones for `num_classes`."""
+    if config.labels_csv is None:
+        return labels_for(config.num_classes, None) if config.num_classes else None
+    try:
+        labels = read_labels(config.labels_csv)
+    except UserError as error:
+        faults.add(str(error))
+        return None
+    if config.num_classes not in (None, len(labels)):
+        faults.add(
+            f"num_classes is {config.num_classes}, but {config.labels_csv} lists {len(labels)}; drop one of them"
+        )
+    return labels
+
+
+Opened = tuple[Pack, TargetSource, list[str]]
+
+
+def _stored_source(config: TrainConfig, named: list[str] | None, faults: Faults) -> Opened | None:
+    pack = open_pack(config.train_data, faults)
+    try:
+        store = SoftTargetStore(config.logitspath or "")
+    except UserError as error:
+        faults.add(str(error))
+        return None
+    said = store.num_classes
+    if said and named and len(named) != said:
+        faults.add(
+            f"{store.folder} holds targets over {said} classes, the configuration says {len(named)}; drop num_classes "
+            "and labels_csv to take what the store says"
+        )
+        return None
+    num_classes = said or (len(named) if named else AUDIOSET_CLASSES)
+    labels = named if config.labels_csv and named else store.labels or labels_for(num_classes, None)
+    if pack is None:
+        return None
+    try:
+        source = StoredTargets(store, pack, num_classes, config.label_type, config.max_aug_epochs)
+    except UserError as error:
+        faults.add(str(error))
+        return None
+    return pack, source, labels
+
+
+def _label_source(config: TrainConfig, named: list[str] | None, seed: int, faults: Faults) -> Opened | None:
+    pack = open_pack(config.train_data, faults, labelled=True)
+    try:
+        replay = Replay(
+            {k: v or {} for k, v in config.wavtransforms.items()},
+            [{k: v or {} for k, v in entry.items()} for entry in config.spectransforms],
+            config.mask_fill,
+        )
+    except UserError as error:
+        faults.add(str(error))
+        return None
+    if pack is None:
+        return None
+    labels = named or _vocabulary(pack.table["labels"])
+    if labels is None:
+        faults.add(
+            f"{config.train_data} labels its clips with numbers, so the number of classes must be said: give "
+            "num_classes or labels_csv (index,mid,display_name)"
+        )
+        return None
+    try:
+        indices = parse_labels(pack.table["labels"], labels, pack.names)
+    except UserError as error:
+        faults.add(f"{config.train_data}: {error}")
+        return None
+    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length)
+    return pack, LabelTargets(bounds, indices, len(labels), pack.sample_rate, replay, seed), labels
+
+
+def _vocabulary(column: pd.Series) -> list[str] | None:
+    """Return the sorted class names in a `labels` column, or None if it holds numbers."""
+    names = sorted({token.strip() for cell in column for token in str(cell).split(";")} - {""})
+    return None if any(name.isdigit() for name in names) else names
+
+
+def _balance(pack: Pack, source: TargetSource, labels: list[str], faults: Faults) -> np.ndarray | None:
+    """Weigh each item by the rarest of its classes: 1 / (number of clips with that class)."""
+    if "labels" not in pack.table:
+        faults.add(f"sampler: balanced needs a `labels` column in {pack.manifest}; add it, or drop the sampler")
+        return None
+    try:
+        indices = parse_labels(pack.table["labels"], labels, pack.names)
+    except UserError as error:
+        faults.add(f"{pack.manifest}: {error}")
+        return None
+    counts = np.bincount(np.concatenate(indices), minlength=len(labels))
+    of_clip = np.array([(1.0 / counts[i]).max() for i in indices])
+    return of_clip[source.bounds[:, 0]]

@@ -1,0 +1,49 @@
+"""Precision as a context: one training step for every mode."""
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from common.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is the GPU where there is one.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r} is not known to PyTorch; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda is asked for, but PyTorch sees no GPU here; use auto or cpu")
+    return device
+
+
+class Precision:
+    """A mode on a device: the context to compute in and the scaler to step with.
+
+    Args:
+        mode: `noamp` (float32), `amp` (float16 with a scaled loss) or `amp_bf16`. `amp` needs a GPU and is float32
+            elsewhere, with a notice.
+        device: where the model is.
+    """
+
+    def __init__(self, mode: str, device: torch.device) -> None:
+        self.device = device
+        if mode == "amp" and device.type != "cuda":
+            logger.info("mode: amp (float16) needs a GPU; computing in float32")
+            mode = "noamp"
+        self.dtype = {"noamp": None, "amp": torch.float16, "amp_bf16": torch.bfloat16}[mode]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+
+    def context(self) -> AbstractContextManager[object]:
+        """Return a fresh context for one forward pass."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)

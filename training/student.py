@@ -1,0 +1,103 @@
+"""Making a student ready: architecture, starting weights, and a head start from its data."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+from distill.objectives import Objective
+from models import AudioTagger, create_model, load_weights, published_initialisation
+from training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+def create_student(config: TrainConfig, labels: list[str] | None, objective: Objective) -> AudioTagger:
+    """Build the model of a configuration with its starting weights.
+
+    Args:
+        config: names the model, its arguments and where its weights start.
+        labels: the class names, or None where the data did not say (its faults are told anyway).
+        objective: what it will be trained towards; says whether it wants logits or probabilities.
+
+    Raises:
+        UserError: unknown model or argument; weights that cannot be had or do not fit; output that does not suit the
+            objective.
+    """
+    arguments = dict(config.model_args)
+    arguments.pop("outputdim", None)  # published files may repeat the number of classes
+    activation = getattr(objective, "activation", None)
+    if activation:
+        arguments.setdefault("activation", activation)
+    model = create_model(config.model, num_classes=len(labels) if labels else None, labels=labels, **arguments)
+    if objective.wants and model.outputs != objective.wants:
+        pooling = "logit" if objective.wants == "logits" else "mean"
+        raise UserError(
+            f"loss {config.loss} wants {objective.wants}, but {config.model} gives {model.outputs}; set "
+            f"model_args: {{pooling: {pooling}}} or another loss"
+        )
+    _start(model, config)
+    return model
+
+
+def _start(model: AudioTagger, config: TrainConfig) -> None:
+    if config.pretrained is False:
+        logger.info("%s starts from random weights", config.model)
+    elif isinstance(config.pretrained, str):
+        load_weights(model, config.pretrained)
+        logger.info("%s starts from %s", config.model, config.pretrained)
+    else:
+        url = published_initialisation(config.model)
+        if url is None:
+            if config.pretrained:
+                raise UserError(
+                    f"{config.model} has no published initialisation; give `pretrained: PATH`, or false for "
+                    "random weights"
+                )
+            logger.info("%s starts from random weights", config.model)
+            return
+        try:
+            load_weights(model, url, pre_training=True)
+            logger.info("%s starts from its published initialisation, %s", config.model, url)
+        except UserError as error:
+            if config.pretrained:
+                raise
+            logger.warning(
+                "%s STARTS FROM RANDOM WEIGHTS: its published initialisation cannot be had (%s). Published figures "
+                "start there. Give `pretrained: PATH` to use it, or false to say that you mean it.",
+                config.model,
+                error,
+            )
+
+
+@torch.no_grad()
+def start_from_data(model: AudioTagger, batches: Iterable[dict[str, Any]]) -> None:
+    """Set what the first thousands of iterations would otherwise find out.
+
+    Batch-norm statistics become those of the batches, and the last layer's bias becomes the log-odds of each class's
+    mean target, so that the untrained model already answers with the prior.
+
+    Args:
+        model: on its device; left in training mode.
+        batches: collated and prepared, see `distill.dataset.collate`.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over all batches
+    model.train()
+    targets = []
+    rate = model.sample_rate
+    for batch in batches:
+        model(batch["waveforms"][rate], batch["lengths"][rate])
+        targets.append(batch["target"])
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    mean = torch.cat(targets).mean(dim=0).clamp(1e-4, 1 - 1e-4)
+    head = cast(nn.Linear, model.get_submodule(model.head))
+    prior = mean.log() if model.activation == "softmax" else torch.logit(mean)
+    head.bias.copy_(prior)

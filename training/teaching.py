@@ -1,0 +1,212 @@
+"""Asking a teacher: every chunk of a pack, in every epoch, with the augmentation that its seed says."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+
+from audio.dataset import Pack, chunk_bounds, loader_workers
+from common.errors import UserError
+from common.files import sha256, write_json
+from distill.dataset import ReplayDataset, collate
+from distill.replay import REFERENCE_RATE, Replay
+from distill.sources import SeededItems
+from distill.targets import epoch_file, write_epoch
+from models import AudioTagger
+from training.config import SoftTargetConfig
+from training.loop import prepare_batch
+from training.precision import Precision, choose_device
+
+logger = logging.getLogger(__name__)
+
+# What must stay as it is for files of another day to belong to the same store.
+IDENTITY = ("wavtransforms", "spectransforms", "mask_fill", "teacher", "manifest_sha256", "seed", "topk", "world_size")
+
+
+class _Batches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, item), epoch after epoch, clips of like length together so that little is padded."""
+
+    def __init__(self, epochs: list[int], items: np.ndarray, lengths: np.ndarray, batch_size: int) -> None:
+        self.epochs, self.batch_size = epochs, batch_size
+        self.items = items[np.argsort(lengths[items], kind="stable")]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch in self.epochs:
+            for first in range(0, len(self.items), self.batch_size):
+                yield [(epoch, int(item)) for item in self.items[first : first + self.batch_size]]
+
+
+def teacher_hash(member: AudioTagger) -> str:
+    """Return the SHA-256 of a model's weights: names and values, in order."""
+    digest = hashlib.sha256()
+    for name, value in member.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def ensemble_probabilities(
+    members: list[AudioTagger], batch: dict[str, Any], replay: Replay, precision: Precision
+) -> Tensor:
+    """Return the mean of the members' probabilities (B, C) for a batch of `distill.dataset.collate`.
+
+    Each member hears the batch at its own rate, through its own front-end, masked in the same seconds and hertz.
+    """
+    total: Tensor | None = None
+    draws = batch["value"], batch["min_value"], batch["n_reference"]
+    for member in members:
+        front_end = member.front_end
+        lengths = batch["lengths"][front_end.sample_rate]
+        with precision.context():
+            mel = front_end(batch["waveforms"][front_end.sample_rate], lengths)
+            n_frames = None if lengths is None else front_end.n_frames(lengths)
+            mel = replay.mask_spectrogram(mel, front_end, *draws, n_frames)
+            probabilities = member.probabilities(member.forward_spectrogram(mel, n_frames)).float()
+        total = probabilities if total is None else total + probabilities
+    assert total is not None, "an ensemble has members"
+    return total / len(members)
+
+
+class Teaching:
+    """A soft-target store in the making.
+
+    Args:
+        config: what to make.
+        pack: the clips.
+        members: the teachers; one is enough. Their labels are the same.
+        folder: to write into.
+        rank: of this process.
+        world_size: how many processes share the work.
+
+    Raises:
+        UserError: the folder holds targets made with other settings.
+    """
+
+    def __init__(
+        self,
+        config: SoftTargetConfig,
+        pack: Pack,
+        members: list[AudioTagger],
+        folder: Path,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.config, self.pack, self.folder, self.rank, self.world_size = config, pack, folder, rank, world_size
+        self.device = choose_device(config.device)
+        self.precision = Precision(config.mode or "noamp", self.device)
+        self.members = [member.to(self.device).eval() for member in members]
+        self.num_classes = members[0].num_classes
+        self.topk = min(config.topk, self.num_classes)
+        if self.topk < config.topk:
+            logger.info("topk %d: the teacher has %d classes, all are stored", config.topk, self.num_classes)
+        self.replay = Replay(
+            {k: v or {} for k, v in config.wavtransforms.items()},
+            [{k: v or {} for k, v in entry.items()} for entry in config.spectransforms],
+            config.mask_fill,
+        )
+        bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length)
+        self.items = SeededItems(bounds, pack.sample_rate, self.replay, config.seed)
+        self.mine = np.array_split(np.arange(len(bounds)), world_size)[rank]
+        self._claim_folder()
+
+    def meta(self) -> dict[str, Any]:
+        """Return what `meta.json` says of the store."""
+        return {
+            **self.replay.settings(),
+            "teacher": [
+                {"model": member.name, "arguments": member.arguments, "sha256": teacher_hash(member)}
+                for member in self.members
+            ],
+            "labels": self.members[0].labels,
+            "num_classes": self.num_classes,
+            "values": "probabilities",
+            "activation": self.members[0].activation,
+            "reference_rate": REFERENCE_RATE,
+            "pack_rate": self.pack.sample_rate,
+            "manifest": str(self.pack.manifest),
+            "manifest_sha256": sha256(self.pack.manifest),
+            "seed": self.config.seed,
+            "topk": self.topk,
+            "world_size": self.world_size,
+            "config": self.config.model_dump(),
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchaudio", "numpy", "soxr")},
+        }
+
+    def _claim_folder(self) -> None:
+        target, meta = self.folder / "meta.json", json.loads(json.dumps(self.meta()))
+        if target.is_file():
+            there = json.loads(target.read_text(encoding="utf-8"))
+            other = [key for key in IDENTITY if there.get(key) != meta[key]]
+            if there.get("config", {}).get("chunk_length") != self.config.chunk_length:
+                other.append("chunk_length")
+            if other:
+                raise UserError(
+                    f"{self.folder} holds soft targets made with another {', '.join(other)}; give another "
+                    "outputpath or name, or delete the folder to make them anew"
+                )
+        elif any(self.folder.glob("logits_ep*")):
+            raise UserError(
+                f"{self.folder} holds soft targets without a meta.json, so whether they fit is unknown; give another "
+                "outputpath or name"
+            )
+        if self.rank == 0:
+            write_json(target, meta)
+
+    def save(self) -> Path:
+        """Write every epoch that is not there yet; return the folder."""
+        epochs = [e for e in range(1, self.config.epochs + 1) if not epoch_file(self.folder, e, self.rank).is_file()]
+        if len(epochs) < self.config.epochs:
+            logger.info("%d of %d epochs are there already", self.config.epochs - len(epochs), self.config.epochs)
+        lengths = self.items.bounds[:, 2] - self.items.bounds[:, 1]
+        dataset = ReplayDataset(self.pack, self.items, sorted({m.sample_rate for m in self.members}))
+        loader = DataLoader(
+            dataset,
+            batch_sampler=_Batches(epochs, self.mine, lengths, self.config.batch_size),
+            num_workers=loader_workers(self.config.num_workers),
+            collate_fn=collate,
+        )
+        stream = iter(loader)
+        with tqdm(total=len(epochs) * len(self.mine), desc="soft targets", unit="chunk") as progress:
+            for epoch in epochs:
+                values = np.empty((len(self.mine), self.topk), np.float16)
+                indexes = np.empty((len(self.mine), self.topk), np.int16)
+                done = 0
+                while done < len(self.mine):
+                    batch = prepare_batch(next(stream), self.device)
+                    top = self._probabilities(dataset, batch).topk(self.topk)
+                    rows = batch["item"].cpu().numpy() - (self.mine[0] if len(self.mine) else 0)
+                    values[rows], indexes[rows] = top.values.cpu().numpy(), top.indices.cpu().numpy()
+                    done += len(rows)
+                    progress.update(len(rows))
+                seeds = self.items.seeds(epoch)[self.mine]
+                write_epoch(self.folder, epoch, self.rank, self._rows(), values, indexes, seeds)
+        return self.folder
+
+    def _probabilities(self, dataset: ReplayDataset, batch: dict[str, Any]) -> Tensor:
+        probabilities = ensemble_probabilities(self.members, batch, self.replay, self.precision)
+        if not bool(torch.isfinite(probabilities).all()):
+            bad = batch["item"][~torch.isfinite(probabilities).all(dim=1)]
+            raise UserError(f"the teacher's answer to {dataset.name(int(bad[0]))} is not a number; look at that clip")
+        return probabilities
+
+    def _rows(self) -> pd.DataFrame:
+        clips, starts, stops = self.items.bounds[self.mine].T
+        return pd.DataFrame(
+            {
+                "filename": [self.pack.names[clip] for clip in clips],
+                "start": starts / self.pack.sample_rate,
+                "end": stops / self.pack.sample_rate,
+                "n_reference": self.items.n_reference[self.mine],
+            }
+        )
