@@ -1,0 +1,130 @@
+"""The main job, start to end, on sounds made by formula: the commands a reader would type, one after the other.
+
+    python scripts/demo.py [--workdir data/demo] [--quick]
+
+Pack → train a small teacher on the labels → save its soft targets → distil a smaller CED student from them → evaluate
+both → tag a folder → print what was reached and where each file lies.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.errors import fail
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(title: str, *command: str | Path) -> float:
+    """Print and run one command of the project, with its progress bars; return the seconds it took."""
+    words = [str(word) for word in command]
+    print(f"\n=== {title}\n$ python {shlex.join(words)}", flush=True)
+    began = time.perf_counter()
+    status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
+    if status:
+        fail(f"this step ended with status {status}; its own message stands above")
+    return time.perf_counter() - began
+
+
+def figures(folder: Path) -> dict[str, float]:
+    """Return the results of a run on the evaluation clips."""
+    return json.loads((ROOT / folder / "results.json").read_text())
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Return two aligned columns."""
+    width = max(len(left) for left, _ in rows)
+    return "\n".join(f"  {left:<{width}}  {right}" for left, right in rows)
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, default=Path("data/demo"), help="sounds and packs (default: data/demo)")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="runs and soft targets (default: as the configurations say)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer sounds and epochs: checks the path, not the figures"
+    )
+    arguments = parser.parse_args()
+    work = arguments.workdir
+    runs = arguments.output / "experiments" if arguments.output else Path("experiments")
+    targets = arguments.output / "logits" if arguments.output else Path("logits")
+    n_train, n_rest = ("48", "16") if arguments.quick else ("400", "120")
+    counts = ["--seconds", "3", "--n_train", n_train, "--n_valid", n_rest, "--n_eval", n_rest]
+    short = ["--epochs", "2"] if arguments.quick else []
+    began = time.perf_counter()
+
+    run("make sounds by formula", "scripts/make_demo_sounds.py", work, *counts)
+    for split in ("train", "valid", "eval"):
+        run(f"pack the {split} sounds", "scripts/wavlist_to_hdf5.py", work / f"{split}.tsv", work / "packs")
+    packs = work / "packs" / "labels"
+    data = ["--eval_data", packs / "eval.tsv", "--valid_data", packs / "valid.tsv", "--outputpath", runs]
+    seconds_teacher = run(
+        "teach: train a small teacher on the labels",
+        *("run.py", "train", "trainconfig/demo_teacher.yaml", "--train_data", packs / "train.tsv"),
+        *("--labels_csv", work / "class_labels_indices.csv", *data, *short),
+    )
+    teacher = runs / "demo_teacher" / "audiotransformer_nano" / "latest"
+    run(
+        "ask the teacher: soft targets for every clip, epoch and augmentation",
+        *("save_logits.py", "logitconfig/demo.yaml", "--train_data", packs / "train.tsv", "--model", teacher),
+        *("--outputpath", targets, *short),
+    )
+    store = targets / "demo_teacher" / "train" / "chunk_10"
+    seconds_student = run(
+        "distil: a smaller student learns from the soft targets alone",
+        *("run.py", "train", "trainconfig/demo_student.yaml", "--train_data", packs / "train.tsv"),
+        *("--logitspath", store, *data, *short),
+    )
+    student = runs / "demo_student" / "audiotransformer_pico" / "latest"
+    run("evaluate the student", "run.py", "evaluate", student, "--test_data", packs / "eval.tsv")
+    tags = work / "tags.csv"
+    run("tag a folder", "inference.py", work / "folder_to_tag", "-m", student, "-k", "3", "--output", tags)
+
+    of_teacher, of_student = figures(teacher), figures(student)
+    chance = json.loads((ROOT / student / "results.json").read_text())["chance_mAP"]
+    print("\n=== reached, on sounds that neither has heard")
+    print(
+        table(
+            [
+                ("", "mAP     mAUC    trained in"),
+                ("chance", f"{chance:.3f}   0.500"),
+                (
+                    "teacher (nano, labels)",
+                    f"{of_teacher['mAP']:.3f}   {of_teacher['mAUC']:.3f}   {seconds_teacher:.0f} s",
+                ),
+                (
+                    "student (pico, distilled)",
+                    f"{of_student['mAP']:.3f}   {of_student['mAUC']:.3f}   {seconds_student:.0f} s",
+                ),
+                ("student / teacher", f"{100 * of_student['mAP'] / of_teacher['mAP']:.0f} %"),
+            ]
+        )
+    )
+    print("\n=== files")
+    print(
+        table(
+            [
+                ("sounds", str(work / "audio")),
+                ("packs", f"{packs}/*.tsv, {work / 'packs' / 'hdf5'}/*.h5"),
+                ("soft targets", str(store)),
+                ("teacher", str(teacher / "averaged.pt")),
+                ("student", str(student / "averaged.pt")),
+                ("per-class results", str(student / "results_per_class.csv")),
+                ("tags", str(tags)),
+            ]
+        )
+    )
+    print(f"\nin all {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
