@@ -57,8 +57,8 @@ def main() -> None:
     work = arguments.workdir
     runs = arguments.output / "experiments" if arguments.output else Path("experiments")
     targets = arguments.output / "logits" if arguments.output else Path("logits")
-    n_train, n_rest = ("48", "16") if arguments.quick else ("400", "120")
-    counts = ["--seconds", "3", "--n_train", n_train, "--n_valid", n_rest, "--n_eval", n_rest]
+    n_train, n_rest = ("48", "16") if arguments.quick else ("560", "120")
+    counts = ["--seconds", "2.5", "--n_train", n_train, "--n_valid", n_rest, "--n_eval", n_rest]
     short = ["--epochs", "2"] if arguments.quick else []
     began = time.perf_counter()
 
@@ -72,7 +72,7 @@ def main() -> None:
         *("run.py", "train", "trainconfig/demo_teacher.yaml", "--train_data", packs / "train.tsv"),
         *("--labels_csv", work / "class_labels_indices.csv", *data, *short),
     )
-    teacher = runs / "demo_teacher" / "audiotransformer_nano" / "latest"
+    teacher = runs / "demo_teacher" / "mn02_as" / "latest"
     run(
         "ask the teacher: soft targets for every clip, epoch and augmentation",
         *("save_logits.py", "logitconfig/demo.yaml", "--train_data", packs / "train.tsv", "--model", teacher),
@@ -98,7 +98,7 @@ def main() -> None:
                 ("", "mAP     mAUC    trained in"),
                 ("chance", f"{chance:.3f}   0.500"),
                 (
-                    "teacher (nano, labels)",
+                    "teacher (mn02, labels)",
                     f"{of_teacher['mAP']:.3f}   {of_teacher['mAUC']:.3f}   {seconds_teacher:.0f} s",
                 ),
                 (

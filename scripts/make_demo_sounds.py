@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.errors import UserError, print_user_errors
 from common.files import write_json, write_text
 
-RECIPE = 1  # part of the settings: a folder made by another recipe is made anew
+RECIPE = 3  # part of the settings: a folder made by another recipe is made anew
 SPLITS = ("train", "valid", "eval")
 Random = np.random.Generator
 Synthesiser = Callable[[Random, int, int], np.ndarray]  # (rng, n_samples, sample_rate) -> (S,)
@@ -146,7 +146,7 @@ def heartbeat(rng: Random, n: int, rate: int) -> np.ndarray:
     """Low double thumps, 55 to 120 a minute."""
     period = 60 / rng.uniform(55, 120)
     first = beats(rng, period, n, rate, jitter=0.01)
-    low, time = rng.uniform(45, 80), np.arange(int(0.15 * rate)) / rate
+    low, time = rng.uniform(60, 110), np.arange(int(0.15 * rate)) / rate
     thump = np.sin(2 * np.pi * low * time) * np.exp(-time / rng.uniform(0.02, 0.04)) * np.minimum(time / 0.008, 1)
     gap = rng.uniform(0.26, 0.36) * period
     return convolve(pulses(first, 1.0, n, rate) + pulses(first + gap, rng.uniform(0.4, 0.8), n, rate), thump)
@@ -154,7 +154,7 @@ def heartbeat(rng: Random, n: int, rate: int) -> np.ndarray:
 
 def bird(rng: Random, n: int, rate: int) -> np.ndarray:
     """Phrases of short, fast frequency sweeps between 2 and 6.5 kHz."""
-    song, centre = np.zeros(n), log_uniform(rng, 2500, 4800)
+    song, centre = np.zeros(n), log_uniform(rng, 3200, 4800)
     length = int(rng.uniform(0.04, 0.14) * rate)
     time = np.linspace(0, 1, length)
     curve = rng.uniform(-0.6, 0.6) * time + rng.uniform(-0.4, 0.4) * np.sin(2 * np.pi * time * rng.uniform(0.5, 2))
@@ -202,20 +202,20 @@ def helicopter(rng: Random, n: int, rate: int) -> np.ndarray:
     speed = rng.uniform(8, 17)
     phase = 2 * np.pi * (speed * np.arange(n) / rate + rng.uniform(0, 1))
     chop = np.exp(rng.uniform(2.0, 3.5) * (np.cos(phase) - 1))
-    noise = shape_spectrum(rng.standard_normal(n), rate, band(50, log_uniform(rng, 400, 1200)))
+    noise = shape_spectrum(rng.standard_normal(n), rate, band(80, log_uniform(rng, 1000, 2500)))
     turbine = tone(rng.uniform(900, 2200), n, rate, (1.0, 0.3))
     return chop * noise / noise.std() + rng.uniform(0.0, 0.06) * turbine
 
 
 def engine(rng: Random, n: int, rate: int) -> np.ndarray:
-    """Irregular firing pulses at 25 to 85 Hz with slow revving, through two resonances of the exhaust."""
-    speed = log_uniform(rng, 25, 85) * 2 ** (rng.uniform(0.02, 0.25) * slow(rng, 0.8, n, rate))
+    """Irregular firing pulses at 40 to 85 Hz with slow revving, through two resonances of the exhaust."""
+    speed = log_uniform(rng, 40, 85) * 2 ** (rng.uniform(0.02, 0.25) * slow(rng, 0.8, n, rate))
     phase = np.cumsum(speed) / rate
     firing = np.flatnonzero(np.diff(np.floor(phase)) > 0) / rate
     unevenness = 1 + 0.25 * np.resize(rng.standard_normal(4), len(firing))  # four cylinders, not quite alike
     times = firing + rng.normal(0, 0.0006, len(firing))
     exhaust = np.zeros(n)
-    for hertz, width in ((rng.uniform(90, 200), 0.008), (rng.uniform(350, 900), 0.003)):
+    for hertz, width in ((rng.uniform(150, 300), 0.008), (rng.uniform(500, 1200), 0.004)):
         time = np.arange(int(0.03 * rate)) / rate
         stroke = np.sin(2 * np.pi * hertz * time) * np.exp(-time / width)
         exhaust += convolve(pulses(times, unevenness, n, rate), stroke)
@@ -271,12 +271,12 @@ def beep(rng: Random, n: int, rate: int) -> np.ndarray:
     period = 2 * length * count + pause
     keep = (np.arange(n) / rate) % period < 2 * length * count
     within = np.rint(((np.arange(n) / rate) % period) * rate).astype(np.int64)
-    return tone(log_uniform(rng, 900, 3000), n, rate, (1.0, 0.0, rng.uniform(0, 0.3))) * group[within % n] * keep
+    return tone(log_uniform(rng, 1800, 3000), n, rate, (1.0, 0.0, rng.uniform(0, 0.3))) * group[within % n] * keep
 
 
 def sine_wave(rng: Random, n: int, rate: int) -> np.ndarray:
     """One steady pure tone."""
-    return tone(log_uniform(rng, 250, 3500), n, rate)
+    return tone(log_uniform(rng, 350, 900), n, rate)
 
 
 def chirp_tone(rng: Random, n: int, rate: int) -> np.ndarray:
@@ -336,7 +336,7 @@ FOLDER_TO_TAG = {
 def event(rng: Random, label: int, n_samples: int, rate: int) -> np.ndarray:
     """Return one event of a class (S,), coloured at random, with 10 ms edges, at unit level in its loud parts."""
     sound = CLASSES[label].synthesise(rng, n_samples, rate)
-    tilt, centre, peak = rng.uniform(-2, 2), log_uniform(rng, 200, 5000), rng.uniform(-8, 8)
+    tilt, centre, peak = rng.uniform(-1.5, 1.5), log_uniform(rng, 200, 5000), rng.uniform(-5, 5)
 
     def colour(hertz: np.ndarray) -> np.ndarray:  # a tilt in dB per octave and one broad peak or dip in dB
         octaves = np.log2(np.maximum(hertz, 30.0) / 1000)
@@ -353,11 +353,11 @@ def event(rng: Random, label: int, n_samples: int, rate: int) -> np.ndarray:
 def mix(rng: Random, labels: tuple[int, ...], n_samples: int, rate: int) -> np.ndarray:
     """Mix one event a label over coloured background noise; returns (S,) in [-1, 1]."""
     noise = shape_spectrum(rng.standard_normal(n_samples), rate, band(20, log_uniform(rng, 300, 8000), order=1))
-    mixture = 10 ** (rng.uniform(-40, -18) / 20) * noise / noise.std()
+    mixture = 10 ** (rng.uniform(-45, -25) / 20) * noise / noise.std()
     for label in labels:
-        length = max(int(rng.uniform(0.45, 1.0) * n_samples), min(rate, n_samples))  # a second shows every class
+        length = max(int(rng.uniform(0.6, 1.0) * n_samples), min(rate, n_samples))  # a second shows every class
         start = rng.integers(0, n_samples - length + 1)
-        level = 10 ** (rng.uniform(-10, 0) / 20)
+        level = 10 ** (rng.uniform(-6, 0) / 20)
         mixture[start : start + length] += level * event(rng, label, length, rate)
     return mixture * (10 ** (rng.uniform(-18, -1) / 20) / np.abs(mixture).max())
 
@@ -365,7 +365,7 @@ def mix(rng: Random, labels: tuple[int, ...], n_samples: int, rate: int) -> np.n
 def make_clip(seed: int, split: str, index: int, seconds: float, sample_rate: int) -> tuple[np.ndarray, list[int]]:
     """Return clip `index` of a split: its samples, int16 (S,), and its sorted labels."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    count = rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2])
+    count = rng.choice([1, 2, 3], p=[0.5, 0.4, 0.1])
     # The first label goes round the classes, so that even a small set has every class; the others are drawn.
     first = (index * 5 + seed) % len(CLASSES)
     others = rng.choice([label for label in range(len(CLASSES)) if label != first], size=count - 1, replace=False)

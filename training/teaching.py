@@ -160,8 +160,7 @@ class Teaching:
                 f"{self.folder} holds soft targets without a meta.json, so whether they fit is unknown; give another "
                 "outputpath or name"
             )
-        if self.rank == 0:
-            write_json(target, meta)
+        write_json(target, meta)  # by every rank, the same: files never stand without it
 
     def save(self) -> Path:
         """Write every epoch that is not there yet; return the folder."""

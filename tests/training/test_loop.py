@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.parametrize
 
 from audio.dataset import Pack
 from common.errors import Faults, UserError
@@ -102,6 +103,26 @@ def test_a_loss_that_is_not_finite_stops_with_the_names_of_the_batch(tone_pack, 
     changes = {"optimizer": "SGD", "optimizer_args": {"lr": 1e30}, "use_scheduler": False, "init_from_data": False}
     with pytest.raises(UserError, match=r"the loss is (nan|inf).*sounds/tone_\d+\.wav"):
         train(tmp_path, settings(tone_pack, **changes))
+
+
+def test_wrapped_parameters_are_trained_through_their_wrapping(tone_pack, tmp_path):
+    """Two-level weights by a straight-through estimator: the loop sees parameters, not what wraps them."""
+
+    class Sign(torch.nn.Module):
+        def forward(self, weight):
+            return weight + (weight.sign() * weight.abs().mean() - weight).detach()
+
+    config = settings(tone_pack, epochs=1, valid_every=1, init_from_data=False)
+    faults = Faults("the test")
+    data = open_training(config, 1, faults)
+    objective = create_objective("target", loss=config.loss, loss_args={})
+    model = create_student(config, data.labels, objective)
+    layer = model.blocks[0].mlp.fc1
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Sign())
+    before = layer.parametrizations.weight.original.detach().clone()
+    Run(config, data, model, objective, tmp_path, CPU, 1).fit()
+    assert not torch.equal(before, layer.parametrizations.weight.original)
+    assert len(layer.weight.abs().unique()) == 1
 
 
 def test_fresh_masks_replace_the_replayed_ones_but_not_the_shift(tone_pack):

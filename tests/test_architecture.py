@@ -1,0 +1,59 @@
+"""The rooms import what ARCHITECTURE.md says they may, and nothing else of ours."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.replay import SPEC_TRANSFORMS, Replay
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("common", "audio", "models", "distill", "training")
+
+
+def allowed(room):
+    row = next(line for line in (ROOT / "ARCHITECTURE.md").read_text().splitlines() if line.startswith(f"| `{room}/`"))
+    return set(re.findall(r"`(\w+)/`", row.rsplit("|", 2)[1])) | {room}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_the_plan_allows(room):
+    for path in (ROOT / room).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            ours = {name.split(".")[0] for name in names} & {*ROOMS, "scripts", "run", "inference", "save_logits"}
+            assert ours <= allowed(room), f"{path.name} imports {ours - allowed(room)}"
+
+
+def test_entry_points_are_short():
+    for name in ("run.py", "save_logits.py", "inference.py"):
+        assert len((ROOT / name).read_text().splitlines()) <= 150
+
+
+def test_an_augmentation_is_added_in_one_place(monkeypatch):
+    class Everything:
+        def masked(self, seconds, hertz, draws, n_reference):
+            return torch.ones(1, 1, 1, dtype=torch.bool)
+
+    class Grid:
+        sample_rate, hop_size = 16000, 160
+        band_centers_hz = torch.linspace(0, 8000, 4)
+
+        def power_db_to_value(self, db):
+            return db + 1
+
+    monkeypatch.setitem(SPEC_TRANSFORMS, "Everything", Everything)
+    one = torch.ones(1)
+    mel = Replay({}, [{"Everything": {}}]).mask_spectrogram(torch.zeros(1, 4, 9), Grid(), one, one, one)
+    assert torch.equal(mel, torch.ones(1, 4, 9))
+
+
+def test_nothing_names_a_machine_or_reads_weights_unsafely():
+    for path in [*ROOT.glob("*.py"), *(p for room in (*ROOMS, "scripts") for p in (ROOT / room).rglob("*.py"))]:
+        text = path.read_text()
+        assert "weights_only=False" not in text
+        assert "strict=False" not in text.replace("zip(", ""), path
+        assert not re.search(r"""["'](/home|/work|/root)/""", text), path
