@@ -6,9 +6,7 @@
 Any key of a configuration can be overridden on the command line, nested ones with a dot: `--optimizer_args.lr 3e-4`.
 """
 
-import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import fire
 import torch
 
-from common.errors import Faults, UserError, print_user_errors
-from distill.objectives import create_objective
+from common.errors import Faults, UserError, fail, print_user_errors
 from models import load_model
-from training.config import TrainConfig, read_config
-from training.data import open_labelled, open_training
+from training.data import open_labelled, open_pack
 from training.evaluate import evaluate, write_results
-from training.loop import Run
 from training.precision import Precision, choose_device
-from training.run_folder import log_to, new_run_folder
-from training.student import create_student
-
-logger = logging.getLogger(__name__)
+from training.prepare import prepare_run
+from training.run_folder import link_latest, log_to
 
 
 class Runner:
@@ -41,52 +34,29 @@ class Runner:
     """
 
     def __init__(self, seed: int = 42, nthreads: int | None = None) -> None:
+        if not isinstance(seed, int) or seed < 0:
+            fail(f"--seed is {seed!r}; it is a whole number, 0 or more")
         self.seed = seed
         if nthreads:
             torch.set_num_threads(nthreads)
 
     @print_user_errors
-    def train(self, config_file: str, **overrides: Any) -> None:
+    def train(self, config_file: str, *, m: str | None = None, weights: str | None = None, **overrides: Any) -> None:
         """Train a model on labels or on soft targets.
 
         Args:
             config_file: a YAML file, see `trainconfig/`.
+            m: short for --model.
+            weights: another way to give --pretrained, where the model's weights start.
             overrides: key → value of the configuration.
         """
+        overrides |= {key: value for key, value in (("model", m), ("pretrained", weights)) if value is not None}
         log_to(None)
         torch.manual_seed(self.seed)  # initial weights and dropout; everything else draws from streams of its own
-        faults = Faults(config_file)
-        config = read_config(TrainConfig, config_file, overrides, faults)
-        data = open_training(config, self.seed, faults) if config else None
-        objective = model = None
-        if config:
-            try:
-                arguments = {"loss": config.loss, "loss_args": config.loss_args}
-                objective = create_objective(config.objective, **arguments | config.objective_args)
-                model = create_student(config, data.labels if data else None, objective)
-            except UserError as error:
-                faults.add(str(error))
-        faults.raise_if_any()
-        assert config is not None
-        assert data is not None
-        assert objective is not None
-        assert model is not None
-        device = choose_device(config.device)
-        folder = new_run_folder(config, Path(config_file).stem, data.labels)
-        log_to(folder / config.logfile, debug=config.debug)
-        logger.info("command: %s", " ".join(sys.argv))
-        logger.info(
-            "%s, %.2f M parameters, on %s; %d chunks of %d clips; checkpoints chosen on %s",
-            config.model,
-            sum(p.numel() for p in model.parameters()) / 1e6,
-            device,
-            len(data.source.bounds),
-            len(data.pack),
-            config.valid_data or config.eval_data or "nothing: the last one is kept",
-        )
-        run = Run(config, data, model.to(device), objective, folder, device, self.seed)
+        run = prepare_run(config_file, overrides, self.seed)
         result = run.fit()
-        print(f"run: {folder}\nnext: python inference.py FILES_OR_FOLDERS -m {result['weights']}")
+        link_latest(run.folder)
+        print(f"run: {run.folder}\nnext: python inference.py FILES_OR_FOLDERS -m {result['weights']}")
 
     @print_user_errors
     def evaluate(
@@ -121,12 +91,19 @@ class Runner:
             raise UserError("give a run's folder, a checkpoint or a model's name, and --test_data PACK.tsv")
         if mode not in ("noamp", "amp", "amp_bf16"):
             raise UserError(f"mode is {mode!r}; use noamp, amp or amp_bf16")
+        if batch_size < 1 or num_workers < 0:
+            raise UserError(f"batch_size is {batch_size} and num_workers {num_workers}; wanted at least 1 and 0")
+        source, test_data = str(source), str(test_data)
         faults = Faults("the evaluation")
         place = choose_device(device)
-        model = load_model(source, weights=weights).to(place)
-        data = open_labelled(test_data, model.labels, faults)
+        try:
+            model = load_model(source, weights=weights).to(place)
+            data = open_labelled(test_data, model.labels, faults)
+        except UserError as error:
+            faults.add(str(error))
+            open_pack(test_data, faults, labelled=True)
         faults.raise_if_any()
-        assert data is not None, "without faults there is data"
+        assert data is not None
         precision = Precision(mode, place)
         metrics = evaluate(model, data, batch_size=batch_size, num_workers=num_workers, precision=precision)
         print(metrics.summary())

@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import fire
 
 from common.errors import Faults, UserError, print_user_errors
+from distill.replay import Replay
 from models import AudioTagger, Ensemble, load_model
 from training.config import SoftTargetConfig, read_config
 from training.data import open_pack
@@ -59,6 +60,10 @@ def save_logits(config_file: str, m: str | None = None, **overrides: Any) -> Non
     pack = open_pack(config.train_data, faults) if config else None
     members: list[AudioTagger] = []
     if config:
+        try:
+            Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
+        except UserError as error:
+            faults.add(str(error))
         try:
             members = load_teachers(config)
         except UserError as error:

@@ -6,6 +6,7 @@ exit with status 1. Anything else is a fault of this project and keeps its trace
 
 import difflib
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn, ParamSpec, TypeVar
@@ -68,9 +69,18 @@ def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except UserError as error:
+            fail(_own_words(str(error)))
+        except OSError as error:  # a full disk, a folder that may not be written: the user's to mend as well
             fail(str(error))
 
     return wrapper
+
+
+def _own_words(message: str) -> str:
+    """Return a message without the traceback that PyTorch wraps around an error of a loader worker."""
+    if "Original Traceback" not in message:
+        return message
+    return re.split(r"^[\w.]*Error: ", message, flags=re.MULTILINE)[-1].strip()
 
 
 def fail(sentence: str) -> NoReturn:

@@ -141,9 +141,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         return stream.choice(self.n_items, self.n_items, p=self.probabilities)
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move every tensor of a batch, nested ones too."""
-    return {k: _move(v, device) for k, v in batch.items()}
+def prepare_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move a collated batch to `device`; lengths become None where nothing is padded, so that nothing is masked."""
+    full = {rate: bool((batch["lengths"][rate] == w.shape[1]).all()) for rate, w in batch["waveforms"].items()}
+    moved = {key: _move(value, device) for key, value in batch.items()}
+    return moved | {"lengths": {rate: None if full[rate] else n for rate, n in moved["lengths"].items()}}
 
 
 def _move(value: Any, device: torch.device) -> Any:

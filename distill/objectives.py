@@ -6,7 +6,7 @@ gives its arguments with `objective_args`.
 Shapes: B batch · C classes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,11 +16,19 @@ from common.errors import UserError, did_you_mean
 
 
 class Objective(Protocol):
-    """Turns what a model said and what the batch holds into named losses."""
+    """Turns what a model said and what the batch holds into named losses.
+
+    One that is an `nn.Module` has its parameters trained with the student's. Under mixup the batch holds `mixup_weight`
+    (B,): each clip's own share, the rest is its mirror's in the batch; `target` is mixed already.
+    """
 
     @property
     def wants(self) -> str | None:
         """What `output` must be: `logits`, `probabilities`, or None where it does not matter."""
+
+    @property
+    def sample_rates(self) -> Sequence[int]:
+        """Rates at which it wants waveforms in the batch, beside the student's own (an online teacher's, say)."""
 
     def __call__(self, output: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the losses; `loss` is the one that is minimised, the others are logged."""
@@ -83,6 +91,8 @@ class TargetLoss:
         loss_args: its arguments, as `torch.nn` spells them. `reduction: none` is averaged over everything.
     """
 
+    sample_rates: Sequence[int] = ()
+
     def __init__(self, loss: str, loss_args: Mapping[str, Any]) -> None:
         if loss not in LOSSES:
             raise UserError(f"unknown loss {loss!r}{did_you_mean(loss, LOSSES)}; known are {', '.join(LOSSES)}")
@@ -90,7 +100,8 @@ class TargetLoss:
         self.activation = "softmax" if loss == "CrossEntropyLoss" else "sigmoid"
         try:
             self.loss = factory(**loss_args)
-        except TypeError as error:
+            self.loss(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))  # a wrong `reduction` is found when called
+        except (TypeError, ValueError) as error:
             raise UserError(f"loss {loss}: {error}".replace("__init__() ", "")) from None
 
     def __call__(self, output: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -45,6 +45,16 @@ class MelGrid(Protocol):
         """What a band that holds a power of `db` dB reads in this front-end's scale."""
 
 
+class FrontEnd(MelGrid, Protocol):
+    """A front-end: a grid that turns waveforms into spectrograms on it."""
+
+    def __call__(self, waveform: Tensor, lengths: Tensor | None) -> Tensor:
+        """(B, S), own samples (B,) or None -> (B, F, T)."""
+
+    def n_frames(self, n_samples: Tensor) -> Tensor:
+        """Frames of clips of so many samples."""
+
+
 class WaveTransform(Protocol):
     """A change of the waveform that one number describes."""
 
@@ -86,7 +96,9 @@ class Shift:
     def __init__(self, min_shift: float = -0.5, max_shift: float = 0.5, p: float = 0.5) -> None:
         if min_shift > max_shift:
             raise UserError(f"Shift: min_shift {min_shift} is larger than max_shift {max_shift}; exchange them")
-        self.min_shift, self.max_shift, self.p = min_shift, max_shift, p
+        if not 0 <= p <= 1:
+            raise UserError(f"Shift: p is {p}; it is a probability, from 0 to 1")
+        self.min_shift, self.max_shift, self.p = float(min_shift), float(max_shift), float(p)
 
     def draw(self, n_samples: int, generator: torch.Generator) -> float:
         """Return the shift in seconds for a chunk of `n_samples` at the reference rate."""
@@ -113,11 +125,17 @@ def _inside(centers: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     return (centers >= start[:, None]) & (centers < stop[:, None])
 
 
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise UserError(f"{name} is {value!r}; it is a whole number, 0 or more")
+    return value
+
+
 class TimeMasking:
     """One masked stretch of time, at most `time_mask_param` reference frames (10 ms each) wide."""
 
     def __init__(self, time_mask_param: int = 192) -> None:
-        self.param = time_mask_param
+        self.param = _positive("TimeMasking: time_mask_param", time_mask_param)
 
     def masked(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
         """Return (B, 1, T) booleans for frames centred on `seconds` (T,); see `SpecTransform`."""
@@ -132,7 +150,7 @@ class FrequencyMasking:
     """One masked stretch of frequency, at most `freq_mask_param` reference bands (64 HTK mel to 8 kHz) wide."""
 
     def __init__(self, freq_mask_param: int = 24) -> None:
-        self.param = freq_mask_param
+        self.param = _positive("FrequencyMasking: freq_mask_param", freq_mask_param)
 
     def masked(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
         """Return (B, F, 1) booleans for bands centred on `hertz` (F,); see `SpecTransform`."""
@@ -178,8 +196,8 @@ class Replay:
         mask_fill: what a masked bin reads: 0 dB as published, or the clip's own mean level.
     """
 
-    wavtransforms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    spectransforms: Sequence[Mapping[str, Mapping[str, Any]]] = ()
+    wavtransforms: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    spectransforms: Sequence[Mapping[str, Mapping[str, Any] | None]] = ()
     mask_fill: Literal["0dB", "mean"] = "0dB"
     _wave: tuple[WaveTransform, ...] = field(init=False, repr=False, compare=False)
     _spec: tuple[SpecTransform, ...] = field(init=False, repr=False, compare=False)
@@ -247,8 +265,27 @@ class Replay:
         hertz = grid.band_centers_hz.to(mel.device, torch.float64)
         fill = self._fill(mel, grid, n_frames)
         for transform in self._spec:
-            mel = torch.where(transform.masked(seconds, hertz, (value, min_value), n_reference), fill, mel)
+            masked = transform.masked(seconds, hertz, (value, min_value), n_reference)
+            if n_frames is not None:  # what lies behind a clip's end stays silence
+                masked = masked & (torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None])[:, None, :]
+            mel = torch.where(masked, fill, mel)
         return mel
+
+    def spectrogram(self, front_end: FrontEnd, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Return what a model hears of a prepared batch (see `distill.dataset.prepare_batch`).
+
+        Args:
+            front_end: of the model; the batch holds waveforms at its rate.
+            batch: `waveforms`, `lengths` and the mask draws.
+
+        Returns:
+            The masked spectrogram (B, F, T), and the frames of each clip (B,), None where nothing is padded.
+        """
+        waveform, lengths = batch["waveforms"][front_end.sample_rate], batch["lengths"][front_end.sample_rate]
+        mel = front_end(waveform, lengths)
+        n_frames = None if lengths is None else front_end.n_frames(lengths)
+        draws = batch["value"], batch["min_value"], batch["n_reference"]
+        return self.mask_spectrogram(mel, front_end, *draws, n_frames), n_frames
 
     def _fill(self, mel: Tensor, grid: MelGrid, n_frames: Tensor | None) -> Tensor:
         if self.mask_fill == "0dB":
@@ -268,7 +305,9 @@ def _build(known: Mapping[str, Any], name: str, arguments: Mapping[str, Any] | N
         return known[name](**(arguments or {}))
     except TypeError as error:
         faults.add(f"transform {name}: {error}".replace("__init__() ", ""))
-        return None
+    except UserError as error:
+        faults.add(str(error))
+    return None
 
 
 def epoch_seeds(seed: int, epoch: int, n: int, first: int = 0) -> np.ndarray:

@@ -19,6 +19,8 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 
 from audio.dataset import Pack
 from audio.manifest import NameIndex
@@ -31,6 +33,7 @@ from distill.sources import reference_lengths
 logger = logging.getLogger(__name__)
 
 LABEL_TYPES = ("last_mean", "last_half", "last_random", "527", "zero")
+_DATASETS = ("topk_values", "topk_indexes", "seeds")
 _MAX_CHUNKS = 2**32  # more than any clip has; makes one number of clip and chunk
 _FILE = re.compile(r"logits_ep(\d+)_(\d+)\.h5")
 
@@ -131,7 +134,9 @@ class SoftTargetStore:
             missing = sorted(set(ranks) - set(self._ranks[epoch]))
             missing += [r for r in self._ranks[epoch] if not self._path(epoch, r).with_suffix(".parquet").is_file()]
             self._ranks[epoch].sort()
-            if missing:
+            if not missing:
+                self._check_rows(epoch, faults)
+            else:
                 faults.add(
                     f"epoch {epoch} lacks the file of rank {some(map(str, missing))}; run save_logits.py again with "
                     "the same settings, it goes on where it stopped"
@@ -141,8 +146,22 @@ class SoftTargetStore:
         if planned and len(self.epochs) < planned:
             logger.warning("%s holds %d of the %d epochs planned", self.folder, len(self.epochs), planned)
         self.replay = Replay(**{k: self.meta[k] for k in ("wavtransforms", "spectransforms")} | self._fill_setting())
-        with self._open(self.epochs[0], self._ranks[self.epochs[0]][0]) as file:
-            self.topk = int(file["topk_values"].shape[1])
+
+    def _check_rows(self, epoch: int, faults: Faults) -> None:
+        """Open every file of an epoch, and see that values and names go together, row by row."""
+        for rank in self._ranks[epoch]:
+            path = self._path(epoch, rank)
+            try:
+                with self._open(epoch, rank) as file:
+                    lengths = {name: len(file[name]) for name in _DATASETS}
+                lengths["names"] = pyarrow.parquet.read_metadata(path.with_suffix(".parquet")).num_rows
+            except UserError as error:
+                faults.add(str(error))
+            except (KeyError, OSError, pyarrow.ArrowException) as error:
+                faults.add(f"{path} and the .parquet beside it do not hold what a store holds ({error}); save it anew")
+            else:
+                if len(set(lengths.values())) > 1:
+                    faults.add(f"{path} and the .parquet beside it differ in length ({lengths}); save this epoch anew")
 
     def _fill_setting(self) -> dict[str, Any]:
         return {"mask_fill": self.meta["mask_fill"]} if "mask_fill" in self.meta else {}
@@ -154,9 +173,12 @@ class SoftTargetStore:
         empty: dict[str, Any] = {"wavtransforms": {}, "spectransforms": []}
         if (path := self.folder / "meta.json").is_file():
             try:
-                return empty | json.loads(path.read_text(encoding="utf-8"))
+                said = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(said, dict) or not isinstance(said.get("config", {}), dict):
+                    raise ValueError("not the mapping that save_logits.py writes")
+                return empty | said
             except ValueError as error:
-                faults.add(f"{path} is not JSON ({error}); save the targets anew")
+                faults.add(f"{path} cannot be understood ({error}); save the targets anew")
         elif (path := self.folder / "meta.pt").is_file():
             try:
                 return read_published_meta(path)
@@ -201,7 +223,7 @@ class SoftTargetStore:
         parts = defaultdict(list)
         for rank in self._ranks[epoch]:
             with self._open(epoch, rank) as file:
-                for name in ("topk_values", "topk_indexes", "seeds"):
+                for name in _DATASETS:
                     parts[name].append(file[name][()])
         return {name: np.concatenate(blocks) for name, blocks in parts.items()}
 
@@ -239,7 +261,9 @@ class StoredTargets:
         stops = np.minimum(starts + chunk_samples, n_samples)
         found = clips >= 0
         stored_seconds = (rows["end"] - rows["start"]).to_numpy(np.float64)
-        fits = np.abs((stops - starts) / pack.sample_rate - stored_seconds) < 0.5  # decoders differ by milliseconds
+        # Decoders differ by milliseconds; another clip of the same name differs by more.
+        tolerance = min(0.5, 0.05 * store.chunk_seconds)
+        fits = (stops > starts) & (np.abs((stops - starts) / pack.sample_rate - stored_seconds) < tolerance)
         used = found & fits
         self.n_unmatched = int((~found).sum())
         self.n_misfits = int((found & ~fits).sum())
@@ -247,10 +271,8 @@ class StoredTargets:
         self.bounds = np.stack([clips, starts, stops], axis=1)[used]  # (M, 3)
         if "n_reference" in rows:
             self.n_reference = rows["n_reference"].to_numpy(np.int64)[used]
-        elif pack.sample_rate == REFERENCE_RATE:  # the published case: the draws were made on these very samples
-            self.n_reference = reference_lengths(self.bounds, pack.sample_rate)
         else:
-            self.n_reference = np.round(stored_seconds[used] * REFERENCE_RATE).astype(np.int64)
+            self.n_reference = self._published_lengths(rows[used], pack.sample_rate)
         if not used.any():
             faults.add(
                 f"none of its {len(rows)} chunks belongs to a clip of the pack: the store names "
@@ -261,6 +283,12 @@ class StoredTargets:
             faults.raise_if_any()
         self._rows = self._rows_of_epochs(names, clips, chunks, np.flatnonzero(used), faults)
         faults.raise_if_any()
+        highest = int(store.arrays(self.epochs[0])["topk_indexes"].max())
+        if highest >= num_classes:
+            raise UserError(
+                f"{store.folder} holds targets for class {highest}, but there are {num_classes} classes; give "
+                "num_classes or labels_csv as the teacher had them"
+            )
         self._cache: dict[int, dict[str, np.ndarray]] = {}
         if self.n_unmatched or self.n_misfits or self.n_clips < len(pack):
             logger.info(
@@ -273,6 +301,16 @@ class StoredTargets:
         codes, unique = pd.factorize(rows["filename"])
         clips = names.find_all([str(name) for name in unique])[codes]
         return clips, np.round(rows["start"].to_numpy(np.float64) / self.store.chunk_seconds).astype(np.int64)
+
+    def _published_lengths(self, rows: pd.DataFrame, sample_rate: int) -> np.ndarray:
+        """Return the samples that the teacher heard: the stored seconds, which float32 rounds in long recordings.
+
+        Where that rounding alone could explain the difference from the pack's own chunk, the chunk is right.
+        """
+        stored = np.round((rows["end"] - rows["start"]).to_numpy(np.float64) * REFERENCE_RATE).astype(np.int64)
+        own = reference_lengths(self.bounds, sample_rate)
+        step = np.spacing(rows["end"].to_numpy(np.float32)).astype(np.float64) * REFERENCE_RATE
+        return np.where(np.abs(stored - own) <= np.maximum(step, 0.5), own, stored)
 
     def _rows_of_epochs(
         self, names: NameIndex, clips: np.ndarray, chunks: np.ndarray, used: np.ndarray, faults: Faults

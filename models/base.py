@@ -126,12 +126,14 @@ class AudioTagger(nn.Module):
         """Probabilities (B,C) of clips; arguments as in `forward`.
 
         Raises:
-            UserError: a clip holds NaN or infinite samples.
+            UserError: a clip holds NaN or infinite samples, or the weights do.
         """
         output = self(waveform, lengths)
         if not bool(output.isfinite().all()):
-            rows = (~output.isfinite().all(1)).nonzero().flatten().tolist()
-            raise UserError(f"clips {some(map(str, rows))} of the batch hold NaN or infinite samples")
+            rows = (~waveform.isfinite().all(1)).nonzero().flatten().tolist()
+            if rows:
+                raise UserError(f"clips {some(map(str, rows))} of the batch hold NaN or infinite samples")
+            raise UserError(f"the model {self.name} gives NaN: its weights are damaged or its training diverged")
         return self.probabilities(output)
 
     def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import Faults, UserError, did_you_mean, some
@@ -221,8 +223,6 @@ def _read_tensors(path: Path) -> dict[str, Any]:
     """Read a file of tensors and plain values; never runs code from it."""
     try:
         if ".safetensors" in path.suffixes:
-            from safetensors.torch import load_file
-
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -230,7 +230,7 @@ def _read_tensors(path: Path) -> dict[str, Any]:
             f"{path}: holds more than tensors and plain values, or is no checkpoint; only what can be read "
             f"without running code of it is read ({str(error).splitlines()[0]})"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as a checkpoint ({error}); is the file whole?") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: found a {type(content).__name__}; wanted a state dict, or one under 'model'")

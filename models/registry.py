@@ -127,6 +127,9 @@ def create_model(
     if num_classes is None:
         num_classes = AUDIOSET_CLASSES if labels is None else len(labels)
     labels = labels_for(num_classes, labels)
-    model = entry.factory(num_classes=num_classes, **arguments)
+    try:
+        model = entry.factory(num_classes=num_classes, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model {name!r} cannot be built with {arguments}: {error}") from error
     model.name, model.arguments, model.labels, model.activation = name, dict(arguments), labels, activation
     return model

@@ -7,6 +7,7 @@ both → tag a folder → print what was reached and where each file lies.
 """
 
 import argparse
+import hashlib
 import json
 import shlex
 import subprocess
@@ -17,19 +18,41 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import fail
+from common.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(title: str, *command: str | Path) -> float:
-    """Print and run one command of the project, with its progress bars; return the seconds it took."""
-    words = [str(word) for word in command]
-    print(f"\n=== {title}\n$ python {shlex.join(words)}", flush=True)
-    began = time.perf_counter()
-    status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
-    if status:
-        fail(f"this step ended with status {status}; its own message stands above")
-    return time.perf_counter() - began
+class Steps:
+    """Runs commands of the project one after the other, and skips those that are done.
+
+    A step is done when the same command ended well before, after the same steps, with the same code and configurations.
+
+    Args:
+        folder: gets a small file for each finished step.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        sources = sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("*config/*.yaml")])
+        self.key = hashlib.sha256(b"".join(p.read_bytes() for p in sources if "tests" not in p.parts)).hexdigest()
+
+    def run(self, title: str, *command: str | Path) -> float:
+        """Print and run one command, with its progress bars; return the seconds it took, when it was run."""
+        words = [str(word) for word in command]
+        self.key = hashlib.sha256("\0".join([self.key, *words]).encode()).hexdigest()
+        print(f"\n=== {title}\n$ python {shlex.join(words)}", flush=True)
+        marker = self.folder / f"{self.key[:16]}.json"
+        if marker.is_file():
+            print(f"done before (delete {self.folder} to do it again)")
+            return json.loads(marker.read_text())["seconds"]
+        began = time.perf_counter()
+        status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
+        if status:
+            fail(f"this step ended with status {status}; its own message stands above")
+        seconds = time.perf_counter() - began
+        write_json(marker, {"command": words, "seconds": seconds})
+        return seconds
 
 
 def figures(folder: Path) -> dict[str, float]:
@@ -62,6 +85,8 @@ def main() -> None:
     short = ["--epochs", "2"] if arguments.quick else []
     began = time.perf_counter()
 
+    steps = Steps(work / "finished_steps")
+    run = steps.run
     run("make sounds by formula", "scripts/make_demo_sounds.py", work, *counts)
     for split in ("train", "valid", "eval"):
         run(f"pack the {split} sounds", "scripts/wavlist_to_hdf5.py", work / f"{split}.tsv", work / "packs")
@@ -73,12 +98,13 @@ def main() -> None:
         *("--labels_csv", work / "class_labels_indices.csv", *data, *short),
     )
     teacher = runs / "demo_teacher" / "mn02_as" / "latest"
+    name = f"demo_teacher_{steps.key[:8]}"  # targets of another teacher go elsewhere
     run(
         "ask the teacher: soft targets for every clip, epoch and augmentation",
         *("save_logits.py", "logitconfig/demo.yaml", "--train_data", packs / "train.tsv", "--model", teacher),
-        *("--outputpath", targets, *short),
+        *("--outputpath", targets, "--name", name, *short),
     )
-    store = targets / "demo_teacher" / "train" / "chunk_10"
+    store = targets / name / "train" / "chunk_10"
     seconds_student = run(
         "distil: a smaller student learns from the soft targets alone",
         *("run.py", "train", "trainconfig/demo_student.yaml", "--train_data", packs / "train.tsv"),

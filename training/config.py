@@ -4,10 +4,10 @@ Keys and defaults of CED's published files are kept, so that they run unchanged;
 """
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from common.errors import Faults, did_you_mean
 from distill.objectives import LOSSES
@@ -15,6 +15,10 @@ from distill.targets import LABEL_TYPES
 
 Mode = Literal["noamp", "amp", "amp_bf16"]
 Transforms = dict[str, dict[str, Any] | None]
+TransformList = Annotated[
+    list[Transforms],
+    BeforeValidator(lambda value: [{k: v} for k, v in value.items()] if isinstance(value, dict) else value),
+]
 
 
 class _Config(BaseModel):
@@ -55,7 +59,7 @@ class TrainConfig(_Config):
     mixup: float | None = Field(None, gt=0)  # alpha of the Beta distribution
     disable_consistency: bool = False  # draw masks anew instead of replaying the teacher's
     wavtransforms: Transforms = {}
-    spectransforms: list[Transforms] = []
+    spectransforms: TransformList = []
     mask_fill: Literal["0dB", "mean"] = "0dB"
 
     # --- optimisation
@@ -96,11 +100,6 @@ class TrainConfig(_Config):
     def _numbers(cls, value: dict[str, Any]) -> dict[str, Any]:
         return {k: _number(v) for k, v in value.items()}  # YAML reads 1e-3 as text
 
-    @field_validator("spectransforms", mode="before")
-    @classmethod
-    def _list(cls, value: Any) -> Any:
-        return [{k: v} for k, v in value.items()] if isinstance(value, dict) else value
-
 
 class SoftTargetConfig(_Config):
     """What `save_logits.py` reads."""
@@ -120,16 +119,11 @@ class SoftTargetConfig(_Config):
     device: str = "auto"  # ours
     seed: int = Field(42, ge=0)  # ours: the augmentation seeds are a pure function of it
     wavtransforms: Transforms = {"Shift": {"min_shift": -0.5, "max_shift": 0.5}}
-    spectransforms: list[Transforms] = [
+    spectransforms: TransformList = [
         {"TimeMasking": {"time_mask_param": 192}},
         {"FrequencyMasking": {"freq_mask_param": 24}},
     ]
     mask_fill: Literal["0dB", "mean"] = "0dB"  # ours
-
-    @field_validator("spectransforms", mode="before")
-    @classmethod
-    def _list(cls, value: Any) -> Any:
-        return [{k: v} for k, v in value.items()] if isinstance(value, dict) else value
 
 
 def _one_of(value: str, valid: Any) -> str:
@@ -169,8 +163,10 @@ def read_config(kind: type[ConfigT], path: str | Path, overrides: dict[str, Any]
     if not isinstance(settings, dict):
         faults.add(f"it holds {type(settings).__name__}, not a mapping of keys to values")
         return None
+    settings = {str(key): value for key, value in settings.items()}  # YAML reads a key such as `on` as true
     for key, value in overrides.items():
-        _override(settings, key, value)
+        if not _override(settings, key, value):
+            faults.add(f"--{key} reaches into {key.split('.')[0]!r}, which is not a mapping")
     try:
         return kind(**settings)
     except ValidationError as error:
@@ -183,11 +179,17 @@ def read_config(kind: type[ConfigT], path: str | Path, overrides: dict[str, Any]
         return None
 
 
-def _override(settings: dict[str, Any], key: str, value: Any) -> None:
+def _override(settings: dict[str, Any], key: str, value: Any) -> bool:
+    """Set a value; a dotted key reaches into mappings, and the answer is whether it could."""
     *parents, last = key.split(".")
     for parent in parents:
-        settings = settings.setdefault(parent, {})
+        if settings.get(parent) is None:
+            settings[parent] = {}
+        settings = settings[parent]
+        if not isinstance(settings, dict):
+            return False
     settings[last] = _parsed(value)
+    return True
 
 
 def _parsed(value: Any) -> Any:

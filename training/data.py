@@ -141,6 +141,14 @@ def _stored_source(config: TrainConfig, named: list[str] | None, faults: Faults)
             "and labels_csv to take what the store says"
         )
         return None
+    if config.wavtransforms or config.spectransforms:
+        faults.add("wavtransforms and spectransforms come with the soft targets of logitspath; drop them here")
+    if config.labels_csv and named and store.labels and named != store.labels:
+        wrong = next(index for index, pair in enumerate(zip(named, store.labels, strict=True)) if pair[0] != pair[1])
+        faults.add(
+            f"{config.labels_csv} calls class {wrong} {named[wrong]!r}, the teacher of {store.folder} calls it "
+            f"{store.labels[wrong]!r}; drop labels_csv to take the teacher's names"
+        )
     num_classes = said or (len(named) if named else AUDIOSET_CLASSES)
     labels = named if config.labels_csv and named else store.labels or labels_for(num_classes, None)
     if pack is None:
@@ -156,11 +164,7 @@ def _stored_source(config: TrainConfig, named: list[str] | None, faults: Faults)
 def _label_source(config: TrainConfig, named: list[str] | None, seed: int, faults: Faults) -> Opened | None:
     pack = open_pack(config.train_data, faults, labelled=True)
     try:
-        replay = Replay(
-            {k: v or {} for k, v in config.wavtransforms.items()},
-            [{k: v or {} for k, v in entry.items()} for entry in config.spectransforms],
-            config.mask_fill,
-        )
+        replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
     except UserError as error:
         faults.add(str(error))
         return None
@@ -185,7 +189,7 @@ def _label_source(config: TrainConfig, named: list[str] | None, seed: int, fault
 def _vocabulary(column: pd.Series) -> list[str] | None:
     """Return the sorted class names in a `labels` column, or None if it holds numbers."""
     names = sorted({token.strip() for cell in column for token in str(cell).split(";")} - {""})
-    return None if any(name.isdigit() for name in names) else names
+    return None if all(name.isdigit() for name in names) else names
 
 
 def _balance(pack: Pack, source: TargetSource, labels: list[str], faults: Faults) -> np.ndarray | None:

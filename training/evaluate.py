@@ -1,6 +1,8 @@
 """Judging a model on a labelled pack."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,19 +17,9 @@ from training.metrics import Metrics, evaluate_scores
 from training.precision import Precision
 
 
-def _collate(items: list[dict], sample_rate: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _collate(items: list[dict[str, Any]], sample_rate: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     waveform, lengths = pad_batch([item["waveforms"][sample_rate] for item in items])
     return torch.tensor([item["index"] for item in items]), waveform, lengths
-
-
-class _Collate:
-    """Picks the model's rate; a class, so that it can be sent to spawned workers."""
-
-    def __init__(self, sample_rate: int) -> None:
-        self.sample_rate = sample_rate
-
-    def __call__(self, items: list[dict]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return _collate(items, self.sample_rate)
 
 
 @torch.inference_mode()
@@ -48,17 +40,14 @@ def predict_pack(
         ClipDataset(pack, [model.sample_rate]),
         batch_sampler=batches,
         num_workers=loader_workers(num_workers),
-        collate_fn=_Collate(model.sample_rate),
+        collate_fn=partial(_collate, sample_rate=model.sample_rate),
     )
     model.eval()
     scores = np.empty((len(pack), model.num_classes), np.float32)
     with tqdm(total=len(pack), desc=description, unit="clip", leave=False) as progress:
         for index, waveform, lengths in loader:
-            equal = bool((lengths == waveform.shape[1]).all())
             with precision.context():
-                probabilities = model.predict(
-                    waveform.to(precision.device), None if equal else lengths.to(precision.device)
-                )
+                probabilities = model.predict(waveform.to(precision.device), lengths.to(precision.device))
             scores[index.numpy()] = probabilities.float().cpu().numpy()
             progress.update(len(index))
     return scores

@@ -1,5 +1,6 @@
 """The one step and the one loop that train everything; what differs is the objective and the source of its targets."""
 
+import itertools
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from audio.dataset import loader_workers
 from common.errors import UserError, some
-from distill.dataset import EpochBatches, ReplayDataset, collate, to_device
+from distill.dataset import EpochBatches, ReplayDataset, collate, prepare_batch
 from distill.objectives import Objective
 from distill.replay import Replay
 from models import AudioTagger
@@ -26,7 +27,7 @@ from training.data import TrainingData
 from training.evaluate import evaluate, write_results
 from training.metrics import Metrics
 from training.mixup import mix_with_flipped
-from training.optim import create_optimizer, warmup_cosine
+from training.optim import create_optimizer, parameter_groups, warmup_cosine
 from training.precision import Precision
 from training.student import start_from_data
 
@@ -71,19 +72,10 @@ class Trainer:
         self.precision, self.replay, self.mixup = precision, replay, mixup
         self.mixup_stream = np.random.default_rng([seed, MIXUP_STREAM])
 
-    def spectrogram(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Return the masked mel spectrogram (B, F, T) of a batch, and the frames of each clip where they differ."""
-        front_end = self.model.front_end
-        waveform, lengths = batch["waveforms"][front_end.sample_rate], batch["lengths"][front_end.sample_rate]
-        mel = front_end(waveform, lengths)
-        n_frames = None if lengths is None else front_end.n_frames(lengths)
-        draws = batch["value"], batch["min_value"], batch["n_reference"]
-        return self.replay.mask_spectrogram(mel, front_end, *draws, n_frames), n_frames
-
     def step(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Learn from one batch; return its losses, still on the device."""
         with self.precision.context():
-            mel, n_frames = self.spectrogram(batch)
+            mel, n_frames = self.replay.spectrogram(self.model.front_end, batch)
             if self.mixup is not None:
                 mel, n_frames, batch = mix_with_flipped(mel, n_frames, batch, self.mixup, self.mixup_stream)
             losses = self.objective(self.model.forward_spectrogram(mel, n_frames), batch)
@@ -94,13 +86,6 @@ class Trainer:
         if self.schedule is not None:
             self.schedule.step()
         return losses
-
-
-def prepare_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move a collated batch to `device`; lengths become None where nothing is padded."""
-    full = {rate: bool((batch["lengths"][rate] == w.shape[1]).all()) for rate, w in batch["waveforms"].items()}
-    moved = to_device(batch, device)
-    return moved | {"lengths": {rate: None if full[rate] else n for rate, n in moved["lengths"].items()}}
 
 
 class Run:
@@ -129,7 +114,11 @@ class Run:
         self.config, self.data, self.model, self.folder, self.device = config, data, model, folder, device
         self.precision = Precision(config.mode, device)
         self.dataset = ReplayDataset(
-            data.pack, data.source, [model.sample_rate], fresh_masks=config.disable_consistency, seed=seed
+            data.pack,
+            data.source,
+            sorted({model.sample_rate, *objective.sample_rates}),
+            fresh_masks=config.disable_consistency,
+            seed=seed,
         )
         self.batches = EpochBatches(
             len(self.dataset),
@@ -139,7 +128,8 @@ class Run:
             cut_passes=config.epoch_length is None,
         )
         self.iterations = config.epoch_length or math.ceil(len(self.dataset) / config.batch_size)
-        optimizer = create_optimizer(config.optimizer, model.parameters(), config.optimizer_args, device)
+        parameters = parameter_groups(model, objective)
+        optimizer = create_optimizer(config.optimizer, parameters, config.optimizer_args, device)
         schedule = self._schedule(optimizer) if config.use_scheduler else None
         self.trainer = Trainer(
             model, objective, optimizer, schedule, self.precision, data.source.replay, config.mixup, seed
@@ -168,10 +158,11 @@ class Run:
             pin_memory=self.device.type == "cuda",
         )
         # One endless stream: workers read ahead into the next epoch, since each index says its epoch.
-        stream = iter(loader)
+        stream: Iterator[dict[str, Any]] = iter(loader)
         if config.init_from_data:
-            n_batches = min(START_BATCHES, self.iterations)
-            start_from_data(self.model, (prepare_batch(next(stream), self.device) for _ in range(n_batches)))
+            first = list(itertools.islice(stream, min(START_BATCHES, self.iterations)))
+            start_from_data(self.model, (prepare_batch(batch, self.device) for batch in first))
+            stream = itertools.chain(first, stream)  # they are trained on as well
         stale = 0
         total = self.iterations * config.epochs
         with tqdm(total=total, desc="train", unit="batch", dynamic_ncols=True) as progress:
@@ -198,29 +189,29 @@ class Run:
 
     def _epoch(self, epoch: int, stream: Iterator[dict[str, Any]], progress: tqdm) -> dict[str, Any]:
         self.model.train()
-        total = torch.zeros((), device=self.device)
+        totals: dict[str, Tensor] = {}
         clips, began, waited = 0, time.perf_counter(), 0.0
         for iteration in range(1, self.iterations + 1):
             asked = time.perf_counter()
             batch = prepare_batch(next(stream), self.device)
             waited += time.perf_counter() - asked
-            loss = self.trainer.step(batch)["loss"].detach()
-            total += loss
+            losses = {name: value.detach() for name, value in self.trainer.step(batch).items()}
+            totals = {name: totals.get(name, 0.0) + value for name, value in losses.items()}
             clips += len(batch["item"])
             progress.update()
             if iteration % READ_LOSS_EVERY == 0 or iteration == self.iterations:
-                self._stop_if_not_finite(loss, batch)
+                self._stop_if_not_finite(losses["loss"], batch)
                 seconds = time.perf_counter() - began
                 progress.set_postfix(
                     epoch=epoch,
-                    loss=f"{total.item() / iteration:.4f}",
+                    loss=f"{totals['loss'].item() / iteration:.4f}",
                     lr=f"{self.trainer.optimizer.param_groups[0]['lr']:.1e}",
                     clips_s=f"{clips / seconds:.0f}",
                     wait=f"{100 * waited / seconds:.0f}%",
                 )
         return {
             "epoch": epoch,
-            "loss": total.item() / self.iterations,
+            **{name: total.item() / self.iterations for name, total in totals.items()},
             "lr": self.trainer.optimizer.param_groups[0]["lr"],
             "clips_per_second": clips / (time.perf_counter() - began),
         }
@@ -229,8 +220,8 @@ class Run:
         if not math.isfinite(loss.item()):
             names = some((self.dataset.name(int(item)) for item in batch["item"]), 32)
             raise UserError(
-                f"the loss is {loss.item()}; training stops here. The last batch held {names}. Lower the learning "
-                "rate, or look at those clips"
+                f"the loss is {loss.item()}; training stops here. The batch read last held {names}. Lower the "
+                "learning rate, or look at those clips"
             )
 
     def evaluate(self, which: str) -> Metrics:

@@ -1,7 +1,8 @@
 """Mixup on the spectrogram (Zhang et al., ICLR 2018), as CED trains: every clip with its mirror in the batch.
 
-The loss of a mixture is the mixture of the losses. For the losses used here, which are linear in the target, that is
-the loss of the mixed target, so only targets and spectrograms are touched.
+CED's loss of a mixture is the mixture of the losses. Binary cross-entropy is linear in the target, so that is the loss
+of the mixed target, and only targets and spectrograms are touched; so it is for cross-entropy with targets that sum to
+one.
 """
 
 from typing import Any
@@ -28,11 +29,12 @@ def mix_with_flipped(
         stream: to draw from.
 
     Returns:
-        The mixed spectrogram, the frames of each mixture, and the batch with mixed targets.
+        The mixed spectrogram, the frames of each mixture, and the batch with mixed targets and `mixup_weight` (B,).
     """
     weight = torch.from_numpy(stream.beta(alpha, alpha, len(mel)).astype(np.float32)).to(mel.device)  # (B,)
     if n_frames is not None:
         n_frames = torch.maximum(n_frames, n_frames.flip(0))
     target = batch["target"]
     mixed = torch.lerp(mel.flip(0), mel, weight[:, None, None])
-    return mixed, n_frames, batch | {"target": torch.lerp(target.flip(0), target, weight[:, None])}
+    mixed_target = torch.lerp(target.flip(0), target, weight[:, None])
+    return mixed, n_frames, batch | {"target": mixed_target, "mixup_weight": weight}

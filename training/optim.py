@@ -9,12 +9,29 @@ import torch
 from torch import nn
 
 from common.errors import UserError
+from models import AudioTagger
 
 logger = logging.getLogger(__name__)
 
 
+def parameter_groups(model: AudioTagger, objective: object) -> list[dict[str, Any]]:
+    """Return what to optimise, in two groups: with weight decay, and without.
+
+    Norms, biases and what a model names in `no_weight_decay` (position embeddings) are not decayed, as is usual for
+    transformers. An objective with parameters of its own (a projection, say) has them trained as well.
+    """
+    spared = model.no_weight_decay()
+    named = [*model.named_parameters(), *(objective.named_parameters() if isinstance(objective, nn.Module) else [])]
+    decayed = [p for name, p in named if p.ndim > 1 and name not in spared]
+    others = [p for name, p in named if p.ndim <= 1 or name in spared]
+    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+
+
 def create_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], arguments: dict[str, Any], device: torch.device
+    name: str,
+    parameters: Iterable[nn.Parameter] | list[dict[str, Any]],
+    arguments: dict[str, Any],
+    device: torch.device,
 ) -> torch.optim.Optimizer:
     """Build an optimiser by name.
 

@@ -13,18 +13,14 @@ from common.files import write_text
 from training.config import TrainConfig
 
 
-def new_run_folder(config: TrainConfig, stem: str, labels: list[str]) -> Path:
-    """Make OUTPUTPATH/CONFIG_STEM/MODEL/DATE_ID and write into it what the run was given.
-
-    A link `latest` beside it leads to the newest run.
-
-    Args:
-        config: written as `config.yaml`.
-        stem: of the configuration's file name.
-        labels: written as `class_labels_indices.csv`.
-    """
+def run_folder(config: TrainConfig, stem: str) -> Path:
+    """Return the path of a new run: OUTPUTPATH/CONFIG_STEM/MODEL/DATE_ID, `stem` being that of the configuration."""
     parent = Path(config.outputpath) / stem / config.model
-    folder = parent / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:8]}"
+    return parent / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:8]}"
+
+
+def make_run_folder(folder: Path, config: TrainConfig, labels: list[str]) -> None:
+    """Make the folder and write into it what the run was given: `config.yaml` and `class_labels_indices.csv`."""
     folder.mkdir(parents=True)
     write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
     table = io.StringIO()
@@ -32,10 +28,13 @@ def new_run_folder(config: TrainConfig, stem: str, labels: list[str]) -> Path:
     writer = csv.writer(table, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     writer.writerows([index, "", label] for index, label in enumerate(labels))
     write_text(folder / "class_labels_indices.csv", table.getvalue())
-    link = parent / "latest"
+
+
+def link_latest(folder: Path) -> None:
+    """Make the link `latest` beside a finished run lead to it."""
+    link = folder.parent / "latest"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
-    return folder
 
 
 def log_to(path: Path | None, *, debug: bool = False) -> None:

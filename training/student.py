@@ -34,10 +34,12 @@ def create_student(config: TrainConfig, labels: list[str] | None, objective: Obj
         arguments.setdefault("activation", activation)
     model = create_model(config.model, num_classes=len(labels) if labels else None, labels=labels, **arguments)
     if objective.wants and model.outputs != objective.wants:
-        pooling = "logit" if objective.wants == "logits" else "mean"
+        loss = "BCELoss" if model.outputs == "probabilities" else "BCEWithLogitsLoss"
+        pooling = {"logits": "logit", "probabilities": "mean"}[objective.wants]
+        other = f" or model_args: {{pooling: {pooling}}}" if hasattr(model, "pooling") else ""
         raise UserError(
-            f"loss {config.loss} wants {objective.wants}, but {config.model} gives {model.outputs}; set "
-            f"model_args: {{pooling: {pooling}}} or another loss"
+            f"loss {config.loss} wants {objective.wants}, but {config.model} gives {model.outputs}; set loss: {loss}"
+            f"{other}"
         )
     _start(model, config)
     return model
@@ -47,7 +49,7 @@ def _start(model: AudioTagger, config: TrainConfig) -> None:
     if config.pretrained is False:
         logger.info("%s starts from random weights", config.model)
     elif isinstance(config.pretrained, str):
-        load_weights(model, config.pretrained)
+        load_weights(model, config.pretrained, pre_training=True)
         logger.info("%s starts from %s", config.model, config.pretrained)
     else:
         url = published_initialisation(config.model)
@@ -78,13 +80,14 @@ def start_from_data(model: AudioTagger, batches: Iterable[dict[str, Any]]) -> No
     """Set what the first thousands of iterations would otherwise find out.
 
     Batch-norm statistics become those of the batches, and the last layer's bias becomes the log-odds of each class's
-    mean target, so that the untrained model already answers with the prior.
+    mean target, so that the untrained model already answers with the prior. What was loaded from elsewhere (statistics
+    that have seen batches, a bias that is not zero) stays as it is.
 
     Args:
         model: on its device; left in training mode.
         batches: collated and prepared, see `distill.dataset.collate`.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.num_batches_tracked]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -99,5 +102,7 @@ def start_from_data(model: AudioTagger, batches: Iterable[dict[str, Any]]) -> No
         norm.momentum = momentum
     mean = torch.cat(targets).mean(dim=0).clamp(1e-4, 1 - 1e-4)
     head = cast(nn.Linear, model.get_submodule(model.head))
+    if head.bias.any():
+        return
     prior = mean.log() if model.activation == "softmax" else torch.logit(mean)
     head.bias.copy_(prior)

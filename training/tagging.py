@@ -91,7 +91,7 @@ def tag_files(
         One `TaggedFile` a path, in order.
 
     Raises:
-        UserError: a model that gives NaN.
+        UserError: a model that gives NaN, see `AudioTagger.predict`.
     """
     size = max(round(chunk_seconds * model.sample_rate), 1)
     unfinished: deque[TaggedFile] = deque()
@@ -101,8 +101,6 @@ def tag_files(
         waveform, lengths = pad_batch([samples for _, samples in chunks])  # (B,S), (B,)
         with torch.inference_mode():
             probabilities = model.predict(waveform.to(device), lengths.to(device)).float().cpu()  # (B,C)
-        if probabilities.isnan().any():
-            raise UserError(f"the model {model.name} gives NaN: its weights are damaged or its training diverged")
         best = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
         for (chunk, _), values, indices in zip(chunks, best.values.tolist(), best.indices.tolist(), strict=True):
             chunk.tags = [(model.labels[index], value) for index, value in zip(indices, values, strict=True)]
@@ -145,7 +143,10 @@ def tag_writer(target: Path | None) -> Iterator[Callable[[TaggedFile], None]]:
     extension = target.suffix.lower()
     if extension not in (".csv", ".jsonl"):
         raise UserError(f"--output {target}: the name must end in .csv or .jsonl")
-    with whole_file(target) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:
+    with (
+        whole_file(target) as partial,
+        open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
+    ):
         rows = csv.writer(stream, lineterminator="\n")
         if extension == ".csv":
             rows.writerow(["filename", "start", "end", "label", "probability"])

@@ -18,19 +18,21 @@ from tqdm import tqdm
 from audio.dataset import Pack, chunk_bounds, loader_workers
 from common.errors import UserError
 from common.files import sha256, write_json
-from distill.dataset import ReplayDataset, collate
+from distill.dataset import ReplayDataset, collate, prepare_batch
 from distill.replay import REFERENCE_RATE, Replay
 from distill.sources import SeededItems
 from distill.targets import epoch_file, write_epoch
 from models import AudioTagger
 from training.config import SoftTargetConfig
-from training.loop import prepare_batch
 from training.precision import Precision, choose_device
 
 logger = logging.getLogger(__name__)
 
 # What must stay as it is for files of another day to belong to the same store.
-IDENTITY = ("wavtransforms", "spectransforms", "mask_fill", "teacher", "manifest_sha256", "seed", "topk", "world_size")
+IDENTITY = (
+    *("wavtransforms", "spectransforms", "mask_fill", "teacher", "manifest_sha256", "pack_rate", "seed", "topk"),
+    *("mode", "world_size"),
+)
 
 
 class _Batches(Sampler[list[tuple[int, int]]]):
@@ -64,14 +66,9 @@ def ensemble_probabilities(
     Each member hears the batch at its own rate, through its own front-end, masked in the same seconds and hertz.
     """
     total: Tensor | None = None
-    draws = batch["value"], batch["min_value"], batch["n_reference"]
     for member in members:
-        front_end = member.front_end
-        lengths = batch["lengths"][front_end.sample_rate]
         with precision.context():
-            mel = front_end(batch["waveforms"][front_end.sample_rate], lengths)
-            n_frames = None if lengths is None else front_end.n_frames(lengths)
-            mel = replay.mask_spectrogram(mel, front_end, *draws, n_frames)
+            mel, n_frames = replay.spectrogram(member.front_end, batch)
             probabilities = member.probabilities(member.forward_spectrogram(mel, n_frames)).float()
         total = probabilities if total is None else total + probabilities
     assert total is not None, "an ensemble has members"
@@ -110,11 +107,7 @@ class Teaching:
         self.topk = min(config.topk, self.num_classes)
         if self.topk < config.topk:
             logger.info("topk %d: the teacher has %d classes, all are stored", config.topk, self.num_classes)
-        self.replay = Replay(
-            {k: v or {} for k, v in config.wavtransforms.items()},
-            [{k: v or {} for k, v in entry.items()} for entry in config.spectransforms],
-            config.mask_fill,
-        )
+        self.replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
         bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length)
         self.items = SeededItems(bounds, pack.sample_rate, self.replay, config.seed)
         self.mine = np.array_split(np.arange(len(bounds)), world_size)[rank]
@@ -138,6 +131,7 @@ class Teaching:
             "manifest_sha256": sha256(self.pack.manifest),
             "seed": self.config.seed,
             "topk": self.topk,
+            "mode": self.config.mode,
             "world_size": self.world_size,
             "config": self.config.model_dump(),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchaudio", "numpy", "soxr")},
@@ -154,6 +148,7 @@ class Teaching:
                 raise UserError(
                     f"{self.folder} holds soft targets made with another {', '.join(other)}; give another "
                     "outputpath or name, or delete the folder to make them anew"
+                    + (f"; it was begun by {there['world_size']} processes" if "world_size" in other else "")
                 )
         elif any(self.folder.glob("logits_ep*")):
             raise UserError(

@@ -155,9 +155,26 @@ def test_mean_fill_ignores_padding(ced_grid):
     assert torch.allclose(alone[0][:, masked], mel.mean(), atol=1e-5)
 
 
+def test_what_lies_behind_a_clips_end_stays_silent(ced_grid):
+    replay = Replay({}, [{"FrequencyMasking": {"freq_mask_param": 24}}])
+    mel = torch.full((1, 64, 100), -100.0)
+    args = (torch.tensor([0.9]), torch.tensor([0.5]), torch.tensor([8000]))
+    out = replay.mask_spectrogram(mel, ced_grid, *args, n_frames=torch.tensor([51]))
+    assert (out[..., :51] == 0).any()
+    assert (out[..., 51:] == -100).all()
+
+
+@pytest.mark.parametrize("shift", [{"p": 1}, {"p": 0}])
+def test_a_whole_number_for_a_probability_is_one(shift):
+    drawn = [Replay({"Shift": shift}).draw(seed, 16000).wave[0] for seed in range(20)]
+    assert sum(seconds != 0 for seconds in drawn) == 20 * shift["p"]
+
+
 def test_all_faults_of_an_augmentation_are_told_at_once():
     with pytest.raises(UserError, match=r"2 faults(?s:.*)Shft.*did you mean 'Shift'(?s:.*)time_mask"):
         Replay({"Shft": {}}, [{"TimeMasking": {"time_mask": 3}}])
+    with pytest.raises(UserError, match=r"3 faults(?s:.*)p is 2(?s:.*)'x'(?s:.*)mask_fill"):
+        Replay({"Shift": {"p": 2}}, [{"TimeMasking": {"time_mask_param": "x"}}], "median")
 
 
 def test_transforms_have_the_published_defaults():

@@ -186,6 +186,37 @@ def test_a_truncated_file_is_named(tmp_path):
         SoftTargetStore(folder)
 
 
+def test_values_and_names_of_different_length_are_refused_before_they_are_misaligned(tmp_path):
+    folder = store_of(tmp_path / "store", [[[f"clip_{k}.wav" for k in range(4)]]] * 2)
+    rows = pd.read_parquet(folder / "logits_ep2_0.parquet")
+    pd.concat([rows, rows[:1]]).to_parquet(folder / "logits_ep2_0.parquet", index=False)
+    with pytest.raises(UserError, match=r"logits_ep2_0\.h5 and the \.parquet beside it differ in length"):
+        SoftTargetStore(folder)
+
+
+def test_the_draws_are_for_the_length_the_teacher_heard_when_the_pack_decodes_another(tmp_path):
+    """The published fixture says 5.001 s; the same clip as a 5.000 s file must replay the draws of 80016 samples."""
+    names = ["clip_0.wav"]
+    folder = store_of(tmp_path / "store", [[names]], seconds=5.001)
+    targets = StoredTargets(SoftTargetStore(folder), pack_of(tmp_path / "pack", names, seconds=5.0), 4, "zero")
+    assert targets.n_reference.tolist() == [80016]
+
+
+def test_a_store_of_more_classes_than_the_model_has_is_refused(tmp_path):
+    names = ["clip_0.wav"]
+    folder = store_of(tmp_path / "store", [[names]])
+    with pytest.raises(UserError, match="targets for class 3, but there are 2 classes"):
+        StoredTargets(SoftTargetStore(folder), pack_of(tmp_path / "pack", names), 2, "zero")
+
+
+def test_a_clip_that_ends_before_its_chunk_starts_is_left_out(tmp_path):
+    pack = pack_of(tmp_path / "pack", ["clip_0.wav"], seconds=0.5)
+    rows = pd.DataFrame({"filename": ["clip_0.wav"] * 2, "start": [0.0, 0.6], "end": [0.5, 0.62]})
+    write_epoch(tmp_path / "s", 1, 0, rows, np.full((2, 2), 0.5), np.tile([0, 1], (2, 1)), np.array([5, 6]))
+    (tmp_path / "s" / "meta.json").write_text('{"config": {"chunk_length": 0.6}}')
+    assert StoredTargets(SoftTargetStore(tmp_path / "s"), pack, 4, "zero").bounds.tolist() == [[0, 0, 8000]]
+
+
 def test_an_interrupted_writer_leaves_no_finished_file(tmp_path, monkeypatch):
     monkeypatch.setattr(h5py.File, "create_dataset", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

@@ -14,7 +14,7 @@ from distill.objectives import LOSSES, create_objective, register_objective
 from models import create_model
 from training.checkpoints import BestCheckpoints, average_states
 from training.mixup import mix_with_flipped
-from training.optim import create_optimizer, warmup_cosine
+from training.optim import create_optimizer, parameter_groups, warmup_cosine
 from training.precision import Precision, choose_device
 from training.student import start_from_data
 
@@ -81,6 +81,27 @@ def test_amp_without_a_gpu_computes_in_float32_and_says_so(caplog):
 def test_an_unknown_device_is_a_sentence():
     with pytest.raises(UserError, match="'gpu' is not known"):
         choose_device("gpu")
+
+
+def test_norms_biases_and_position_embeddings_are_not_decayed():
+    model = create_model("audiotransformer_pico", num_classes=2)
+    decayed, others = parameter_groups(model, None)
+    names = {id(p): name for name, p in model.named_parameters()}
+    spared = {names[id(p)] for p in others["params"]}
+    assert others["weight_decay"] == 0.0
+    assert {"time_pos_embed", "freq_pos_embed", "norm.weight", "outputlayer.1.bias", "init_bn.1.weight"} <= spared
+    assert not any(name.endswith(".weight") and "norm" not in name and "outputlayer.0" not in name
+                   and "init_bn" not in name for name in spared)  # fmt: skip
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+def test_weights_that_were_loaded_are_left_as_they_are():
+    model = create_model("audiotransformer_pico", num_classes=3, pooling="logit")
+    nn.init.constant_(model.outputlayer[1].bias, 3.0)
+    model.init_bn[1].num_batches_tracked.fill_(7)
+    batch = {"waveforms": {16000: torch.randn(2, 16000)}, "lengths": {16000: None}, "target": torch.ones(2, 3)}
+    start_from_data(model, [batch])
+    assert model.outputlayer[1].bias.tolist() == [3.0] * 3
 
 
 def test_averaging_is_the_mean_of_floats_and_keeps_counters():

@@ -107,6 +107,9 @@ def test_more_labels_wanted_than_there_are_gives_all(tmp_path):
 def test_a_model_that_gives_nan_is_named(tmp_path):
     class Broken(Meter):
         def predict(self, waveform, lengths=None):
+            return AudioTagger.predict(self, waveform, lengths)
+
+        def forward(self, waveform, lengths=None):
             return torch.full((len(waveform), 3), torch.nan)
 
     with pytest.raises(UserError, match="Broken gives NaN"):

@@ -121,6 +121,7 @@ def test_more_epochs_can_be_added_but_other_settings_not_mixed_in(tone_pack, pac
         ([teacher], {"chunk_length": 5.0}, "chunk_length"),
         ([other_teacher], {}, "teacher"),
         ([teacher], {"spectransforms": []}, "spectransforms"),
+        ([teacher], {"mode": "amp_bf16"}, "mode"),
     ):
         with pytest.raises(UserError, match=f"made with another {what}"):
             Teaching(config(tone_pack, **changes), pack, members, tmp_path)
