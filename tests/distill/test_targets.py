@@ -1,7 +1,6 @@
 import json
 import shutil
 
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -60,12 +59,6 @@ def test_last_random_fills_below_the_smallest_value_as_its_seed_says():
     assert abs(rest.mean() - 0.1) < 0.01
 
 
-@pytest.mark.parametrize("label_type", ["last_mean", "last_half", "last_random", "527", "zero"])
-def test_storing_every_class_is_no_division_by_zero(label_type):
-    target = dense_target(V, np.array([0, 1, 2]), 3, label_type)
-    assert np.array_equal(target, V.astype(np.float32))
-
-
 def test_published_folder_with_its_pickle_replays_every_reference_row(shared, tmp_path):
     """The published store, matched by stem to a pack of .ogg names, gives the published targets and seeds."""
     folder = shared / "fixtures/published_logits_layout"
@@ -101,13 +94,6 @@ def test_files_of_several_ranks_and_another_order_in_each_epoch_align(tmp_path):
         for epoch in (1, 2):
             assert targets.seed(epoch, item) == 1000 * epoch + clip
             assert targets.target(epoch, item)[3] == pytest.approx(0.1 * epoch + clip / 100, abs=1e-3)
-
-
-def test_every_stored_epoch_is_used_in_order_and_wraps(tmp_path):
-    names = ["clip_0.wav"]
-    folder = store_of(tmp_path / "store", [[names]] * 3)
-    targets = StoredTargets(SoftTargetStore(folder), pack_of(tmp_path / "pack", names), 4, "zero")
-    assert [targets.seed(epoch, 0) for epoch in range(1, 8)] == [1000, 2000, 3000, 1000, 2000, 3000, 1000]
 
 
 def test_max_epochs_uses_the_first_stored_ones(tmp_path):
@@ -215,14 +201,6 @@ def test_a_clip_that_ends_before_its_chunk_starts_is_left_out(tmp_path):
     write_epoch(tmp_path / "s", 1, 0, rows, np.full((2, 2), 0.5), np.tile([0, 1], (2, 1)), np.array([5, 6]))
     (tmp_path / "s" / "meta.json").write_text('{"config": {"chunk_length": 0.6}}')
     assert StoredTargets(SoftTargetStore(tmp_path / "s"), pack, 4, "zero").bounds.tolist() == [[0, 0, 8000]]
-
-
-def test_an_interrupted_writer_leaves_no_finished_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(h5py.File, "create_dataset", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        write_epoch(tmp_path, 1, 0, pd.DataFrame({"filename": ["a"]}), V[None], I[None], np.array([1]))
-    assert not list(tmp_path.glob("*.h5"))
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_meta_pt_beside_meta_json_is_not_read(shared, tmp_path):
