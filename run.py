@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import fire
 import torch
 
-from common.errors import Faults, UserError, fail, print_user_errors
+from common.errors import Faults, UserError, did_you_mean, fail, print_user_errors
 from models import load_model
 from training.data import open_labelled, open_pack
 from training.evaluate import evaluate, write_results
@@ -71,6 +71,7 @@ class Runner:
         num_workers: int = 4,
         device: str = "auto",
         output: str | None = None,
+        **unknown: Any,
     ) -> None:
         """Judge a model on a labelled pack: mAP, mAUC, d-prime, lwlrap, top-1, per-class results.
 
@@ -84,8 +85,12 @@ class Runner:
             num_workers: loader processes.
             device: auto, cpu or cuda.
             output: folder for the results; beside the checkpoint by default.
+            unknown: anything else is refused, with the nearest option.
         """
         log_to(None)
+        known = ["test_data", "weights", "mode", "batch_size", "num_workers", "device", "output"]
+        if unknown:
+            raise UserError("; ".join(f"unknown option --{key}{did_you_mean(key, known)}" for key in unknown))
         source = experiment or m
         if source is None or test_data is None:
             raise UserError("give a run's folder, a checkpoint or a model's name, and --test_data PACK.tsv")

@@ -62,7 +62,10 @@ def some(names: Iterable[str], limit: int = 5) -> str:
 
 
 def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate an entry point: a `UserError` is printed as its sentence, with exit status 1 and no traceback."""
+    """Decorate an entry point: what a user can mend, or did, is printed as a sentence, without a traceback.
+
+    The exit status is 1 for an error and 130 for Ctrl-C.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -70,6 +73,9 @@ def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except UserError as error:
             fail(_own_words(str(error)))
+        except KeyboardInterrupt:
+            print("\nstopped; what was finished is kept", file=sys.stderr)
+            sys.exit(130)
         except OSError as error:  # a full disk, a folder that may not be written: the user's to mend as well
             fail(str(error))
 

@@ -142,6 +142,12 @@ class SoftTargetStore:
                     "the same settings, it goes on where it stopped"
                 )
         faults.raise_if_any()
+        absent = sorted(set(range(self.epochs[0], self.epochs[-1])) - set(self.epochs))
+        if absent:
+            raise UserError(
+                f"{self.folder} lacks epoch {some(map(str, absent))} between others; run save_logits.py again with the "
+                "same settings, it makes what is missing"
+            )
         planned = self.meta.get("config", {}).get("epochs")
         if planned and len(self.epochs) < planned:
             logger.warning("%s holds %d of the %d epochs planned", self.folder, len(self.epochs), planned)

@@ -122,8 +122,9 @@ class AudioTagger(nn.Module):
             return output
         return self._activate(output)
 
+    @torch.no_grad()
     def predict(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Probabilities (B,C) of clips; arguments as in `forward`.
+        """Probabilities (B,C) of clips, without gradients; arguments as in `forward`.
 
         Raises:
             UserError: a clip holds NaN or infinite samples, or the weights do.

@@ -58,6 +58,8 @@ def load_model(
     Raises:
         UserError: nothing of that name, weights that cannot be fetched or read, or that do not fit.
     """
+    if weights is not None and "://" not in str(weights) and not Path(weights).exists():
+        raise UserError(f"{weights}: there is no such file; `weights` wants a checkpoint's path or address")
     named = str(source) in list_models()
     origin = weights or (_weights_of(str(source)) if named else source)
     state, config = read_weights(origin)

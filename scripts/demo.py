@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 class Steps:
     """Runs commands of the project one after the other, and skips those that are done.
 
-    A step is done when the same command ended well before, after the same steps, with the same code and configurations.
+    A step is done when the same command ended well before, after the same steps, with the same code and configurations,
+    and what it made is still there.
 
     Args:
         folder: gets a small file for each finished step.
@@ -37,14 +38,14 @@ class Steps:
         sources = sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("*config/*.yaml")])
         self.key = hashlib.sha256(b"".join(p.read_bytes() for p in sources if "tests" not in p.parts)).hexdigest()
 
-    def run(self, title: str, *command: str | Path) -> float:
-        """Print and run one command, with its progress bars; return the seconds it took, when it was run."""
+    def run(self, title: str, *command: str | Path, makes: Path) -> float:
+        """Print and run one command that makes a file; return the seconds it took, when it was run."""
         words = [str(word) for word in command]
         self.key = hashlib.sha256("\0".join([self.key, *words]).encode()).hexdigest()
         print(f"\n=== {title}\n$ python {shlex.join(words)}", flush=True)
         marker = self.folder / f"{self.key[:16]}.json"
-        if marker.is_file():
-            print(f"done before (delete {self.folder} to do it again)")
+        if marker.is_file() and (ROOT / makes).exists():
+            print(f"done before: {makes} (delete it to do this step again)")
             return json.loads(marker.read_text())["seconds"]
         began = time.perf_counter()
         status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
@@ -87,33 +88,40 @@ def main() -> None:
 
     steps = Steps(work / "finished_steps")
     run = steps.run
-    run("make sounds by formula", "scripts/make_demo_sounds.py", work, *counts)
-    for split in ("train", "valid", "eval"):
-        run(f"pack the {split} sounds", "scripts/wavlist_to_hdf5.py", work / f"{split}.tsv", work / "packs")
+    made = work / "settings.json"
+    run("make sounds by formula", "scripts/make_demo_sounds.py", work, *counts, makes=made)
     packs = work / "packs" / "labels"
+    for split in ("train", "valid", "eval"):
+        pack = "scripts/wavlist_to_hdf5.py", work / f"{split}.tsv", work / "packs"
+        run(f"pack the {split} sounds", *pack, makes=packs / f"{split}.tsv")
     data = ["--eval_data", packs / "eval.tsv", "--valid_data", packs / "valid.tsv", "--outputpath", runs]
+    teacher = runs / "demo_teacher" / "mn02_as" / "latest"
     seconds_teacher = run(
         "teach: train a small teacher on the labels",
         *("run.py", "train", "trainconfig/demo_teacher.yaml", "--train_data", packs / "train.tsv"),
         *("--labels_csv", work / "class_labels_indices.csv", *data, *short),
+        makes=teacher / "results.json",
     )
-    teacher = runs / "demo_teacher" / "mn02_as" / "latest"
     name = f"demo_teacher_{steps.key[:8]}"  # targets of another teacher go elsewhere
+    store = targets / name / "train" / "chunk_10"
     run(
         "ask the teacher: soft targets for every clip, epoch and augmentation",
         *("save_logits.py", "logitconfig/demo.yaml", "--train_data", packs / "train.tsv", "--model", teacher),
         *("--outputpath", targets, "--name", name, *short),
+        makes=store / "meta.json",
     )
-    store = targets / name / "train" / "chunk_10"
+    student = runs / "demo_student" / "audiotransformer_pico" / "latest"
     seconds_student = run(
         "distil: a smaller student learns from the soft targets alone",
         *("run.py", "train", "trainconfig/demo_student.yaml", "--train_data", packs / "train.tsv"),
         *("--logitspath", store, *data, *short),
+        makes=student / "results.json",
     )
-    student = runs / "demo_student" / "audiotransformer_pico" / "latest"
-    run("evaluate the student", "run.py", "evaluate", student, "--test_data", packs / "eval.tsv")
+    judge = "run.py", "evaluate", student, "--test_data", packs / "eval.tsv"
+    run("evaluate the student", *judge, makes=student / "evaluation_eval.json")
     tags = work / "tags.csv"
-    run("tag a folder", "inference.py", work / "folder_to_tag", "-m", student, "-k", "3", "--output", tags)
+    tag = "inference.py", work / "folder_to_tag", "-m", student, "-k", "3", "--output", tags
+    run("tag a folder", *tag, makes=tags)
 
     of_teacher, of_student = figures(teacher), figures(student)
     chance = json.loads((ROOT / student / "results.json").read_text())["chance_mAP"]

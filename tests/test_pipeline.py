@@ -31,7 +31,7 @@ def succeed(*words, **options):
 def teacher(tone_pack, tmp_path_factory):
     """The folder of a teacher trained on the labels."""
     runs = tmp_path_factory.mktemp("runs")
-    data = ["--train_data", tone_pack, "--eval_data", tone_pack, "--outputpath", runs]
+    data = ["--train_data", tone_pack, "--eval_data", tone_pack, "--valid_data", "null", "--outputpath", runs]
     changes = ["--epochs", "20", "--num_workers", "1", "--optimizer_args.lr", "3e-3", "--batch_size", "8"]
     succeed("run.py", "train", "trainconfig/own_teacher.yaml", *data, *changes, "--mixup", "null")
     return runs / "own_teacher" / "audiotransformer_nano" / "latest"
@@ -53,7 +53,8 @@ def store(tone_pack, teacher, tmp_path_factory):
 @pytest.fixture(scope="module")
 def student(tone_pack, store, tmp_path_factory):
     runs = tmp_path_factory.mktemp("student")
-    data = ["--train_data", tone_pack, "--eval_data", tone_pack, "--logitspath", store, "--outputpath", runs]
+    data = ["--train_data", tone_pack, "--eval_data", tone_pack, "--valid_data", "null", "--outputpath", runs]
+    data += ["--logitspath", store]
     result = succeed("run.py", "train", "trainconfig/own_student.yaml", *data, *SHORT)
     folder = runs / "own_student" / "audiotransformer_pico" / "latest"
     assert str(folder.resolve()) in result.stdout
@@ -109,6 +110,12 @@ def test_a_published_checkpoint_that_does_not_say_what_it_is_takes_a_name(studen
     sounds = Path(tone_pack).parents[2] / "sounds"
     succeed("inference.py", sounds, "-m", "audiotransformer_pico", "--weights", tmp_path / "bare.pt", "--output", tags)
     assert set(pd.read_csv(tags)["label"].astype(str)) <= {str(i) for i in range(7)}
+
+
+def test_a_misspelt_option_of_evaluate_is_told_before_the_work(student, tone_pack):
+    result = run_command("run.py", "evaluate", student, "--test_data", tone_pack, "--batchsize", "3")
+    assert result.returncode == 1
+    assert result.stderr.strip() == "error: unknown option --batchsize (did you mean 'batch_size'?)"
 
 
 def test_tagging_prints_the_teachers_class_names(student, tone_pack):
@@ -191,7 +198,8 @@ def test_a_published_run_without_its_initialisation_says_so_loudly(tone_pack, st
 
 
 def test_a_student_can_start_from_another_runs_weights_with_another_head(tone_pack, student, tmp_path):
-    data = ["--train_data", tone_pack, "--outputpath", tmp_path, "--eval_data", "null", "--loss", "CrossEntropyLoss"]
+    data = ["--train_data", tone_pack, "--outputpath", tmp_path, "--eval_data", "null", "--valid_data", "null"]
+    data += ["--loss", "CrossEntropyLoss"]
     result = succeed(
         *("run.py", "train", "trainconfig/own_teacher.yaml", *data, "--model", "audiotransformer_pico"),
         *("--pretrained", student.resolve() / "averaged.pt", "--epochs", "1", "--num_workers", "0"),
@@ -218,4 +226,8 @@ def test_the_demo_runs_from_start_to_end(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     for part in ("chance", "teacher (mn02, labels)", "student (pico, distilled)", "soft targets", "tags.csv"):
         assert part in result.stdout
+    assert (tmp_path / "demo" / "tags.csv").is_file()
+    (tmp_path / "demo" / "tags.csv").unlink()
+    again = run_command("scripts/demo.py", "--quick", "--workdir", tmp_path / "demo", "--output", tmp_path / "out")
+    assert again.stdout.count("done before") == 8
     assert (tmp_path / "demo" / "tags.csv").is_file()

@@ -3,11 +3,13 @@
 Keys and defaults of CED's published files are kept, so that they run unchanged; keys of this project's own are marked.
 """
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from common.errors import Faults, did_you_mean
 from distill.objectives import LOSSES
@@ -97,7 +99,14 @@ class TrainConfig(_Config):
 
     @field_validator("optimizer_args")
     @classmethod
-    def _numbers(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _arguments(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("optimizer", "Adam")
+        known = list(inspect.signature(getattr(torch.optim, name.removesuffix("8bit"))).parameters)[1:]
+        for key, given in value.items():
+            if key not in known:
+                raise ValueError(f"{name} has no argument {key!r}{did_you_mean(key, known)}")
+            if isinstance(_number(given), str):
+                raise ValueError(f"{key} is {given!r}, which is no number")
         return {k: _number(v) for k, v in value.items()}  # YAML reads 1e-3 as text
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from common.errors import Faults, UserError
 from distill.objectives import create_objective
+from distill.targets import StoredTargets
 from training.config import TrainConfig, read_config
 from training.data import open_training
 from training.loop import Run
@@ -61,4 +62,7 @@ def prepare_run(config_file: str, overrides: dict[str, Any], seed: int) -> Run:
         len(data.pack),
         config.valid_data or config.eval_data or "nothing: the last one is kept",
     )
+    if isinstance(data.source, StoredTargets):
+        stored = len(data.source.epochs)
+        logger.info("%d stored epochs of soft targets, used in order and from the start again", stored)
     return run

@@ -158,6 +158,13 @@ def test_a_missing_rank_a_missing_table_and_a_missing_meta_are_told_at_once(tmp_
         SoftTargetStore(folder)
 
 
+def test_an_epoch_missing_between_others_is_a_fault(tmp_path):
+    folder = store_of(tmp_path / "store", [[["clip_0.wav"]]] * 3)
+    (folder / "logits_ep2_0.h5").unlink()
+    with pytest.raises(UserError, match="lacks epoch 2 between others"):
+        SoftTargetStore(folder)
+
+
 def test_an_empty_or_absent_folder_says_how_to_fill_it(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UserError, match=r"save_logits\.py"):

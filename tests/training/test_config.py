@@ -96,6 +96,14 @@ def test_every_key_can_be_overridden_nested_ones_with_a_dot(tmp_path):
     assert config.label_type == "527"
 
 
+@pytest.mark.parametrize(("argument", "sentence"), [({"lrr": 1}, "did you mean 'lr'"), ({"lr": "abc"}, "no number")])
+def test_arguments_of_the_optimizer_are_checked_with_the_rest(tmp_path, argument, sentence):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"train_data": "a", "model": "m", "optimizer": "AdamW", "optimizer_args": argument}))
+    with pytest.raises(UserError, match=f"2 faults(?s:.*){sentence}"):
+        read(TrainConfig, path, epoch=3)
+
+
 @pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", ""])
 def test_a_file_that_is_no_configuration_is_a_sentence(tmp_path, content):
     path = tmp_path / "c.yaml"
