@@ -72,14 +72,17 @@ def open_pack(path: str, faults: Faults, *, labelled: bool = False) -> Pack | No
 def open_labelled(path: str, labels: list[str], faults: Faults) -> LabelledPack | None:
     """Open a pack with a `labels` column of indices into `labels`, or of names in it."""
     pack = open_pack(path, faults, labelled=True)
-    if pack is None:
-        return None
+    indices = None if pack is None else _clip_labels(pack, labels, faults)
+    return None if pack is None or indices is None else LabelledPack(pack, indices, len(labels))
+
+
+def _clip_labels(pack: Pack, labels: list[str], faults: Faults) -> list[np.ndarray] | None:
+    """Return the class indices of each clip of a pack; what is wrong with its `labels` column is noted in `faults`."""
     try:
-        indices = parse_labels(pack.table["labels"], labels, pack.names)
+        return parse_labels(pack.table["labels"], labels, pack.names)
     except UserError as error:
-        faults.add(f"{path}: {error}")
+        faults.add(f"{pack.manifest}: {error}")
         return None
-    return LabelledPack(pack, indices, len(labels))
 
 
 def open_training(config: TrainConfig, seed: int, faults: Faults) -> TrainingData | None:
@@ -177,10 +180,8 @@ def _label_source(config: TrainConfig, named: list[str] | None, seed: int, fault
             "num_classes or labels_csv (index,mid,display_name)"
         )
         return None
-    try:
-        indices = parse_labels(pack.table["labels"], labels, pack.names)
-    except UserError as error:
-        faults.add(f"{config.train_data}: {error}")
+    indices = _clip_labels(pack, labels, faults)
+    if indices is None:
         return None
     bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length)
     return pack, LabelTargets(bounds, indices, len(labels), pack.sample_rate, replay, seed), labels
@@ -197,10 +198,8 @@ def _balance(pack: Pack, source: TargetSource, labels: list[str], faults: Faults
     if "labels" not in pack.table:
         faults.add(f"sampler: balanced needs a `labels` column in {pack.manifest}; add it, or drop the sampler")
         return None
-    try:
-        indices = parse_labels(pack.table["labels"], labels, pack.names)
-    except UserError as error:
-        faults.add(f"{pack.manifest}: {error}")
+    indices = _clip_labels(pack, labels, faults)
+    if indices is None:
         return None
     counts = np.bincount(np.concatenate(indices), minlength=len(labels))
     of_clip = np.array([(1.0 / counts[i]).max() for i in indices])
