@@ -65,14 +65,12 @@ class Pack:
         manifest_path: str | Path,
         *,
         required: Sequence[str] = ("filename", "hdf5path"),
-        limit_shards: int | None = None,
     ) -> "Pack":
         """Open the clips that a manifest lists.
 
         Args:
             manifest_path: a tab-separated table with at least `filename` and `hdf5path`.
             required: the columns that must be there.
-            limit_shards: use the rows of the first shards only.
 
         Raises:
             UserError: with all that is wrong: a missing column, absent or damaged shards, sample rates that differ, or
@@ -81,15 +79,15 @@ class Pack:
         """
         manifest = Path(manifest_path)
         table = _read_packed_manifest(manifest, required)
-        paths = table["hdf5path"].unique().tolist()[:limit_shards]
+        paths = table["hdf5path"].unique().tolist()
         shards = _open_shards(paths, manifest)
-        shard_of = pd.Index(paths).get_indexer(pd.Index(table["hdf5path"]))  # -1 beyond the limit
+        shard_of = pd.Index(paths).get_indexer(pd.Index(table["hdf5path"]))
         position_of = np.full(len(table), -1, dtype=np.int64)
         for number, shard in enumerate(shards):
             rows = np.flatnonzero(shard_of == number)
             position_of[rows] = shard.index.find_all(table["filename"].to_numpy()[rows])
         usable = position_of >= 0
-        missing = table["filename"][(shard_of >= 0) & ~usable].tolist()
+        missing = table["filename"][~usable].tolist()
         if not usable.any():
             raise UserError(
                 f"{manifest}: none of its {len(missing)} clips is in the shards {some(paths, 3)}; found there for "

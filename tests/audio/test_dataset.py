@@ -122,12 +122,6 @@ def test_a_moved_pack_is_found_beside_its_manifest(tmp_path: Path) -> None:
     assert len(Pack.open(tmp_path / "new" / "labels" / "x.tsv")) == N
 
 
-def test_only_the_first_shards_when_limited(tmp_path: Path) -> None:
-    pack = Pack.open(make_pack(tmp_path), limit_shards=1)
-    assert pack.names == [f"audio/{i:02d}.wav" for i in range(0, N, 2)]
-    assert pack.n_missing == 0
-
-
 def test_published_shards_without_a_rate_are_taken_as_16_khz_with_a_notice(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
