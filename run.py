@@ -1,6 +1,8 @@
 """Train and evaluate.
 
-    python run.py train CONFIG.yaml [--key value ...]
+    python run.py train CONFIG.yaml [--resume auto|never|RUN_FOLDER] [--key value ...]
+    torchrun --nproc_per_node N run.py train CONFIG.yaml [--key value ...]
+    python run.py config CONFIG.yaml [--key value ...]
     python run.py evaluate RUN_FOLDER_OR_CHECKPOINT_OR_NAME --test_data X.tsv [--weights PATH] [--mode amp]
 
 Any key of a configuration can be overridden on the command line, nested ones with a dot: `--optimizer_args.lr 3e-4`.
@@ -8,21 +10,22 @@ Any key of a configuration can be overridden on the command line, nested ones wi
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 # Before torch loads OpenMP: threads that spin while they wait cost tenfold where loader workers share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import fire
 import torch
+import yaml
 
 from common.errors import Faults, UserError, did_you_mean, fail, print_user_errors
-from models import load_model
-from training.data import open_labelled, open_pack
-from training.evaluate import evaluate, write_results
+from training.config import Mode, TrainConfig, read_config
+from training.evaluate import evaluate, open_evaluation, write_results
+from training.parallel import joined_ranks
 from training.precision import Precision, choose_device
 from training.prepare import prepare_run
-from training.run_folder import link_latest, log_to
+from training.run_folder import log_to
 
 
 class Runner:
@@ -41,22 +44,47 @@ class Runner:
             torch.set_num_threads(nthreads)
 
     @print_user_errors
-    def train(self, config_file: str, *, m: str | None = None, weights: str | None = None, **overrides: Any) -> None:
-        """Train a model on labels or on soft targets.
+    def train(
+        self,
+        config_file: str,
+        *,
+        m: str | None = None,
+        weights: str | None = None,
+        resume: str = "auto",
+        **overrides: Any,
+    ) -> None:
+        """Train a model on labels or on soft targets; a run that was stopped goes on where it was.
 
         Args:
             config_file: a YAML file, see `trainconfig/`.
             m: short for --model.
             weights: another way to give --pretrained, where the model's weights start.
+            resume: `auto` goes on with the newest unfinished run of this very configuration and seed, and begins a new
+                one where there is none; `never` begins a new one; or the folder of a run, or one of its states.
             overrides: key → value of the configuration.
         """
         overrides |= {key: value for key, value in (("model", m), ("pretrained", weights)) if value is not None}
-        log_to(None)
-        torch.manual_seed(self.seed)  # initial weights and dropout; everything else draws from streams of its own
-        run = prepare_run(config_file, overrides, self.seed)
-        result = run.fit()
-        link_latest(run.folder)
-        print(f"run: {run.folder}\nnext: python inference.py FILES_OR_FOLDERS -m {result['weights']}")
+        with joined_ranks() as ranks:
+            log_to(None, quiet=not ranks.is_main)
+            torch.manual_seed(self.seed)  # initial weights; everything else draws from streams of its own
+            prepared = prepare_run(config_file, overrides, self.seed, resume=str(resume), ranks=ranks)
+            result = prepared.fit()
+        if ranks.is_main:
+            print(f"run: {prepared.folder.path}\nnext: python inference.py FILES_OR_FOLDERS -m {result['weights']}")
+
+    @print_user_errors
+    def config(self, config_file: str, **overrides: Any) -> None:
+        """Print a configuration as `train` would read it: every key, defaults and overrides included.
+
+        Args:
+            config_file: a YAML file, see `trainconfig/`.
+            overrides: key → value of the configuration.
+        """
+        faults = Faults(config_file)
+        settings = read_config(TrainConfig, config_file, overrides, faults)
+        faults.raise_if_any()
+        assert settings is not None
+        print(yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True), end="")
 
     @print_user_errors
     def evaluate(
@@ -66,7 +94,7 @@ class Runner:
         *,
         m: str | None = None,
         weights: str | None = None,
-        mode: str = "noamp",
+        mode: str = "fp32",
         batch_size: int = 32,
         num_workers: int = 4,
         device: str = "auto",
@@ -80,7 +108,7 @@ class Runner:
             test_data: TSV of a pack with a `labels` column.
             m: another way to give `experiment`.
             weights: weights for a model given by name.
-            mode: noamp, amp or amp_bf16.
+            mode: fp32, tf32, bf16 or fp16; CED's names noamp, amp and amp_bf16 will do.
             batch_size: clips at once.
             num_workers: loader processes.
             device: auto, cpu or cuda.
@@ -94,21 +122,13 @@ class Runner:
         source = experiment or m
         if source is None or test_data is None:
             raise UserError("give a run's folder, a checkpoint or a model's name, and --test_data PACK.tsv")
-        if mode not in ("noamp", "amp", "amp_bf16"):
-            raise UserError(f"mode is {mode!r}; use noamp, amp or amp_bf16")
+        if mode not in get_args(Mode):
+            raise UserError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}")
         if batch_size < 1 or num_workers < 0:
             raise UserError(f"batch_size is {batch_size} and num_workers {num_workers}; wanted at least 1 and 0")
         source, test_data = str(source), str(test_data)
-        faults = Faults("the evaluation")
         place = choose_device(device)
-        try:
-            model = load_model(source, weights=weights).to(place)
-            data = open_labelled(test_data, model.labels, faults)
-        except UserError as error:
-            faults.add(str(error))
-            open_pack(test_data, faults, labelled=True)
-        faults.raise_if_any()
-        assert data is not None
+        model, data = open_evaluation(source, weights, test_data, place)
         precision = Precision(mode, place)
         metrics = evaluate(model, data, batch_size=batch_size, num_workers=num_workers, precision=precision)
         print(metrics.summary())

@@ -110,6 +110,12 @@ class Pack:
     def __len__(self) -> int:
         return len(self.names)
 
+    def subset(self, rows: np.ndarray) -> "Pack":
+        """Return the pack of the clips `rows` (int), in that order."""
+        table = self.table.iloc[rows].reset_index(drop=True)
+        shard_of, position_of = self._shard_of[rows], self._position_of[rows]
+        return Pack(self.manifest, table, self._shards, shard_of, position_of, self.sample_rate, 0)
+
     @cached_property
     def n_samples(self) -> np.ndarray:
         """Length of each clip in samples, int64 (N,); in the clips layout every clip is looked up for it, once."""
@@ -118,6 +124,10 @@ class Pack:
         for i in tqdm(range(len(self)), desc="clip lengths", unit="clip", disable=not slow):
             lengths[i] = self._shards[self._shard_of[i]].n_samples(int(self._position_of[i]))
         return lengths
+
+    def shard_path(self, i: int) -> Path:
+        """Return where the shard of clip `i` was found."""
+        return self._shards[self._shard_of[i]].path
 
     def read(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Read clip `i`, or its part from sample `start` to before `stop`: float32 (S,), full scale at 1.0."""

@@ -4,7 +4,8 @@ The epoch travels with the index, `dataset[(epoch, item)]`, so that it is right 
 with workers that outlive an epoch or read ahead into the next.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from audio.dataset import Pack, pad_batch
 from audio.io import resample
 from distill.sources import TargetSource
 
-FRESH_MASKS_STREAM = 1  # keeps the fresh masks' random numbers apart from the run's other streams
+FRESH_MASKS_STREAM, MIXUP_STREAM = 1, 3  # keep these random numbers apart from the run's other streams
 
 
 class ReplayDataset(Dataset[dict[str, Any]]):
@@ -28,7 +29,8 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         sample_rates: the rates that the models to be fed want, in hertz.
         fresh_masks: draw mask positions anew instead of replaying them (`disable_consistency`); shifts are replayed
             still, as published.
-        seed: of the fresh masks.
+        mixup: alpha of the Beta distribution that each clip's weight in mixup is drawn from, or None for no mixup.
+        seed: of the fresh masks and the mixup weights, pure functions of (seed, epoch, item).
     """
 
     def __init__(
@@ -38,10 +40,11 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         sample_rates: Sequence[int],
         *,
         fresh_masks: bool = False,
+        mixup: float | None = None,
         seed: int = 0,
     ) -> None:
         self.pack, self.source, self.sample_rates = pack, source, tuple(sample_rates)
-        self.fresh_masks, self.seed = fresh_masks, seed
+        self.fresh_masks, self.mixup, self.seed = fresh_masks, mixup, seed
 
     def __len__(self) -> int:
         return len(self.source.bounds)
@@ -57,6 +60,10 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         if self.fresh_masks:
             stream = np.random.default_rng([self.seed, FRESH_MASKS_STREAM, epoch, item])
             value, min_value = stream.random(2, dtype=np.float32).tolist()
+        weight = 1.0
+        if self.mixup is not None:
+            stream = np.random.default_rng([self.seed, MIXUP_STREAM, epoch, item])
+            weight = float(stream.beta(self.mixup, self.mixup))
         rate = self.pack.sample_rate
         waveform = replay.transform_waveform(self.pack.read(clip, start, stop), draw, rate)
         return {
@@ -66,6 +73,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
             "min_value": min_value,
             "n_reference": n_reference,
             "target": torch.from_numpy(self.source.target(epoch, item)),
+            "mixup_weight": weight,
         }
 
     def name(self, item: int) -> str:
@@ -78,7 +86,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `item` (B,) int64; `waveforms` and `lengths`, each {sample rate: (B, S) float32 / (B,) int64}; `value` and
-        `min_value` (B,) float32, the mask draws; `n_reference` (B,) int64; `target` (B, C) float32.
+        `min_value` (B,) float32, the mask draws; `n_reference` (B,) int64; `target` (B, C) float32; `mixup_weight`
+        (B,) float32, each clip's share in the mixture with its mirror in the batch, 1 where nothing is mixed.
     """
     padded = {rate: pad_batch([item["waveforms"][rate] for item in items]) for rate in items[0]["waveforms"]}
     return {
@@ -89,56 +98,82 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "min_value": torch.tensor([item["min_value"] for item in items], dtype=torch.float32),
         "n_reference": torch.tensor([item["n_reference"] for item in items]),
         "target": torch.stack([item["target"] for item in items]),
+        "mixup_weight": torch.tensor([item["mixup_weight"] for item in items], dtype=torch.float32),
     }
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, item) over one pass after another, without end or for a number of passes.
+    """Batches of (epoch, item) over one pass after another, without end.
 
     Pass p is a permutation that is a pure function of (seed, p): every item once. With `weights`, items are drawn with
-    replacement instead, each as often as its weight says.
+    replacement instead, each as often as its weight says. So is batch number `step`: a run that goes on asks for the
+    batches from there.
 
     Args:
-        n_items: M.
+        items: (M,) the items to show.
         batch_size: B; with `cut_passes` the last batch of a pass may be smaller, otherwise batches run on into the
             next pass.
         seed: of the order.
         weights: (M,) relative frequencies, or None for permutations.
         cut_passes: end a batch where a pass ends.
+        start: the batch to begin with.
+        split: size of a batch → the positions of each part of it that is wanted here, given one after the other; the
+            whole batch where None.
     """
 
     def __init__(
         self,
-        n_items: int,
+        items: np.ndarray,
         batch_size: int,
         seed: int,
         *,
         weights: np.ndarray | None = None,
         cut_passes: bool = True,
+        start: int = 0,
+        split: Callable[[int], Sequence[np.ndarray]] | None = None,
     ) -> None:
-        self.n_items, self.batch_size, self.seed = n_items, batch_size, seed
+        self.items, self.batch_size, self.seed = items, batch_size, seed
         self.probabilities = None if weights is None else weights / weights.sum()
-        self.cut_passes = cut_passes
+        self.cut_passes, self.start, self.split = cut_passes, start, split
+        self._orders: dict[int, np.ndarray] = {}
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batch: list[tuple[int, int]] = []
-        epoch = 0
-        while True:
-            epoch += 1
-            for item in self._order(epoch):
-                batch.append((epoch, int(item)))
-                if len(batch) == self.batch_size:
-                    yield batch
-                    batch = []
-            if batch and self.cut_passes:
-                yield batch
-                batch = []
+        for step in itertools.count(self.start):
+            batch = self.batch(step)
+            for share in self.split(len(batch)) if self.split else [range(len(batch))]:
+                yield [batch[position] for position in share]
+
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        """Return batch number `step`, from 0."""
+        n_items = len(self.items)
+        if self.cut_passes:
+            passes, within = divmod(step, self.batches_a_pass)
+            first = within * self.batch_size
+            return [(passes + 1, item) for item in self._order(passes + 1)[first : first + self.batch_size].tolist()]
+        places = (divmod(place, n_items) for place in range(step * self.batch_size, (step + 1) * self.batch_size))
+        return [(passes + 1, int(self._order(passes + 1)[within])) for passes, within in places]
+
+    def size(self, step: int) -> int:
+        """Return how many items batch number `step` has."""
+        if not self.cut_passes:
+            return self.batch_size
+        within = step % self.batches_a_pass
+        return min(self.batch_size, len(self.items) - within * self.batch_size)
+
+    @property
+    def batches_a_pass(self) -> int:
+        """How many batches show every item once."""
+        return -(-len(self.items) // self.batch_size)
 
     def _order(self, epoch: int) -> np.ndarray:
-        stream = np.random.default_rng([self.seed, epoch])
-        if self.probabilities is None:
-            return stream.permutation(self.n_items)
-        return stream.choice(self.n_items, self.n_items, p=self.probabilities)
+        if epoch not in self._orders:
+            stream = np.random.default_rng([self.seed, epoch])
+            if self.probabilities is None:
+                order = stream.permutation(len(self.items))
+            else:
+                order = stream.choice(len(self.items), len(self.items), p=self.probabilities)
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: self.items[order]}
+        return self._orders[epoch]
 
 
 def prepare_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -89,15 +89,17 @@ class TargetLoss:
     Args:
         loss: a name in `LOSSES`.
         loss_args: its arguments, as `torch.nn` spells them. `reduction: none` is averaged over everything.
+        label_smoothing: this part of a target becomes what a model that knows nothing says: 0.5, or 1/C under softmax.
     """
 
     sample_rates: Sequence[int] = ()
 
-    def __init__(self, loss: str, loss_args: Mapping[str, Any]) -> None:
+    def __init__(self, loss: str, loss_args: Mapping[str, Any], label_smoothing: float = 0.0) -> None:
         if loss not in LOSSES:
             raise UserError(f"unknown loss {loss!r}{did_you_mean(loss, LOSSES)}; known are {', '.join(LOSSES)}")
         factory, self.wants = LOSSES[loss]
         self.activation = "softmax" if loss == "CrossEntropyLoss" else "sigmoid"
+        self.label_smoothing = label_smoothing
         try:
             self.loss = factory(**loss_args)
             self.loss(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))  # a wrong `reduction` is found when called
@@ -106,4 +108,10 @@ class TargetLoss:
 
     def __call__(self, output: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return {loss: scalar} for `output` (B, C) and `batch["target"]` (B, C)."""
-        return {"loss": self.loss(output, batch["target"]).mean()}
+        target = batch["target"]
+        if self.label_smoothing:
+            if self.activation == "softmax":  # first to a distribution, of which a part is then spread evenly
+                target = target / target.sum(dim=1, keepdim=True).clamp_min(1e-8)
+            even = 1 / target.shape[1] if self.activation == "softmax" else 0.5
+            target = target + self.label_smoothing * (even - target)
+        return {"loss": self.loss(output, target).mean()}

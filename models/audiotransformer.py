@@ -30,15 +30,25 @@ Pooling = Literal["mean", "token", "dm", "logit"]
 
 
 class PatchEmbed(nn.Module):
-    """Project patches of the spectrogram: (R,1,F,T) -> (R,D,f,t)."""
+    """Project patches of the spectrogram: (R,F,T) -> (R,f,t,D).
+
+    The weights are a convolution's, as published. Patches that do not overlap are projected by a product of matrices,
+    which is faster than the convolution and leaves the tokens in one piece.
+    """
 
     def __init__(self, width: int, patch_size: int, patch_stride: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(1, width, patch_size, patch_stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(R,1,F,T) -> (R,D,f,t)."""
-        return self.proj(x)
+    def forward(self, mel: Tensor) -> Tensor:
+        """(R,F,T) -> (R,f,t,D)."""
+        size, stride = self.proj.kernel_size[0], self.proj.stride[0]
+        if stride != size:
+            return self.proj(mel[:, None]).permute(0, 2, 3, 1).contiguous()
+        n_rows, n_columns = mel.shape[1] // size, mel.shape[2] // size
+        mel = mel[:, : n_rows * size, : n_columns * size]
+        patches = mel.unflatten(2, (n_columns, size)).unflatten(1, (n_rows, size)).transpose(2, 3)  # (R,f,t,size,size)
+        return F.linear(patches.flatten(3), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Rows(NamedTuple):
@@ -336,9 +346,10 @@ class AudioTransformer(AudioTagger):
         return normalised.transpose(1, 2)
 
     def _encode(self, mel: Tensor, columns: Tensor | None) -> Tokens:
-        x = self.patch_embed(mel[:, None])  # (R,D,f,t)
-        n_rows, n_columns = x.shape[2:]
-        x = x + self.time_pos_embed[..., :n_columns] + self.freq_pos_embed[:, :, :n_rows]
+        x = self.patch_embed(mel)  # (R,f,t,D)
+        n_rows, n_columns = x.shape[1:3]
+        positions = self.time_pos_embed[..., :n_columns] + self.freq_pos_embed[:, :, :n_rows]  # (1,D,f,t)
+        x = x + positions.permute(0, 2, 3, 1)
         own = None if columns is None else torch.arange(n_columns, device=x.device) < columns[:, None]  # (R,t)
         if self.training:
             if self.time_patch_out:
@@ -346,11 +357,11 @@ class AudioTransformer(AudioTagger):
                 if own is not None:
                     kept[0] = 0  # the one column that every clip has
                     own = own[:, kept]
-                x = x[:, :, :, kept]
+                x = x[:, :, kept]
             if self.freq_patch_out:
-                x = x[:, :, self._kept(n_rows, self.freq_patch_out, x.device)]
-        n_rows, n_columns = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2).contiguous()  # (R,N,D), or every norm and sum below copies it
+                x = x[:, self._kept(n_rows, self.freq_patch_out, x.device)]
+        n_rows, n_columns = x.shape[1:3]
+        x = x.flatten(1, 2)  # (R,N,D)
         has_cls = self.pooling == "token"
         if has_cls:
             x = torch.cat([(self.cls_token + self.token_pos_embed).expand(len(x), -1, -1), x], dim=1)

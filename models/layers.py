@@ -71,7 +71,8 @@ class Attention(nn.Module):
         """
         batch, n_tokens, width = x.shape
         qkv = self.qkv(x).view(batch, n_tokens, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B,H,N,d)
+        # In this order the three gradients are put together as the linear layer wants them, without another copy.
+        query, key, value = (x.transpose(1, 2) for x in qkv.unbind(2))  # each (B,H,N,d)
         dropout = self.attention_dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         out = out.transpose(1, 2).reshape(batch, n_tokens, width)

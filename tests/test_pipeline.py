@@ -31,7 +31,18 @@ def succeed(*words, **options):
 def teacher(tone_pack, tmp_path_factory):
     """The folder of a teacher trained on the labels."""
     runs = tmp_path_factory.mktemp("runs")
-    data = ["--train_data", tone_pack, "--eval_data", tone_pack, "--valid_data", "null", "--outputpath", runs]
+    data = [
+        "--train_data",
+        tone_pack,
+        "--eval_data",
+        tone_pack,
+        "--valid_data",
+        "null",
+        "--select_on",
+        "null",
+        "--outputpath",
+        runs,
+    ]
     changes = ["--epochs", "20", "--num_workers", "1", "--optimizer_args.lr", "3e-3", "--batch_size", "8"]
     succeed("run.py", "train", "trainconfig/own_teacher.yaml", *data, *changes, "--mixup", "null")
     return runs / "own_teacher" / "audiotransformer_nano" / "latest"
@@ -53,7 +64,18 @@ def store(tone_pack, teacher, tmp_path_factory):
 @pytest.fixture(scope="module")
 def student(tone_pack, store, tmp_path_factory):
     runs = tmp_path_factory.mktemp("student")
-    data = ["--train_data", tone_pack, "--eval_data", tone_pack, "--valid_data", "null", "--outputpath", runs]
+    data = [
+        "--train_data",
+        tone_pack,
+        "--eval_data",
+        tone_pack,
+        "--valid_data",
+        "null",
+        "--select_on",
+        "null",
+        "--outputpath",
+        runs,
+    ]
     data += ["--logitspath", store]
     result = succeed("run.py", "train", "trainconfig/own_student.yaml", *data, *SHORT)
     folder = runs / "own_student" / "audiotransformer_pico" / "latest"
@@ -168,6 +190,7 @@ def test_the_published_configurations_run(config, tone_pack, store, tmp_path, mo
         str(config),
         train_data=str(tone_pack),
         eval_data=None,
+        select_on=None,
         logitspath=str(store),
         outputpath=str(tmp_path),
         epochs=1,
@@ -187,8 +210,8 @@ def test_a_published_run_without_its_initialisation_says_so_loudly(tone_pack, st
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    options = {"train_data": str(tone_pack), "eval_data": None, "logitspath": str(store), "outputpath": str(tmp_path),
-               "epochs": 1, "epoch_length": 1, "batch_size": 2, "num_workers": 0}  # fmt: skip
+    options = {"train_data": str(tone_pack), "eval_data": None, "select_on": None, "logitspath": str(store)}
+    options |= {"outputpath": str(tmp_path), "epochs": 1, "epoch_length": 1, "batch_size": 2, "num_workers": 0}
     config = str(ROOT / "trainconfig" / "balanced_mixup_tiny_T_ensemble5014_chunk10.yaml")
     Runner(seed=1).train(config, **options)
     assert "STARTS FROM RANDOM WEIGHTS" in capsys.readouterr().err
@@ -198,7 +221,18 @@ def test_a_published_run_without_its_initialisation_says_so_loudly(tone_pack, st
 
 
 def test_a_student_can_start_from_another_runs_weights_with_another_head(tone_pack, student, tmp_path):
-    data = ["--train_data", tone_pack, "--outputpath", tmp_path, "--eval_data", "null", "--valid_data", "null"]
+    data = [
+        "--train_data",
+        tone_pack,
+        "--outputpath",
+        tmp_path,
+        "--eval_data",
+        "null",
+        "--valid_data",
+        "null",
+        "--select_on",
+        "null",
+    ]
     data += ["--loss", "CrossEntropyLoss"]
     result = succeed(
         *("run.py", "train", "trainconfig/own_teacher.yaml", *data, "--model", "audiotransformer_pico"),

@@ -9,13 +9,22 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from common.errors import Faults, did_you_mean
 from distill.objectives import LOSSES
 from distill.targets import LABEL_TYPES
 
-Mode = Literal["noamp", "amp", "amp_bf16"]
+Mode = Literal["fp32", "tf32", "bf16", "fp16", "noamp", "amp", "amp_bf16"]  # the last three are CED's names
 Transforms = dict[str, dict[str, Any] | None]
 TransformList = Annotated[
     list[Transforms],
@@ -33,7 +42,8 @@ class TrainConfig(_Config):
     # --- data
     train_data: str  # TSV of a pack
     eval_data: str | None = None  # TSV of a pack with a `labels` column: reported at the end
-    valid_data: str | None = None  # ours: chooses the best checkpoints; null = eval_data, as published
+    valid_data: str | None = None  # ours: TSV of a pack with a `labels` column that chooses the best checkpoints
+    valid_fraction: float | None = Field(None, gt=0, lt=1)  # ours: or hold out this part of the training clips for it
     logitspath: str | None = None  # folder of soft targets; null = train on the `labels` column (ours)
     labels_csv: str | None = None  # ours: index,mid,display_name; null = what the store or the column says
     num_classes: int | None = Field(None, ge=1)  # null = as many as the targets have
@@ -48,6 +58,7 @@ class TrainConfig(_Config):
     # warning where it cannot be had; false = a random start.
     pretrained: bool | str | None = None
     init_from_data: bool = False  # ours: set input normalisation and head bias from the first batches
+    freeze: list[str] = []  # ours: patterns of parameter names that stay as they start, `blocks.[0-5].*`
 
     # --- targets
     objective: str = "target"  # ours
@@ -55,37 +66,61 @@ class TrainConfig(_Config):
     loss: str = "BCELoss"
     loss_args: dict[str, Any] = {}
     label_type: str = "zero"  # what classes outside the stored top k get
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # ours: this part of a target becomes 0.5, or 1/C under softmax
     max_aug_epochs: int = Field(0, ge=0)  # stored epochs to use; 0 = all
 
     # --- augmentation; shift and masks come with the soft targets, these three are for training on labels (ours)
     mixup: float | None = Field(None, gt=0)  # alpha of the Beta distribution
+    mixup_on: Literal["spectrogram", "waveform"] = "spectrogram"  # ours
     disable_consistency: bool = False  # draw masks anew instead of replaying the teacher's
     wavtransforms: Transforms = {}
     spectransforms: TransformList = []
     mask_fill: Literal["0dB", "mean"] = "0dB"
 
     # --- optimisation
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1)  # clips an optimiser step, over all processes and accumulated parts
+    accumulate: int = Field(1, ge=1)  # ours: forward and backward in so many parts of a batch, to save memory
     eval_batch_size: int | None = Field(None, ge=1)  # null = batch_size
     epochs: int = Field(120, ge=1)
     epoch_length: int | None = Field(None, ge=1)  # iterations; null = a full pass
     optimizer: Literal["Adam8bit", "Adam", "AdamW", "SGD"] = "Adam8bit"
     optimizer_args: dict[str, Any] = {"lr": 0.001}
+    grad_clip: float | None = Field(None, gt=0)  # ours: largest norm of the gradient
+    layer_decay: float | None = Field(None, gt=0, le=1)  # ours: learning rate of a block, relative to the one above it
+    ema: float | None = Field(None, gt=0, lt=1)  # ours: decay a step of the averaged weights that are judged and kept
     use_scheduler: bool = True
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # ours: what follows the warm-up
     warmup_iters: int = Field(5000, ge=0)
     warmup_epochs: int | None = Field(None, ge=0)  # in place of warmup_iters
-    decay_frac: float = Field(0.1, ge=0, le=1)  # the cosine ends at this fraction of the learning rate
+    decay_frac: float = Field(0.1, ge=0, le=1)  # cosine and linear end at this fraction of the learning rate
     mode: Mode = "noamp"
+    compile: bool = False  # ours: torch.compile; minutes to start, then faster
     device: str = "auto"  # ours
 
     # --- selection and output
+    # What chooses checkpoints and stops early: `valid` (valid_data, or the held-out valid_fraction) or `eval`, as CED
+    # published. null = valid where either is given, else eval, with a warning that its figures are then optimistic.
+    select_on: Literal["valid", "eval"] | None = None
     valid_every: int = Field(1, ge=1)  # epochs
     early_stop: int = Field(10, ge=1)  # validations without a better mAP
     average: bool = True  # average the weights of the best checkpoints
     n_saved: int = Field(4, ge=1)
+    checkpoint_every: int | None = Field(None, ge=1)  # ours: steps between checkpoints to go on from; null = an epoch
+    log_every: int = Field(10, ge=1)  # ours: steps between readings of the loss, which wait for the device
+    smoke: bool = False  # ours: a minute on a CPU, to see that everything runs; sounds are made where data are missing
     outputpath: str = "experiments/"
     logfile: str = "train.log"
     debug: bool = False  # log more
+
+    @model_validator(mode="after")
+    def _one_selection(self) -> "TrainConfig":
+        if self.valid_data and self.valid_fraction:
+            raise ValueError("valid_data and valid_fraction are both given; drop one of them")
+        if self.select_on == "valid" and not (self.valid_data or self.valid_fraction):
+            raise ValueError("select_on is valid, which needs valid_data or valid_fraction; or set select_on: null")
+        if self.select_on == "eval" and not self.eval_data:
+            raise ValueError("select_on is eval, which needs eval_data; or set select_on: null")
+        return self
 
     @field_validator("loss")
     @classmethod
@@ -181,7 +216,8 @@ def read_config(kind: type[ConfigT], path: str | Path, overrides: dict[str, Any]
     except ValidationError as error:
         for fault in error.errors():
             faults.add(_sentence(kind, fault))
-            settings.pop(str(fault["loc"][0]), None)
+            if fault["loc"]:
+                settings.pop(str(fault["loc"][0]), None)
     try:
         return kind(**settings)
     except ValidationError:
@@ -211,6 +247,8 @@ def _parsed(value: Any) -> Any:
 
 def _sentence(kind: type[BaseModel], fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"])
+    if not key:  # of the configuration as a whole
+        return fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         return f"unknown key {key!r}{did_you_mean(key, kind.model_fields)}"
     if fault["type"] == "missing":

@@ -1,5 +1,6 @@
 """From the paths of a configuration to data: packs, label lists and target sources, with every fault noted."""
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,14 +47,27 @@ class LabelledPack:
 
 @dataclass
 class TrainingData:
-    """All that a run learns and is judged from."""
+    """All that a run learns and is judged from.
+
+    Attributes:
+        pack: the training clips.
+        source: their items and targets.
+        labels: the class names.
+        items: (M,) the items of `source` to learn from: all but those of held-out clips.
+        valid: chooses checkpoints, or None.
+        evaluation: is reported at the end, or None.
+        selection: what chooses checkpoints, as a sentence.
+        balance: (M,) how often to draw each of `items`, for `sampler: balanced`.
+    """
 
     pack: Pack
     source: TargetSource
     labels: list[str]
+    items: np.ndarray
     valid: LabelledPack | None
     evaluation: LabelledPack | None
-    balance: np.ndarray | None  # (M,) how often to draw each item, for `sampler: balanced`
+    selection: str
+    balance: np.ndarray | None
 
 
 def open_pack(path: str, faults: Faults, *, labelled: bool = False) -> Pack | None:
@@ -106,9 +120,56 @@ def open_training(config: TrainConfig, seed: int, faults: Faults) -> TrainingDat
         return None
     pack, source, labels = opened
     evaluation = packs[config.eval_data] if config.eval_data else None
-    valid = packs[config.valid_data] if config.valid_data else evaluation
+    items, valid = np.arange(len(source.bounds)), None
+    on_eval = config.select_on == "eval" or not (config.valid_data or config.valid_fraction)
+    if on_eval:
+        valid = evaluation
+    elif config.valid_data:
+        valid = packs[config.valid_data]
+    elif config.valid_fraction:
+        held = _held_out(pack.names, config.valid_fraction)
+        items = np.flatnonzero(~held[source.bounds[:, 0]])
+        valid = _held_out_pack(pack, held, labels, faults)
+        if valid is None:
+            return None
     balance = _balance(pack, source, labels, faults) if config.sampler == "balanced" else None
-    return TrainingData(pack, source, labels, valid, evaluation, balance)
+    selection = _selection(config, on_eval, valid)
+    return TrainingData(
+        pack, source, labels, items, valid, evaluation, selection, None if balance is None else balance[items]
+    )
+
+
+def _held_out(names: list[str], fraction: float) -> np.ndarray:
+    """Choose clips to hold out by the hash of their names: the same in every run, in whatever order they are listed."""
+    order = np.argsort([hashlib.sha256(name.encode()).hexdigest() for name in names], kind="stable")
+    held = np.zeros(len(names), bool)
+    held[order[: min(max(1, round(fraction * len(names))), len(names) - 1)]] = True
+    return held
+
+
+def _held_out_pack(pack: Pack, held: np.ndarray, labels: list[str], faults: Faults) -> LabelledPack | None:
+    if "labels" not in pack.table:
+        faults.add(
+            f"valid_fraction holds out clips to be judged by, but {pack.manifest} has no `labels` column; add it, give "
+            "valid_data, or set select_on: eval as published"
+        )
+        return None
+    part = pack.subset(np.flatnonzero(held))
+    indices = _clip_labels(part, labels, faults)
+    return None if indices is None else LabelledPack(part, indices, len(labels))
+
+
+def _selection(config: TrainConfig, on_eval: bool, valid: LabelledPack | None) -> str:
+    if valid is None:
+        return "nothing chooses a checkpoint: the last one is kept"
+    if on_eval:
+        return (
+            f"checkpoints are chosen on the evaluation data, {config.eval_data}, as CED does: its figures are "
+            "optimistic"
+        )
+    if config.valid_data:
+        return f"checkpoints are chosen on {config.valid_data}"
+    return f"checkpoints are chosen on {len(valid.pack)} clips held out of {config.train_data}"
 
 
 def _named_labels(config: TrainConfig, faults: Faults) -> list[str] | None:

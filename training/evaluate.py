@@ -1,5 +1,6 @@
 """Judging a model on a labelled pack."""
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
+from common.errors import Faults, UserError
 from common.files import whole_file, write_json
-from models import AudioTagger
-from training.data import LabelledPack
+from models import AudioTagger, load_model
+from training.data import LabelledPack, open_labelled, open_pack
 from training.metrics import Metrics, evaluate_scores
+from training.parallel import Ranks
 from training.precision import Precision
 
 
@@ -31,11 +34,17 @@ def predict_pack(
     num_workers: int,
     precision: Precision,
     description: str = "evaluate",
+    ranks: Ranks | None = None,
 ) -> np.ndarray:
-    """Return the probabilities (N, C) of every clip of `pack`, whole clips, in its order."""
+    """Return the probabilities (N, C) of every clip of `pack`, whole clips, in its order.
+
+    Each of several ranks computes its part of the batches, none of them twice, and all get all of the scores.
+    """
+    ranks = ranks or Ranks()
     # Clips of like length share a batch, so that little is padded.
     order = np.argsort(pack.n_samples, kind="stable")
     batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
+    batches = batches[ranks.rank :: ranks.world_size]
     loader = DataLoader(
         ClipDataset(pack, [model.sample_rate]),
         batch_sampler=batches,
@@ -43,22 +52,67 @@ def predict_pack(
         collate_fn=partial(_collate, sample_rate=model.sample_rate),
     )
     model.eval()
-    scores = np.empty((len(pack), model.num_classes), np.float32)
-    with tqdm(total=len(pack), desc=description, unit="clip", leave=False) as progress:
+    scores = np.zeros((len(pack), model.num_classes), np.float32)
+    with tqdm(
+        total=sum(map(len, batches)),
+        desc=description,
+        unit="clip",
+        leave=False,
+        disable=not ranks.is_main,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+    ) as progress:
         for index, waveform, lengths in loader:
             with precision.context():
                 probabilities = model.predict(waveform.to(precision.device), lengths.to(precision.device))
             scores[index.numpy()] = probabilities.float().cpu().numpy()
             progress.update(len(index))
+    if ranks.world_size > 1:  # every clip has one rank's scores and the others' zeros
+        scores = ranks.sum(torch.from_numpy(scores).to(precision.device)).cpu().numpy()
     return scores
 
 
 def evaluate(
-    model: AudioTagger, data: LabelledPack, *, batch_size: int, num_workers: int, precision: Precision
+    model: AudioTagger,
+    data: LabelledPack,
+    *,
+    batch_size: int,
+    num_workers: int,
+    precision: Precision,
+    ranks: Ranks | None = None,
 ) -> Metrics:
-    """Return the metrics of `model` on every clip of `data`."""
-    scores = predict_pack(model, data.pack, batch_size=batch_size, num_workers=num_workers, precision=precision)
+    """Return the metrics of `model` on every clip of `data`, shared out among `ranks`; the same on all of them."""
+    scores = predict_pack(
+        model, data.pack, batch_size=batch_size, num_workers=num_workers, precision=precision, ranks=ranks
+    )
     return evaluate_scores(scores, data.multi_hot(), model.labels)
+
+
+def open_evaluation(
+    source: str, weights: str | None, test_data: str, device: torch.device
+) -> tuple[AudioTagger, LabelledPack]:
+    """Load a model and open the labelled pack to judge it on.
+
+    Args:
+        source: a run's folder, a checkpoint, or the name of a model.
+        weights: for a model given by name.
+        test_data: TSV of the pack.
+        device: for the model.
+
+    Raises:
+        UserError: all that is wrong with either.
+    """
+    faults = Faults("the evaluation")
+    model = data = None
+    try:
+        model = load_model(source, weights=weights).to(device)
+        data = open_labelled(test_data, model.labels, faults)
+    except UserError as error:
+        faults.add(str(error))
+        open_pack(test_data, faults, labelled=True)
+    faults.raise_if_any()
+    assert model is not None
+    assert data is not None
+    return model, data
 
 
 def write_results(folder: Path, name: str, metrics: Metrics, data: LabelledPack) -> Path:

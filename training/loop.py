@@ -1,15 +1,15 @@
-"""The one step and the one loop that train everything; what differs is the objective and the source of its targets."""
+"""The one loop: batch after batch, evaluation, checkpoints, and a state to go on from wherever it is stopped."""
 
-import itertools
-import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,73 +19,27 @@ from audio.dataset import loader_workers
 from common.errors import UserError, some
 from distill.dataset import EpochBatches, ReplayDataset, collate, prepare_batch
 from distill.objectives import Objective
-from distill.replay import Replay
 from models import AudioTagger
+from training.averaging import MovingAverage
 from training.checkpoints import BestCheckpoints
 from training.config import TrainConfig
 from training.data import TrainingData
 from training.evaluate import evaluate, write_results
+from training.journal import Journal
 from training.metrics import Metrics
-from training.mixup import mix_with_flipped
-from training.optim import create_optimizer, parameter_groups, warmup_cosine
+from training.optim import create_optimizer, create_schedule, freeze, parameter_groups
+from training.parallel import Ranks, mirrored_shares
 from training.precision import Precision
+from training.report import draw_curves, write_report
+from training.states import States
 from training.student import start_from_data
+from training.tally import Tally
+from training.trainer import Learner, Trainer, stream_seed
 
 logger = logging.getLogger(__name__)
 
-ORDER_STREAM, MIXUP_STREAM, DROP_STREAM = 2, 3, 4  # keep the run's random streams apart
+ORDER_STREAM = 2  # keeps the order of the items apart from the run's other random streams
 START_BATCHES = 16  # looked at by init_from_data
-READ_LOSS_EVERY = 10  # iterations; reading a loss waits for the device
-
-
-def stream_seed(seed: int, stream: int) -> int:
-    """Return a seed for one of the random streams of a run."""
-    return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0])
-
-
-class Trainer:
-    """A model, what it is trained towards and how.
-
-    Args:
-        model: the student.
-        objective: output and batch → losses.
-        optimizer: its parameters are the model's.
-        schedule: stepped once an iteration, or None.
-        precision: the context to compute in.
-        replay: the augmentation of the batches' draws.
-        mixup: alpha of the Beta distribution, or None.
-        seed: of mixup.
-    """
-
-    def __init__(
-        self,
-        model: AudioTagger,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        schedule: Any,
-        precision: Precision,
-        replay: Replay,
-        mixup: float | None,
-        seed: int,
-    ) -> None:
-        self.model, self.objective, self.optimizer, self.schedule = model, objective, optimizer, schedule
-        self.precision, self.replay, self.mixup = precision, replay, mixup
-        self.mixup_stream = np.random.default_rng([seed, MIXUP_STREAM])
-
-    def step(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Learn from one batch; return its losses, still on the device."""
-        with self.precision.context():
-            mel, n_frames = self.replay.spectrogram(self.model.front_end, batch)
-            if self.mixup is not None:
-                mel, n_frames, batch = mix_with_flipped(mel, n_frames, batch, self.mixup, self.mixup_stream)
-            losses = self.objective(self.model.forward_spectrogram(mel, n_frames), batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.precision.scaler.scale(losses["loss"]).backward()
-        self.precision.scaler.step(self.optimizer)
-        self.precision.scaler.update()
-        if self.schedule is not None:
-            self.schedule.step()
-        return losses
 
 
 class Run:
@@ -96,9 +50,10 @@ class Run:
         data: what it learns from.
         model: the student.
         objective: what it is trained towards.
-        folder: gets checkpoints, `metrics.jsonl` and the results.
+        folder: gets states, checkpoints, `metrics.jsonl`, curves, results and the report.
         device: to train on.
         seed: of everything random.
+        ranks: the processes that train together.
     """
 
     def __init__(
@@ -110,143 +65,304 @@ class Run:
         folder: Path,
         device: torch.device,
         seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config, self.data, self.model, self.folder, self.device = config, data, model, folder, device
+        self.seed, self.ranks = seed, ranks or Ranks()
         self.precision = Precision(config.mode, device)
         self.dataset = ReplayDataset(
             data.pack,
             data.source,
             sorted({model.sample_rate, *objective.sample_rates}),
             fresh_masks=config.disable_consistency,
+            mixup=config.mixup,
             seed=seed,
         )
+        self.n_parts = self.ranks.world_size * config.accumulate
         self.batches = EpochBatches(
-            len(self.dataset),
+            data.items,
             config.batch_size,
             stream_seed(seed, ORDER_STREAM),
             weights=data.balance,
             cut_passes=config.epoch_length is None,
+            split=self._my_shares,
         )
-        self.iterations = config.epoch_length or math.ceil(len(self.dataset) / config.batch_size)
-        parameters = parameter_groups(model, objective)
-        optimizer = create_optimizer(config.optimizer, parameters, config.optimizer_args, device)
+        self.epoch_steps = config.epoch_length or self.batches.batches_a_pass
+        self.total_steps = self.epoch_steps * config.epochs
+        if self.ranks.world_size > 1 and not model.masks_padding and len(set(data.source.n_reference.tolist())) > 1:
+            raise UserError(
+                f"{config.model} runs every length of clip on its own, which several processes cannot do in step; give "
+                "clips of one length (chunk_length), or train in one process"
+            )
+        self.resting = freeze(model, config.freeze) if config.freeze else []
+        groups = parameter_groups(model, objective, config.optimizer_args.get("lr"), config.layer_decay)
+        optimizer = create_optimizer(config.optimizer, groups, config.optimizer_args, device)
         schedule = self._schedule(optimizer) if config.use_scheduler else None
-        self.trainer = Trainer(
-            model, objective, optimizer, schedule, self.precision, data.source.replay, config.mixup, seed
-        )
-        self.best = BestCheckpoints(folder, config.n_saved)
+        mixup_on = config.mixup_on if config.mixup is not None else None
+        learner = Learner(model, objective, data.source.replay, mixup_on, config.compile)
+        self._make_trainer = partial(Trainer, learner, optimizer, schedule, self.precision, seed)
         if hasattr(model, "generator"):  # patch-out draws from here
-            generator = torch.Generator(device).manual_seed(stream_seed(seed, DROP_STREAM))
-            setattr(model, "generator", generator)  # noqa: B010
+            setattr(model, "generator", torch.Generator(device))  # noqa: B010
+        self.states = States(folder / "states")
+        self.best = BestCheckpoints(folder, config.n_saved, writes=self.ranks.is_main)
+        self.window, self.epoch_tally = Tally(), Tally()
+        self.step, self.stale, self.seconds = 0, 0, 0.0
+        self._next_drawing = 0.0
+        self._unread: list[tuple[Tensor, Tensor]] = []  # items and loss of each step since the last look
 
-    def _schedule(self, optimizer: torch.optim.Optimizer) -> Any:
-        config, total = self.config, self.iterations * self.config.epochs
-        warmup = config.warmup_iters if config.warmup_epochs is None else config.warmup_epochs * self.iterations
+    def _my_shares(self, n: int) -> Any:
+        first = self.ranks.rank * self.config.accumulate
+        return mirrored_shares(n, self.n_parts)[first : first + self.config.accumulate]
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        config, total = self.config, self.total_steps
+        warmup = config.warmup_iters if config.warmup_epochs is None else config.warmup_epochs * self.epoch_steps
         if warmup >= total:
             logger.warning("warm-up of %d iterations in a run of %d: shortened to %d", warmup, total, total // 10)
             warmup = total // 10
-        return warmup_cosine(optimizer, warmup, total, config.decay_frac)
+        return create_schedule(optimizer, config.schedule, warmup, total, config.decay_frac)
 
-    def fit(self) -> dict[str, Any]:
-        """Train, validate, average; return the figures of the final model and the path of its weights."""
-        config = self.config
-        loader = DataLoader(
+    def _loader(self, batches: Any) -> DataLoader[dict[str, Any]]:
+        return DataLoader(
             self.dataset,
-            batch_sampler=self.batches,
-            num_workers=loader_workers(config.num_workers),
+            batch_sampler=batches,
+            num_workers=loader_workers(self.config.num_workers),
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
         )
-        # One endless stream: workers read ahead into the next epoch, since each index says its epoch.
-        stream: Iterator[dict[str, Any]] = iter(loader)
-        if config.init_from_data:
-            first = list(itertools.islice(stream, min(START_BATCHES, self.iterations)))
-            start_from_data(self.model, (prepare_batch(batch, self.device) for batch in first))
-            stream = itertools.chain(first, stream)  # they are trained on as well
-        stale = 0
-        total = self.iterations * config.epochs
-        with tqdm(total=total, desc="train", unit="batch", dynamic_ncols=True) as progress:
-            for epoch in range(1, config.epochs + 1):
-                entry = self._epoch(epoch, stream, progress)
-                if self.data.valid and (epoch % config.valid_every == 0 or epoch == config.epochs):
-                    metrics = self.evaluate("valid")
-                    better = self.best.offer(self.model, metrics.mAP, epoch)
-                    stale = 0 if better else stale + 1
-                    entry["valid_mAP"] = metrics.mAP
-                    logger.info(
-                        "epoch %d: loss %.4f, mAP %.4f%s",
-                        epoch,
-                        entry["loss"],
-                        metrics.mAP,
-                        " (best)" if better else "",
-                    )
-                self._record(entry)
-                if stale >= config.early_stop:
-                    logger.info("early stop: %d validations without a better mAP", stale)
-                    break
-        del stream, loader  # ends the workers, which would read ahead for ever
-        return self._finish()
 
-    def _epoch(self, epoch: int, stream: Iterator[dict[str, Any]], progress: tqdm) -> dict[str, Any]:
-        self.model.train()
-        totals: dict[str, Tensor] = {}
-        clips, began, waited = 0, time.perf_counter(), 0.0
-        for iteration in range(1, self.iterations + 1):
-            asked = time.perf_counter()
-            batch = prepare_batch(next(stream), self.device)
-            waited += time.perf_counter() - asked
-            losses = {name: value.detach() for name, value in self.trainer.step(batch).items()}
-            totals = {name: totals.get(name, 0.0) + value for name, value in losses.items()}
-            clips += len(batch["item"])
-            progress.update()
-            if iteration % READ_LOSS_EVERY == 0 or iteration == self.iterations:
-                self._stop_if_not_finite(losses["loss"], batch)
-                seconds = time.perf_counter() - began
-                progress.set_postfix(
-                    epoch=epoch,
-                    loss=f"{totals['loss'].item() / iteration:.4f}",
-                    lr=f"{self.trainer.optimizer.param_groups[0]['lr']:.1e}",
-                    clips_s=f"{clips / seconds:.0f}",
-                    wait=f"{100 * waited / seconds:.0f}%",
-                )
+    def fit(self, state: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Train, validate, average; return the figures of the final model and the path of its weights.
+
+        Args:
+            state: of `training.states` to go on from, on rank 0; None to begin at the beginning.
+        """
+        state = self.ranks.from_main(state)
+        if state is None and self.config.init_from_data:
+            first = [self.batches.batch(i) for i in range(min(START_BATCHES, self.epoch_steps))]
+            start_from_data(self.model, (prepare_batch(batch, self.device) for batch in self._loader(first)))
+        self.trainer = self._make_trainer(
+            grad_clip=self.config.grad_clip,
+            average=MovingAverage(self.model, self.config.ema) if self.config.ema else None,
+            ranks=self.ranks,
+            resting=self.resting,
+        )
+        if state is not None:
+            self._load(state)
+        self.journal = Journal(self.folder, state["journal"] if state else 0) if self.ranks.is_main else None
+        if state is None:
+            self._save()
+        self.batches.start = self.step
+        # One endless stream: workers read ahead into the next epoch, since each index says its epoch.
+        stream = iter(self._loader(self.batches))
+        self._train(stream)
+        del stream  # ends the workers, which would read ahead for ever
+        result = self._finish()
+        if self.journal is not None:
+            self.journal.close()
+        return result
+
+    def _train(self, stream: Iterator[dict[str, Any]]) -> None:
+        self.trainer.train_mode()
+        self._began()
+        with tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc="train",
+            unit="batch",
+            dynamic_ncols=True,
+            disable=not self.ranks.is_main,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+        ) as progress:
+            while self.step < self.total_steps and self.stale < self.config.early_stop:
+                self._advance(stream)
+                progress.update()
+                ends = self.step % self.epoch_steps == 0
+                if self.step % self.config.log_every == 0 or ends:
+                    progress.set_postfix(self._look(), refresh=False)
+                if ends:
+                    self._end_epoch()
+                    self.trainer.train_mode()
+                    self._began()
+                every = self.config.checkpoint_every or self.epoch_steps
+                if self.step % every == 0 or self.step == self.total_steps or self.stale >= self.config.early_stop:
+                    self._save()
+        if self.stale >= self.config.early_stop:
+            logger.info("early stop: %d validations without a better mAP", self.stale)
+
+    def _began(self) -> None:
+        self.clips, self.waited, self.began = 0, 0.0, time.perf_counter()
+
+    def _advance(self, stream: Iterator[dict[str, Any]]) -> None:
+        n = self.batches.size(self.step)
+        sizes = [len(share) for share in mirrored_shares(n, self.n_parts)]
+        weights = [len(share) / sum(sizes) for share in self._my_shares(n)]
+        asked = time.perf_counter()
+        parts = [prepare_batch(next(stream), self.device) for _ in weights]
+        self.waited += time.perf_counter() - asked
+        losses = self.trainer.step(parts, weights, self.step)
+        self.step += 1
+        self.clips += n
+        self._unread.append((torch.cat([part["item"] for part in parts]), losses["loss"]))
+        self.window.add(losses)
+        self.epoch_tally.add(losses)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the step made last, from 1."""
+        return math.ceil(self.step / self.epoch_steps)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the topmost layers."""
+        return max(group["lr"] for group in self.trainer.optimizer.param_groups)
+
+    def _look(self) -> dict[str, str]:
+        """Read the losses, which waits for the device; return what the progress bar shows."""
+        self._stop_if_not_finite()
+        losses = self.window.means(self.ranks)
+        place = {"kind": "step", "step": self.step, "epoch": self.epoch}
+        self._record(place | losses | {"lr": self.learning_rate})
+        self.window.reset()
+        seconds = time.perf_counter() - self.began
         return {
-            "epoch": epoch,
-            **{name: total.item() / self.iterations for name, total in totals.items()},
-            "lr": self.trainer.optimizer.param_groups[0]["lr"],
-            "clips_per_second": clips / (time.perf_counter() - began),
+            "epoch": str(self.epoch),
+            "loss": f"{losses['loss']:.4f}",
+            "lr": f"{self.learning_rate:.1e}",
+            "clips_s": f"{self.clips / seconds:.0f}",
+            "wait": f"{100 * self.waited / seconds:.0f}%",
         }
 
-    def _stop_if_not_finite(self, loss: Tensor, batch: dict[str, Any]) -> None:
-        if not math.isfinite(loss.item()):
-            names = some((self.dataset.name(int(item)) for item in batch["item"]), 32)
+    def _stop_if_not_finite(self) -> None:
+        losses = torch.stack([loss for _, loss in self._unread]) if self._unread else torch.zeros(1)
+        bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
+        found = self.ranks.of_all((bad[0], losses[bad[0]].item(), self._names(bad[0])) if bad else None)
+        self._unread = []
+        worst = [entry for entry in found if entry]
+        if worst:
+            first = min(entry[0] for entry in worst)
+            names = [name for entry in worst if entry[0] == first for name in entry[2]]
             raise UserError(
-                f"the loss is {loss.item()}; training stops here. The batch read last held {names}. Lower the "
-                "learning rate, or look at those clips"
+                f"the loss is {worst[0][1]}; training stops here. That batch held {some(names, 64)}. Lower the "
+                "learning rate, set grad_clip, or look at those clips; the last checkpoint is from before"
             )
+
+    def _names(self, unread: int) -> list[str]:
+        return [self.dataset.name(int(item)) for item in self._unread[unread][0]]
+
+    def _end_epoch(self) -> None:
+        seconds = time.perf_counter() - self.began
+        self.seconds += seconds
+        entry: dict[str, Any] = {
+            "kind": "epoch",
+            "step": self.step,
+            "epoch": self.epoch,
+            **self.epoch_tally.means(self.ranks),
+            "lr": self.learning_rate,
+            "clips_per_second": self.clips / seconds,
+            "wait_share": self.waited / seconds,
+        }
+        self.epoch_tally.reset()
+        judged = self.data.valid and (self.epoch % self.config.valid_every == 0 or self.step == self.total_steps)
+        if judged:
+            with self._averaged():
+                metrics = self.evaluate("valid")
+                better = self.best.offer(self.model, metrics.mAP, self.epoch)
+            self.stale = 0 if better else self.stale + 1
+            entry |= {"valid_mAP": metrics.mAP, "best": better}
+            logger.info(
+                "epoch %d: loss %.4f, mAP %.4f%s", self.epoch, entry["loss"], metrics.mAP, " (best)" if better else ""
+            )
+        self._record(entry)
+        if judged and self.journal is not None and time.perf_counter() >= self._next_drawing:
+            began = time.perf_counter()
+            draw_curves(self.folder, self.journal.entries())
+            # Where evaluations follow each other fast, drawing takes no more than a twentieth of the time.
+            self._next_drawing = began + 20 * (time.perf_counter() - began)
+
+    def _averaged(self) -> Any:
+        return self.trainer.average.applied() if self.trainer.average else nullcontext()
 
     def evaluate(self, which: str) -> Metrics:
         """Judge the model as it is on the `valid` or `evaluation` pack."""
-        data = getattr(self.data, which)
         return evaluate(
             self.model,
-            data,
+            getattr(self.data, which),
             batch_size=self.config.eval_batch_size or self.config.batch_size,
             num_workers=self.config.num_workers,
             precision=self.precision,
+            ranks=self.ranks,
         )
 
     def _record(self, entry: dict[str, Any]) -> None:
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        if self.journal is not None:
+            self.journal.record(entry)
+
+    def _save(self) -> None:
+        """Write a state that this run, killed at any moment from now on, goes on from."""
+        self._stop_if_not_finite()  # a state that holds nonsense would be no help
+        tallies = [tally.state_dict(self.ranks) for tally in (self.window, self.epoch_tally)]
+        if self.journal is not None:
+            state = {
+                "step": self.step,
+                "trainer": self.trainer.state_dict(),
+                "tallies": tallies,
+                "best": [list(entry) for entry in self.best.saved],
+                "stale": self.stale,
+                "seconds": self.seconds,
+                "journal": self.journal.position(),
+            }
+            self.states.save(self.step, state)
+        self.best.prune()
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.trainer.load_state_dict(state["trainer"])
+        for tally, kept in zip((self.window, self.epoch_tally), state["tallies"], strict=True):
+            tally.load_state_dict(kept, self.ranks, self.device)
+        self.best.saved = [(score, name) for score, name in state["best"]]
+        self.best.needed = {path.name for path in self.folder.glob("best_epoch=*.pt")}
+        self.step, self.stale, self.seconds = state["step"], state["stale"], state["seconds"]
+        logger.info("GOING ON after step %d of %d, in %s", self.step, self.total_steps, self.folder)
 
     def _finish(self) -> dict[str, Any]:
-        if not self.best.saved:
-            self.best.offer(self.model, 0.0, self.config.epochs)
-        weights = self.best.average(self.model) if self.config.average else self.best.restore_best(self.model)
-        result: dict[str, Any] = {"weights": str(weights)}
-        if self.data.evaluation:
-            metrics = self.evaluate("evaluation")
-            write_results(self.folder, "results", metrics, self.data.evaluation)
-            logger.info("%s on %s:\n%s", weights.name, self.config.eval_data, metrics.summary())
-            result |= metrics.as_dict()
-        return result
+        with self._averaged():
+            if not self.best.saved:
+                self.best.offer(self.model, 0.0, self.epoch)
+            self.best.prune()
+        weights = None
+        if self.ranks.is_main:
+            weights = str(self.best.average(self.model) if self.config.average else self.best.restore_best(self.model))
+        weights, state = self.ranks.from_main((weights, self.model.state_dict() if self.ranks.world_size > 1 else None))
+        if state is not None:
+            self.model.load_state_dict(state)
+        result: dict[str, Any] = {"weights": weights}
+        metrics = self.evaluate("evaluation") if self.data.evaluation else None
+        if self.journal is not None:
+            if metrics is not None and self.data.evaluation:
+                write_results(self.folder, "results", metrics, self.data.evaluation)
+                logger.info("%s on %s:\n%s", Path(weights).name, self.config.eval_data, metrics.summary())
+            draw_curves(self.folder, self.journal.entries())
+            report = write_report(
+                self.folder,
+                title=f"{self.config.model} trained on {Path(self.config.train_data).name}",
+                facts=self._facts(weights),
+                config=self.config.model_dump(),
+                entries=self.journal.entries(),
+                results=metrics,
+                results_name=str(self.config.eval_data),
+                selection=self.data.selection,
+            )
+            logger.info("report: %s", report)
+        return result | (metrics.as_dict() if metrics else {})
+
+    def _facts(self, weights: str) -> dict[str, str]:
+        return {
+            "model": f"{self.config.model}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters",
+            "weights": Path(weights).name,
+            "training data": f"{self.config.train_data}: {len(self.data.items)} chunks of {len(self.data.pack)} clips",
+            "targets": f"soft targets of {self.config.logitspath}" if self.config.logitspath else "labels",
+            "steps": f"{self.step} of {self.total_steps}, {self.config.batch_size} clips each",
+            "time training": f"{self.seconds:.0f} s on {self.device}, {self.ranks.world_size} process(es)",
+            "seed": str(self.seed),
+            "command": " ".join(sys.argv),
+        }

@@ -33,6 +33,8 @@ class Metrics:
             is one of their labels.
         n_clips: how many clips were scored.
         per_class: one row a class: index, label, n_positive, AP, AUC (NaN where undefined).
+        confusion: (C, C) counts of clips, rows the true class, columns the class with the highest score; None unless
+            every clip has exactly one label.
     """
 
     mAP: float  # noqa: N815 - the field's own spelling
@@ -45,10 +47,11 @@ class Metrics:
     hit1_among_present: float
     n_clips: int
     per_class: pd.DataFrame
+    confusion: np.ndarray | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures without the table, ready for JSON."""
-        return {name: value for name, value in vars(self).items() if name != "per_class"}
+        """Return the figures without the tables, ready for JSON."""
+        return {name: value for name, value in vars(self).items() if name not in ("per_class", "confusion")}
 
     def summary(self) -> str:
         """Return a table of two aligned columns, figure and value; undefined figures are left out."""
@@ -131,7 +134,7 @@ def evaluate_scores(scores: Any, targets: Any, labels: list[str] | None = None) 
     labelled, present = n_labels > 0, np.flatnonzero(n_positive)
     best_present = present[scores[:, present].argmax(axis=1)]  # (N,)
     hits = positive[np.arange(n_clips), best_present][labelled]
-    single = positive[np.arange(n_clips), scores.argmax(axis=1)].mean() if (n_labels == 1).all() else None
+    confusion = _confusion(positive, scores) if (n_labels == 1).all() else None
     names = [str(index) for index in range(n_classes)] if labels is None else labels
     columns = {"index": range(n_classes), "label": names, "n_positive": n_positive, "AP": precisions, "AUC": areas}
     return Metrics(
@@ -141,10 +144,11 @@ def evaluate_scores(scores: Any, targets: Any, labels: list[str] | None = None) 
         mAUC=mean_area,
         d_prime=None if mean_area is None else d_prime(mean_area),
         lwlrap=_lwlrap(scores, positive),
-        top1=None if single is None else float(single),
+        top1=None if confusion is None else float(confusion.trace() / n_clips),
         hit1_among_present=float(hits.mean()),
         n_clips=n_clips,
         per_class=pd.DataFrame(columns),
+        confusion=confusion,
     )
 
 
@@ -173,6 +177,13 @@ def _check_finite(scores: np.ndarray) -> None:
             f"the scores of {len(bad)} of {len(scores)} clips are NaN or infinite, at rows {some(map(str, bad))}: "
             "look at those sounds, or at a model that diverged"
         )
+
+
+def _confusion(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Count (C, C) the clips of each true class by the class with the highest score; one label a clip."""
+    n_classes = scores.shape[1]
+    cells = positive.argmax(axis=1) * n_classes + scores.argmax(axis=1)
+    return np.bincount(cells, minlength=n_classes**2).reshape(n_classes, n_classes).astype(np.int64, copy=False)
 
 
 def _lwlrap(scores: np.ndarray, positive: np.ndarray, block: int = 4096) -> float:

@@ -1,40 +1,44 @@
-"""Mixup on the spectrogram (Zhang et al., ICLR 2018), as CED trains: every clip with its mirror in the batch.
+"""Mixup (Zhang et al., ICLR 2018) on the spectrogram or the waveform, as CED trains: every clip with its mirror.
 
 CED's loss of a mixture is the mixture of the losses. Binary cross-entropy is linear in the target, so that is the loss
-of the mixed target, and only targets and spectrograms are touched; so it is for cross-entropy with targets that sum to
-one.
+of the mixed target, and only targets and sounds are touched; so it is for cross-entropy with targets that sum to one.
+The weights come with the batch, drawn for each clip and epoch: see `distill.dataset.ReplayDataset`.
 """
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 
-def mix_with_flipped(
-    mel: Tensor,
-    n_frames: Tensor | None,
-    batch: dict[str, Any],
-    alpha: float,
-    stream: np.random.Generator,
-) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    """Mix a batch with itself in reverse order, each clip with a weight of its own.
+def mix_targets(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the batch with `target` (B, C) mixed with its mirror, each row by its own `mixup_weight` (B,)."""
+    return batch | {"target": _mixed(batch["target"], batch["mixup_weight"])}
+
+
+def mix_spectrograms(mel: Tensor, n_frames: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mix a batch of spectrograms with its mirror.
 
     Args:
         mel: (B, F, T); a front-end writes silence where a clip has ended, so a shorter partner is silent there.
         n_frames: (B,) each clip's own frames, or None where all are T.
-        batch: holds `target` (B, C).
-        alpha: the weights are drawn from Beta(alpha, alpha).
-        stream: to draw from.
+        weight: (B,) each clip's share.
 
     Returns:
-        The mixed spectrogram, the frames of each mixture, and the batch with mixed targets and `mixup_weight` (B,).
+        The mixtures (B, F, T) and the frames of each.
     """
-    weight = torch.from_numpy(stream.beta(alpha, alpha, len(mel)).astype(np.float32)).to(mel.device)  # (B,)
-    if n_frames is not None:
-        n_frames = torch.maximum(n_frames, n_frames.flip(0))
-    target = batch["target"]
-    mixed = torch.lerp(mel.flip(0), mel, weight[:, None, None])
-    mixed_target = torch.lerp(target.flip(0), target, weight[:, None])
-    return mixed, n_frames, batch | {"target": mixed_target, "mixup_weight": weight}
+    return _mixed(mel, weight), None if n_frames is None else torch.maximum(n_frames, n_frames.flip(0))
+
+
+def mix_waveforms(batch: dict[str, Any]) -> dict[str, Any]:
+    """Mix the waveforms (B, S) of a prepared batch with their mirror, at every rate; return the batch with them."""
+    weight = batch["mixup_weight"]
+    lengths = {rate: None if n is None else torch.maximum(n, n.flip(0)) for rate, n in batch["lengths"].items()}
+    return batch | {
+        "waveforms": {rate: _mixed(waveform, weight) for rate, waveform in batch["waveforms"].items()},
+        "lengths": lengths,
+    }
+
+
+def _mixed(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.lerp(x.flip(0), x, weight.view(-1, *[1] * (x.ndim - 1)))

@@ -1,30 +1,93 @@
-"""Optimisers and the learning-rate schedule."""
+"""What is optimised, by what, and at which learning rate."""
 
+import fnmatch
 import logging
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from common.errors import UserError
+from common.errors import UserError, some
 from models import AudioTagger
 
 logger = logging.getLogger(__name__)
 
 
-def parameter_groups(model: AudioTagger, objective: object) -> list[dict[str, Any]]:
-    """Return what to optimise, in two groups: with weight decay, and without.
+def freeze(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
+    """Take parameters out of training.
+
+    Args:
+        model: whose parameters are meant.
+        patterns: of their names, as a shell would match them: `patch_embed.*`, `blocks.[0-5].*`.
+
+    Returns:
+        The modules whose parameters are all frozen: their running statistics and dropout should rest as well.
+
+    Raises:
+        UserError: a pattern that no parameter matches, or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        names = fnmatch.filter(parameters, pattern)
+        if not names:
+            heads = some(dict.fromkeys(name.split(".")[0] + ".*" for name in parameters), 12)
+            raise UserError(f"freeze: no parameter matches {pattern!r}; they start with {heads}")
+        for name in names:
+            parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise UserError(f"freeze: {some(patterns)} leave nothing to train")
+    return [
+        module
+        for module in model.modules()
+        if (own := list(module.parameters())) and not any(p.requires_grad for p in own)
+    ]
+
+
+def layer_depths(model: nn.Module) -> dict[str, int]:
+    """Return how deep each parameter lies: 0 before the first numbered block, i + 1 in block i, more after them."""
+    depths: dict[str, int] = {}
+    deepest = 0
+    for name, _ in model.named_parameters():
+        block = re.search(r"(?:^|\.)(?:blocks|features|layers)\.(\d+)\.", name)
+        depth = int(block[1]) + 1 if block else (deepest + 1 if deepest else 0)
+        deepest = max(deepest, depth) if block else deepest
+        depths[name] = depth
+    return depths
+
+
+def parameter_groups(
+    model: AudioTagger, objective: object, learning_rate: float | None = None, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Return what to optimise, grouped by weight decay and, with `layer_decay`, by depth.
 
     Norms, biases and what a model names in `no_weight_decay` (position embeddings) are not decayed, as is usual for
-    transformers. An objective with parameters of its own (a projection, say) has them trained as well.
+    transformers. An objective with parameters of its own (a projection, say) has them trained as well. Layer-wise
+    decay is that of BEiT (Bao et al., ICLR 2022): each block learns at `layer_decay` times the rate of the one above.
+
+    Args:
+        model: its parameters that ask for a gradient are meant.
+        objective: of the run.
+        learning_rate: of the topmost layer; needed with `layer_decay`.
+        layer_decay: between 0 and 1, or None for one rate.
     """
-    spared = model.no_weight_decay()
-    named = [*model.named_parameters(), *(objective.named_parameters() if isinstance(objective, nn.Module) else [])]
-    decayed = [p for name, p in named if p.ndim > 1 and name not in spared]
-    others = [p for name, p in named if p.ndim <= 1 or name in spared]
-    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    spared, depths = model.no_weight_decay(), layer_depths(model)
+    top = max(depths.values())
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    own = objective.named_parameters(prefix="objective") if isinstance(objective, nn.Module) else []
+    for name, parameter in [*model.named_parameters(), *own]:
+        if parameter.requires_grad:
+            below = 0 if layer_decay is None else top - depths.get(name, top)
+            groups.setdefault((below, parameter.ndim > 1 and name not in spared), []).append(parameter)
+    entries: list[dict[str, Any]] = []
+    for (below, decayed), parameters in sorted(groups.items(), key=lambda group: (group[0][0], not group[0][1])):
+        entry: dict[str, Any] = {"params": parameters} | ({} if decayed else {"weight_decay": 0.0})
+        if layer_decay is not None and learning_rate is not None:
+            entry["lr"] = learning_rate * layer_decay**below
+        entries.append(entry)
+    return entries
 
 
 def create_optimizer(
@@ -40,12 +103,16 @@ def create_optimizer(
             or `Adam`, `AdamW`, `SGD` of `torch.optim`.
         parameters: what to optimise.
         arguments: for the optimiser.
-        device: where the parameters are.
+        device: where the parameters are; on a GPU the fused form is taken, one kernel for all of them.
 
     Raises:
         UserError: the optimiser does not know an argument.
     """
-    factory = (_adam_8bit(device) or torch.optim.Adam) if name == "Adam8bit" else getattr(torch.optim, name)
+    factory = _adam_8bit(device) if name == "Adam8bit" else getattr(torch.optim, name)
+    if factory is None:
+        factory = torch.optim.Adam
+    if factory.__module__.startswith("torch.") and not {"foreach", "fused", "differentiable"} & arguments.keys():
+        arguments = arguments | {"fused": True}
     try:
         return factory(parameters, **arguments)
     except (TypeError, ValueError) as error:
@@ -64,11 +131,14 @@ def _adam_8bit(device: torch.device) -> Any:
     return None
 
 
-def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, total: int, decay_frac: float) -> Any:
-    """Return a schedule, stepped once an iteration: linear from 0 over `warmup`, then a cosine to `decay_frac`.
+def create_schedule(
+    optimizer: torch.optim.Optimizer, shape: str, warmup: int, total: int, decay_frac: float
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return a schedule, stepped once an iteration: linear from 0 over `warmup`, then `shape` down to `decay_frac`.
 
     Args:
         optimizer: its groups' learning rates are the peak.
+        shape: cosine, linear or constant (which does not go down).
         warmup: iterations.
         total: iterations of the whole run, warm-up included.
         decay_frac: fraction of the peak at the end.
@@ -78,6 +148,7 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, total: int, dec
         if iteration < warmup:
             return (iteration + 1) / (warmup + 1)
         progress = min(1.0, (iteration - warmup) / max(1, total - warmup))
-        return decay_frac + (1 - decay_frac) * 0.5 * (1 + math.cos(math.pi * progress))
+        left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[shape]
+        return decay_frac + (1 - decay_frac) * left
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -2,44 +2,83 @@
 
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from common.errors import Faults, UserError
+from common.files import sha256
 from distill.objectives import create_objective
 from distill.targets import StoredTargets
 from training.config import TrainConfig, read_config
-from training.data import open_training
+from training.data import TrainingData, open_training
 from training.loop import Run
+from training.parallel import Ranks
 from training.precision import choose_device
-from training.run_folder import log_to, make_run_folder, run_folder
+from training.run_folder import RunFolder, choose_folder, log_to, run_identity
+from training.smoke import smoke
 from training.student import create_student
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_run(config_file: str, overrides: dict[str, Any], seed: int) -> Run:
-    """Check a configuration and the data it names, build the model, make the run's folder and log into it.
+@dataclass
+class Prepared:
+    """A run that is ready to start or to go on.
+
+    Attributes:
+        run: to be fitted.
+        folder: its place on disk.
+        state: to go on from, on rank 0; None at the beginning.
+    """
+
+    run: Run
+    folder: RunFolder
+    state: dict[str, Any] | None
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end; return the figures of the final model and the path of its weights."""
+        result = self.run.fit(self.state)
+        if self.run.ranks.is_main:
+            self.folder.finish(result)
+            self.run.states.clear()
+        return result
+
+
+def prepare_run(
+    config_file: str, overrides: dict[str, Any], seed: int, *, resume: str = "auto", ranks: Ranks | None = None
+) -> Prepared:
+    """Check a configuration and the data it names, build the model, find or make the run's folder and log into it.
 
     Args:
         config_file: a YAML file, see `trainconfig/`.
         overrides: key → value laid over it.
-        seed: of everything random; the caller has seeded PyTorch, which initial weights and dropout draw from.
+        seed: of everything random; the caller has seeded PyTorch, which initial weights draw from.
+        resume: `auto`, `never`, or the path of a run or of one of its states: see `training.run_folder.choose_folder`.
+        ranks: the processes that train together.
 
     Raises:
         UserError: every fault of the configuration, its data, its model and its objective; nothing was written then.
     """
+    ranks = ranks or Ranks()
     faults = Faults(config_file)
     config = read_config(TrainConfig, config_file, overrides, faults)
+    if config and config.smoke:
+        faults.raise_if_any()
+        folder = Path(config.outputpath) / Path(config_file).stem / "smoke"
+        config = ranks.from_main(smoke(config, folder) if ranks.is_main else None)
+        assert config is not None
     data = open_training(config, seed, faults) if config else None
     objective = model = device = None
     if config:
         try:
             device = choose_device(config.device)
-            loss = {"loss": config.loss, "loss_args": config.loss_args} if config.objective == "target" else {}
-            objective = create_objective(config.objective, **loss | config.objective_args)
+            loss = {name: getattr(config, name) for name in ("loss", "loss_args", "label_smoothing")}
+            objective = create_objective(
+                config.objective, **(loss if config.objective == "target" else {}) | config.objective_args
+            )
             model = create_student(config, data.labels if data else None, objective)
         except UserError as error:
             faults.add(str(error))
@@ -48,21 +87,51 @@ def prepare_run(config_file: str, overrides: dict[str, Any], seed: int) -> Run:
         raise AssertionError("a part is missing, and no fault was noted")
     if isinstance(objective, nn.Module):
         objective.to(device)
-    folder = run_folder(config, Path(config_file).stem)
-    run = Run(config, data, model.to(device), objective, folder, device, seed)
-    make_run_folder(folder, config, data.labels)
-    log_to(folder / config.logfile, debug=config.debug)
+
+    identity = run_identity(config, seed, _data_identity(config, data))
+    parent = Path(config.outputpath) / Path(config_file).stem / config.model
+    chosen = choose_folder(parent, identity, resume) if ranks.is_main else None
+    path, state_path, there = ranks.from_main((chosen[0].path, chosen[1], chosen[2]) if chosen else None)
+    run_folder = chosen[0] if chosen else RunFolder(path)
+    run = Run(config, data, model.to(device), objective, path, device, seed, ranks)
+    state = None
+    if ranks.is_main:
+        if not there:
+            run_folder.make(config, data.labels, identity)
+            run_folder.claim()
+        log_to(path / config.logfile, debug=config.debug)
+        state = run.states.load(state_path) if there else None
+        _describe(run, there, state)
+    return Prepared(run, run_folder, state)
+
+
+def _data_identity(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
+    """What must not change under a run: the lists of its clips, the labels, and the store's description."""
+    facts: dict[str, Any] = {"labels": data.labels, "items": len(data.items)}
+    facts["train_data_sha256"] = sha256(data.pack.manifest)
+    meta = Path(config.logitspath or "") / "meta.json"
+    facts["soft_targets_sha256"] = sha256(meta) if config.logitspath and meta.is_file() else None
+    return facts
+
+
+def _describe(run: Run, there: bool, state: dict[str, Any] | None) -> None:
+    config, data, model = run.config, run.data, run.model
     logger.info("command: %s", " ".join(sys.argv))
+    if not there:
+        logger.info("NEW RUN, from step 0, in %s", run.folder)
+    elif state is None:
+        logger.warning("GOING ON in %s, which was stopped before its first checkpoint: from step 0", run.folder)
     logger.info(
-        "%s, %.2f M parameters, on %s; %d chunks of %d clips; checkpoints chosen on %s",
+        "%s, %.2f M parameters, on %s x %d; %d chunks of %d clips to learn from",
         config.model,
         sum(p.numel() for p in model.parameters()) / 1e6,
-        device,
-        len(data.source.bounds),
+        run.device,
+        run.ranks.world_size,
+        len(data.items),
         len(data.pack),
-        config.valid_data or config.eval_data or "nothing: the last one is kept",
     )
+    on_eval = data.valid is not None and data.valid is data.evaluation
+    logger.log(logging.WARNING if on_eval and config.select_on is None else logging.INFO, "%s", data.selection)
     if isinstance(data.source, StoredTargets):
         stored = len(data.source.epochs)
         logger.info("%d stored epochs of soft targets, used in order and from the start again", stored)
-    return run

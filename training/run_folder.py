@@ -1,48 +1,153 @@
-"""The folder of a run: configuration, label list, log, results and checkpoints, in one place."""
+"""The folder of a run: what it was given, its log, states, results and checkpoints, and which one to go on with."""
 
 import csv
+import fcntl
 import io
+import json
 import logging
+import os
 import uuid
 from datetime import datetime
 from pathlib import Path
+from typing import IO, Any
 
 import yaml
 
-from common.files import write_text
+from common.errors import UserError, some
+from common.files import write_json, write_text
 from training.config import TrainConfig
 
+logger = logging.getLogger(__name__)
 
-def run_folder(config: TrainConfig, stem: str) -> Path:
-    """Return the path of a new run: OUTPUTPATH/CONFIG_STEM/MODEL/DATE_ID, `stem` being that of the configuration."""
-    parent = Path(config.outputpath) / stem / config.model
-    return parent / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:8]}"
-
-
-def make_run_folder(folder: Path, config: TrainConfig, labels: list[str]) -> None:
-    """Make the folder and write into it what the run was given: `config.yaml` and `class_labels_indices.csv`."""
-    folder.mkdir(parents=True)
-    write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
-    table = io.StringIO()
-    table.write("index,mid,display_name\n")
-    writer = csv.writer(table, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-    writer.writerows([index, "", label] for index, label in enumerate(labels))
-    write_text(folder / "class_labels_indices.csv", table.getvalue())
+FINISHED = "finished.json"
+# What may differ when a run goes on: none of it changes what is learnt.
+FREE_KEYS = ("num_workers", "device", "outputpath", "logfile", "debug", "checkpoint_every", "log_every", "compile")
 
 
-def link_latest(folder: Path) -> None:
-    """Make the link `latest` beside a finished run lead to it."""
-    link = folder.parent / "latest"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
+class RunFolder:
+    """One run on disk, held by one process at a time.
+
+    `config.yaml` and `class_labels_indices.csv` say what it was given, `run.json` (written last, so that a folder with
+    it is complete) what it must be given again to go on, `finished.json` what came out.
+
+    Args:
+        path: of the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    def claim(self) -> bool:
+        """Hold the folder until the process ends; False where another process holds it."""
+        lock = open(self.path / ".lock", "w")  # noqa: SIM115 - open as long as the folder is held
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return False
+        self._lock = lock
+        return True
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run went to its end."""
+        return (self.path / FINISHED).is_file()
+
+    def differences(self, identity: dict[str, Any]) -> list[str]:
+        """Return the names of what the run was given otherwise than `identity` says."""
+        there = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["identity"]
+        return [key for key in dict.fromkeys([*there, *identity]) if there.get(key) != identity.get(key)]
+
+    def make(self, config: TrainConfig, labels: list[str], identity: dict[str, Any]) -> None:
+        """Make the folder and write into it what the run was given."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
+        table = io.StringIO()
+        table.write("index,mid,display_name\n")
+        writer = csv.writer(table, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        writer.writerows([index, "", label] for index, label in enumerate(labels))
+        write_text(self.path / "class_labels_indices.csv", table.getvalue())
+        write_json(self.path / "run.json", {"identity": identity})
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write what came out, and make the link `latest` beside the folder lead to it."""
+        write_json(self.path / FINISHED, result)
+        link = self.path.parent / "latest"
+        fresh = link.with_name(f".latest.{os.getpid()}")
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(self.path.name)
+        os.replace(fresh, link)
 
 
-def log_to(path: Path | None, *, debug: bool = False) -> None:
-    """Send log lines to the terminal, and to a file where one is given."""
+def run_identity(config: TrainConfig, seed: int, data: dict[str, Any]) -> dict[str, Any]:
+    """Return all that decides what a run learns, as plain JSON values: configuration, seed, and facts of its data."""
+    settings = {key: value for key, value in config.model_dump().items() if key not in FREE_KEYS}
+    identity: dict[str, Any] = json.loads(json.dumps(settings | {"seed": seed} | data))
+    return identity
+
+
+def choose_folder(parent: Path, identity: dict[str, Any], resume: str) -> tuple[RunFolder, Path | None, bool]:
+    """Find the run to go on with, or name a new one; never in silence.
+
+    Args:
+        parent: OUTPUTPATH/CONFIG_STEM/MODEL, where the runs of a configuration are.
+        identity: of the run that is asked for, see `run_identity`.
+        resume: `auto` goes on with the newest unfinished run that has this identity, where there is one; `never` begins
+            a new one; anything else is the path of a run's folder, or of one of its states, to go on with.
+
+    Returns:
+        The folder, claimed where it exists; the state asked for, or None for the newest; whether the run is there
+        already.
+
+    Raises:
+        UserError: a path that is no run, is finished, is in use, or was given something else.
+    """
+    if resume not in ("auto", "never"):
+        return _asked_for(Path(resume), identity)
+    for path in sorted((found.parent for found in parent.glob("*/run.json")), reverse=True) if resume == "auto" else []:
+        folder = RunFolder(path)
+        if path.is_symlink() or folder.finished:
+            continue
+        different = folder.differences(identity)
+        if different:
+            logger.warning(
+                "%s is unfinished and stays so: it was given another %s. To finish it, give it the same again",
+                path,
+                some(different),
+            )
+        elif not folder.claim():
+            logger.warning("%s is being trained by another process; this is a new run beside it", path)
+        else:
+            return folder, None, True
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:8]}"
+    return RunFolder(parent / name), None, False
+
+
+def _asked_for(given: Path, identity: dict[str, Any]) -> tuple[RunFolder, Path | None, bool]:
+    path, state = (given.parent.parent, given) if given.is_file() else (given, None)
+    path = path.resolve()
+    folder = RunFolder(path)
+    if not (path / "run.json").is_file():
+        raise UserError(f"--resume {given}: no run.json there; wanted auto, never, a run's folder or one of its states")
+    if folder.finished:
+        raise UserError(f"--resume {given}: that run is finished; its weights are in {path}")
+    different = folder.differences(identity)
+    if different:
+        raise UserError(
+            f"--resume {given}: that run was given another {some(different)}; give it the same again "
+            f"({path}/config.yaml has it), or leave --resume out to begin a new run"
+        )
+    if not folder.claim():
+        raise UserError(f"--resume {given}: another process is training it")
+    return folder, state, True
+
+
+def log_to(path: Path | None, *, debug: bool = False, quiet: bool = False) -> None:
+    """Send log lines to the terminal, and to a file where one is given; `quiet` lets only warnings through."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if path is not None:
         handlers.append(logging.FileHandler(path, encoding="utf-8"))
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO, handlers=handlers, format="%(message)s", force=True
-    )
+    level = logging.WARNING if quiet else logging.DEBUG if debug else logging.INFO
+    logging.basicConfig(level=level, handlers=handlers, format="%(message)s", force=True)

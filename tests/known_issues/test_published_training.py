@@ -19,10 +19,10 @@ from distill.targets import SoftTargetStore, StoredTargets, dense_target, write_
 from models import create_model
 from tests.distill.test_targets import pack_of, store_of
 from training.config import SoftTargetConfig, TrainConfig, read_config
-from training.loop import Trainer
 from training.optim import create_optimizer
 from training.precision import Precision
 from training.teaching import Teaching
+from training.trainer import Learner, Trainer
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,9 @@ def test_the_stored_epoch_is_right_with_workers_that_outlive_an_epoch(tmp_path, 
     folder = store_of(tmp_path / "store", [[names]] * 3)
     pack = pack_of(tmp_path / "pack", names)
     dataset = ReplayDataset(pack, StoredTargets(SoftTargetStore(folder), pack, 4, "zero"), [16000])
-    loader = DataLoader(dataset, batch_sampler=EpochBatches(6, 4, 0), num_workers=n_workers, collate_fn=collate)
+    loader = DataLoader(
+        dataset, batch_sampler=EpochBatches(np.arange(6), 4, 0), num_workers=n_workers, collate_fn=collate
+    )
     stream = iter(loader)
     for epoch in (1, 2, 3, 1):
         batches = [next(stream), next(stream)]
@@ -98,12 +100,13 @@ def test_one_step_serves_every_mode(tone_pack, mode, fresh, mixup):
     replay = Replay({}, [{"TimeMasking": {"time_mask_param": 20}}])
     source = SeededItems(np.array([[i, 0, 16000] for i in range(4)]), 16000, replay, seed=3)
     source.target = lambda epoch, item: np.eye(7, dtype=np.float32)[item]
-    dataset = ReplayDataset(Pack.open(tone_pack), source, [16000], fresh_masks=fresh)
+    dataset = ReplayDataset(Pack.open(tone_pack), source, [16000], fresh_masks=fresh, mixup=mixup)
     objective = create_objective("target", loss="BCEWithLogitsLoss", loss_args={"reduction": "none"})
     model = create_model("audiotransformer_pico", num_classes=7, pooling="logit").train()
     optimizer = create_optimizer("AdamW", model.parameters(), {"lr": 1e-3}, CPU)
-    trainer = Trainer(model, objective, optimizer, None, Precision(mode, CPU), replay, mixup, seed=0)
+    learner = Learner(model, objective, replay, "spectrogram" if mixup else None)
+    trainer = Trainer(learner, optimizer, None, Precision(mode, CPU), seed=0)
     batch = prepare_batch(collate([dataset[(1, i)] for i in range(4)]), CPU)
-    losses = [trainer.step(batch)["loss"].item() for _ in range(12)]
+    losses = [trainer.step([batch], [1.0], step)["loss"].item() for step in range(12)]
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]

@@ -3,7 +3,12 @@ import time
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, label_ranking_average_precision_score, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    label_ranking_average_precision_score,
+    roc_auc_score,
+)
 
 from common.errors import UserError
 from training.metrics import average_precision_and_auc, d_prime, evaluate_scores
@@ -99,6 +104,26 @@ def test_single_label_sets_have_a_top1_and_class_numbers_are_read_as_such():
     assert metrics.hit1_among_present == 0.75  # clip 3: class 1 before class 0; clip 2: class 0 before class 1
     assert metrics.n_classes_absent == 1
     assert evaluate_scores(scores, np.eye(3)[[1, 0, 1, 1]]).as_dict() == metrics.as_dict()
+
+
+def test_confusion_of_a_single_label_set_has_true_classes_as_rows_and_equals_scikit_learn():
+    scores = np.array([[0.1, 0.5, 0.4], [0.6, 0.3, 0.1], [0.2, 0.1, 0.7], [0.1, 0.2, 0.7]])
+    metrics = evaluate_scores(scores, np.array([1, 0, 1, 1]))
+    assert metrics.confusion.tolist() == [[1, 0, 0], [0, 1, 2], [0, 0, 0]]
+    assert "confusion" not in metrics.as_dict()
+    assert "confusion" not in metrics.summary()
+    rng = np.random.default_rng(4)
+    scores, truth = rng.random((500, 12)), rng.integers(0, 11, 500)  # class 11 is absent
+    metrics = evaluate_scores(scores, truth)
+    assert metrics.confusion.dtype == np.int64
+    assert np.array_equal(metrics.confusion, confusion_matrix(truth, scores.argmax(axis=1), labels=range(12)))
+    assert metrics.top1 == metrics.confusion.trace() / 500
+
+
+def test_sets_with_several_labels_or_none_on_a_clip_have_no_confusion():
+    scores = np.array([[0.9, 0.8], [0.6, 0.7]])
+    assert evaluate_scores(scores, np.array([[1, 1], [1, 0]])).confusion is None
+    assert evaluate_scores(scores, np.array([[0, 0], [1, 0]])).confusion is None
 
 
 def test_clips_without_labels_are_negatives_but_have_no_ranking_of_their_own():

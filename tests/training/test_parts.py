@@ -1,30 +1,36 @@
 """The small parts of training, each against a slow, obvious reference."""
 
+import itertools
 import logging
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest
 from torch import nn
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, cross_entropy
 
+from audio.dataset import Pack
 from common.errors import UserError
-from distill.dataset import EpochBatches
+from distill.dataset import EpochBatches, ReplayDataset
 from distill.objectives import LOSSES, create_objective, register_objective
+from distill.replay import Replay
+from distill.sources import SeededItems
 from models import create_model
-from training.checkpoints import BestCheckpoints, average_states
-from training.mixup import mix_with_flipped
-from training.optim import create_optimizer, parameter_groups, warmup_cosine
+from training.averaging import MovingAverage, average_states
+from training.checkpoints import BestCheckpoints
+from training.mixup import mix_spectrograms, mix_targets, mix_waveforms
+from training.optim import create_optimizer, create_schedule, freeze, layer_depths, parameter_groups
 from training.precision import Precision, choose_device
 from training.student import start_from_data
 
 
 def test_mixup_of_targets_equals_the_published_mixture_of_losses():
     torch.manual_seed(0)
-    mel, target = torch.randn(6, 4, 10), torch.rand(6, 3)
-    weight = torch.from_numpy(np.random.default_rng(5).beta(0.5, 0.5, 6).astype(np.float32))[:, None]
-    mixed, n_frames, batch = mix_with_flipped(mel, None, {"target": target}, 0.5, np.random.default_rng(5))
-    logits = torch.randn(6, 3)
+    mel, target, weight = torch.randn(6, 4, 10), torch.rand(6, 3), torch.rand(6)
+    mixed, n_frames = mix_spectrograms(mel, None, weight)
+    batch = mix_targets({"target": target, "mixup_weight": weight})
+    logits, weight = torch.randn(6, 3), weight[:, None]
     expected = weight * binary_cross_entropy_with_logits(logits, target, reduction="none")
     expected += (1 - weight) * binary_cross_entropy_with_logits(logits, target.flip(0), reduction="none")
     assert torch.allclose(binary_cross_entropy_with_logits(logits, batch["target"]), expected.mean(), atol=1e-6)
@@ -33,17 +39,37 @@ def test_mixup_of_targets_equals_the_published_mixture_of_losses():
     assert n_frames is None
 
 
+def test_mixed_waveforms_are_the_sum_of_two_sounds_as_long_as_the_longer():
+    waveform, n, weight = torch.randn(3, 50), torch.tensor([50, 20, 30]), torch.tensor([0.2, 0.5, 0.9])
+    batch = mix_waveforms({"waveforms": {8: waveform}, "lengths": {8: n}, "mixup_weight": weight})
+    assert torch.allclose(batch["waveforms"][8][0], 0.2 * waveform[0] + 0.8 * waveform[2], atol=1e-6)
+    assert batch["lengths"][8].tolist() == [50, 20, 50]
+    assert mix_waveforms({"waveforms": {}, "lengths": {8: None}, "mixup_weight": weight})["lengths"] == {8: None}
+
+
 def test_a_mixture_is_as_long_as_its_longer_part():
-    n = torch.tensor([10, 4, 7])
-    _, n_frames, _ = mix_with_flipped(
-        torch.zeros(3, 2, 10), n, {"target": torch.zeros(3, 1)}, 1.0, np.random.default_rng()
-    )
+    _, n_frames = mix_spectrograms(torch.zeros(3, 2, 10), torch.tensor([10, 4, 7]), torch.ones(3))
+    assert n_frames is not None
     assert n_frames.tolist() == [10, 4, 10]
 
 
-def test_schedule_warms_up_and_ends_at_its_fraction():
+def test_mixup_weights_follow_their_distribution_and_are_a_function_of_seed_epoch_and_item(tone_pack):
+    pack = Pack.open(tone_pack)
+    source = SeededItems(np.array([[0, 0, 160]] * 400), 16000, Replay(), seed=3)
+    dataset = ReplayDataset(pack, source, [], mixup=0.5, seed=3)
+    drawn = np.array([dataset[(1, i)]["mixup_weight"] for i in range(400)])
+    assert kstest(drawn, "beta", args=(0.5, 0.5)).pvalue > 0.01
+    assert dataset[(1, 7)]["mixup_weight"] == drawn[7]
+    assert dataset[(2, 7)]["mixup_weight"] != drawn[7]
+    assert ReplayDataset(pack, source, [], mixup=0.5, seed=4)[(1, 7)]["mixup_weight"] != drawn[7]
+
+
+@pytest.mark.parametrize(("shape", "quarter", "end"), [
+    ("cosine", 0.1 + 0.9 * (1 + 0.5**0.5) / 2, 0.1), ("linear", 0.775, 0.1), ("constant", 1.0, 1.0)
+])  # fmt: skip
+def test_schedule_warms_up_and_ends_at_its_fraction(shape, quarter, end):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = warmup_cosine(optimizer, 10, 110, 0.1)
+    schedule = create_schedule(optimizer, shape, 10, 110, 0.1)
     rates = []
     for _ in range(111):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -51,8 +77,8 @@ def test_schedule_warms_up_and_ends_at_its_fraction():
         schedule.step()
     assert rates[0] == pytest.approx(2.0 / 11)
     assert rates[10] == pytest.approx(2.0)
-    assert rates[60] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
-    assert rates[110] == pytest.approx(0.2)
+    assert rates[35] == pytest.approx(2.0 * quarter)
+    assert rates[110] == pytest.approx(2.0 * end)
     assert rates[:11] == sorted(rates[:11])
 
 
@@ -95,6 +121,85 @@ def test_norms_biases_and_position_embeddings_are_not_decayed():
     assert len(decayed["params"]) + len(others["params"]) == len(names)
 
 
+def test_layer_decay_slows_each_block_relative_to_the_one_above():
+    model = create_model("audiotransformer_pico", num_classes=2)  # four blocks
+    rates = {}
+    for group in parameter_groups(model, None, 0.01, 0.5):
+        rates |= {id(p): group["lr"] for p in group["params"]}
+    by_name = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert by_name["outputlayer.1.weight"] == by_name["norm.bias"] == 0.01
+    assert [by_name[f"blocks.{i}.mlp.fc1.weight"] for i in (3, 2, 1, 0)] == [0.005, 0.0025, 0.00125, 0.000625]
+    assert by_name["patch_embed.proj.weight"] == by_name["time_pos_embed"] == pytest.approx(0.0003125)
+    depths = layer_depths(create_model("mn02_as", num_classes=2))
+    assert depths["features.0.0.weight"] == 1
+    assert depths["classifier.5.weight"] == max(depths.values())
+
+
+def test_frozen_parameters_stay_and_their_modules_rest():
+    model = create_model("audiotransformer_pico", num_classes=2)
+    resting = freeze(model, ["patch_embed.*", "blocks.[01].*", "init_bn.*"])
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(("patch_embed", "blocks.0", "blocks.1", "init_bn"))
+    }
+    assert model.init_bn[1] in resting
+    assert model.blocks[2] not in resting
+    trained = sum(len(group["params"]) for group in parameter_groups(model, None))
+    assert trained == sum(p.requires_grad for p in model.parameters())
+    with pytest.raises(UserError, match="no parameter matches 'stem.1'.*blocks"):
+        freeze(model, ["stem.1"])
+    with pytest.raises(UserError, match="nothing to train"):
+        freeze(model, ["*"])
+
+
+def test_the_moving_average_equals_its_plain_recurrence_and_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average = MovingAverage(model, 0.9)
+    expected = model[0].weight.detach().clone()
+    for n in range(30):
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+        model[1].num_batches_tracked.add_(1)
+        average.update()
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * model[0].weight.detach()
+    own = model[0].weight.detach().clone()
+    with average.applied():
+        assert torch.allclose(model[0].weight, expected, atol=1e-5)
+        assert model[1].num_batches_tracked.item() == 30
+    assert torch.equal(model[0].weight, own)
+    other = MovingAverage(model, 0.9)
+    other.load_state_dict(average.state_dict())
+    assert torch.equal(other.average["0.weight"], average.average["0.weight"])
+
+
+@pytest.mark.parametrize(("loss", "expected"), [
+    ("BCEWithLogitsLoss", [0.95, 0.05, 0.05, 0.05]), ("CrossEntropyLoss", [0.925, 0.025, 0.025, 0.025])
+])  # fmt: skip
+def test_label_smoothing_moves_a_tenth_to_what_knows_nothing(loss, expected):
+    output = torch.randn(1, 4)
+    one_hot = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    smoothed = create_objective("target", loss=loss, loss_args={}, label_smoothing=0.1)
+    plain = create_objective("target", loss=loss, loss_args={})
+    assert smoothed(output, {"target": one_hot})["loss"] == pytest.approx(
+        plain(output, {"target": torch.tensor([expected])})["loss"].item()
+    )
+    if loss == "CrossEntropyLoss":
+        assert smoothed(output, {"target": one_hot})["loss"] == pytest.approx(
+            cross_entropy(output, one_hot, label_smoothing=0.1).item()
+        )
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_batches_from_a_step_on_are_those_of_the_whole_order(cut):
+    whole = iter(EpochBatches(np.arange(5, 15), 4, seed=1, cut_passes=cut))
+    batches = [next(whole) for _ in range(9)]
+    later = EpochBatches(np.arange(5, 15), 4, seed=1, cut_passes=cut, start=5)
+    assert list(itertools.islice(later, 4)) == batches[5:]
+    assert [later.size(step) for step in range(9)] == [len(batch) for batch in batches]
+
+
 def test_weights_that_were_loaded_are_left_as_they_are():
     model = create_model("audiotransformer_pico", num_classes=3, pooling="logit")
     nn.init.constant_(model.outputlayer[1].bias, 3.0)
@@ -120,6 +225,9 @@ def test_the_best_n_checkpoints_are_kept_and_averaged(tmp_path):
     for epoch, score in enumerate([0.3, 0.5, 0.2, 0.4], 1):
         nn.init.constant_(model.outputlayer[1].bias, epoch)
         answers.append(best.offer(model, score, epoch))
+        best.prune()
+    assert len(list(tmp_path.glob("best*"))) == 3  # what the state before still speaks of
+    best.prune()
     assert answers == [True, True, False, False]
     assert sorted(p.name for p in tmp_path.glob("best*")) == [
         "best_epoch=0002_mAP=0.5000.pt",
@@ -133,7 +241,7 @@ def test_the_best_n_checkpoints_are_kept_and_averaged(tmp_path):
 
 
 def test_a_pass_shows_each_item_once_and_the_next_pass_another_order():
-    stream = iter(EpochBatches(10, 4, seed=1))
+    stream = iter(EpochBatches(np.arange(10), 4, seed=1))
     passes = [[key for batch in (next(stream), next(stream), next(stream)) for key in batch] for _ in range(2)]
     for number, keys in enumerate(passes, 1):
         assert sorted(item for _, item in keys) == list(range(10))
@@ -142,7 +250,7 @@ def test_a_pass_shows_each_item_once_and_the_next_pass_another_order():
 
 
 def test_batches_of_an_epoch_length_run_on_into_the_next_pass():
-    stream = iter(EpochBatches(10, 4, seed=1, cut_passes=False))
+    stream = iter(EpochBatches(np.arange(10), 4, seed=1, cut_passes=False))
     batches = [next(stream) for _ in range(5)]
     assert [len(b) for b in batches] == [4] * 5
     assert [epoch for epoch, _ in batches[2]] == [1, 1, 2, 2]
@@ -150,7 +258,7 @@ def test_batches_of_an_epoch_length_run_on_into_the_next_pass():
 
 def test_balanced_sampling_draws_as_the_weights_say():
     weights = np.array([1.0, 3.0])
-    stream = iter(EpochBatches(2, 100, seed=0, weights=weights, cut_passes=False))
+    stream = iter(EpochBatches(np.arange(2), 100, seed=0, weights=weights, cut_passes=False))
     items = [item for _ in range(40) for _, item in next(stream)]
     assert np.mean(items) == pytest.approx(0.75, abs=0.03)
 

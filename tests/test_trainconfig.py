@@ -1,0 +1,93 @@
+"""The files of trainconfig/: what their heads say, and that each of them runs, on no data at all."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from audio.dataset import Pack
+from common.errors import Faults
+from models import load_model
+from run import Runner
+from tests.conftest import run_command
+from training.config import TrainConfig, read_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "trainconfig").glob("*.yaml"))
+PUBLISHED = [path for path in CONFIGS if "nsemble5014" in path.name]
+FIELD = re.compile(r"# ([A-Z][a-z]+): +(\S.*)")
+every_file = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> TrainConfig:
+    faults = Faults(path.name)
+    config = read_config(TrainConfig, path, {}, faults)
+    faults.raise_if_any()
+    assert config is not None
+    return config
+
+
+def head(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
+
+
+@every_file
+def test_the_head_says_what_it_is_how_to_run_it_what_it_needs_and_what_it_reaches(path):
+    lines = head(path)
+    assert re.fullmatch(r"# [A-Z].*\.", lines[0])
+    fields = dict(match.groups() for line in lines if (match := FIELD.fullmatch(line)))
+    assert {"Command", "Needs", "Measured"} <= fields.keys()
+    assert {"Reproduces", "For"} & fields.keys()
+    assert f"python run.py train trainconfig/{path.name}" in "\n".join(lines)
+    measured = "\n".join(lines).split("Measured:")[1]
+    if "not measured here" not in measured:
+        assert re.search(r"\d\d\d\d-\d\d-\d\d", measured)
+        assert "CPU cores" in measured or "GPU" in measured
+        assert re.search(r"\d\.\d", measured)
+
+
+@every_file
+def test_every_file_says_what_chooses_its_checkpoints(path):
+    config = read(path)
+    assert config.select_on == ("eval" if path in PUBLISHED or path.stem.startswith("esc10") else "valid")
+    if config.select_on == "eval":
+        text = path.read_text(encoding="utf-8")
+        assert re.search(r"^#.*(optimistic|chooses nothing).*\n(#.*\n)?select_on: eval$", text, re.MULTILINE)
+
+
+def check_run(outputs: Path, config: TrainConfig) -> None:
+    """See that the one run in `outputs` left weights that give probabilities for a made-up sound."""
+    (folder,) = (link.parent for link in outputs.rglob("results.json") if link.parent.name != "latest")
+    model = load_model(folder)
+    assert model.name == config.model
+    pack = Pack.open(next(outputs.rglob("smoke/labels/train.tsv")))
+    with torch.inference_mode():
+        probabilities = model.predict(torch.from_numpy(np.stack([pack.read(i) for i in range(4)])))
+    assert probabilities.shape == (4, 527 if config.logitspath else 10)
+    assert bool(torch.isfinite(probabilities).all())
+    assert 0 <= probabilities.min() <= probabilities.max() <= 1
+
+
+@every_file
+def test_every_file_runs_from_start_to_end_without_data(path, tmp_path, monkeypatch):
+    config = read(path)
+    # Twelve blocks of the larger models differ from one in nothing but their time; those of tiny are all run.
+    shallow = {"model_args.depth": 1} if config.model.endswith(("_base", "_small", "_mini")) else {}
+    monkeypatch.chdir(tmp_path)  # where no data/ and logits/ can be
+    Runner(seed=1).train(str(path), smoke=True, outputpath=str(tmp_path / "runs"), **shallow)
+    check_run(tmp_path / "runs", config)
+
+
+def test_the_command_of_a_head_runs_with_smoke_as_a_user_types_it(tmp_path):
+    """In a folder that looks like a fresh checkout, so that a developer's own data are not in it."""
+    for name in ("run.py", "trainconfig"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    name = "trainconfig/own_student.yaml"
+    result = run_command("run.py", "train", name, "--smoke", "true", "--outputpath", tmp_path / "runs", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "next: python inference.py" in result.stdout
+    assert "data/mine/labels/train.tsv is not there: 16 made-up sounds stand in" in result.stderr
+    check_run(tmp_path / "runs", read(ROOT / name))

@@ -1,0 +1,66 @@
+"""Start a training run again and again, kill it with SIGKILL at random moments, and let it finish at last.
+
+    python tests/training/killing.py CONFIG OUTPUT KILLS SEED WORKERS...
+
+WORKERS are loader processes, taken in turn. Prints JSON: how long an uninterrupted run takes, and how often each start
+was killed. Nothing is computed before the fork, so the children inherit loaded modules and no threads.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from run import Runner
+
+
+def start(config: str, output: str, workers: int) -> int:
+    """Fork a child that trains; return its number."""
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()  # so that loader workers can be killed with it
+    try:
+        with open(Path(output).parent / "log.txt", "a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            Runner(seed=7).train(config, outputpath=output, num_workers=workers)
+        os._exit(0)
+    except SystemExit as error:
+        os._exit(int(error.code or 0))
+    finally:
+        os._exit(70)
+
+
+def main() -> None:
+    """See above."""
+    config, output, kills, seed, *workers = sys.argv[1:]
+    draw = random.Random(int(seed))
+    began = time.perf_counter()
+    assert os.waitpid(start(config, output + "_whole", int(workers[0])), 0)[1] == 0, "the uninterrupted run failed"
+    seconds = time.perf_counter() - began
+    killed = 0
+    for attempt in range(1000):
+        child = start(config, output, int(workers[attempt % len(workers)]))
+        if killed < int(kills):
+            time.sleep(draw.uniform(0, 0.6 * seconds))
+            done, status = os.waitpid(child, os.WNOHANG)
+            if not done:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                killed += 1
+                continue
+        else:
+            _, status = os.waitpid(child, 0)
+        assert status == 0, f"start {attempt} ended with {status}"
+        break
+    print(json.dumps({"seconds": seconds, "killed": killed}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Several processes train as one: the same gradients, every clip once, the same figures, one writer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from distill.dataset import EpochBatches
+from tests.conftest import ROOT, run_command
+from tests.training.test_resume import LABELS_ONLY, SETTINGS, lines_of, the_run, weights_of
+from training.parallel import mirrored_shares
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 7, 8, 31, 32])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_shares_hold_every_position_once_together_with_its_mirror(n, parts):
+    shares = mirrored_shares(n, parts)
+    assert len(shares) == parts
+    if (n + 1) // 2 < parts:
+        assert all(share.tolist() == list(range(n)) for share in shares)
+        return
+    assert sorted(np.concatenate(shares).tolist()) == list(range(n))
+    for share in shares:
+        assert (n - 1 - share[::-1]).tolist() == share.tolist()
+
+
+def test_the_batches_of_two_ranks_are_those_of_one(tmp_path):
+    def first(split, n):
+        stream = iter(EpochBatches(np.arange(10, 31), 6, seed=3, split=split))
+        return [next(stream) for _ in range(n)]
+
+    whole = first(None, 8)
+    halves = [first(lambda n, rank=rank: [mirrored_shares(n, 2)[rank]], 8) for rank in (0, 1)]
+    for batch, *parts in zip(whole, *halves, strict=True):
+        assert sorted(batch) == sorted(parts[0] + parts[1])
+    assert sorted(item for batch in whole[:4] for _, item in batch) == list(range(10, 31))
+
+
+def configure(tmp_path: Path, tone_pack: Path, **changes) -> Path:
+    path = tmp_path / "config.yaml"
+    data = {"train_data": str(tone_pack), "eval_data": str(tone_pack), "log_every": 1, "num_workers": 0}
+    # no dropout: which values it drops cannot be the same in another process
+    arguments = {"model_args": {"pooling": "logit", "depth": 2, "time_patch_out": 1}}
+    path.write_text(yaml.safe_dump(SETTINGS | LABELS_ONLY | data | arguments | changes))
+    return path
+
+
+def train(path: Path, output: Path, *words: str | Path, torchrun=()) -> Path:
+    result = run_command(*torchrun, "run.py", "train", path, "--outputpath", output, *words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return the_run(output)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 8, "epochs": 17},
+        # batches of five, the last of a pass being one clip, which both ranks see at half its weight
+        {"batch_size": 5, "epochs": 10, "grad_clip": 1.0, "mixup_on": "waveform", "ema": None},
+    ],
+    ids=["plain", "uneven"],
+)
+def test_two_ranks_follow_the_curve_of_one_process_and_judge_alike(tone_pack, tmp_path, changes):
+    path = configure(tmp_path, tone_pack, valid_every=5, **changes)
+    alone = train(path, tmp_path / "one")
+    together = train(path, tmp_path / "two", torchrun=TORCHRUN)
+    one, two = (
+        np.array([line["loss"] for line in lines_of(folder) if line["kind"] == "step"]) for folder in (alone, together)
+    )
+    assert len(one) >= 50
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (alone, together)]
+    assert results[0] == results[1]
+    valid = [[line["valid_mAP"] for line in lines_of(f) if "valid_mAP" in line] for f in (alone, together)]
+    assert valid[0] == valid[1]
+    assert sorted(p.name for p in together.iterdir()) == sorted(p.name for p in alone.iterdir())
+
+
+def test_gradients_in_parts_are_those_of_the_whole(tone_pack, tmp_path):
+    """Without batch norm, whose statistics are those of a part."""
+    arguments = {"pooling": "logit", "depth": 2, "init_bn": False}
+    path = configure(tmp_path, tone_pack, model_args=arguments, batch_size=7, epochs=6, optimizer_args={"lr": 0.001})
+    whole = train(path, tmp_path / "whole")
+    parts = train(path, tmp_path / "parts", "--accumulate", "3")
+    one, other = ([line["loss"] for line in lines_of(f) if line["kind"] == "step"] for f in (whole, parts))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_a_rank_that_dies_is_started_again_and_training_goes_on(tone_pack, tmp_path):
+    path = configure(tmp_path, tone_pack, epochs=30)
+    whole = train(path, tmp_path / "whole", torchrun=TORCHRUN)
+    words = ["run.py", "train", str(path), "--outputpath", str(tmp_path / "runs")]
+    with subprocess.Popen(
+        [sys.executable, *TORCHRUN, "--max-restarts", "2", *words],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as launcher:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "runs").glob("*/*/*/states/step=00000001*.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True)
+        os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+        output = launcher.communicate()[0]
+    assert launcher.returncode == 0, output
+    folder = the_run(tmp_path / "runs")
+    assert "GOING ON after step" in (folder / "train.log").read_text()
+    assert lines_of(folder) == lines_of(whole)
+    a, b = weights_of(folder), weights_of(whole)
+    assert all(torch.equal(a[key], b[key]) for key in a)

@@ -1,0 +1,216 @@
+"""A run in small: a minute on a CPU through everything that a configuration would do, before it is given days.
+
+Data that exist are read by the ordinary path, a little of them; where they do not, sounds made by formula stand in,
+packed and taught with the project's own writers, so that the same readers and checks see them.
+"""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from audio.dataset import Pack
+from audio.io import to_int16
+from audio.manifest import read_manifest
+from audio.shards import ShardWriter
+from common.errors import Faults, UserError
+from common.files import whole_file
+from models import create_model, published_initialisation
+from models.labels import audioset_labels, labels_for, read_labels
+from training.config import SoftTargetConfig, TrainConfig
+from training.data import open_labelled, open_pack, open_training
+from training.teaching import Teaching
+
+logger = logging.getLogger(__name__)
+
+EPOCHS = EPOCH_LENGTH = 2
+BATCH = 4
+CLIPS = 16  # of an evaluation pack, and of each made-up one
+SECONDS, SAMPLE_RATE = 2.0, 16000  # of made-up sounds
+NAMES = [f"sound {index}" for index in range(10)]  # classes where nothing says any
+SEED = 0
+
+
+def smoke(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Return a configuration that takes about a minute on a CPU and goes through everything that `config` would.
+
+    The same configuration and data give the same files. Of processes that train together, one calls it.
+
+    Args:
+        config: of the long run; what it learns, how and with which model stays.
+        folder: gets what stands in for missing data, and shortened evaluation lists.
+
+    Raises:
+        UserError: a label table that cannot be read. Other faults of data that exist are left to be told, all at once,
+            where the run opens them.
+    """
+    config = config.model_copy(update=_little(config))
+    named = [path for path in (config.train_data, config.logitspath, config.labels_csv) if path]
+    missing = [path for path in named if not Path(path).exists()]
+    labels = None
+    if missing:
+        config, labels = _stand_in(config, missing, folder)
+    elif any(path and not Path(path).exists() for path in (config.valid_data, config.eval_data)):
+        labels = _labels_of(config)
+        if labels is None:  # the training data have faults, which matter more
+            return config
+    judges = dict.fromkeys(path for path in (config.valid_data, config.eval_data) if path)
+    short = {
+        path: _judge(path, f"judge_{number}", labels, made_up=bool(missing), folder=folder)
+        for number, path in enumerate(judges, 1)
+    }
+    return config.model_copy(
+        update={key: short[path] for key in ("valid_data", "eval_data") if (path := getattr(config, key))}
+        | {"valid_fraction": _few_held_out(config)}
+    )
+
+
+def _little(config: TrainConfig) -> dict[str, object]:
+    """Return the settings that make a run short."""
+    pretrained = config.pretrained
+    if not (isinstance(pretrained, str) and Path(pretrained).exists()):
+        wanted = published_initialisation(config.model) if pretrained in (None, True) else pretrained
+        if wanted:
+            logger.info("smoke: random weights in place of %s: nothing is downloaded", wanted)
+        pretrained = False
+    return {
+        "pretrained": pretrained,
+        "epochs": EPOCHS,
+        "epoch_length": EPOCH_LENGTH,
+        "batch_size": min(config.batch_size, BATCH),
+        "eval_batch_size": min(config.eval_batch_size or config.batch_size, BATCH),
+        "accumulate": min(config.accumulate, 2),
+        "num_workers": min(config.num_workers, 1),
+        "warmup_iters": min(config.warmup_iters, 1),
+        "warmup_epochs": None if config.warmup_epochs is None else min(config.warmup_epochs, 1),
+        "max_aug_epochs": min(config.max_aug_epochs or EPOCHS, EPOCHS),
+        "valid_every": 1,
+        "n_saved": min(config.n_saved, 2),
+        "checkpoint_every": None if config.checkpoint_every is None else min(config.checkpoint_every, EPOCH_LENGTH),
+        "log_every": 1,
+        "device": "cpu",
+        "compile": False,
+    }
+
+
+def _stand_in(config: TrainConfig, missing: list[str], folder: Path) -> tuple[TrainConfig, list[str]]:
+    """Make training data, with soft targets where they are wanted; return the configuration for them, and the labels.
+
+    Made-up sounds replace all of it: targets, sounds and class names belong together.
+    """
+    if config.labels_csv in missing:
+        config = config.model_copy(update={"labels_csv": None})
+    if config.labels_csv:
+        labels = read_labels(config.labels_csv)
+    elif config.num_classes:
+        labels = labels_for(config.num_classes, None)
+    else:
+        labels = audioset_labels() if config.logitspath else NAMES
+    pack = _made_up_pack(folder, "train", labels if labels is NAMES else _numbers(labels))
+    store = _made_up_store(folder / "logits", pack, labels) if config.logitspath else None
+    what = {config.train_data: f"{CLIPS} made-up sounds", config.logitspath: "an untrained teacher's answers"}
+    for path in missing:
+        logger.warning("smoke: %s is not there: %s stand in", path, what.get(path, "other class names"))
+    for unused in {config.train_data, config.logitspath} - {None, *missing}:
+        logger.warning("smoke: %s is there, but is no use without %s", unused, " and ".join(missing))
+    return config.model_copy(update={"train_data": pack, "logitspath": store}), labels
+
+
+def _made_up_pack(folder: Path, name: str, cells: Sequence[str]) -> str:
+    """Pack noisy tones, one pitch a class; return the manifest.
+
+    Args:
+        folder: to write into, `hdf5/NAME.h5` and `labels/NAME.tsv` as every pack.
+        name: of the pack; other names, other sounds.
+        cells: what stands in the column `labels`, one of them for each clip in turn.
+    """
+    random = np.random.default_rng([SEED, *name.encode()])
+    time = np.arange(round(SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
+    shard, rows = folder / "hdf5" / f"{name}.h5", []
+    with ShardWriter(shard, SAMPLE_RATE) as writer:
+        for index in range(CLIPS):
+            kind = index % len(cells)
+            pitch = 150 * 1.25**kind * random.uniform(0.97, 1.03)
+            sound = 0.4 * np.sin(2 * np.pi * pitch * time) + 0.05 * random.standard_normal(len(time))
+            rows.append((f"{name}/{index:02d}.wav", cells[kind], str(shard)))
+            writer.append(rows[-1][0], to_int16(sound))
+    return _write_manifest(folder, name, pd.DataFrame(rows, columns=["filename", "labels", "hdf5path"]))
+
+
+def _made_up_store(folder: Path, manifest: str, labels: list[str]) -> str:
+    """Store what a small, untrained teacher answers to every clip; return the folder."""
+    model, settings = "audiotransformer_pico", {"epochs": EPOCHS, "topk": 5, "num_workers": 0, "device": "cpu"}
+    config = SoftTargetConfig.model_validate({"train_data": manifest, "model": model, **settings})
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps over other classes
+    with torch.random.fork_rng(devices=[]):  # the student's own random start stays what it is
+        torch.manual_seed(SEED)
+        teacher = create_model(model, num_classes=len(labels), labels=labels, depth=1)
+        return str(Teaching(config, Pack.open(manifest), [teacher], folder).save())
+
+
+def _labels_of(config: TrainConfig) -> list[str] | None:
+    """Return the class names of training data that exist; None where they cannot be opened."""
+    alone = {"valid_data": None, "eval_data": None, "valid_fraction": None, "select_on": None}
+    data = open_training(config.model_copy(update=alone), SEED, Faults("the training data"))
+    return data.labels if data else None
+
+
+def _judge(path: str, name: str, labels: list[str] | None, *, made_up: bool, folder: Path) -> str:
+    """Return the manifest of a few labelled clips: of `path`, or made-up ones.
+
+    Args:
+        path: of the evaluation or validation pack.
+        name: of what is written for it.
+        labels: the class names; wanted where clips have to be made up.
+        made_up: whether the training data, and so perhaps the class names, are.
+        folder: to write into.
+    """
+    faults = Faults(path)
+    if Path(path).exists():
+        if not made_up:
+            pack = open_pack(path, faults, labelled=True)
+            return path if pack is None else _cut(pack, folder, name)  # faults are told where the run opens it
+        data = open_labelled(path, labels or [], faults)
+        if data is not None:
+            return _cut(data.pack, folder, name)
+        why = f"does not go with made-up training data ({faults.sentences[0]})"
+    else:
+        why = "is not there"
+    logger.warning("smoke: %s %s: %d made-up sounds stand in", path, why, CLIPS)
+    return _made_up_pack(folder, name, _numbers(labels or []))
+
+
+def _cut(pack: Pack, folder: Path, name: str) -> str:
+    """Return a manifest of at most `CLIPS` clips from all over a pack: lists are often sorted by class."""
+    if len(pack) <= CLIPS:
+        return str(pack.manifest)
+    rows = np.linspace(0, len(pack) - 1, CLIPS).round().astype(int)
+    table = pack.table.iloc[rows].copy()
+    table["hdf5path"] = [str(pack.shard_path(row).resolve()) for row in rows]  # relative ones start from the old list
+    logger.info("smoke: %d of the %d clips of %s are judged by", CLIPS, len(pack), pack.manifest)
+    return _write_manifest(folder, name, table)
+
+
+def _write_manifest(folder: Path, name: str, table: pd.DataFrame) -> str:
+    path = folder / "labels" / f"{name}.tsv"
+    with whole_file(path) as partial:
+        table.to_csv(partial, sep="\t", index=False)
+    return str(path)
+
+
+def _few_held_out(config: TrainConfig) -> float | None:
+    """Return `valid_fraction`, or less of it where that would be more than `CLIPS` clips."""
+    if config.valid_fraction is None:
+        return None
+    try:
+        return min(config.valid_fraction, CLIPS / len(read_manifest(config.train_data)))
+    except UserError:  # told where the run opens it
+        return config.valid_fraction
+
+
+def _numbers(labels: list[str]) -> list[str]:
+    return [str(index) for index in range(len(labels))]
