@@ -6,12 +6,14 @@ import io
 import json
 import logging
 import os
+import sys
 import uuid
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from tqdm import tqdm
 
 from common.errors import UserError, some
 from common.files import write_json, write_text
@@ -143,11 +145,19 @@ def _asked_for(given: Path, identity: dict[str, Any]) -> tuple[RunFolder, Path |
     return folder, state, True
 
 
+class _AboveBars(logging.StreamHandler):
+    """Writes to the terminal without breaking a progress bar that is being drawn there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def log_to(path: Path | None, *, debug: bool = False, quiet: bool = False) -> None:
     """Send log lines to the terminal, and to a file where one is given; `quiet` lets only warnings through."""
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    handlers: list[logging.Handler] = [_AboveBars()]
     if path is not None:
         handlers.append(logging.FileHandler(path, encoding="utf-8"))
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # talks a lot under debug
     level = logging.WARNING if quiet else logging.DEBUG if debug else logging.INFO
     logging.basicConfig(level=level, handlers=handlers, format="%(message)s", force=True)

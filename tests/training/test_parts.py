@@ -147,7 +147,7 @@ def test_frozen_parameters_stay_and_their_modules_rest():
     assert model.blocks[2] not in resting
     trained = sum(len(group["params"]) for group in parameter_groups(model, None))
     assert trained == sum(p.requires_grad for p in model.parameters())
-    with pytest.raises(UserError, match="no parameter matches 'stem.1'.*blocks"):
+    with pytest.raises(UserError, match=r"no parameter matches 'stem.1'.*blocks"):
         freeze(model, ["stem.1"])
     with pytest.raises(UserError, match="nothing to train"):
         freeze(model, ["*"])
