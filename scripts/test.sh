@@ -10,4 +10,5 @@ if [ "${1:-}" = long ]; then selection=() && shift; fi
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-"$bin/python" -m pytest -q --durations=10 "${selection[@]}" "$@"
+# One test process a core; a file stays in one process, for what its tests share.
+"$bin/python" -m pytest -q --durations=15 -n auto --dist loadfile "${selection[@]}" "$@"
