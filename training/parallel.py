@@ -152,9 +152,13 @@ def _sum_of_ranks(value: Tensor) -> Tensor:
 
 
 def share_batch_norm(model: nn.Module) -> None:
-    """Make every batch norm of `model` use the statistics of all ranks; parameters and names stay."""
+    """Make every batch norm of `model` use the statistics of all ranks; parameters and names stay.
+
+    One that is frozen looks at no batch and stays as it is.
+    """
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        frozen = any(not parameter.requires_grad for parameter in module.parameters(recurse=False))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not frozen:
             shared = _SharedBatchNorm(
                 module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
             )
