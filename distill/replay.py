@@ -287,9 +287,9 @@ class Replay:
         draws = batch["value"], batch["min_value"], batch["n_reference"]
         return self.mask_spectrogram(mel, front_end, *draws, n_frames), n_frames
 
-    def _fill(self, mel: Tensor, grid: MelGrid, n_frames: Tensor | None) -> Tensor:
+    def _fill(self, mel: Tensor, grid: MelGrid, n_frames: Tensor | None) -> Tensor | float:
         if self.mask_fill == "0dB":
-            return mel.new_tensor(grid.power_db_to_value(0.0))
+            return grid.power_db_to_value(0.0)
         if n_frames is None:
             return mel.mean(dim=(1, 2), keepdim=True)
         own = torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None]  # (B, T)

@@ -63,7 +63,7 @@ def check_run(outputs: Path, config: TrainConfig) -> None:
     (folder,) = (link.parent for link in outputs.rglob("results.json") if link.parent.name != "latest")
     model = load_model(folder)
     assert model.name == config.model
-    pack = Pack.open(next(outputs.rglob("smoke/labels/train.tsv")))
+    pack = Pack.open(next(outputs.rglob("data/labels/train.tsv")))
     with torch.inference_mode():
         probabilities = model.predict(torch.from_numpy(np.stack([pack.read(i) for i in range(4)])))
     assert probabilities.shape == (4, 527 if config.logitspath else 10)

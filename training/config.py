@@ -113,13 +113,15 @@ class TrainConfig(_Config):
     debug: bool = False  # log more
 
     @model_validator(mode="after")
-    def _one_selection(self) -> "TrainConfig":
+    def _keys_agree(self) -> "TrainConfig":
         if self.valid_data and self.valid_fraction:
             raise ValueError("valid_data and valid_fraction are both given; drop one of them")
         if self.select_on == "valid" and not (self.valid_data or self.valid_fraction):
             raise ValueError("select_on is valid, which needs valid_data or valid_fraction; or set select_on: null")
         if self.select_on == "eval" and not self.eval_data:
             raise ValueError("select_on is eval, which needs eval_data; or set select_on: null")
+        if self.layer_decay is not None and "lr" not in self.optimizer_args:
+            raise ValueError("layer_decay needs optimizer_args.lr, the learning rate of the topmost layer")
         return self
 
     @field_validator("loss")

@@ -236,19 +236,16 @@ class Run:
     def _stop_if_not_finite(self) -> None:
         losses = torch.stack([loss for _, loss in self._unread]) if self._unread else torch.zeros(1)
         bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
-        found = self.ranks.of_all((bad[0], losses[bad[0]].item(), self._names(bad[0])) if bad else None)
-        self._unread = []
-        worst = [entry for entry in found if entry]
-        if worst:
-            first = min(entry[0] for entry in worst)
-            names = [name for entry in worst if entry[0] == first for name in entry[2]]
+        found = [entry for entry in self.ranks.of_all((bad[0], losses[bad[0]].item()) if bad else None) if entry]
+        if found:
+            first, loss = min(found)
+            held = self.ranks.of_all([self.dataset.name(int(item)) for item in self._unread[first][0]])
+            names = [name for names in held for name in names]
             raise UserError(
-                f"the loss is {worst[0][1]}; training stops here. That batch held {some(names, 64)}. Lower the "
-                "learning rate, set grad_clip, or look at those clips; the last checkpoint is from before"
+                f"the loss is {loss}; training stops here. That batch held {some(names, 64)}. Look at those clips, or "
+                "lower the learning rate or set grad_clip, which begins a new run"
             )
-
-    def _names(self, unread: int) -> list[str]:
-        return [self.dataset.name(int(item)) for item in self._unread[unread][0]]
+        self._unread = []
 
     def _end_epoch(self) -> None:
         seconds = time.perf_counter() - self.began
@@ -300,7 +297,14 @@ class Run:
 
     def _save(self) -> None:
         """Write a state that this run, killed at any moment from now on, goes on from."""
-        self._stop_if_not_finite()  # a state that holds nonsense would be no help
+        # A state that holds nonsense would be no help; a finite loss may have had a gradient that was not.
+        self._stop_if_not_finite()
+        weights = [value for value in self.model.state_dict().values() if value.is_floating_point()]
+        if not all(bool(value.isfinite().all()) for value in weights):
+            raise UserError(
+                f"the weights are not finite after step {self.step}; training stops here, and the last checkpoint is "
+                "from before. Lower the learning rate or set grad_clip, which begins a new run"
+            )
         tallies = [tally.state_dict(self.ranks) for tally in (self.window, self.epoch_tally)]
         if self.journal is not None:
             state = {
@@ -332,9 +336,11 @@ class Run:
         weights = None
         if self.ranks.is_main:
             weights = str(self.best.average(self.model) if self.config.average else self.best.restore_best(self.model))
-        weights, state = self.ranks.from_main((weights, self.model.state_dict() if self.ranks.world_size > 1 else None))
-        if state is not None:
+        if self.ranks.world_size > 1:
+            state = {name: value.cpu() for name, value in self.model.state_dict().items()} if weights else None
+            weights, state = self.ranks.from_main((weights, state))
             self.model.load_state_dict(state)
+        assert weights is not None
         result: dict[str, Any] = {"weights": weights}
         metrics = self.evaluate("evaluation") if self.data.evaluation else None
         if self.journal is not None:

@@ -79,8 +79,8 @@ def mirrored_shares(n: int, parts: int) -> tuple[np.ndarray, ...]:
     """Split the positions 0 … n - 1 of a batch into shares that each hold every position together with its mirror.
 
     Position i and n - 1 - i lie in the same share, mirrored, so that a share reversed is that share of the reversed
-    batch: mixup with the mirror gives the same mixtures in parts as in the whole. A batch smaller than the number of
-    parts is not split: every part gets all of it, and counts that much less.
+    batch: mixup with the mirror gives the same mixtures in parts as in the whole. A batch with fewer pairs than parts
+    is not split: every part gets all of it, and counts that much less.
 
     Returns:
         `parts` arrays of int64.
@@ -108,7 +108,7 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         values = x.float()
-        count = values.new_tensor(x.numel() / x.shape[1])
+        count = torch.full((), x.numel() / x.shape[1], device=x.device)  # made there: nothing waits for a copy
         dist.all_reduce(count)
         mean = _sum_of_ranks(values.sum(dims)) / count
         centred = values - mean.view(shape)
@@ -157,7 +157,8 @@ def share_batch_norm(model: nn.Module) -> None:
     One that is frozen looks at no batch and stays as it is.
     """
     for name, module in list(model.named_modules()):
-        frozen = any(not parameter.requires_grad for parameter in module.parameters(recurse=False))
+        parameters = list(module.parameters(recurse=False))
+        frozen = bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not frozen:
             shared = _SharedBatchNorm(
                 module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats

@@ -1,6 +1,7 @@
 """From a configuration file to a run that is ready to start, or to one message with all that is wrong."""
 
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +64,15 @@ def prepare_run(
         UserError: every fault of the configuration, its data, its model and its objective; nothing was written then.
     """
     ranks = ranks or Ranks()
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        resume = "auto"  # torchrun repeats the command after a crash: on with what it has begun
     faults = Faults(config_file)
+    stem = Path(config_file).stem
     config = read_config(TrainConfig, config_file, overrides, faults)
     if config and config.smoke:
         faults.raise_if_any()
-        folder = Path(config.outputpath) / Path(config_file).stem / "smoke"
-        config = ranks.from_main(smoke(config, folder) if ranks.is_main else None)
+        stem = f"{stem}_smoke"  # beside the real runs, whose `latest` stays theirs
+        config = ranks.from_main(smoke(config, Path(config.outputpath) / stem / "data") if ranks.is_main else None)
         assert config is not None
     data = open_training(config, seed, faults) if config else None
     objective = model = device = None
@@ -89,7 +93,7 @@ def prepare_run(
         objective.to(device)
 
     identity = run_identity(config, seed, _data_identity(config, data))
-    parent = Path(config.outputpath) / Path(config_file).stem / config.model
+    parent = Path(config.outputpath) / stem / config.model
     chosen = choose_folder(parent, identity, resume) if ranks.is_main else None
     path, state_path, there = ranks.from_main((chosen[0].path, chosen[1], chosen[2]) if chosen else None)
     run_folder = chosen[0] if chosen else RunFolder(path)
@@ -98,11 +102,20 @@ def prepare_run(
     if ranks.is_main:
         if not there:
             run_folder.make(config, data.labels, identity)
-            run_folder.claim()
         log_to(path / config.logfile, debug=config.debug)
         state = run.states.load(state_path) if there else None
+        if there and state is None and _has_learned(path):
+            raise UserError(
+                f"{path} was being trained, but its checkpoints in {run.states.folder} are gone; bring them back, or "
+                "begin a new run with --resume never"
+            )
         _describe(run, there, state)
     return Prepared(run, run_folder, state)
+
+
+def _has_learned(path: Path) -> bool:
+    journal = path / "metrics.jsonl"
+    return any(path.glob("best_epoch=*.pt")) or (journal.is_file() and journal.stat().st_size > 0)
 
 
 def _data_identity(config: TrainConfig, data: TrainingData) -> dict[str, Any]:

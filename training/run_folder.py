@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 import uuid
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from training.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
+CLAIM_SECONDS = 10.0  # how long to wait for a process that holds a run
 # What may differ when a run goes on: none of it changes what is learnt.
 FREE_KEYS = ("num_workers", "device", "outputpath", "logfile", "debug", "checkpoint_every", "log_every", "compile")
 
@@ -41,14 +43,23 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def claim(self) -> bool:
-        """Hold the folder until the process ends; False where another process holds it."""
+        """Hold the folder until the process ends; False where another process holds it for longer than a moment."""
+        self.path.mkdir(parents=True, exist_ok=True)
         lock = open(self.path / ".lock", "w")  # noqa: SIM115 - open as long as the folder is held
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return False
+        deadline = time.monotonic() + CLAIM_SECONDS  # one that is being killed may take a moment
+        while True:
+            try:
+                # Not flock, which loader workers inherit and hold on to for seconds after the trainer was killed.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    lock.close()
+                    return False
+                time.sleep(0.1)
         self._lock = lock
+        for unfinished in [*self.path.glob(".*.partial"), *self.path.glob("states/.*.partial")]:
+            unfinished.unlink()  # of a writer that was killed
         return True
 
     @property
@@ -62,8 +73,9 @@ class RunFolder:
         return [key for key in dict.fromkeys([*there, *identity]) if there.get(key) != identity.get(key)]
 
     def make(self, config: TrainConfig, labels: list[str], identity: dict[str, Any]) -> None:
-        """Make the folder and write into it what the run was given."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder, claim it, and write into it what the run was given."""
+        if not self.claim():
+            raise UserError(f"{self.path} is in use by another process; start again")
         write_text(self.path / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
         table = io.StringIO()
         table.write("index,mid,display_name\n")
@@ -103,7 +115,7 @@ def choose_folder(parent: Path, identity: dict[str, Any], resume: str) -> tuple[
         already.
 
     Raises:
-        UserError: a path that is no run, is finished, is in use, or was given something else.
+        UserError: the run is in use; a path that is no run, is finished, or was given something else.
     """
     if resume not in ("auto", "never"):
         return _asked_for(Path(resume), identity)
@@ -119,7 +131,9 @@ def choose_folder(parent: Path, identity: dict[str, Any], resume: str) -> tuple[
                 some(different),
             )
         elif not folder.claim():
-            logger.warning("%s is being trained by another process; this is a new run beside it", path)
+            raise UserError(
+                f"{path} is this very run, and another process is training it; --resume never begins one beside it"
+            )
         else:
             return folder, None, True
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:8]}"

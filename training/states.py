@@ -49,6 +49,9 @@ class States:
             UserError: there are states and none of them is whole, or the one given is not.
         """
         paths = [path] if path else self._paths()
+        if path and _fault(path) is None:
+            for later in [p for p in self._paths() if p.name > path.name]:
+                _remove(later)  # it is being redone, and what was written down after this one will be cut
         if all(p.name == "step=000000000.pt" and not p.with_suffix(".json").is_file() for p in paths):
             return None
         for candidate in paths:
@@ -57,8 +60,8 @@ class States:
                 try:
                     return torch.load(candidate, map_location="cpu", weights_only=True)
                 except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-                    fault = str(error).splitlines()[0]
-            logger.warning("CHECKPOINT DAMAGED: %s: %s; trying the one before", candidate, fault)
+                    fault = f"{type(error).__name__}: {error}"
+            logger.warning("CHECKPOINT DAMAGED: %s: %s", candidate, fault)
         raise UserError(
             f"{self.folder}: none of the checkpoints {some(p.name for p in paths)} is whole, so there is nothing to go "
             "on from; start anew with --resume never, or bring one of them back"

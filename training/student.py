@@ -93,6 +93,9 @@ def start_from_data(model: AudioTagger, batches: Iterable[dict[str, Any]]) -> No
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over all batches
     model.train()
+    for other in model.modules():
+        if isinstance(other, nn.modules.batchnorm._BatchNorm) and other not in norms:
+            other.eval()  # knows its statistics
     targets = []
     rate = model.sample_rate
     for batch in batches:
@@ -100,6 +103,7 @@ def start_from_data(model: AudioTagger, batches: Iterable[dict[str, Any]]) -> No
         targets.append(batch["target"])
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+    model.train()
     mean = torch.cat(targets).mean(dim=0).clamp(1e-4, 1 - 1e-4)
     head = cast(nn.Linear, model.get_submodule(model.head))
     if head.bias.any():

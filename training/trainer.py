@@ -155,7 +155,8 @@ class Trainer:
         """Go on from what `state_dict` returned."""
         self.learner.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.precision.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where float16 was not used
+            self.precision.scaler.load_state_dict(state["scaler"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:

@@ -24,7 +24,6 @@ def start(config: str, output: str, workers: int) -> int:
     child = os.fork()
     if child:
         return child
-    os.setsid()  # so that loader workers can be killed with it
     try:
         with open(Path(output).parent / "log.txt", "a") as log:
             os.dup2(log.fileno(), 1)
@@ -51,7 +50,7 @@ def main() -> None:
             time.sleep(draw.uniform(0, 0.6 * seconds))
             done, status = os.waitpid(child, os.WNOHANG)
             if not done:
-                os.killpg(child, signal.SIGKILL)
+                os.kill(child, signal.SIGKILL)  # its loader workers live on for some seconds, as after any crash
                 os.waitpid(child, 0)
                 killed += 1
                 continue

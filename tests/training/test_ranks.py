@@ -97,7 +97,7 @@ def test_gradients_in_parts_are_those_of_the_whole(tone_pack, tmp_path):
 
 
 def test_a_rank_that_dies_is_started_again_and_training_goes_on(tone_pack, tmp_path):
-    path = configure(tmp_path, tone_pack, epochs=30)
+    path = configure(tmp_path, tone_pack, epochs=12, num_workers=1)
     whole = train(path, tmp_path / "whole", torchrun=TORCHRUN)
     words = ["run.py", "train", str(path), "--outputpath", str(tmp_path / "runs")]
     with subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from run import Runner
 from tests.conftest import ROOT, run_command
 from training.run_folder import RunFolder, choose_folder
 from training.states import States
+from training.trainer import Trainer
 
 SETTINGS = {
     "valid_fraction": 0.25,
@@ -203,7 +205,7 @@ def test_a_new_run_beside_an_unfinished_one_says_why(stopped, capsys):
     assert len(list(output.glob("*/*/*/finished.json"))) == 2  # the new one, and `latest` that leads to it
 
 
-def test_a_run_in_use_is_left_alone(stopped):
+def test_a_run_in_use_is_left_alone(stopped, monkeypatch):
     _, _, folder = stopped
     identity = json.loads((folder / "run.json").read_text())["identity"]
     code = f"from training.run_folder import RunFolder; from pathlib import Path; f = RunFolder(Path({str(folder)!r}))"
@@ -213,13 +215,54 @@ def test_a_run_in_use_is_left_alone(stopped):
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        chosen, _, there = choose_folder(folder.parent, identity, "auto")
-        assert not there
-        assert chosen.path != folder
+        monkeypatch.setattr("training.run_folder.CLAIM_SECONDS", 0.3)
+        with pytest.raises(UserError, match="this very run, and another process is training it"):
+            choose_folder(folder.parent, identity, "auto")
+        assert not choose_folder(folder.parent, identity, "never")[2]
         with pytest.raises(UserError, match="another process is training it"):
             choose_folder(folder.parent, identity, str(folder))
         holder.kill()
     assert choose_folder(folder.parent, identity, "auto")[2]
+
+
+def test_going_back_to_an_older_state_and_being_stopped_again_is_no_dead_end(stopped, monkeypatch):
+    path, output, folder = stopped
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10)
+        with pytest.raises(StoppedError):
+            Runner(7).train(str(path), outputpath=str(output), resume=str(folder / "states" / "step=000000009.pt"))
+    Runner(7).train(str(path), outputpath=str(output))
+    assert_same(the_run(output.parent / "whole"), the_run(output))
+
+
+def test_with_the_checkpoints_gone_it_stops_rather_than_start_from_scratch(stopped, capsys):
+    path, output, folder = stopped
+    written = (folder / "metrics.jsonl").read_bytes()
+    shutil.rmtree(folder / "states")
+    with pytest.raises(SystemExit):
+        Runner(7).train(str(path), outputpath=str(output))
+    assert "are gone; bring them back" in capsys.readouterr().err
+    assert (folder / "metrics.jsonl").read_bytes() == written
+
+
+def test_weights_that_are_not_finite_are_never_saved(tone_pack, tmp_path, monkeypatch, capsys):
+    """A finite loss may have a gradient that is not."""
+    step = Trainer.step
+
+    def poisoned(self, parts, weights, number):
+        losses = step(self, parts, weights, number)
+        if number == 4:
+            with torch.no_grad():
+                self.learner.model.norm.weight.mul_(torch.nan)
+        return losses
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS | {"train_data": str(tone_pack), "checkpoint_every": 5, "log_every": 100}))
+    with pytest.raises(SystemExit):
+        Runner(7).train(str(path), outputpath=str(tmp_path / "runs"))
+    assert "the weights are not finite after step 5" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.rglob("step=*.pt")] == ["step=000000000.pt"]
 
 
 def test_states_keep_two_and_forget_what_is_redone(tmp_path):
