@@ -1,6 +1,7 @@
 """What tests share: where reference data lies, and sounds made by formula."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +35,14 @@ def run_command(*words: str | Path, cwd: Path = ROOT, env: dict[str, str] | None
         text=True,
         check=False,
     )
+
+
+def torchrun() -> tuple[str, ...]:
+    """Return the words that start two processes of a command, on a port that no other test uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master-port", str(port))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import yaml
 from distill.targets import SoftTargetStore
 from models import load_model
 from run import Runner
-from tests.conftest import run_command
+from tests.conftest import run_command, torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--epochs", "3", "--num_workers", "1", "--valid_every", "3"]
@@ -52,7 +52,8 @@ def store(tone_pack, teacher, tmp_path_factory):
     """The folder of its soft targets, made by two processes under torchrun."""
     logits = tmp_path_factory.mktemp("logits")
     result = succeed(
-        *("-m", "torch.distributed.run", "--nproc_per_node", "2", "save_logits.py", "logitconfig/own_teacher.yaml"),
+        *torchrun(),
+        *("save_logits.py", "logitconfig/own_teacher.yaml"),
         *("--train_data", tone_pack, "-m", teacher, "--outputpath", logits, "--epochs", "2", "--num_workers", "1"),
     )
     folder = logits / "own_teacher" / "tones" / "chunk_10"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,15 @@ def joined_ranks() -> Iterator[Ranks]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    # torchrun's static rendezvous, that of one node unless told otherwise, keeps one store over its restarts: without a
+    # prefix of its own, a rank that starts again could read there where a rank of the attempt before used to listen.
+    # (Over several nodes the c10d rendezvous makes a store an attempt, and nodes may count attempts differently.)
+    store, rank, _ = next(rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # Both backends: a tensor goes by the one of its device.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield Ranks(dist.get_rank(), world_size)
     finally:

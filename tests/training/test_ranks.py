@@ -14,11 +14,9 @@ import torch
 import yaml
 
 from distill.dataset import EpochBatches
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, run_command, torchrun
 from tests.training.test_resume import LABELS_ONLY, SETTINGS, lines_of, the_run, weights_of
 from training.parallel import mirrored_shares
-
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 7, 8, 31, 32])
@@ -55,8 +53,8 @@ def configure(tmp_path: Path, tone_pack: Path, **changes) -> Path:
     return path
 
 
-def train(path: Path, output: Path, *words: str | Path, torchrun=()) -> Path:
-    result = run_command(*torchrun, "run.py", "train", path, "--outputpath", output, *words)
+def train(path: Path, output: Path, *words: str | Path, launcher: tuple[str, ...] = ()) -> Path:
+    result = run_command(*launcher, "run.py", "train", path, "--outputpath", output, *words)
     assert result.returncode == 0, result.stdout + result.stderr
     return the_run(output)
 
@@ -73,7 +71,7 @@ def train(path: Path, output: Path, *words: str | Path, torchrun=()) -> Path:
 def test_two_ranks_follow_the_curve_of_one_process_and_judge_alike(tone_pack, tmp_path, changes):
     path = configure(tmp_path, tone_pack, valid_every=5, **changes)
     alone = train(path, tmp_path / "one")
-    together = train(path, tmp_path / "two", torchrun=TORCHRUN)
+    together = train(path, tmp_path / "two", launcher=torchrun())
     one, two = (
         np.array([line["loss"] for line in lines_of(folder) if line["kind"] == "step"]) for folder in (alone, together)
     )
@@ -96,12 +94,34 @@ def test_gradients_in_parts_are_those_of_the_whole(tone_pack, tmp_path):
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
+RESTARTED = """
+import os, sys, time
+from training.parallel import joined_ranks
+
+again = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
+if again and os.environ["RANK"] == "0":
+    time.sleep(2)  # the other rank asks where this one listens before it listens anywhere
+with joined_ranks() as ranks:
+    if not again:
+        sys.exit(1)
+    print("sees", ranks.of_all(ranks.rank))
+"""
+
+
+def test_ranks_started_again_find_each_other_whichever_is_first(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(RESTARTED)
+    result = run_command(*torchrun(), "--max-restarts", "1", script, env={"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("sees [0, 1]") == 2
+
+
 def test_a_rank_that_dies_is_started_again_and_training_goes_on(tone_pack, tmp_path):
     path = configure(tmp_path, tone_pack, epochs=12, num_workers=1)
-    whole = train(path, tmp_path / "whole", torchrun=TORCHRUN)
+    whole = train(path, tmp_path / "whole", launcher=torchrun())
     words = ["run.py", "train", str(path), "--outputpath", str(tmp_path / "runs")]
     with subprocess.Popen(
-        [sys.executable, *TORCHRUN, "--max-restarts", "2", *words],
+        [sys.executable, *torchrun(), "--max-restarts", "2", *words],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
