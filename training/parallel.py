@@ -77,7 +77,10 @@ def joined_ranks() -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
-        yield Ranks(dist.get_rank(), world_size)
+        yield Ranks(rank, world_size)
+        # DistributedDataParallel never lets go of the group's threads. One that still holds tensors of the last
+        # exchange when Python ends would take the process with it (SIGABRT): let all come here, and the threads rest.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
