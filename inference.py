@@ -1,92 +1,113 @@
-"""Tag sound files: which classes are heard, chunk by chunk.
+"""Tag sound files or a stream: which classes are heard, window by window.
 
     python inference.py SOUND.wav FOLDER/ -m ced_mini -k 3 -c 10
-    python inference.py FOLDER/ -m experiments/mine/checkpoint.pt --output tags.csv
+    python inference.py FOLDER/ -m experiments/mine/averaged.pt --output tags.csv --threshold 0.3 --hop 5
+    torchrun --nproc_per_node 2 inference.py FOLDER/ -m ced_tiny --output tags.parquet --embeddings embeddings.h5
+    arecord -f S16_LE -r 16000 | python inference.py --stream -m ced_tiny -c 2 --hop 0.5
 
 Folders are searched with everything below them; any format that libsndfile reads, any sample rate and any length will
-do. Files that cannot be read are listed at the end, and the exit status is then 1.
+do. What is written is written file by file: the same command, given again, does what is left. Files that cannot be read
+are listed at the end, and the exit status is then 1.
 """
 
 import argparse
-import logging
+import math
 import os
 import sys
-import time
 from pathlib import Path
 
 # Before torch loads OpenMP: threads that spin while they wait cost tenfold where decoders share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tqdm import tqdm
-
 from audio.io import find_audio_files
 from common.errors import print_user_errors
-from models import load_model
-from training.precision import choose_device
-from training.tagging import TaggedFile, tag_files, tag_writer
+from tagging.engines import Engine, open_engine
+from tagging.files import Wanted
+from tagging.parts import Share
+from tagging.session import Session, lines, open_outputs
+from tagging.stream import FORMATS, Encoding, StreamTagger, read_stream
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Tag sound files chunk by chunk.")
-    parser.add_argument("sounds", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
-    parser.add_argument("-m", "--model", default="ced_mini", help="a model's name, a checkpoint, or a run's folder")
-    parser.add_argument("-k", "--topk", type=int, default=3, help="labels of each chunk (default %(default)s)")
-    parser.add_argument("-c", "--chunk_length", type=float, default=10.0, help="in seconds (default %(default)s)")
-    parser.add_argument("--weights", help="file or address with the weights of the model named by -m")
-    parser.add_argument("--output", type=Path, help="write the tags to this .csv or .jsonl too")
-    parser.add_argument("--batch_size", type=int, default=16, help="chunks a batch (default %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--n_workers", type=int, default=2, help="decoding threads (default %(default)s)")
+    parser = argparse.ArgumentParser(description="Tag sound files, or a stream, window by window.")
+    add = parser.add_argument
+    add("sounds", nargs="*", type=Path, metavar="FILE_OR_FOLDER")
+    add("-m", "--model", default="ced_mini", help="a model's name, a checkpoint, a run's folder, or an .onnx file")
+    add("--weights", help="file or address with the weights of the model named by -m")
+    add("-k", "--topk", type=int, help="labels of each window (default 3, or all above --threshold)")
+    add("-c", "--chunk_length", type=float, default=10.0, help="of a window, in seconds (default %(default)s)")
+    add("--hop", type=float, help="seconds from window to window (default: the chunk length)")
+    add("--threshold", type=float, help="only labels of this probability; neighbouring windows become one event")
+    add("--output", type=Path, help="write tags to this .csv, .jsonl or .parquet, or folder of label tracks")
+    add("--format", choices=("csv", "jsonl", "parquet", "audacity"), help="of --output (default: as its name ends)")
+    add("--embeddings", type=Path, metavar="OUT.h5", help="write embeddings of windows and their time steps")
+    add("--plot", type=Path, metavar="FOLDER", help="draw each file's spectrogram with its tags over time")
+    add("--overwrite", action="store_true", help="begin outputs anew instead of doing what is left")
+    add("--quiet", action="store_true", help="do not print the tags of files")
+    add("--engine", choices=("torch", "onnx"), help="default: onnx for .onnx files, else torch")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--batch_size", type=int, default=8, help="windows a batch (default %(default)s)")
+    add("--n_workers", type=int, default=2, help="decoding threads (default %(default)s)")
+    add("--stream", action="store_true", help="tag what comes in at standard input: a wav, or raw samples")
+    add("--rate", type=int, help="of raw samples, in hertz (default: the model's)")
+    add("--channels", type=int, default=1, help="of raw samples (default %(default)s)")
+    add("--encoding", choices=tuple(FORMATS), default="s16le", help="of raw samples (default %(default)s)")
     options = parser.parse_args(arguments)
-    for name in ("topk", "chunk_length", "batch_size", "n_workers"):
-        if not getattr(options, name) > 0:
-            parser.error(f"--{name} must be above 0, not {getattr(options, name)}")
+    for name in ("topk", "chunk_length", "hop", "batch_size", "n_workers", "rate", "channels"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name} must be above 0, and a number, not {value}")
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
+        parser.error(f"--threshold is a probability, 0 to 1, not {options.threshold}")
+    if options.stream and (options.sounds or options.output or options.embeddings or options.plot):
+        parser.error("--stream reads standard input and prints; it takes neither files nor outputs")
+    if not options.stream and not options.sounds:
+        parser.error("which sounds? Give files or folders, or --stream")
     return options
 
 
-def report(file: TaggedFile) -> str:
-    """Lay a file's tags out as text, a line for each chunk."""
-    lines = [str(file.path)]
-    for chunk in file.chunks:
-        tags = ", ".join(f"{label} {probability:.3f}" for label, probability in chunk.tags)
-        lines.append(f"  [{chunk.start:6.1f} - {chunk.end:6.1f} s]  {tags}")
-    return "\n".join(lines)
+def tag_stream(engine: Engine, options: argparse.Namespace, wanted: Wanted) -> None:
+    """Print tags of standard input as it comes."""
+    raw = Encoding(options.rate or engine.sample_rate, options.channels, options.encoding)
+    encoding, blocks = read_stream(sys.stdin.buffer, raw)
+    times = {"chunk_seconds": options.chunk_length, "hop_seconds": options.hop}
+    tagger = StreamTagger(engine, wanted, sample_rate=encoding.sample_rate, **times)
+    try:
+        for block in blocks:
+            for line in lines(tagger.push(block)):
+                print(line, flush=True)
+    except KeyboardInterrupt:
+        pass  # the usual end of a microphone
+    for line in lines(tagger.finish()):
+        print(line, flush=True)
 
 
 @print_user_errors
 def main(arguments: list[str] | None = None) -> None:
     """Tag what the command line names."""
     options = parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    device = choose_device(options.device)
-    paths = find_audio_files(options.sounds)
-    unreadable, seconds, start = [], 0.0, time.perf_counter()
-    with tag_writer(options.output) as write:
-        model = load_model(options.model, weights=options.weights, device=device)
-        tagged = tag_files(
-            model,
-            paths,
-            chunk_seconds=options.chunk_length,
-            top_k=options.topk,
-            batch_size=options.batch_size,
-            n_workers=options.n_workers,
-            device=device,
-        )
-        with tqdm(total=len(paths), unit="file", file=sys.stderr) as progress:
-            for file in tagged:
-                if file.fault is not None:
-                    unreadable.append(file)
-                else:
-                    write(file)
-                    tqdm.write(report(file), file=sys.stdout)
-                    seconds += file.chunks[-1].end
-                progress.set_postfix_str(f"{seconds / (time.perf_counter() - start):.0f} x real time", refresh=False)
-                progress.update()
-    if unreadable:
-        print(f"{len(unreadable)} of {len(paths)} files could not be read:", file=sys.stderr)
-        for file in unreadable:
-            print(f"  {file.path}: {file.fault}", file=sys.stderr)
+    paths = find_audio_files(options.sounds) if options.sounds else []
+    top_k = options.topk or (None if options.threshold is not None else 3)
+    wanted = Wanted(top_k, options.threshold, embeddings=options.embeddings is not None)
+    engine = open_engine(options.model, engine=options.engine, weights=options.weights, device=options.device)
+    if options.stream:
+        tag_stream(engine, options, wanted)
+        return
+    share = Share.of_torchrun()
+    how = options.chunk_length, options.hop, options.batch_size, options.n_workers
+    session = Session(engine, wanted, *how, share=share)
+    outputs = open_outputs(
+        paths,
+        session.made_with(options.model, options.weights),
+        share,
+        output=options.output,
+        kind=options.format,
+        embeddings=options.embeddings,
+        plot=options.plot,
+        overwrite=options.overwrite,
+    )
+    if not session.run(paths, outputs, options.quiet):
         sys.exit(1)
 
 

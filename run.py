@@ -20,10 +20,11 @@ import torch
 import yaml
 
 from common.errors import Faults, UserError, did_you_mean, fail, print_user_errors
+from models.devices import choose_device
 from training.config import Mode, TrainConfig, read_config
 from training.evaluate import evaluate, open_evaluation, write_results
 from training.parallel import joined_ranks
-from training.precision import Precision, choose_device
+from training.precision import Precision
 from training.prepare import prepare_run
 from training.run_folder import log_to
 

@@ -3,8 +3,9 @@
 S samples. Waveforms are float32 with full scale at 1.0.
 """
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +26,10 @@ AUDIO_EXTENSIONS = frozenset(
 # Known to be sound, though libsndfile cannot decode them: names in published stores carry these too.
 FOREIGN_EXTENSIONS = frozenset((".m4a", ".mp4", ".aac", ".wma", ".webm", ".mkv", ".wv", ".ape"))
 
-_BLOCK_FRAMES = 1 << 20
+_BLOCK_FRAMES = 1 << 18  # of the file, read at once: some seconds
 _SHORT_BODY = re.compile(r"\b(?:data|SSND) *: *(\d+) \(should be (\d+)\)")
 # Lengths that a program writing to a pipe puts into a header because it cannot know better.
-_UNKNOWN_LENGTHS = {0, 0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0xFFFFFFFF}
+UNKNOWN_LENGTHS = {0, 0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0xFFFFFFFF}
 
 
 class AudioReadError(UserError):
@@ -67,8 +68,82 @@ class Decoded:
     truncated: bool
 
 
+class AudioBlocks:
+    """A sound file, decoded block by block: the memory it takes does not depend on the file's length.
+
+    Iterating gives float32 blocks (S,), or (S, channels) without mixing down; full scale is 1.0.
+
+    Args:
+        path: any file that libsndfile reads.
+        sample_rate: rate wanted in Hz; the file's own when None.
+        mix_down: average the channels.
+
+    Attributes:
+        sample_rate: of the blocks, in Hz, known once the first block was read.
+        source_rate: of the file, in Hz, likewise.
+        truncated: the file ends before the length that its header announces; known at the end.
+
+    Raises:
+        AudioReadError: while iterating: missing, unreadable, empty, or with samples that are not finite.
+    """
+
+    def __init__(self, path: str | Path, sample_rate: int | None = None, *, mix_down: bool = True) -> None:
+        self.path = Path(path)
+        self.wanted_rate = sample_rate
+        self.mix_down = mix_down
+        self.sample_rate = self.source_rate = 0
+        self.truncated = False
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        path = self.path
+        if not path.exists():
+            raise AudioReadError(path, "there is no such file")
+        if path.is_dir():
+            raise AudioReadError(path, "is a folder, not a sound file")
+        if path.stat().st_size == 0:
+            raise AudioReadError(path, "the file has no content (0 bytes)", kind="empty")
+        try:
+            with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be text
+                yield from self._blocks(file)
+        except (soundfile.SoundFileError, TypeError, OSError) as error:
+            # TypeError: header-less formats (.raw), for which soundfile wants a rate.
+            message = (getattr(error, "error_string", None) or str(error)).strip().rstrip(".")
+            if "does not exist" in message:  # libsndfile says so of an .mp3 without a sound frame, too
+                message = "no sound found in it"
+            raise AudioReadError(path, f"cannot be decoded ({message})") from None
+
+    def _blocks(self, file: soundfile.SoundFile) -> Iterator[np.ndarray]:
+        self.source_rate = file.samplerate
+        self.sample_rate = self.wanted_rate or self.source_rate
+        n_channels = 1 if self.mix_down else file.channels
+        stream = None
+        if self.sample_rate != self.source_rate:
+            stream = soxr.ResampleStream(self.source_rate, self.sample_rate, n_channels, dtype="float32", quality="HQ")
+        n_read = n_given = 0
+        last = False
+        while not last:
+            block = file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)  # (S, channels)
+            if not np.isfinite(block).all():
+                reason = "has samples that are not finite numbers (NaN or infinite)"
+                raise AudioReadError(self.path, reason, kind="nan")
+            n_read += len(block)
+            last = len(block) < _BLOCK_FRAMES
+            if n_read == 0:
+                raise AudioReadError(self.path, "has no samples", kind="empty")
+            if self.mix_down:
+                block = block.mean(axis=1)
+            if stream is not None:
+                block = stream.resample_chunk(block, last=last)
+            if last and n_given + len(block) == 0:  # a handful of samples, resampled to none
+                block = np.zeros((1, *block.shape[1:]), np.float32)
+            n_given += len(block)
+            if len(block):
+                yield np.ascontiguousarray(block, dtype=np.float32)
+        self.truncated = n_read < file.frames or _body_is_short(file.extra_info)
+
+
 def decode(path: str | Path, sample_rate: int | None = None, *, mix_down: bool = True) -> Decoded:
-    """Decode a sound file block by block, so that only the wanted rate and channels are ever held whole.
+    """Decode a whole sound file; only the wanted rate and channels are ever held whole.
 
     Args:
         path: any file that libsndfile reads.
@@ -78,52 +153,10 @@ def decode(path: str | Path, sample_rate: int | None = None, *, mix_down: bool =
     Raises:
         AudioReadError: missing, unreadable, empty, or with samples that are not finite.
     """
-    path = Path(path)
-    if not path.exists():
-        raise AudioReadError(path, "there is no such file")
-    if path.is_dir():
-        raise AudioReadError(path, "is a folder, not a sound file")
-    if path.stat().st_size == 0:
-        raise AudioReadError(path, "the file has no content (0 bytes)", kind="empty")
-    try:
-        with soundfile.SoundFile(path) as file:
-            return _decode_open(file, path, sample_rate, mix_down)
-    except (soundfile.SoundFileError, TypeError, OSError) as error:
-        # TypeError: header-less formats (.raw), for which soundfile wants a rate.
-        message = (getattr(error, "error_string", None) or str(error)).strip().rstrip(".")
-        if "does not exist" in message:  # libsndfile says so of an .mp3 without a sound frame, too
-            message = "no sound found in it"
-        raise AudioReadError(path, f"cannot be decoded ({message})") from None
-
-
-def _decode_open(file: soundfile.SoundFile, path: Path, sample_rate: int | None, mix_down: bool) -> Decoded:
-    source_rate = file.samplerate
-    wanted_rate = sample_rate or source_rate
-    stream = None
-    if wanted_rate != source_rate:
-        n_channels = 1 if mix_down else file.channels
-        stream = soxr.ResampleStream(source_rate, wanted_rate, n_channels, dtype="float32", quality="HQ")
-    parts, n_read = [], 0
-    while True:
-        block = file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)  # (S, channels)
-        if not np.isfinite(block).all():
-            raise AudioReadError(path, "has samples that are not finite numbers (NaN or infinite)", kind="nan")
-        n_read += len(block)
-        last = len(block) < _BLOCK_FRAMES
-        if mix_down:
-            block = block.mean(axis=1)
-        if stream is not None and (n_read or not last):
-            block = stream.resample_chunk(block, last=last)
-        parts.append(block)
-        if last:
-            break
-    if n_read == 0:
-        raise AudioReadError(path, "has no samples", kind="empty")
+    blocks = AudioBlocks(path, sample_rate, mix_down=mix_down)
+    parts = list(blocks)
     waveform = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    if len(waveform) == 0:  # a handful of samples, resampled to none
-        waveform = np.zeros((1, *waveform.shape[1:]), np.float32)
-    truncated = n_read < file.frames or _body_is_short(file.extra_info)
-    return Decoded(np.ascontiguousarray(waveform, dtype=np.float32), wanted_rate, source_rate, truncated)
+    return Decoded(waveform, blocks.sample_rate, blocks.source_rate, blocks.truncated)
 
 
 def _body_is_short(header_log: str) -> bool:
@@ -132,7 +165,7 @@ def _body_is_short(header_log: str) -> bool:
     if not found:
         return False
     announced, present = int(found[1]), int(found[2])
-    return announced > present and announced not in _UNKNOWN_LENGTHS
+    return announced > present and announced not in UNKNOWN_LENGTHS
 
 
 def read_audio(path: str | Path, sample_rate: int | None = None) -> tuple[np.ndarray, int]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from common.errors import Faults, UserError, some
 from models.base import AudioTagger
 from models.chunks import Average, join, join_logits, split
-from models.frontends import CedMel
+from models.frontends import SILENCE_DB, CedMel
 from models.layers import Block
 from models.registry import register_model
 
@@ -276,6 +276,21 @@ class AudioTransformer(AudioTagger):
         joined[torch.arange(joined.shape[1], device=mel.device) < steps[:, None]] = frames[own]
         return joined.sum(1) / steps[:, None], joined
 
+    def probabilities_of(self, mel: Tensor) -> Tensor:
+        """Probabilities of spectrograms of any length (B,F,T) -> (B,C), in shapes alone, as graphs want it.
+
+        Chunks as in `forward_spectrogram`; fewer frames than one patch are followed by silence.
+        """
+        batch, _, n_frames = mel.shape
+        mel = F.pad(mel, (0, torch.sym_max(self.patch_size - n_frames, 0)), value=SILENCE_DB)
+        n_frames = mel.shape[2]
+        n_chunks = (n_frames + self.target_length - 1) // self.target_length  # graphs round a negative quotient upwards
+        chunk = torch.sym_min(n_frames, self.target_length)
+        mel = F.pad(self._normalise(mel, None), (0, n_chunks * chunk - n_frames))
+        chunks = mel.unflatten(2, (n_chunks, chunk)).transpose(1, 2).flatten(0, 1)  # (R,F,chunk)
+        found = self.probabilities(self._classify(self._encode(chunks, None))).unflatten(0, (batch, n_chunks))
+        return found.amax(1) if self.eval_avg == "max" else found.mean(1)
+
     def n_steps(self, n_samples: int) -> int:
         """Patch columns that a clip of `n_samples` has, over all its chunks."""
         n_frames = self.front_end.n_frames(n_samples)
@@ -364,7 +379,7 @@ class AudioTransformer(AudioTagger):
         x = x.flatten(1, 2)  # (R,N,D)
         has_cls = self.pooling == "token"
         if has_cls:
-            x = torch.cat([(self.cls_token + self.token_pos_embed).expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([(self.cls_token + self.token_pos_embed).expand(x.shape[0], -1, -1), x], dim=1)
         bias = None
         if own is not None:
             keys = own[:, None].expand(-1, n_rows, -1).flatten(1)  # (R,N)

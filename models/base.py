@@ -33,7 +33,6 @@ class AudioTagger(nn.Module):
     Attributes:
         name: its name in the registry.
         arguments: what it was created with, kept for checkpoints.
-        labels: the names of its classes.
         activation: "sigmoid" (any number of classes at once) or "softmax" (exactly one).
     """
 
@@ -58,7 +57,18 @@ class AudioTagger(nn.Module):
         self.embed_dim = embed_dim
         self.activation: Activation = "sigmoid"
         self.outputs: Outputs = outputs
-        self.labels = labels_for(num_classes, None)
+        self._labels: list[str] | None = None
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of its classes; where none were given, AudioSet's if there are 527, else their numbers."""
+        if self._labels is None:  # worked out on first use: a network alone needs no table of names
+            self._labels = labels_for(self.num_classes, None)
+        return self._labels
+
+    @labels.setter
+    def labels(self, labels: list[str]) -> None:
+        self._labels = labels
 
     @property
     def sample_rate(self) -> int:
@@ -121,6 +131,13 @@ class AudioTagger(nn.Module):
         if self.outputs == "probabilities":
             return output
         return self._activate(output)
+
+    def probabilities_of(self, mel: Tensor) -> Tensor:
+        """Probabilities (B,C) of spectrograms (B,F,T) of one length, which a tracer can follow for any B and T.
+
+        What an export holds. An architecture whose `forward_spectrogram` looks at values overrides it.
+        """
+        return self.probabilities(self.forward_spectrogram(mel))
 
     @torch.no_grad()
     def predict(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -6,15 +6,16 @@ range is clamped below its own peak. Everything is computed in float32, whatever
 Letters: B batch, S samples, F mel bands, T frames.
 """
 
+import inspect
 import math
-from collections.abc import Callable
-from typing import TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.errors import UserError
+from common.errors import UserError, some
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -103,6 +104,12 @@ class FrontEnd(nn.Module):
         self.f_min, self.f_max, self.min_samples = f_min, f_max, min_samples
 
     @property
+    def description(self) -> dict[str, Any]:
+        """Its class and arguments, ready for JSON; `described_front_end` builds it again."""
+        arguments = inspect.signature(type(self)).parameters
+        return {"class": type(self).__name__} | {name: getattr(self, name) for name in arguments}
+
+    @property
     def window(self) -> Tensor:
         """Analysis window (win_size,)."""
         raise NotImplementedError
@@ -157,11 +164,11 @@ class FrontEnd(nn.Module):
                 waveform = waveform.masked_fill(behind, 0.0)
             if waveform.shape[1] < self.min_samples:
                 waveform = F.pad(waveform, (0, self.min_samples - waveform.shape[1]))
-            mel = self._mel_power(self._filtered(waveform), None if lengths is None else self._usable(lengths))
+            mel = self._mel_power(self.filtered(waveform), None if lengths is None else self._usable(lengths))
             if lengths is None:
-                return self._compressed(mel, None)
+                return self.compressed(mel, None)
             alien = torch.arange(mel.shape[2], device=mel.device) >= self.n_frames(lengths)[:, None]  # (B,T)
-            value = self._compressed(mel, alien[:, None])
+            value = self.compressed(mel, alien[:, None])
             return value.masked_fill(alien[:, None], self.power_db_to_value(SILENCE_DB))
 
     def _usable(self, n_samples: Count) -> Count:
@@ -173,12 +180,12 @@ class FrontEnd(nn.Module):
     def _framed(self, n_samples: Count) -> Count:
         return n_samples // self.hop_size + 1 if self.center else (n_samples - self.n_fft) // self.hop_size + 1
 
-    def _filtered(self, waveform: Tensor) -> Tensor:
-        """The waveform as it is framed, (B,S) -> (B,S')."""
+    def filtered(self, waveform: Tensor) -> Tensor:
+        """Give the waveform as it is framed, (B,S) -> (B,S')."""
         return waveform
 
-    def _compressed(self, mel: Tensor, alien: Tensor | None) -> Tensor:
-        """Mel power (B,F,T) to the scale of the model; `alien` (B,1,T) marks frames that are padding."""
+    def compressed(self, mel: Tensor, alien: Tensor | None) -> Tensor:
+        """Bring mel power (B,F,T) to the scale of the model; `alien` (B,1,T) marks frames that are padding."""
         raise NotImplementedError
 
     def _mel_power(self, waveform: Tensor, lengths: Tensor | None) -> Tensor:
@@ -252,6 +259,7 @@ class CedMel(FrontEnd):
             center=center,
             min_samples=min_samples,
         )
+        self.min_frames = min_frames
         bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
         stage = nn.Module()
         stage.spectrogram = _Buffers(window=torch.hann_window(win_size))
@@ -277,7 +285,8 @@ class CedMel(FrontEnd):
         """Decibels are this front-end's own scale."""
         return db
 
-    def _compressed(self, mel: Tensor, alien: Tensor | None) -> Tensor:
+    def compressed(self, mel: Tensor, alien: Tensor | None) -> Tensor:
+        """Bring mel power (B,F,T) to decibels."""
         db = 10 * mel.clamp(min=10 ** (SILENCE_DB / 10)).log10()
         own = db if alien is None else db.masked_fill(alien, -math.inf)
         return torch.maximum(db, own.amax((1, 2), keepdim=True) - self.TOP_DB)
@@ -349,8 +358,27 @@ class EfficientAtMel(FrontEnd):
     def _usable(self, n_samples: Count) -> Count:
         return super()._usable(n_samples) - 1
 
-    def _filtered(self, waveform: Tensor) -> Tensor:
+    def filtered(self, waveform: Tensor) -> Tensor:
+        """Emphasise high frequencies, (B,S) -> (B,S-1)."""
         return waveform[:, 1:] - self.PREEMPHASIS * waveform[:, :-1]
 
-    def _compressed(self, mel: Tensor, alien: Tensor | None) -> Tensor:
+    def compressed(self, mel: Tensor, alien: Tensor | None) -> Tensor:
+        """Bring mel power (B,F,T) to a shifted and scaled logarithm."""
         return ((mel + 1e-5).log() + 4.5) / 5
+
+
+def described_front_end(description: Mapping[str, Any]) -> FrontEnd:
+    """Build a front-end from its `description`.
+
+    Raises:
+        UserError: there is no front-end of that class, or not with these arguments.
+    """
+    arguments = dict(description)
+    name = arguments.pop("class", None)
+    known = {kind.__name__: kind for kind in FrontEnd.__subclasses__()}
+    if name not in known:
+        raise UserError(f"no front-end is called {name!r}; known are {some(known)}")
+    try:
+        return known[name](**arguments)
+    except TypeError as error:
+        raise UserError(f"the front-end {name} cannot be built with {arguments}: {error}") from None

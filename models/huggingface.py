@@ -3,6 +3,7 @@
 Their state dict has no front-end, calls `init_bn.1.*` `init_bn.*`, and prefixes all but the output layer by `encoder.`.
 """
 
+import inspect
 import json
 import logging
 from collections.abc import Mapping
@@ -10,21 +11,32 @@ from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from common.errors import UserError, some
 from common.files import whole_file, write_json
 from models.audiotransformer import SIZES, AudioTransformer
+from models.base import Activation
 from models.labels import audioset_labels
 from models.layers import Block
 
 logger = logging.getLogger(__name__)
 
-# keys of config.json that are arguments of the network
-_MEL = ("center", "f_min", "f_max", "hop_size", "n_fft", "n_mels", "win_size")
-_NETWORK = ("mlp_ratio", "qkv_bias", "init_bn", "pooling", "target_length", "patch_size", "patch_stride", "eval_avg")
-_TRAINING = ("drop_rate", "attn_drop_rate", "drop_path_rate", "init_values", "time_patch_out", "freq_patch_out")
+# keys of config.json that are arguments of the network; its dimensions are read from the tensors
+_DIMENSIONS = ("embed_dim", "num_heads", "depth")
+_ARGUMENTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(AudioTransformer).parameters.items()
+    if name != "num_classes"
+}
+# of the front-end: what it was given may have been None
+_MEL = ("sample_rate", "n_mels", "f_min", "f_max", "n_fft", "win_size", "hop_size", "center")
+# what transformers calls the two activations
+_PROBLEMS: dict[Activation, str] = {
+    "sigmoid": "multi_label_classification",
+    "softmax": "single_label_classification",
+}
 
 
 def is_huggingface_folder(folder: Path) -> bool:
@@ -54,39 +66,56 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     width = state["time_pos_embed"].shape[1]
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     dims = (width, given.get("num_heads") or width // 64, depth)
-    arguments = {key: given[key] for key in (*_MEL, *_NETWORK, *_TRAINING) if given.get(key) is not None}
+    arguments = {key: given[key] for key in _ARGUMENTS if key not in _DIMENSIONS and given.get(key) is not None}
     name = next((f"audiotransformer_{size}" for size in SIZES if SIZES[size] == dims), None)
     if name is None:
         name = "audiotransformer_base"
-        arguments.update(zip(("embed_dim", "num_heads", "depth"), dims, strict=True))
+        arguments.update(zip(_DIMENSIONS, dims, strict=True))
     for key in ("patch_size", "patch_stride"):  # an edge, or the two edges of a square
         if isinstance(arguments.get(key), list):
             arguments[key] = arguments[key][0]
     config: dict[str, Any] = {"model": name, "model_args": arguments}
+    activations = {problem: activation for activation, problem in _PROBLEMS.items()}
+    if given.get("problem_type") in activations:
+        config["activation"] = activations[given["problem_type"]]
     labels = _labels(given, folder)
     if labels is not None:
         config.update(labels=labels, num_classes=len(labels))
     return state, config
 
 
-def write_huggingface(folder: str | Path, model: AudioTransformer) -> None:
-    """Write config.json and model.safetensors of a model, each whole or not at all."""
+def write_huggingface(folder: str | Path, model: AudioTransformer, extra: Mapping[str, Any] | None = None) -> None:
+    """Write config.json and model.safetensors of a model, each whole or not at all.
+
+    Args:
+        folder: made where missing.
+        model: what to write.
+        extra: more entries of config.json.
+
+    Raises:
+        UserError: the model has a single class and softmax, which transformers does not take.
+    """
+    if model.activation == "softmax" and model.num_classes == 1:
+        raise UserError(f"{model.name} has one class and softmax, so that its only probability is always 1")
     folder = Path(folder)
     config = {
+        "architectures": ["CedForAudioClassification"],
+        "model_type": "ced",
+        **_ARGUMENTS,
         **model.arguments,
         **{key: getattr(model.front_end, key) for key in _MEL},
         **{key: getattr(model, key) for key in ("pooling", "target_length", "eval_avg", "embed_dim")},
-        "architectures": ["CedForAudioClassification"],
-        "model_type": "ced",
         "num_heads": cast(Block, model.blocks[0]).attn.num_heads,
         "depth": len(model.blocks),
         "outputdim": model.num_classes,
+        "problem_type": _PROBLEMS[model.activation],
         "id2label": {str(index): label for index, label in enumerate(model.labels)},
         "label2id": {label: index for index, label in enumerate(model.labels)},
+        **(extra or {}),
     }
     state = {key: value.contiguous() for key, value in to_huggingface(model.state_dict()).items()}
     with whole_file(folder / "model.safetensors") as partial:
-        save_file(state, partial, metadata={"format": "pt"})
+        partial.write_bytes(save(state, metadata={"format": "pt"}))  # `save_file` would let only its owner read it
     write_json(folder / "config.json", config)
 
 

@@ -22,7 +22,7 @@ make_environment() { # $1: requirements file
     fi
     local stamp="$VENV/.installed-$(basename "$1")"
     local wanted
-    wanted="$(cat requirements.txt "$1" | sha256sum | cut -d' ' -f1)"
+    wanted="$(cat requirements*.txt | sha256sum | cut -d' ' -f1)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing $1 (about 5 GB with PyTorch; some minutes the first time)"
         "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$1"

@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
+
+from models import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,7 +28,8 @@ def commands(section: str) -> list[str]:
 @pytest.fixture
 def checkout(tmp_path):
     """A folder that looks like a fresh checkout, without the user's data in it."""
-    for name in ("run.py", "save_logits.py", "inference.py", "scripts", "trainconfig", "logitconfig", "resources"):
+    entries = [path.name for path in ROOT.glob("*.py")]
+    for name in (*entries, "scripts", "trainconfig", "logitconfig", "resources"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
@@ -40,10 +45,11 @@ def checkout(tmp_path):
 
 def test_the_readers_own_sounds_go_all_the_way(checkout):
     lines = commands("Your own sounds, command by command")
-    assert len(lines) == 17
+    use = commands("From checkpoint to use")
+    assert (len(lines), len(use)) == (17, 11)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for torchrun
-    for line in lines:
-        short = line.split("  #")[0]
+    for line in [*lines, *use]:
+        short = line.split("  #")[0].replace("arecord -f S16_LE -r 16000", "head -c 64000 /dev/urandom")
         if "trainconfig" in line or "logitconfig" in line:
             short += " --epochs 2 --num_workers 0"
         python = shlex.quote(sys.executable)
@@ -60,11 +66,21 @@ def test_the_readers_own_sounds_go_all_the_way(checkout):
     tags = (checkout / "data" / "tags.csv").read_text()
     assert "my_sounds/Kind 1/a 0.wav" in tags
     assert "Kind 1" in tags
+    data = checkout / "data"
+    assert len(pd.read_parquet(data / "tags.parquet")["filename"].unique()) == 21
+    assert len(list((data / "pictures").rglob("*.png"))) == 21
+    assert len(list((data / "tracks").rglob("*.txt"))) == 21
+    assert len(pd.read_csv(data / "all.csv")["filename"].unique()) == 21
+    with h5py.File(data / "embeddings.h5") as file:
+        assert len(file["filename"]) == 21
+    assert (data / "tagger.int8.onnx").stat().st_size < (data / "tagger.onnx").stat().st_size
+    assert load_model(data / "my_tagger").labels == load_model(data / "tagger.pt").labels
 
 
 def test_every_file_and_option_that_the_readme_names_exists():
     for path in re.findall(r"(?:trainconfig|logitconfig|scripts)/[\w.]+\.(?:yaml|py|sh)", README):
         assert (ROOT / path).is_file(), path
     for key in re.findall(r"--(\w+)[ =.`]", README):
-        known = "".join((ROOT / name).read_text() for name in ("run.py", "inference.py", "training/config.py"))
+        files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), ROOT / "training/config.py"]
+        known = "".join(path.read_text() for path in files)
         assert key in known or key in ("nproc_per_node", "nnodes"), key

@@ -1,33 +1,11 @@
 """Precision as a context: one training step for every mode."""
 
 import logging
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from common.errors import UserError
-
 logger = logging.getLogger(__name__)
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is the GPU where there is one.
-
-    Raises:
-        UserError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r} is not known to PyTorch; use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda is asked for, but PyTorch sees no GPU here; use auto or cpu")
-    if name == "cuda":  # each process of a torchrun its own
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    return device
 
 
 class Precision:

@@ -13,11 +13,11 @@ from common.errors import Faults, UserError
 from common.files import sha256
 from distill.objectives import create_objective
 from distill.targets import StoredTargets
+from models.devices import choose_device
 from training.config import TrainConfig, read_config
 from training.data import TrainingData, open_training
 from training.loop import Run
 from training.parallel import Ranks
-from training.precision import choose_device
 from training.run_folder import RunFolder, choose_folder, log_to, run_identity
 from training.smoke import smoke
 from training.student import create_student

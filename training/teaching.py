@@ -23,8 +23,9 @@ from distill.replay import REFERENCE_RATE, Replay
 from distill.sources import SeededItems
 from distill.targets import epoch_file, write_epoch
 from models import AudioTagger
+from models.devices import choose_device
 from training.config import SoftTargetConfig
-from training.precision import Precision, choose_device
+from training.precision import Precision
 
 logger = logging.getLogger(__name__)
 

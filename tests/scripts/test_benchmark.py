@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-from scripts.benchmark import (
-    Benchmark,
+from scripts.benchmark import Benchmark
+from scripts.benchmarks.train import (
     count_flops,
     create_transformer,
     make_batch,

@@ -17,11 +17,12 @@ from distill.objectives import LOSSES, create_objective, register_objective
 from distill.replay import Replay
 from distill.sources import SeededItems
 from models import create_model
+from models.devices import choose_device
 from training.averaging import MovingAverage, average_states
 from training.checkpoints import BestCheckpoints
 from training.mixup import mix_spectrograms, mix_targets, mix_waveforms
 from training.optim import create_optimizer, create_schedule, freeze, layer_depths, parameter_groups
-from training.precision import Precision, choose_device
+from training.precision import Precision
 from training.student import start_from_data
 
 

@@ -1,0 +1,302 @@
+"""Export to ONNX: one file with the network, its probabilities, and what a program must know to use it.
+
+The graph takes any batch and any number of frames (`feats`, float32 (B,F,T) in the front-end's own scale, as published
+CED exports and sherpa-onnx have it) or of samples (`waveform`, float32 (B,S)) and gives probabilities (`prob`, (B,C)).
+Clips longer than the network's chunk are cut and averaged inside, as in PyTorch. Every file is run by ONNX Runtime on
+shapes that the export never saw, and compared with PyTorch, before it gets its name.
+
+Letters: B batch, S samples, F mel bands, T frames, C classes.
+"""
+
+import copy
+import csv
+import json
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx.compose import add_prefix, merge_models
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
+from onnxscript import opset18 as op
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.files import whole_file, write_text
+from models.audiotransformer import AudioTransformer
+from models.base import AudioTagger
+from models.fourier import PortableFrontEnd
+from models.labels import AUDIOSET_LABELS
+from models.registry import create_model
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "fp16", "int8"]
+Input = Literal["feats", "waveform"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# How far a probability may be from PyTorch's: float rounding, 11 bits of mantissa, 7 bits of weight.
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.05, "int8": 0.2}
+OPSET = 18  # the exporter's own; ONNX Runtime has it since 1.14
+
+
+def export_onnx(
+    model: AudioTagger, targets: Mapping[Precision, str | Path], *, waveform: bool = False
+) -> dict[Precision, float]:
+    """Write a model to ONNX files, all of them or none.
+
+    Args:
+        model: any tagger; it is not changed.
+        targets: the file wanted for each precision: "fp32"; "fp16", the network in half precision; "int8", the weights
+            of matrix products in 8 bits, their inputs quantised as they come. A front-end is float32 in all of them,
+            and so are input and output.
+        waveform: the graph takes waveforms (B,S) and holds the front-end, instead of spectrograms (B,F,T).
+
+    Returns:
+        For each precision the largest difference of a probability from PyTorch's.
+
+    Raises:
+        UserError: the model cannot be traced, or a file computes something else.
+    """
+    model = copy.deepcopy(model).cpu().float().eval()
+    takes: Input = "waveform" if waveform else "feats"
+    wave = _sounds(2, model.sample_rate)
+    network = _traced(_Network(model), model.front_end(wave), "feats", "prob")
+    front_end = _traced(PortableFrontEnd(model.front_end), wave, "waveform", "mel") if waveform else None
+    differences: dict[Precision, float] = {}
+    with ExitStack() as files:
+        for precision, target in targets.items():
+            graph = _CONVERSIONS[precision](copy.deepcopy(network))
+            if front_end is not None:
+                graph = merge_models(front_end, graph, [("mel", "feats")])
+            _describe(graph, model, takes, precision)
+            onnx.checker.check_model(graph)
+            partial = files.enter_context(whole_file(target))
+            onnx.save(graph, str(partial))
+            differences[precision] = _compare(partial, model, takes, precision, str(target))
+    return differences
+
+
+def with_chunks_of(model: AudioTagger, n_frames: int) -> AudioTagger:
+    """Return the model for chunks of another length, its time positions stretched or cropped to it, with a notice.
+
+    Networks that take any length in one piece are returned as they are.
+
+    Args:
+        model: as `models.load_model` gives it.
+        n_frames: longest spectrogram that goes through the network in one piece.
+
+    Raises:
+        UserError: fewer frames than the network's smallest input.
+    """
+    if not isinstance(model, AudioTransformer) or model.target_length == n_frames:
+        return model
+    logger.warning(
+        "%s was made for %d frames at a time, and is exported for %d", model.name, model.target_length, n_frames
+    )
+    arguments = {**model.arguments, "target_length": n_frames}
+    other = create_model(
+        model.name, num_classes=model.num_classes, labels=model.labels, activation=model.activation, **arguments
+    )
+    other.load_state_dict(other.adapt_weights(model.state_dict()))
+    return other.eval()
+
+
+def write_label_table(path: str | Path, labels: list[str]) -> None:
+    """Write the table that sherpa-onnx reads beside a model: a header, then index,mid,"display name".
+
+    Names of AudioSet's classes get AudioSet's mid, others /own/INDEX.
+    """
+    with open(AUDIOSET_LABELS, newline="", encoding="utf-8") as file:
+        mids = {row[2]: row[1] for row in csv.reader(file)}
+    lines = ["index,mid,display_name"]
+    for index, label in enumerate(labels):
+        name = " ".join(label.split()).replace('"', '""')
+        lines.append(f'{index},{mids.get(label, f"/own/{index}")},"{name}"')
+    write_text(path, "\n".join(lines) + "\n")
+
+
+class _Network(nn.Module):
+    """What every graph holds: spectrograms to probabilities."""
+
+    def __init__(self, model: AudioTagger) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, feats: Tensor) -> Tensor:
+        """(B,F,T) -> (B,C)."""
+        return self.model.probabilities_of(feats)
+
+
+def _gelu(x: Any, approximate: str = "none") -> Any:
+    """GELU in the order of factors that ONNX Runtime knows and fuses."""
+    return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, math.sqrt(2.0))), 1.0)), 0.5)
+
+
+def _attention(query: Any, key: Any, value: Any, *rest: Any, **settings: Any) -> Any:
+    """Attention without bias, scaled once: a third of the nodes that the exporter would write."""
+    scores = op.MatMul(op.Mul(query, 1 / math.sqrt(query.shape[-1])), op.Transpose(key, perm=[0, 1, 3, 2]))
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _traced(module: nn.Module, example: Tensor, name_in: str, name_out: str) -> onnx.ModelProto:
+    """Trace a module whose one input has a free first and last axis."""
+    last = example.ndim - 1
+    shapes = ({0: torch.export.Dim("batch", min=1), last: torch.export.Dim(f"{name_in}_length", min=1)},)
+    aten = torch.ops.aten
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                module.eval(),
+                (example,),
+                input_names=[name_in],
+                output_names=[name_out],
+                dynamic_shapes=shapes,
+                opset_version=OPSET,
+                custom_translation_table={
+                    aten.gelu.default: _gelu,
+                    aten.scaled_dot_product_attention.default: _attention,
+                },
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            raise UserError(
+                f"the model cannot be traced for ONNX ({cause}): what its `probabilities_of` does must not depend on "
+                "the values that pass through it"
+            ) from error
+    assert program is not None
+    graph = program.model_proto
+    # What is known of shapes misleads the quantiser, and the rest names lines of this machine's files.
+    del graph.graph.value_info[:]
+    for part in (*graph.graph.node, *graph.graph.input, *graph.graph.output, *graph.graph.initializer, graph.graph):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    return graph if name_in == "feats" else add_prefix(graph, "front_end/", rename_inputs=False, rename_outputs=False)
+
+
+def _as_it_is(graph: onnx.ModelProto) -> onnx.ModelProto:
+    return graph
+
+
+def _half(graph: onnx.ModelProto) -> onnx.ModelProto:
+    halved = convert_float_to_float16(graph, keep_io_types=True)
+    OnnxModel(halved).topological_sort()  # the converter puts its casts last
+    del halved.graph.value_info[:]
+    return halved
+
+
+def _eight_bit(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Quantise the weights of matrix products, a scale for each column; convolutions stay as they are.
+
+    With 7 of the 8 bits, because two products of 8 bits overflow the 16 bits that processors without VNNI add them in.
+    Convolutions quantised at run time are slower than float32 ones, and wrong: mn04 on real sounds, 11 ms instead of 5
+    and probabilities that are off by up to 0.9.
+    """
+    # Else it recommends a preparation that fails on such graphs.
+    graph.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        quantize_dynamic(
+            graph,
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            reduce_range=True,
+        )
+        return onnx.load(path)
+
+
+# of the architectures
+_AUTHORS = {
+    "CED": ("RicherMans", "https://github.com/RicherMans/CED"),
+    "MobileNetV3": ("fschmid56", "https://github.com/fschmid56/EfficientAT"),
+}
+_CONVERSIONS = {"fp32": _as_it_is, "fp16": _half, "int8": _eight_bit}
+
+
+def _describe(graph: onnx.ModelProto, model: AudioTagger, takes: Input, precision: Precision) -> None:
+    """Write what a program must know into the file's metadata; all values are strings."""
+    architecture = "CED" if isinstance(model, AudioTransformer) else type(model).__name__
+    author, url = _AUTHORS.get(architecture, ("", ""))
+    facts = {
+        "model_type": architecture,  # this and the next three as in published exports
+        "version": "1.0",
+        "model_author": author,
+        "url": url,
+        "comment": f"{model.name}: {takes} to the probabilities of {model.num_classes} classes",
+        "name": model.name,
+        "labels": json.dumps(model.labels, ensure_ascii=False),
+        "activation": model.activation,
+        "precision": precision,
+        "input": takes,
+        "sample_rate": str(model.sample_rate),
+        "front_end": json.dumps(model.front_end.description),
+        "max_frames": "",  # no bound
+    }
+    del graph.metadata_props[:]
+    for key, value in facts.items():
+        graph.metadata_props.add(key=key, value=value)
+    graph.producer_name, graph.doc_string = "export_onnx", facts["comment"]
+    graph.graph.name = model.name
+
+
+def _sounds(n_clips: int, n_samples: int, seed: int = 0) -> Tensor:
+    """Noise and tones (B,S), from very quiet to clipped."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.tensor([0.1, 3e-4, 1.0, 0.03]).roll(seed)[torch.arange(n_clips) % 4, None]
+    pitch = torch.rand(n_clips, 1, generator=generator) * 0.5
+    tones = torch.sin(pitch * torch.arange(n_samples))
+    return (levels * (tones + torch.randn(n_clips, n_samples, generator=generator))).clamp(-1, 1)
+
+
+def _grid(model: AudioTagger) -> list[tuple[int, int]]:
+    """Numbers of clips and of samples that the tracer has not seen."""
+    rate, hop = model.sample_rate, model.front_end.hop_size
+    grid = [(1, 1), (5, round(0.37 * rate) | 1), (2, round(1.93 * rate) | 1)]
+    if not isinstance(model, AudioTransformer):
+        return [*grid, (1, 10 * rate)]
+    whole = (model.target_length - 1) * hop
+    return [*grid, (1, whole), (2, whole + 3 * rate | 1)]
+
+
+@torch.no_grad()
+def _compare(path: Path, model: AudioTagger, takes: Input, precision: Precision, target: str) -> float:
+    """Return the largest difference from PyTorch of what ONNX Runtime computes from a file.
+
+    Raises:
+        UserError: it is larger than the precision explains, or the runtime does not take the file.
+    """
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    largest = 0.0
+    for seed, (n_clips, n_samples) in enumerate(_grid(model), 1):
+        given = _sounds(n_clips, n_samples, seed)
+        expected = model.predict(given).numpy()
+        if takes == "feats":
+            given = model.front_end(given)
+        try:
+            found = cast(np.ndarray, session.run(None, {takes: given.numpy()})[0])
+        except Exception:  # of no common class: a shape of the tracer's example has stayed in the graph
+            found = np.full_like(expected, np.nan)
+        difference = float(np.abs(found - expected).max()) if found.shape == expected.shape else math.inf
+        if not difference <= TOLERANCE[precision]:
+            raise UserError(
+                f"{target}: its probabilities for {n_clips} clips of {n_samples / model.sample_rate:.2f} s are up to "
+                f"{difference:.2g} from PyTorch's; {precision} may differ by {TOLERANCE[precision]:g}, and no file is "
+                "kept. Does `probabilities_of` of the model compute what `forward_spectrogram` does, without looking "
+                "at values?"
+            )
+        largest = max(largest, difference)
+    return largest

@@ -1,0 +1,56 @@
+"""Tag sound files with an exported CED model and the features of torchaudio, those of CED's training.
+
+python3 onnx_inference_with_torchaudio.py SOUND.wav -m ced_tiny.onnx --chunk 5
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
+
+from common.errors import print_user_errors
+from tagging.mel_files import open_for_features, parse, report
+
+TOP_DB = 120.0  # below the loudest band of a chunk nothing is told apart
+
+
+def torchaudio_features(waveform: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
+    """Compute mel bands in decibels, framed as the model was trained.
+
+    Args:
+        waveform: float32 (S,) in [-1, 1]; fewer samples than `min_frames` frames are followed by silence.
+        settings: of CED's front-end.
+
+    Returns:
+        float32 (F,T).
+    """
+    spectrogram = MelSpectrogram(
+        sample_rate=settings["sample_rate"],
+        n_fft=settings["n_fft"],
+        win_length=settings["win_size"],
+        hop_length=settings["hop_size"],
+        f_min=settings["f_min"],
+        f_max=settings["f_max"],
+        n_mels=settings["n_mels"],
+        center=settings["center"],
+    )
+    reach = 0 if settings["center"] else settings["n_fft"]
+    shortest = max((settings["min_frames"] - 1) * settings["hop_size"] + reach, settings["n_fft"] // 2 + 1)
+    padded = np.pad(waveform, (0, max(shortest - len(waveform), 0)))
+    with torch.inference_mode():
+        return AmplitudeToDB("power", top_db=TOP_DB)(spectrogram(torch.from_numpy(padded))).numpy()
+
+
+@print_user_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Tag what the command line names."""
+    options = parse("Tag sound files with an exported CED model and torchaudio's features.", arguments)
+    engine = open_for_features(options.model)
+    for line in report(engine, torchaudio_features, options.wavs, options.chunk, options.topk):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The training step beside a plain one: see `scripts/benchmark.py train`.
+
+Letters: B batch, S samples, F mel bands, T frames, C classes.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.errors import UserError
+from distill.objectives import create_objective
+from distill.replay import REFERENCE_RATE, Replay
+from models import create_model
+from models.audiotransformer import AudioTransformer
+from models.frontends import CedMel
+from scripts.benchmarks.plain import FREQUENCY_MASK, TIME_MASK, plain_logits, plain_masks, plain_mel, plain_mixup
+from training.optim import create_optimizer, parameter_groups
+from training.precision import Precision
+from training.trainer import Learner, Trainer
+
+Step = Callable[[dict[str, Any]], Tensor | float]  # learns from a batch, returns its loss
+
+LEARNING_RATE = 1e-3
+WARMUP_STEPS = 2  # of each contender, not timed; compilation happens here
+
+
+def create_transformer(name: str, num_classes: int) -> AudioTransformer:
+    """Build the audio transformer `name`, whose operations the plain step knows, with logits for output.
+
+    Raises:
+        UserError: `name` is another kind of model.
+    """
+    if not name.startswith(("ced_", "audiotransformer_")):
+        raise UserError(f"the plain step is that of audio transformers, and {name!r} is none; try ced_tiny")
+    return cast(AudioTransformer, create_model(name, num_classes=num_classes, pooling="logit"))
+
+
+def make_batch(model: AudioTransformer, batch_size: int, seconds: float, device: torch.device, seed: int) -> Any:
+    """Return a prepared batch of noise with random targets: what `distill.dataset.prepare_batch` gives.
+
+    Args:
+        model: says the sample rate and the classes.
+        batch_size: B.
+        seconds: length of the clips.
+        device: gets the batch.
+        seed: of all of it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n_samples = round(seconds * model.sample_rate)
+    batch = {
+        "item": torch.arange(batch_size),
+        "value": torch.rand(batch_size, generator=generator),
+        "min_value": torch.rand(batch_size, generator=generator),
+        "mixup_weight": torch.rand(batch_size, generator=generator),
+        "n_reference": torch.full((batch_size,), round(seconds * REFERENCE_RATE)),
+        "target": (torch.rand(batch_size, model.num_classes, generator=generator) < 0.01).float(),
+    }
+    waveform = 0.1 * torch.randn(batch_size, n_samples, generator=generator)
+    return {
+        **{name: value.to(device) for name, value in batch.items()},
+        "waveforms": {model.sample_rate: waveform.to(device)},
+        "lengths": {model.sample_rate: None},  # nothing is padded
+    }
+
+
+def project_step(model: AudioTransformer, mode: str, device: torch.device, compiled: bool) -> Step:
+    """Return the project's own training step of `model`."""
+    objective = create_objective("target", loss="BCEWithLogitsLoss", loss_args={})
+    replay = Replay(
+        spectransforms=[
+            {"TimeMasking": {"time_mask_param": TIME_MASK}},
+            {"FrequencyMasking": {"freq_mask_param": FREQUENCY_MASK}},
+        ]
+    )
+    learner = Learner(model, objective, replay, "spectrogram", compiled)
+    optimizer = create_optimizer("Adam", parameter_groups(model, objective), {"lr": LEARNING_RATE}, device)
+    trainer = Trainer(learner, optimizer, None, Precision(mode, device), seed=0)
+    trainer.train_mode()
+    return lambda batch: trainer.step([batch], [1.0], 0)["loss"]
+
+
+def plain_step(model: AudioTransformer, mode: str, device: torch.device) -> Step:
+    """Return the plain training step of `model`: see `plain_logits`."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, foreach=False)
+    precision = Precision(mode, device)
+    model.train()
+
+    def step(batch: dict[str, Any]) -> float:
+        mel = plain_masks(plain_mel(cast(CedMel, model.front_end), batch["waveforms"][model.sample_rate]), batch)
+        mel, target = plain_mixup(mel, batch["mixup_weight"]), plain_mixup(batch["target"], batch["mixup_weight"])
+        with precision.context():
+            loss = F.binary_cross_entropy_with_logits(plain_logits(model, mel), target)
+        optimizer.zero_grad()
+        precision.scaler.scale(loss).backward()
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        return loss.item()
+
+    return step
+
+
+def count_flops(model: AudioTransformer, batch: dict[str, Any]) -> int:
+    """Return the floating-point operations of one training step: products of matrices alone, forward and backward."""
+    mel = plain_mel(cast(CedMel, model.front_end), batch["waveforms"][model.sample_rate])
+    with FlopCounterMode(display=False) as counter:
+        plain_logits(model, mel).sum().backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def take_turns(
+    contenders: dict[str, Step], batch: dict[str, Any], rounds: int, steps: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Time `steps` steps of each contender in turn, `rounds` times; return the seconds of a step, one for each round.
+
+    Every other round runs in reverse order, so that none always follows the same one.
+    """
+
+    def timed(step: Step, n_steps: int) -> float:
+        _synchronise(device)
+        began = time.perf_counter()
+        for _ in range(n_steps):
+            step(batch)
+        _synchronise(device)
+        return (time.perf_counter() - began) / n_steps
+
+    for step in contenders.values():
+        timed(step, WARMUP_STEPS)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        names = list(contenders)
+        for name in names if number % 2 == 0 else reversed(names):
+            seconds[name].append(timed(contenders[name], steps))
+    return seconds
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(
+    seconds: dict[str, list[float]], batch_size: int, flops: int, baseline: str, peak_tflops: float | None
+) -> str:
+    """Lay out what was measured.
+
+    Args:
+        seconds: of a step, for each contender one number a round.
+        batch_size: clips of a step.
+        flops: of a step.
+        baseline: the contender that the others are compared with, round by round.
+        peak_tflops: what the machine can do, for the utilisation, or None.
+    """
+    head = ["", "clips/s", "(lowest, highest)", "ratio", "(lowest, highest)", "TFLOP/s"]
+    rows = [head + ([] if peak_tflops is None else ["utilisation"])]
+    for name, times in seconds.items():
+        speed = [batch_size / t for t in times]
+        ratio = [plain / t for plain, t in zip(seconds[baseline], times, strict=True)]
+        tflops = flops / statistics.median(times) / 1e12
+        row = [name, *_spread(speed, 1), *_spread(ratio, 2), f"{tflops:.3g}"]
+        rows.append(row + ([] if peak_tflops is None else [f"{100 * tflops / peak_tflops:.1f} %"]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("   ".join(f"{cell:{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _spread(values: Sequence[float], digits: int) -> tuple[str, str]:
+    """Median, and smallest and largest."""
+    return f"{statistics.median(values):.{digits}f}", f"({min(values):.{digits}f}, {max(values):.{digits}f})"

@@ -1,0 +1,352 @@
+"""A page on which to try a model: drop or record a sound, see its tags over time, take them away as CSV.
+
+    python scripts/demo_page.py -m ced_tiny
+    python scripts/demo_page.py -m experiments/mine/averaged.pt -c 10 --hop 2 --host 0.0.0.0 --port 8000
+
+It needs `pip install -r requirements-demo.txt`, and no network: nothing on it comes from elsewhere, and a sound leaves
+the machine that runs it at no time. Sounds and results are deleted after an hour, and when the page is stopped.
+"""
+
+import argparse
+import contextvars
+import html
+import itertools
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in inference.py
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from audio.io import AudioBlocks, AudioReadError
+from common.errors import UserError, print_user_errors
+from tagging.engines import Engine, open_engine
+from tagging.events import merge_events
+from tagging.files import TaggedFile, TaggedWindow, Wanted, tag_files
+from tagging.outputs import CsvRows
+from tagging.pictures import draw
+
+SHOWN = 8  # labels in the table
+KEPT_SECONDS = 3600  # sounds and results
+MOST_OVERLAP = 10  # windows that may hold the same moment: a bound on what a click can cost
+CSS = """
+.gradio-container {max-width: 1400px !important; margin: auto}
+footer {display: none !important}
+table.strongest {width: 100%; border: none !important; font-variant-numeric: tabular-nums}
+table.strongest tr {border: none !important}
+table.strongest th {border: none !important; padding: 6px 10px !important; text-align: left}
+table.strongest td {border-width: 1px 0 0 0 !important; border-color: #8884 !important; padding: 6px 10px !important}
+table.strongest i {display: inline-block; width: 160px; height: 10px; margin-right: 10px; border-radius: 5px;
+  background: linear-gradient(to right, var(--color-accent) var(--share), var(--border-color-primary) var(--share))}
+p.hint {opacity: .7; padding: 24px 10px; text-align: center}
+"""
+HINT = '<p class="hint">Drop a sound or record one, then press <b>Tag</b>.</p>'
+BUSY = '<p class="hint">&nbsp;</p>'  # room for the progress bar
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Serve a page on which to try a model.")
+    add = parser.add_argument
+    add("-m", "--model", default="ced_mini", help="a model's name, a checkpoint, a run's folder, or an .onnx file")
+    add("--weights", help="file or address with the weights of the model named by -m")
+    add("-c", "--chunk_length", type=float, default=2.0, help="of a window at first, in seconds (default %(default)s)")
+    add("--hop", type=float, help="seconds from window to window at first (default: the chunk length)")
+    add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default %(default)s)")
+    add("--port", type=int, default=7860, help="default %(default)s")
+    add("--max_seconds", type=float, default=600.0, help="longest sound (default %(default)s)")
+    add("--max_mb", type=float, default=100.0, help="largest file, in MiB (default %(default)s)")
+    add("--engine", choices=("torch", "onnx"), help="default: onnx for .onnx files, else torch")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    options = parser.parse_args(arguments)
+    for name in ("chunk_length", "hop", "port", "max_seconds", "max_mb"):
+        if getattr(options, name) is not None and not getattr(options, name) > 0:
+            parser.error(f"--{name} must be above 0, not {getattr(options, name)}")
+    if options.port > 65535:
+        parser.error(f"--port must be at most 65535, not {options.port}")
+    return options
+
+
+class Page:
+    """What happens when a sound is to be tagged, one sound at a time.
+
+    Args:
+        engine: computes.
+        max_seconds: longest sound taken.
+    """
+
+    def __init__(self, engine: Engine, max_seconds: float) -> None:
+        self.engine, self.max_seconds = engine, max_seconds
+        self.lock = threading.Lock()
+        self.stopping = False
+
+    def stop(self) -> None:
+        """End what is being computed, and wait for its threads: Python must not end before they do."""
+        self.stopping = True
+        with self.lock:
+            pass
+
+    def tag(
+        self, path: Path, chunk_seconds: float, hop_seconds: float, wanted: Wanted, on_window: Callable[[float], None]
+    ) -> tuple[TaggedFile, np.ndarray]:
+        """Tag a sound.
+
+        Args:
+            path: any sound file.
+            chunk_seconds: length of a window.
+            hop_seconds: from one window's start to the next.
+            wanted: what to keep of a window.
+            on_window: called with the share that is done, 0 to 1, from any thread.
+
+        Returns:
+            The file, and its samples (S,) at the engine's rate.
+
+        Raises:
+            UserError: a sound too long or not readable, or windows that overlap too much.
+        """
+        if chunk_seconds > MOST_OVERLAP * hop_seconds:
+            raise UserError(
+                f"Windows of {chunk_seconds:g} s every {hop_seconds:g} s overlap too much to compute here: "
+                f"set a step of at least {chunk_seconds / MOST_OVERLAP:g} s."
+            )
+        with self.lock:
+            waveform = self._decode(path)
+            n_windows = max(len(waveform) / self.engine.sample_rate / hop_seconds, 1.0)
+            done = itertools.count(1)
+
+            def count(seconds: float) -> None:
+                if self.stopping:
+                    raise UserError("The page was stopped.")
+                on_window(min(next(done) / n_windows, 1.0))
+
+            (file,) = tag_files(
+                self.engine,
+                [path],
+                wanted,
+                chunk_seconds=chunk_seconds,
+                hop_seconds=hop_seconds,
+                batch_size=8,
+                n_decoders=1,
+                on_window=count,
+            )
+        if file.fault is not None:
+            raise UserError(f"{path.name} {file.fault}.")
+        return file, waveform
+
+    def _decode(self, path: Path) -> np.ndarray:
+        """Decode, but never more than the longest sound taken."""
+        if not path.exists():
+            raise UserError(f"{path.name} was deleted, as all sounds are after an hour: drop or record it once more.")
+        blocks, n_samples = [], 0
+        try:
+            for block in AudioBlocks(path, self.engine.sample_rate):
+                blocks.append(block)
+                n_samples += len(block)
+                if n_samples > self.max_seconds * self.engine.sample_rate:
+                    raise UserError(
+                        f"{path.name} is longer than {self.max_seconds:g} s, the most that this page takes: "
+                        "cut it, or tag it with inference.py, which takes any length."
+                    )
+        except AudioReadError as error:
+            raise UserError(
+                f"{path.name} is not a sound that can be read here: {error.reason}. Wanted: wav, flac, ogg, opus, mp3, "
+                "aiff and other formats of libsndfile."
+            ) from None
+        return np.concatenate(blocks)
+
+
+def strongest(windows: list[TaggedWindow], n_labels: int = SHOWN) -> list[tuple[str, float, float, float]]:
+    """Labels in the order of their highest probability: label, that probability, and start and end of its window."""
+    best: dict[str, tuple[str, float, float, float]] = {}
+    for window in windows:
+        for label, value in window.tags:
+            if label not in best or value > best[label][1]:
+                best[label] = label, value, window.start, window.end
+    return sorted(best.values(), key=lambda row: -row[1])[:n_labels]
+
+
+def table(windows: list[TaggedWindow]) -> str:
+    """Lay out the strongest labels in HTML."""
+    rows = strongest(windows)
+    if not rows:
+        return '<p class="hint">No label reaches that probability in any window: lower it.</p>'
+    lines = [
+        f'<tr><td>{html.escape(label)}</td><td><i style="--share: {value:.1%}"></i>{value:.3f}</td>'
+        f"<td>{start:.1f} to {end:.1f} s</td></tr>"
+        for label, value, start, end in rows
+    ]
+    head = "<tr><th>Strongest labels</th><th>Highest probability</th><th>Heard best</th></tr>"
+    return f'<table class="strongest"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def build(page: Page, options: argparse.Namespace, folder: Path) -> Any:
+    """Lay out the page.
+
+    Args:
+        page: tags.
+        options: the command line.
+        folder: where results are written before gradio takes them over.
+
+    Returns:
+        gradio's Blocks.
+    """
+    import gradio as gr
+
+    def stop(sentence: str) -> Exception:
+        return gr.Error(html.escape(sentence, quote=False), duration=None, title="", print_exception=False)
+
+    def clear(text: str = HINT) -> tuple[Any, ...]:
+        return gr.Image(value=None, visible=False), text, gr.DownloadButton(value=None, interactive=False)
+
+    progress_bar = gr.Progress()  # gradio knows it by its being a default
+
+    def tag(
+        name: str | None, chunk: float, hop: float, top_k: float, threshold: float, progress: Any = progress_bar
+    ) -> Iterator[tuple[Any, ...]]:
+        if name is None:
+            raise stop("There is no sound yet: drop one or record one first.")
+        yield clear(BUSY)
+        context = contextvars.copy_context()  # progress finds its page in it, and is told from other threads
+        wanted = Wanted(int(top_k), threshold or None)
+        path = Path(name)
+        with tempfile.TemporaryDirectory(dir=folder) as results:
+            picture, rows = Path(results) / f"{path.stem}.png", Path(results) / "tags.csv"
+            try:
+                file, waveform = page.tag(
+                    path, chunk, hop, wanted, lambda share: context.run(progress, share, desc="Listening")
+                )
+                draw(file, picture, waveform)
+                events = merge_events(file.windows) if wanted.threshold is not None else file.windows
+                text = CsvRows().text(replace(file, path=Path(path.name), windows=events))
+                rows.write_text(CsvRows().header() + text, encoding="utf-8")
+            except UserError as error:
+                raise stop(str(error)) from None
+            except Exception:
+                logging.exception("a fault of the page")
+                raise stop("Something went wrong that should not have: the server's console tells what.") from None
+            if file.note is not None:
+                gr.Warning(html.escape(f"{path.name} {file.note}.", quote=False))
+            download = gr.DownloadButton(value=rows, interactive=True)
+            yield (
+                gr.Image(value=str(picture), visible=True),
+                table(file.windows),
+                download,
+            )  # gradio copies both files now
+
+    longest = page.engine.max_samples and page.engine.max_samples / page.engine.sample_rate
+    chunk_seconds = min(options.chunk_length, longest or options.chunk_length)
+    hop_seconds = options.hop or chunk_seconds
+    most = longest or max(10.0, chunk_seconds)
+    seconds = options.max_seconds
+    longest_sound = f"{seconds / 60:.3g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
+    with gr.Blocks(title="CED audio tagging", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as blocks:
+        gr.Markdown(
+            "# Audio tagging: what is heard when\n"
+            f"**{Path(page.engine.name).name}**, {len(page.engine.labels)} labels. Sounds of up to {longest_sound} and "
+            f"{options.max_mb:g} MB; they stay on the machine that serves this page and are deleted after an hour."
+        )
+        with gr.Row():
+            with gr.Column(scale=1, min_width=340):
+                sound = gr.Audio(
+                    sources=["upload", "microphone"],
+                    type="filepath",
+                    label="Sound",
+                    buttons=[],
+                    editable=False,
+                    elem_id="sound",
+                )
+                button = gr.Button("Tag", variant="primary", size="lg", elem_id="tag")
+                chunk = gr.Slider(
+                    min(0.5, chunk_seconds),
+                    most,
+                    chunk_seconds,
+                    step=0.1,
+                    label="Window (seconds)",
+                    info="short: tells when; long: tells what",
+                    elem_id="chunk",
+                )
+                hop = gr.Slider(
+                    min(0.1, hop_seconds),
+                    max(most, hop_seconds),
+                    hop_seconds,
+                    step=0.1,
+                    label="Step (seconds)",
+                    info="from window to window",
+                    elem_id="hop",
+                )
+                top_k = gr.Slider(1, 10, 3, step=1, label="Most labels of a window", elem_id="top_k")
+                threshold = gr.Slider(0, 0.95, 0, step=0.05, label="Lowest probability", elem_id="threshold")
+            with gr.Column(scale=3, min_width=480):
+                picture = gr.Image(
+                    show_label=False, buttons=["fullscreen", "download"], visible=False, elem_id="picture", format="png"
+                )
+                labels = gr.HTML(HINT, elem_id="strongest")
+                download = gr.DownloadButton("Download all tags (CSV)", interactive=False, elem_id="download")
+        chunk.release(None, chunk, hop, js="(seconds) => seconds")  # a longer window would overlap unasked
+        results = [picture, labels, download]
+        sound.change(clear, None, results, show_progress="hidden", queue=False, api_visibility="private")
+        inputs = [sound, chunk, hop, top_k, threshold]
+        button.click(tag, inputs, results, show_progress_on=labels, concurrency_limit=1, api_visibility="private")
+    return blocks.queue(default_concurrency_limit=8, max_size=64)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `UserError` where a port is taken or a host is not this machine's."""
+    try:
+        with socket.create_server((host, port)):
+            return
+    except OSError as error:
+        reason = str(error.strerror).split(" (while")[0]
+        raise UserError(f"{host}:{port} cannot be served ({reason}): give another --port or --host") from None
+
+
+@print_user_errors
+def main(arguments: list[str] | None = None) -> None:
+    """Serve the page until it is stopped."""
+    options = parse(arguments)
+    with tempfile.TemporaryDirectory(prefix="ced-demo-", ignore_cleanup_errors=True) as folder:
+        local = ",".join(filter(None, (os.environ.get("NO_PROXY"), "localhost", "127.0.0.1", options.host)))
+        os.environ |= {"GRADIO_TEMP_DIR": f"{folder}/cache", "GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": local}
+        try:
+            import gradio as gr
+        except ImportError:
+            raise UserError("the page wants gradio: pip install -r requirements-demo.txt") from None
+        check_port(options.host, options.port)
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        engine = open_engine(options.model, engine=options.engine, weights=options.weights, device=options.device)
+        page = Page(engine, options.max_seconds)
+        blocks = build(page, options, Path(folder))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files go then, too
+        # By default the fonts would come from elsewhere.
+        theme = gr.themes.Default(
+            primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        )
+        print(f"Open http://{options.host}:{options.port} in a browser; Ctrl-C stops the page", flush=True)
+        blocks.launch(
+            server_name=options.host,
+            server_port=options.port,
+            share=False,
+            quiet=True,
+            ssr_mode=False,
+            pwa=False,
+            run_history=False,
+            footer_links=[],
+            max_file_size=round(options.max_mb * 2**20),
+            theme=theme,
+            css=CSS,
+        )
+        page.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Write a CED model as a folder that Hugging Face's transformers loads.
+
+    python scripts/export_hf.py -m experiments/mine/checkpoint.pt my_tagger/
+    python scripts/export_hf.py -m ced_mini --weights ced_mini.pt hub/ced-mini/
+
+The folder holds weights, settings, names of the classes, a model card, and the code of the model; with `transformers`
+and `torch` alone, and without a network, it is loaded by
+
+    pipeline("audio-classification", model="my_tagger", trust_remote_code=True)
+
+and by AutoModelForAudioClassification, AutoModel (embeddings), AutoFeatureExtractor and AutoConfig. This project reads
+it as well: `-m my_tagger`. Fill in `license` in its README.md before you publish it.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
+
+from common.errors import print_user_errors
+from models import load_model
+from scripts.hf.folder import export
+
+
+@print_user_errors
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, load the model, write the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="OUTPUT_FOLDER", type=Path, help="new or empty")
+    parser.add_argument("-m", "--model", required=True, help="a model's name, a checkpoint, or a run's folder")
+    parser.add_argument("--weights", help="file or address with the weights of the model named by -m")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an export that is there, but not its README.md"
+    )
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    model = load_model(options.model, weights=options.weights)
+    export(model, options.folder, overwrite=options.overwrite)
+    print(f"written     {options.folder} ({model.name}, {model.num_classes} classes, {model.sample_rate} Hz)")
+
+
+if __name__ == "__main__":
+    main()

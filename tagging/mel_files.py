@@ -1,0 +1,93 @@
+"""Tagging by exported files that take spectrograms, with the features of another program than PyTorch's front-end.
+
+What onnx_inference_with_kaldi.py and onnx_inference_with_torchaudio.py share.
+
+Letters: S samples, F mel bands, T frames.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from audio.io import find_audio_files, read_audio
+from common.errors import UserError
+from tagging.onnx_engine import OnnxEngine
+from tagging.windows import Windows
+
+# (waveform (S,), settings of CED's front-end) -> mel bands in decibels (F,T)
+Features = Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]
+
+
+def parse(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line of either program."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("wavs", nargs="+", type=Path, metavar="WAV", help="sound files or folders")
+    parser.add_argument("-m", "--model", type=Path, required=True, help="an .onnx file of export_onnx.py")
+    parser.add_argument("--chunk", type=float, default=5.0, help="seconds tagged at a time (default %(default)s)")
+    parser.add_argument("-k", "--topk", type=int, default=3, help="labels of each chunk (default %(default)s)")
+    options = parser.parse_args(arguments)
+    for name in ("chunk", "topk"):
+        if not getattr(options, name) > 0:
+            parser.error(f"--{name} must be above 0, not {getattr(options, name)}")
+    return options
+
+
+def open_for_features(path: Path) -> OnnxEngine:
+    """Open an exported file that takes the spectrograms of CED's front-end.
+
+    Raises:
+        UserError: it takes waveforms, or other spectrograms.
+    """
+    engine = OnnxEngine(path, n_threads=1)
+    if engine.takes != "feats":
+        raise UserError(f"{path} takes waveforms and has its front-end inside; export without --waveform")
+    if engine.front_end["class"] != "CedMel":
+        raise UserError(f"{path} takes spectrograms of {engine.front_end['class']}; only CED's can be computed here")
+    return engine
+
+
+def tag_chunks(
+    engine: OnnxEngine, features: Features, path: Path, chunk_seconds: float
+) -> Iterator[tuple[float, float, np.ndarray]]:
+    """Tag a sound file chunk by chunk: start and end in seconds, probabilities (C,).
+
+    Raises:
+        AudioReadError: the file cannot be read.
+    """
+    waveform, rate = read_audio(path, engine.sample_rate)
+    size = max(round(chunk_seconds * rate), 1)
+    windows = Windows(size, size)
+    for start, chunk in (*windows.push(waveform), *windows.finish()):
+        mel = features(chunk, _settings(engine.front_end))
+        yield start / rate, (start + len(chunk)) / rate, engine.predict_spectrogram(mel[None])[0]
+
+
+def report(
+    engine: OnnxEngine, features: Features, paths: Sequence[Path], chunk_seconds: float, top_k: int
+) -> Iterator[str]:
+    """Lay out the tags of sound files as lines of text: a file's name, then its chunks with their best labels."""
+    for path in find_audio_files(paths):
+        yield str(path)
+        for start, end, probabilities in tag_chunks(engine, features, path, chunk_seconds):
+            best = np.argsort(-probabilities, kind="stable")[:top_k]
+            tags = ", ".join(f"{engine.labels[index]} {probabilities[index]:.3f}" for index in best)
+            yield f"  [{start:6.1f} - {end:6.1f} s]  {tags}"
+
+
+def _settings(front_end: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of CED's front-end, those left out at their defaults."""
+    defaults = {
+        "sample_rate": 16000,
+        "n_mels": 64,
+        "n_fft": 512,
+        "win_size": 512,
+        "hop_size": 160,
+        "f_min": 0.0,
+        "f_max": 8000.0,
+        "center": True,
+        "min_frames": 16,
+    }
+    return defaults | dict(front_end)

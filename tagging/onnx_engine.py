@@ -1,0 +1,195 @@
+"""Exported models in ONNX Runtime.
+
+Files that take waveforms need neither PyTorch nor anything else but NumPy; for files that take spectrograms PyTorch's
+front-end is imported.
+
+Letters: B batch, S samples, F mel bands, T frames, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import onnxruntime
+
+from common.errors import UserError, some
+
+if TYPE_CHECKING:
+    from models.frontends import FrontEnd
+
+# What published exports of CED are; their files do not say it.
+_PUBLISHED = {
+    "sample_rate": "16000",
+    "input": "feats",
+    "front_end": json.dumps({"class": "CedMel", "sample_rate": 16000, "min_frames": 16}),
+    "max_frames": "1012",
+}
+
+
+class OnnxEngine:
+    """A file that export_onnx.py wrote, or a published export of CED. Safe to call from several threads at once.
+
+    The output is probabilities as the file gives them: the graph holds the sigmoid or softmax.
+
+    Args:
+        path: the .onnx file.
+        n_threads: threads that will call it at once; the cores are shared among them, so that a single caller with
+            n_threads 1 has them all, and by default each caller computes on one.
+
+    Attributes:
+        name: of the model.
+        sample_rate: of the clips it takes, in hertz.
+        labels: names of the C classes.
+        max_samples: the longest clip it takes, None where any length will do.
+        precision: "fp32", "fp16" or "int8".
+        takes: "waveform" or "feats".
+        front_end: class and arguments of the front-end, also where the file holds it.
+
+    Raises:
+        UserError: the file cannot be read, or is another kind of model.
+    """
+
+    def __init__(self, path: str | Path, n_threads: int | None = None) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{path}: there is no such file; export_onnx.py writes one")
+        n_cores = _n_cores()
+        self.n_threads = n_threads or n_cores
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = max(n_cores // self.n_threads, 1)
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others want the cores too
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the runtime's errors have no common class
+            raise UserError(
+                f"{path}: ONNX Runtime cannot read it ({_first_line(error)}); is the file whole?"
+            ) from error
+        self._read_facts(self.session.get_modelmeta().custom_metadata_map)
+        self._features: FrontEnd | None = None
+        self.max_samples: int | None = None
+        if self.takes == "feats":
+            from models.frontends import described_front_end
+
+            self._features = described_front_end(self.front_end)
+            if self._max_frames is not None:
+                self.max_samples = _longest(self._features, self._max_frames)
+
+    def predict(self, clips: Sequence[np.ndarray]) -> np.ndarray:
+        """Tag clips.
+
+        Args:
+            clips: float32 (S,) each in [-1, 1], of any lengths; those of one length are computed together.
+
+        Returns:
+            Probabilities, float32 (B,C).
+
+        Raises:
+            UserError: a clip is empty, longer than `max_samples`, or not finite.
+        """
+        lengths = np.array([len(clip) for clip in clips], np.int64)
+        result = np.empty((len(clips), len(self.labels)), np.float32)
+        for length in np.unique(lengths):
+            if length < 1 or (self.max_samples is not None and length > self.max_samples):
+                raise UserError(
+                    f"{self.path} takes clips of 1 to {self.max_samples or 'any number of'} samples at "
+                    f"{self.sample_rate} Hz, not {length}: cut them, or export with a larger --max-frames"
+                )
+            rows = np.flatnonzero(lengths == length)
+            waveform = np.stack([clips[int(row)] for row in rows]).astype(np.float32, copy=False)
+            result[rows] = self._run(waveform if self._features is None else self._spectrogram(waveform))
+        if not np.isfinite(result).all():
+            rows = np.flatnonzero(~np.isfinite(result).all(1))
+            if any(np.isfinite(clips[int(row)]).all() for row in rows):
+                raise UserError(f"{self.path} gives NaN: its weights are damaged or its training diverged")
+            raise UserError(f"clips {some(map(str, rows))} of the batch hold NaN or infinite samples")
+        return result
+
+    def predict_spectrogram(self, mel: np.ndarray) -> np.ndarray:
+        """Tag clips whose spectrograms are at hand, for files that take them.
+
+        Args:
+            mel: float32 (B,F,T) in the scale of `front_end`.
+
+        Returns:
+            Probabilities, float32 (B,C).
+
+        Raises:
+            UserError: the file takes waveforms, or not this shape.
+        """
+        if self.takes != "feats":
+            raise UserError(f"{self.path} takes waveforms and has its front-end inside; export without --waveform")
+        return self._run(mel)
+
+    def _spectrogram(self, waveform: np.ndarray) -> np.ndarray:
+        import torch
+
+        assert self._features is not None
+        with torch.inference_mode():
+            return cast(np.ndarray, self._features(torch.from_numpy(waveform)).numpy())
+
+    def _run(self, given: np.ndarray) -> np.ndarray:
+        try:
+            return cast(np.ndarray, self.session.run([self._output], {self._input: given})[0])
+        except Exception as error:
+            raise UserError(
+                f"{self.path}: ONNX Runtime cannot compute it for an input of shape {given.shape} "
+                f"({_first_line(error)}); files of other programs may take fewer frames: give shorter clips, or export "
+                "the model anew"
+            ) from error
+
+    def _read_facts(self, facts: dict[str, str]) -> None:
+        """Read what the file says about itself; published exports of CED say only that they are one."""
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        self._input, self._output = inputs[0].name, outputs[0].name
+        n_classes = outputs[0].shape[-1]
+        published = "labels" not in facts and facts.get("model_type") == "CED" and self._input == "feats"
+        if published and isinstance(n_classes, int):
+            from models.labels import labels_for
+
+            facts = {"labels": json.dumps(labels_for(n_classes, None))} | _PUBLISHED
+        wanted = ("labels", "sample_rate", "input", "front_end")
+        missing = [key for key in wanted if key not in facts]
+        if missing or len(inputs) != 1 or facts["input"] != self._input:
+            raise UserError(
+                f"{self.path}: is an ONNX model, but none that export_onnx.py wrote: found inputs "
+                f"{some(each.name for each in inputs)} and no {some(missing)} in its metadata; export it from its "
+                "checkpoint"
+            )
+        try:
+            self.labels: list[str] = json.loads(facts["labels"])
+            self.front_end: dict[str, Any] = json.loads(facts["front_end"])
+            self.sample_rate = int(facts["sample_rate"])
+            self._max_frames = int(facts["max_frames"]) if facts.get("max_frames") else None
+        except ValueError as error:
+            raise UserError(f"{self.path}: its metadata cannot be read ({error}); export it again") from error
+        if len(self.labels) != n_classes:
+            raise UserError(f"{self.path}: has {len(self.labels)} labels for {n_classes} classes; export it again")
+        self.takes, self.precision = facts["input"], facts.get("precision", "fp32")
+        self.name = facts.get("name") or self.path.stem
+
+
+def _longest(front_end: FrontEnd, max_frames: int) -> int:
+    """Samples of the longest clip that has `max_frames` frames."""
+    n_samples = max_frames * front_end.hop_size + front_end.n_fft
+    while front_end.n_frames(n_samples) > max_frames:
+        n_samples -= 1
+    return n_samples
+
+
+def _n_cores() -> int:
+    """Cores that this process may use, or as many as OMP_NUM_THREADS says."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
