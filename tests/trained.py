@@ -15,7 +15,7 @@ RATE = 16000
 def chord(kind: int, seconds: float, rng: np.random.Generator) -> np.ndarray:
     """Six tones about the pitch of one of six kinds, float64 (S,) at 16 kHz, about as loud as full scale."""
     time = np.arange(round(seconds * RATE)) / RATE
-    pitches = (150, 400, 900, 1800, 3200, 5500)[kind] * rng.uniform(0.85, 1.15, 6)
+    pitches = (150, 400, 1000, 2200, 4200, 7000)[kind] * rng.uniform(0.9, 1.1, 6)
     return np.sin(2 * np.pi * (pitches[:, None] * time + rng.uniform(size=(6, 1)))).sum(0) / 3
 
 

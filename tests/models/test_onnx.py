@@ -1,0 +1,261 @@
+"""Exported files compute what PyTorch computes, at shapes that the tracer never saw, and say what they are."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from common.errors import UserError
+from models import create_model, load_model, save_checkpoint
+from models.audiotransformer import AudioTransformer
+from models.labels import AUDIOSET_LABELS, audioset_labels, read_labels
+from models.onnx import export_onnx, with_chunks_of, write_label_table
+from tests.models.sounds import noise
+
+logging.getLogger("torch.__trace").propagate = False  # of interest to no reader of a failure
+LABELS = ["Speech", "Chirp, tweet", 'A "quoted" name', "Ünïcode", "Rain"]
+
+
+def small(name="audiotransformer_pico", **arguments):
+    """A small network that hears differences, as if trained: its norms know spectrograms, its answers spread."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if name == "audiotransformer_pico":
+            arguments = {"depth": 1} | arguments
+        model = create_model(name, labels=LABELS, **arguments)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        with torch.no_grad():
+            sounds = torch.stack([noise(8000, seed, 10.0**-seed) for seed in range(4)])
+            model.forward_spectrogram(model.front_end(sounds))
+        torch.nn.init.normal_(model.get_submodule(model.head).weight, std=0.15)
+    return model.eval()
+
+
+def spectrograms(n_clips, n_frames, n_mels=64):
+    """Spectrograms (B,F,T) in decibels, each of another level and tilt."""
+    generator = torch.Generator().manual_seed(n_frames)
+    tilt = torch.linspace(-1, 1, n_mels) * 30 * torch.randn(n_clips, 1, generator=generator)
+    return tilt[:, :, None] + torch.randn(n_clips, n_mels, n_frames, generator=generator) * 15 - 40
+
+
+def run(path, given):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: given.numpy()})[0]
+
+
+def tagged(model, mel):
+    with torch.inference_mode():
+        return model.probabilities(model.forward_spectrogram(mel)).numpy()
+
+
+def metadata(path):
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+@pytest.fixture(scope="module")
+def ced():
+    return small(pooling="logit")
+
+
+@pytest.fixture(scope="module")
+def files(ced, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    precisions = ("fp32", "fp16", "int8")
+    names = {takes: {each: folder / f"{takes}.{each}.onnx" for each in precisions} for takes in ("feats", "waveform")}
+    differences = {takes: export_onnx(ced, targets, waveform=takes == "waveform") for takes, targets in names.items()}
+    assert len(list(folder.iterdir())) == 6  # no weights beside the graphs, nothing left over
+    assert all(each["fp32"] < 1e-5 and each["fp16"] < 2e-3 and each["int8"] < 0.05 for each in differences.values())
+    return names
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (1, 17), (5, 101), (2, 1011), (1, 1012), (1, 1013), (3, 2024), (2, 2500)])
+def test_spectrograms_of_any_batch_and_length_get_pytorchs_probabilities(ced, files, shape):
+    mel = spectrograms(*shape)
+    expected = tagged(ced, mel)
+    assert expected.std(0).max() > 0.05 or shape[0] == 1
+    np.testing.assert_allclose(run(files["feats"]["fp32"], mel), expected, atol=1e-5)
+    np.testing.assert_allclose(run(files["feats"]["fp16"], mel), expected, atol=5e-3)
+    np.testing.assert_allclose(run(files["feats"]["int8"], mel), expected, atol=0.1)
+
+
+def test_fewer_frames_than_a_patch_are_followed_by_silence(ced, files):
+    mel = spectrograms(2, 5)
+    extended = torch.nn.functional.pad(mel, (0, 11), value=-100.0)
+    np.testing.assert_allclose(run(files["feats"]["fp32"], mel), tagged(ced, extended), atol=1e-5)
+
+
+@pytest.mark.parametrize("n_samples", [1, 255, 2399, 2401, 16001, 161919, 161920, 200001])
+@pytest.mark.parametrize("level", [0.0, 1e-5, 0.1, 1.0])
+def test_waveforms_of_any_length_and_level_get_pytorchs_probabilities(ced, files, n_samples, level):
+    wave = torch.stack([noise(n_samples, seed, level).clamp(-1, 1) for seed in range(2 if n_samples < 20000 else 1)])
+    np.testing.assert_allclose(run(files["waveform"]["fp32"], wave), ced.predict(wave).numpy(), atol=1e-5)
+
+
+def test_a_quiet_clip_does_not_hear_its_loud_neighbour(files):
+    quiet, loud = noise(16000, 0, 1e-5), noise(16000, 1, 1.0)
+    together = run(files["waveform"]["fp32"], torch.stack([loud, quiet]))
+    np.testing.assert_allclose(together[1], run(files["waveform"]["fp32"], quiet[None])[0], atol=1e-5)
+
+
+def test_five_clips_get_what_each_gets_alone(files):
+    waves = torch.stack([noise(8001, seed) for seed in range(5)])
+    for precision, margin in (("fp32", 1e-5), ("fp16", 1e-3), ("int8", 0.05)):  # int8: the batch shares a scale
+        alone = np.concatenate([run(files["waveform"][precision], wave[None]) for wave in waves])
+        np.testing.assert_allclose(run(files["waveform"][precision], waves), alone, atol=margin)
+
+
+def test_files_are_small_by_precision_and_say_nothing_of_this_machine(files):
+    for targets in files.values():
+        sizes = {precision: path.stat().st_size for precision, path in targets.items()}
+        assert max(sizes["int8"], sizes["fp16"]) < 0.75 * sizes["fp32"]
+        for path in targets.values():
+            content = path.read_bytes()
+            assert str(Path(__file__).parent.parent.parent).encode() not in content
+            assert b".py" not in content
+            graph = onnx.load(path)
+            onnx.checker.check_model(graph, full_check=True)
+            assert {entry.domain: entry.version for entry in graph.opset_import}[""] == 18
+            assert {node.domain for node in graph.graph.node} <= {"", "ai.onnx"}  # nothing only one runtime knows
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("takes", ["feats", "waveform"])
+def test_inputs_are_free_in_batch_and_length_and_outputs_have_a_static_number_of_classes(files, takes, precision):
+    session = onnxruntime.InferenceSession(str(files[takes][precision]), providers=["CPUExecutionProvider"])
+    (given,), (found,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, found.name, found.type) == (takes, "tensor(float)", "prob", "tensor(float)")
+    assert [size if isinstance(size, int) else None for size in given.shape] == (
+        [None, 64, None] if takes == "feats" else [None, None]
+    )
+    assert found.shape[1] == len(LABELS)
+    assert isinstance(found.shape[0], str)
+
+
+def test_metadata_says_what_a_program_must_know(ced, files):
+    facts = metadata(files["waveform"]["int8"])
+    assert facts["model_type"] == "CED"
+    assert facts["version"] == "1.0"
+    assert {"model_author", "url", "comment"} < set(facts)
+    assert json.loads(facts["labels"]) == LABELS
+    assert json.loads(facts["front_end"]) == ced.front_end.description
+    assert facts["name"] == "audiotransformer_pico"
+    assert [facts[key] for key in ("input", "precision", "activation", "sample_rate", "max_frames")] == [
+        "waveform",
+        "int8",
+        "sigmoid",
+        "16000",
+        "",
+    ]
+    assert metadata(files["feats"]["fp16"])["precision"] == "fp16"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"pooling": "token", "activation": "softmax", "patch_stride": 10, "target_length": 500, "init_values": 0.5},
+        {
+            "pooling": "dm",
+            "eval_avg": "max",
+            "n_mels": 40,
+            "sample_rate": 8000,
+            "f_max": None,
+            "hop_size": 80,
+            "init_bn": False,
+        },
+    ],
+    ids=["token, softmax, overlapping patches", "dm, 8 kHz"],
+)
+def test_every_kind_of_transformer_can_be_exported(arguments, tmp_path):
+    model = small(**arguments)
+    export_onnx(model, {"fp32": tmp_path / "x.onnx"})
+    for n_frames in (20, 333, 700, 1500):
+        mel = spectrograms(2, n_frames, model.front_end.n_mels)
+        expected = tagged(model, mel)
+        np.testing.assert_allclose(run(tmp_path / "x.onnx", mel), expected, atol=1e-5)
+        if model.activation == "softmax":
+            np.testing.assert_allclose(expected.sum(1), 1, atol=1e-5)
+
+
+def test_mobilenet_can_be_exported(tmp_path):
+    model = small("mn01_as")
+    targets = {precision: tmp_path / f"x.{precision}.onnx" for precision in ("fp32", "int8")}
+    differences = export_onnx(model, targets, waveform=True)
+    assert differences["fp32"] < 1e-5
+    for n_samples in (1, 700, 32001):
+        wave = torch.stack([noise(n_samples, seed, 10.0**-seed) for seed in range(3)])
+        expected = model.predict(wave).numpy()
+        np.testing.assert_allclose(run(targets["fp32"], wave), expected, atol=1e-4)
+        np.testing.assert_allclose(run(targets["int8"], wave), expected, atol=0.1)
+    assert expected.std(0).max() > 0.05
+    facts = metadata(targets["fp32"])
+    assert (facts["model_type"], facts["sample_rate"]) == ("MobileNetV3", "32000")
+    operators = {node.op_type for node in onnx.load(targets["int8"]).graph.node}
+    assert {"Conv", "MatMulInteger"} <= operators
+    assert "ConvInteger" not in operators  # slower, and wrong
+
+
+def test_the_model_stays_as_it_was(ced, files):
+    assert next(ced.parameters()).dtype == torch.float32
+    model = small().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with_chunks_of(model, 300)
+    assert model.training
+    assert model.target_length == 1012
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_chunks_of_another_length_stretch_the_time_positions_as_published(ced, tmp_path, caplog):
+    save_checkpoint(tmp_path / "ced.pt", ced)
+    with caplog.at_level(logging.WARNING):
+        longer = with_chunks_of(ced, 3000)
+    assert "1012" in caplog.text
+    assert "3000" in caplog.text
+    assert longer.labels == LABELS
+    mel = spectrograms(1, 2900)
+    expected = tagged(load_model(tmp_path / "ced.pt", target_length=3000), mel)
+    np.testing.assert_array_equal(tagged(longer, mel), expected)
+    assert with_chunks_of(ced, 1012) is ced
+    mobile = small("mn01_as")
+    assert with_chunks_of(mobile, 3000) is mobile
+    with pytest.raises(UserError, match="must hold a patch of 16"):
+        with_chunks_of(ced, 8)
+
+
+class Branching(AudioTransformer):
+    """Looks at values where a tracer cannot follow."""
+
+    def probabilities_of(self, mel):
+        return super().probabilities_of(-mel if mel.mean() > 0 else mel)
+
+
+class Frozen(AudioTransformer):
+    """Keeps a length of the tracer's example in its graph."""
+
+    def probabilities_of(self, mel):
+        found = super().probabilities_of(mel)
+        return found + torch.tensor(float(mel.shape[2] > 500))
+
+
+@pytest.mark.parametrize("kind", [Branching, Frozen])
+def test_an_export_that_differs_is_refused_and_leaves_no_file(kind, tmp_path):
+    model = kind(num_classes=3, embed_dim=64, num_heads=1, depth=1).eval()
+    with pytest.raises(UserError, match="probabilities_of"):
+        export_onnx(model, {"int8": tmp_path / "a.onnx", "fp32": tmp_path / "b.onnx"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_label_table_is_read_back_and_quotes_every_name(tmp_path):
+    write_label_table(tmp_path / "own.csv", LABELS)
+    assert read_labels(tmp_path / "own.csv") == LABELS
+    lines = (tmp_path / "own.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[:3] == ["index,mid,display_name", '0,/m/09x0r,"Speech"', '1,/m/07pggtn,"Chirp, tweet"']
+    assert lines[4] == '3,/own/3,"Ünïcode"'
+    write_label_table(tmp_path / "audioset.csv", audioset_labels())
+    assert (tmp_path / "audioset.csv").read_text() == AUDIOSET_LABELS.read_text()

@@ -1,0 +1,117 @@
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import export_onnx
+from models import create_model, load_model, save_checkpoint
+from models.huggingface import write_huggingface
+from models.labels import read_labels
+from tagging.onnx_engine import OnnxEngine
+from tests.conftest import run_command
+from tests.models.sounds import noise
+from training.data import open_labelled
+from training.metrics import evaluate_scores
+
+logging.getLogger("torch.__trace").propagate = False  # of interest to no reader of a failure
+LABELS = [f"tone {index}" for index in range(7)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = create_model("audiotransformer_pico", labels=LABELS, depth=1).eval()
+        torch.nn.init.normal_(model.outputlayer[1].weight, std=0.2)
+    return model
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    path = tmp_path / "run" / "best.pt"
+    save_checkpoint(path, model)
+    return path
+
+
+def test_the_published_command_writes_both_files_and_the_label_table(checkpoint, tmp_path):
+    # As scripts of sherpa-onnx call it, but for the weights, which are fetched there.
+    command = ("-m", "audiotransformer_pico", "--weights", checkpoint, "--max-frames", "1012")
+    done = run_command(Path(export_onnx.__file__), *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not re.search("(?i)warning|quantiz|initializer", done.stderr)  # nothing of the libraries' own steps
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"run", "audiotransformer_pico.onnx", "audiotransformer_pico.int8.onnx", "class_labels_indices.csv"}
+    assert read_labels(tmp_path / "class_labels_indices.csv") == LABELS
+    told = done.stdout.splitlines()
+    assert re.match(r"audiotransformer_pico.onnx: \d.\d\d MB, up to \S+ from PyTorch", told[0])
+    assert told[2] == "class_labels_indices.csv: 7 labels"
+    session = onnxruntime.InferenceSession(tmp_path / "audiotransformer_pico.onnx", providers=["CPUExecutionProvider"])
+    assert [entry.name for entry in session.get_inputs()] == ["feats"]
+    assert session.get_modelmeta().custom_metadata_map["model_type"] == "CED"
+
+
+def test_calibration_tells_what_every_precision_costs(checkpoint, model, tone_pack, tmp_path, capsys):
+    export_onnx.main(
+        f"-m {checkpoint.parent} --waveform --precision fp32,int8 --calibrate {tone_pack} "
+        f"--output {tmp_path / 'out' / 'own.onnx'} --labels_output {tmp_path / 'names.csv'}".split()
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["own.int8.onnx", "own.onnx"]
+    assert read_labels(tmp_path / "names.csv") == LABELS
+    told = capsys.readouterr().out
+    data = open_labelled(str(tone_pack), LABELS, None)
+    waves = torch.stack([torch.from_numpy(data.pack.read(row)) for row in range(len(data.pack))])
+    expected = evaluate_scores(model.predict(waves).numpy(), data.multi_hot()).mAP
+    assert re.search(rf"^PyTorch fp32 +{expected:.4f} ", told, re.MULTILINE)
+    assert re.search(rf"^fp32 +{expected:.4f} +-?0.00 +\d.\d\d +\d+.\d +\S+own.onnx$", told, re.MULTILINE)
+    eight_bit = re.search(r"^int8 +(\d.\d+) +(-?\d+.\d\d) ", told, re.MULTILINE)
+    assert float(eight_bit[2]) == pytest.approx(100 * (expected - float(eight_bit[1])), abs=0.02)
+
+
+def test_hugging_face_folders_and_longer_chunks_and_one_name_for_one_file(model, tmp_path, caplog):
+    write_huggingface(tmp_path / "hf", model)
+    target = tmp_path / "half.onnx"
+    with caplog.at_level(logging.WARNING, "models"):
+        export_onnx.main(
+            ["-m", str(tmp_path / "hf"), "--max_frames", "1500", "--precision", "fp16", "--output", str(target)]
+        )
+    assert "1012" in caplog.text
+    assert "1500" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "half.onnx", "class_labels_indices.csv"}
+    wave = noise(14 * 16000)
+    expected = load_model(tmp_path / "hf", target_length=1500).predict(wave[None]).numpy()
+    engine = OnnxEngine(target)
+    assert engine.precision == "fp16"
+    np.testing.assert_allclose(engine.predict([wave.numpy()]), expected, atol=5e-3)
+    assert onnx.load(target).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["-m", "ced_minni"], "ced_mini"),
+        (["-m", "{checkpoint}", "--calibrate", "absent.tsv"], "absent.tsv"),
+        (["-m", "{checkpoint}", "--max-frames", "3"], "must hold a patch of 16"),
+    ],
+)
+def test_faults_are_sentences_and_nothing_is_written(words, sentence, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as status:
+        export_onnx.main([word.format(checkpoint=checkpoint) for word in words])
+    assert status.value.code == 1
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert "Traceback" not in told
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("words", [["--precision", "int4"], ["--output", "model.pt"]])
+def test_impossible_options_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as status:
+        export_onnx.main(words)
+    assert status.value.code == 2
+    assert words[1] in capsys.readouterr().err
