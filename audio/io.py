@@ -131,7 +131,7 @@ class AudioBlocks:
             if n_read == 0:
                 raise AudioReadError(self.path, "has no samples", kind="empty")
             if self.mix_down:
-                block = block.mean(axis=1)
+                block = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
             if stream is not None:
                 block = stream.resample_chunk(block, last=last)
             if last and n_given + len(block) == 0:  # a handful of samples, resampled to none

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from common.errors import UserError
 from common.files import whole_file, write_json, write_text
 from tagging.files import TaggedFile, TaggedWindow
-from tagging.parts import LastOne, Share, check_made_with, claim_folder
+from tagging.parts import LastOne, Share, check_made_with, claim_folder, marks_of
 
 COLUMNS = ("filename", "start", "end", "label", "probability", "error")
 TRACKS = "audacity"
@@ -318,6 +318,8 @@ class SharedRows:
             for part in parts:
                 part.unlink()
                 _meta(part).unlink()
+            for partial in self.path.parent.glob(f".{glob.escape(self.path.name)}.part-*.partial"):
+                partial.unlink()  # of processes that were killed
         return True
 
     def _note(self, done: set[str], faults: Mapping[str, str]) -> None:
@@ -469,6 +471,6 @@ def remove_output(path: Path) -> None:
         shutil.rmtree(path)
     shutil.rmtree(path.with_name(f"{path.name}.parts"), ignore_errors=True)
     parts = parts_of(path)
-    marks = path.parent.glob(f".{glob.escape(path.name)}.end-*-of-*")
-    for file in [path, _meta(path), *parts, *map(_meta, parts), *marks]:
+    partials = path.parent.glob(f".{glob.escape(path.name)}.part-*.partial")
+    for file in [path, _meta(path), *parts, *map(_meta, parts), *partials, *marks_of(path)]:
         file.unlink(missing_ok=True)

@@ -69,6 +69,12 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     write_json(note, dict(settings))
 
 
+def marks_of(path: Path) -> list[Path]:
+    """Find what `LastOne` has left for an output, and what was killed while it was written."""
+    name = glob.escape(path.name)
+    return [mark for dots in (".", "..") for mark in path.parent.glob(f"{dots}{name}.end-*-of-*")]
+
+
 class LastOne:
     """Finds out which of several processes is the last to finish, and tells it what all of them could not read.
 
@@ -99,7 +105,7 @@ class LastOne:
                 yield None
                 return
             yield {name: fault for of_one in everyones for name, fault in of_one.items()}
-            for mark in (*self.path.parent.glob(f".{glob.escape(self.path.name)}.end-*-of-*"), lock):
+            for mark in (*marks_of(self.path), lock):
                 mark.unlink(missing_ok=True)
 
     def _told(self, mark: Path) -> dict[str, str] | None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -224,6 +225,14 @@ def test_a_threshold_makes_events_of_all_its_labels_and_topk_limits_them(checkpo
     assert exit_status(*words[:-1], "1", "--output", tmp_path / "none.csv") == 0
     (row,) = read_csv(tmp_path / "none.csv")  # tagged, and nothing heard
     assert (row["filename"], row["label"], row["error"]) == (str(path), "", "")
+
+
+def test_embeddings_are_of_windows_also_where_tags_are_of_events(checkpoint, sounds, tmp_path):
+    words = sounds / "siren_over_rain.wav", "-m", checkpoint, "-c", 1, "--threshold", "0", "--quiet"
+    assert exit_status(*words, "--output", tmp_path / "tags.csv", "--embeddings", tmp_path / "e.h5") == 0
+    assert {(row["start"], row["end"]) for row in read_csv(tmp_path / "tags.csv")} == {("0.0", "6.0")}
+    with h5py.File(tmp_path / "e.h5") as file:
+        assert file["window/start"][:].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_hops_and_several_outputs_at_once(checkpoint, sounds, tmp_path, capsys):

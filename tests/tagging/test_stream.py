@@ -1,0 +1,271 @@
+import io
+import os
+import re
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import soundfile
+
+from common.errors import UserError
+from tagging.files import Wanted, tag_files
+from tagging.stream import FORMATS, Encoding, StreamTagger, read_stream
+from tests.conftest import ROOT
+from tests.tagging.sounds import RATE, Meter, humming, steady
+
+EVERY = Wanted(None, probabilities=True)
+RAW = Encoding(RATE)
+SUBTYPES = {
+    "u8": "PCM_U8",
+    "s16le": "PCM_16",
+    "s24le": "PCM_24",
+    "s32le": "PCM_32",
+    "f32le": "FLOAT",
+    "f64le": "DOUBLE",
+}
+
+
+def tag_bytes(engine, data, raw=RAW, block_seconds=0.1, **times):
+    encoding, blocks = read_stream(io.BytesIO(data), raw, block_seconds)
+    tagger = StreamTagger(engine, EVERY, sample_rate=encoding.sample_rate, **times)
+    return [window for block in blocks for window in tagger.push(block)] + tagger.finish()
+
+
+def check_same(found, expected):
+    assert [(w.start, w.end) for w in found] == [(w.start, w.end) for w in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert np.abs(one.probabilities - other.probabilities).max() <= 1e-5
+        assert [label for label, _ in one.tags] == [label for label, _ in other.tags]
+
+
+def samples_of(path):
+    """The bytes behind a wav's header."""
+    data = path.read_bytes()
+    place = data.index(b"data")
+    return data[place + 8 : place + 8 + struct.unpack("<I", data[place + 4 : place + 8])[0]]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("rate", "channels"), [(16000, 1), (44100, 2), (8000, 3)])
+def test_a_stream_is_tagged_as_the_file_in_one_piece(tmp_path, pico, form, rate, channels):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, humming(5, 2.35, rate, channels), rate, subtype=SUBTYPES[form])
+    times = {"chunk_seconds": 1.0, "hop_seconds": 0.5}
+    (file,) = tag_files(pico, [path], EVERY, **times)
+    assert [window.end for window in file.windows] == [1.0, 1.5, 2.0, 2.35]
+    check_same(tag_bytes(pico, path.read_bytes(), **times), file.windows)
+    raw = Encoding(rate, channels, form)
+    check_same(tag_bytes(pico, samples_of(path), raw, **times), file.windows)
+
+
+@pytest.mark.parametrize("block_seconds", [1e-9, 0.00123, 0.37, 100])
+@pytest.mark.parametrize("hop", [0.25, None, 1.3])
+def test_neither_blocks_nor_hops_change_what_is_heard(tmp_path, pico, block_seconds, hop):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, humming(6, 1.83, 22050, 2), 22050)
+    times = {"chunk_seconds": 0.5, "hop_seconds": hop}
+    (file,) = tag_files(pico, [path], EVERY, **times)
+    check_same(tag_bytes(pico, path.read_bytes(), block_seconds=block_seconds, **times), file.windows)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (160, 3, 9999), (10**6,)])
+def test_samples_may_be_pushed_in_any_pieces(pico, sizes):
+    sound = humming(7, 2.0, 48000, 2)
+    whole = StreamTagger(pico, EVERY, chunk_seconds=0.75, sample_rate=48000)
+    expected = whole.push(sound) + whole.finish()
+    tagger = StreamTagger(pico, EVERY, chunk_seconds=0.75, sample_rate=48000)
+    found, first = [], 0
+    if sizes == (1,):
+        sizes = (16000, 1)  # single samples, now and then
+    while first < len(sound):
+        size = sizes[len(found) % len(sizes)] if len(sizes) > 1 else sizes[0]
+        found += tagger.push(sound[first : first + size])
+        first += size
+    found += tagger.finish()
+    check_same(found, expected)
+    assert tagger.seconds == 2.0
+
+
+def with_header(path, place, values):
+    data = bytearray(path.read_bytes())
+    for offset, value in zip((4, place), values, strict=True):
+        data[offset : offset + 4] = struct.pack("<I", value)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("length", [0, 0xFFFFFFFF, 0x7FFFFFFF, 2 * RATE, 2 * RATE + 1])
+def test_the_length_in_a_wavs_header_may_be_unknown_or_out_of_date(tmp_path, pico, length):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, humming(5, 2.35), RATE)
+    (file,) = tag_files(pico, [path], EVERY, chunk_seconds=1.0)
+    data = with_header(path, 40, (length, length))  # half of it was there when the header was written
+    check_same(tag_bytes(pico, data, chunk_seconds=1.0), file.windows)
+
+
+def test_what_a_program_wrote_behind_the_samples_is_not_heard(tmp_path, pico):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, humming(5, 2.35), RATE)
+    (file,) = tag_files(pico, [path], EVERY, chunk_seconds=1.0)
+    behind = b"LIST" + struct.pack("<I", 9000) + b"INFOICMT" + os.urandom(8992)
+    check_same(tag_bytes(pico, path.read_bytes() + behind, chunk_seconds=1.0), file.windows)
+    odd = bytearray(path.read_bytes() + b"\x01\x00" + behind)
+    odd[40:44] = struct.pack("<I", len(odd) - 44 - len(behind) - 1)
+    check_same(tag_bytes(pico, bytes(odd), chunk_seconds=1.0), file.windows)
+
+
+def test_extensible_headers_and_other_chunks_before_the_samples_are_read(tmp_path, pico):
+    path = tmp_path / "a.wav"
+    sound = humming(5, 1.2, 44100, 6)
+    soundfile.write(path, sound, 44100, format="WAVEX", subtype="PCM_24")
+    assert path.read_bytes()[20:22] == b"\xfe\xff"
+    (file,) = tag_files(pico, [path], EVERY, chunk_seconds=1.0)
+    data = path.read_bytes()
+    check_same(tag_bytes(pico, data, chunk_seconds=1.0), file.windows)
+    more = data[:12] + b"bext" + struct.pack("<I", 5) + b"hello\x00" + data[12:]
+    check_same(tag_bytes(pico, more, chunk_seconds=1.0), file.windows)
+    soundfile.write(path, sound, 44100, format="RF64", subtype="FLOAT")
+    (file,) = tag_files(pico, [path], EVERY, chunk_seconds=1.0)
+    check_same(tag_bytes(pico, path.read_bytes(), chunk_seconds=1.0), file.windows)
+
+
+def test_a_stream_that_ends_within_a_sample_or_at_once_is_no_fault():
+    meter = Meter()
+    assert tag_bytes(meter, b"") == []
+    ones = np.full(RATE, 8192, "<i2").tobytes()
+    for n_more in (0, 1):
+        (window,) = tag_bytes(meter, ones + b"\x00" * n_more)
+        assert (window.start, window.end, window.probabilities[0]) == (0, 1, 0.25)
+    (window,) = tag_bytes(meter, ones[:2])
+    assert window.end == 1 / RATE
+    (window,) = tag_bytes(Meter(sample_rate=40), bytes([192] * 100), Encoding(40, 1, "u8"))
+    assert (window.end, window.probabilities[0]) == (2.5, 0.5)
+
+
+FMT = b"RIFF\x00\x00\x00\x00WAVEfmt "
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"RIFF", "no wav"),
+        (b"RIFF\x00\x00\x00\x00AVI LIST", "no wav"),
+        (b"RIFF\x00\x00\x00\x00WAVE", "ends within its header"),
+        (FMT + struct.pack("<I", 16) + b"\x01\x00", "ends within its header"),
+        (FMT + struct.pack("<I", 4) + b"\x01\x00\x01\x00" + b"data\x00\x00\x00\x00", "too little of its format"),
+        (FMT + struct.pack("<IHHIIHH", 16, 7, 1, 8000, 8000, 1, 8) + b"data1234", "format 7 with 8 bits"),
+        (FMT + struct.pack("<IHHIIHH", 16, 1, 0, 8000, 8000, 1, 16) + b"data1234", "format 1 with 16 bits"),
+        (b"RIFF\x00\x00\x00\x00WAVEdata\x00\x00\x00\x00", "no format before its samples"),
+        (b"fLaC\x00\x00", "file of format FLAC"),
+        (b"OggS\x00\x00", "file of format Ogg"),
+        (b"ID3\x04\x00\x00", "file of format MP3"),
+    ],
+)
+def test_bad_headers_are_sentences(data, sentence):
+    with pytest.raises(UserError, match=sentence):
+        read_stream(io.BytesIO(data), RAW)
+
+
+def test_samples_that_are_no_numbers_and_formats_that_are_none_are_sentences():
+    with pytest.raises(UserError, match=r"not finite numbers after 1\.00 s"):
+        tag_bytes(Meter(), np.append(np.zeros(RATE), np.nan).astype("<f4").tobytes(), Encoding(RATE, 1, "f32le"))
+    with pytest.raises(UserError, match=r"'s8'.*wanted one of u8, s16le"):
+        read_stream(io.BytesIO(b""), Encoding(RATE, 1, "s8"))
+    meter = Meter()
+    meter.max_samples = RATE
+    with pytest.raises(UserError, match="takes at most"):
+        StreamTagger(meter, chunk_seconds=1.1)
+
+
+@pytest.mark.parametrize("rate", [RATE, 44100])
+def test_memory_does_not_grow_with_the_stream(rate):
+    class Forgetful(Meter):
+        def predict(self, clips):
+            self.batches.clear()
+            return super().predict(clips)
+
+    tagger = StreamTagger(Forgetful(), chunk_seconds=2.0, hop_seconds=0.5, sample_rate=rate)
+    block = np.zeros((rate // 10, 2), np.float32)
+    n_windows, peaks = 0, []
+    tracemalloc.start()
+    try:
+        for _ in range(10):  # minutes
+            tracemalloc.reset_peak()
+            for _ in range(600):
+                n_windows += len(tagger.push(block))
+                assert len(tagger._windows._kept) < 2 * RATE
+            peaks.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+    assert n_windows == pytest.approx(10 * 60 * 2 - 3, abs=1)
+    assert peaks[-1] < peaks[1] + 20_000
+    assert peaks[-1] < 3e6
+
+
+def command(*words, **more):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "inference.py"), "--stream", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        **more,
+    )
+
+
+def test_as_a_command_it_tells_of_each_window_before_the_stream_ends(tmp_path, checkpoint, pico):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, humming(5, 3.3, 44100, 2), 44100)
+    data = path.read_bytes()
+    (file,) = tag_files(pico, [path], chunk_seconds=1.0)
+    n_bytes = round(1.25 * 44100) * 4  # what a window needs, a block and the resampler's delay
+    with command("-m", checkpoint, "-c", "1", stdin=subprocess.PIPE) as process:
+        watchdog = threading.Timer(60, process.kill)
+        watchdog.daemon = True
+        watchdog.start()
+        told = []
+        for k in range(2):
+            process.stdin.write(data[k * n_bytes : (k + 1) * n_bytes])
+            process.stdin.flush()
+            told.append(process.stdout.readline().decode())  # would wait for ever if it waited for more
+            time.sleep(0.05)
+        process.stdin.write(data[2 * n_bytes :])
+        process.stdin.close()
+        told += process.stdout.read().decode().splitlines(keepends=True)
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+        watchdog.cancel()
+    expected = [
+        f"  [{w.start:6.1f} - {w.end:6.1f} s]  " + ", ".join(f"{label} {value:.3f}" for label, value in w.tags) + "\n"
+        for w in file.windows
+    ]
+    assert told == expected
+
+
+def test_raw_samples_through_a_pipe_as_a_command(tmp_path, checkpoint, pico):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, humming(8, 1.5, 8000, 2), 8000, subtype="PCM_U8")
+    (file,) = tag_files(pico, [path], Wanted(None, 0.5), chunk_seconds=1.0)
+    with subprocess.Popen(["tail", "-c", "+45", path], stdout=subprocess.PIPE) as tail:
+        raw = "--rate", "8000", "--channels", "2", "--encoding", "u8"
+        with command("-m", checkpoint, "-c", "1", "--threshold", "0.5", *raw, stdin=tail.stdout) as process:
+            output, error = process.communicate()
+    assert process.returncode == 0, error
+    lines = output.decode().splitlines()
+    assert [len(re.findall(r" 0\.\d{3}", line)) for line in lines] == [len(window.tags) for window in file.windows]
+    for line, window in zip(lines, file.windows, strict=True):
+        assert all(f"{label} {value:.3f}" in line for label, value in window.tags)
+        assert 0 < len(window.tags) < 6
+
+
+def test_a_level_is_the_mean_of_the_channels(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.stack([np.full(RATE, 0.75), np.full(RATE, 0.25)], axis=1), RATE)
+    (window,) = tag_bytes(Meter(), (tmp_path / "a.wav").read_bytes())
+    assert window.probabilities[0] == 0.5
+    steady(tmp_path / "b.wav", [0.25, 0.5])
+    first, second = tag_bytes(Meter(), (tmp_path / "b.wav").read_bytes(), chunk_seconds=1.0)
+    assert (first.probabilities[0], second.probabilities[0]) == (0.25, 0.5)
