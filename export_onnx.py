@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from audio.io import resample
-from common.errors import Faults, print_user_errors
+from common.errors import Faults, UserError, print_user_errors
 from models import AudioTagger, load_model
-from models.onnx import PRECISIONS, Precision, export_onnx, with_chunks_of, write_label_table
+from models.onnx import PRECISIONS, Precision, export_onnx, label_table, with_chunks_of, write_label_table
 from tagging.engines import Engine, TorchEngine
 from tagging.onnx_engine import OnnxEngine
 from training.data import LabelledPack, open_labelled
@@ -67,6 +67,11 @@ def names(output: Path, precisions: Sequence[Precision], chosen: bool) -> dict[P
     return {each: output if each == "fp32" else output.with_suffix(f".{each}.onnx") for each in precisions}
 
 
+def holds_other_labels(table: Path, labels: list[str]) -> bool:
+    """Whether a file is there that is not the table of these labels."""
+    return table.exists() and table.read_text(encoding="utf-8", errors="replace") != label_table(labels)
+
+
 def judge(engine: Engine, data: LabelledPack) -> tuple[float, float]:
     """Return mAP and milliseconds a clip, one clip at a time; what is too long for the engine is cut and averaged."""
     scores, seconds = np.zeros((len(data.pack), len(engine.labels)), np.float32), 0.0
@@ -112,8 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         faults.raise_if_any()
     output = options.output or Path(f"{model.name}.onnx")
     files = names(output, options.precision, options.output is not None)
-    differences = export_onnx(model, files, waveform=options.waveform)
     table = options.labels_output or output.with_name("class_labels_indices.csv")
+    if options.labels_output is None and holds_other_labels(table, model.labels):
+        raise UserError(
+            f"{table}: holds other labels than those of {options.model}, for another model in this folder; give the "
+            "table another name with --labels-output, or write to another folder with --output"
+        )
+    differences = export_onnx(model, files, waveform=options.waveform)
     write_label_table(table, model.labels)
     for precision, path in files.items():
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, up to {differences[precision]:.1g} from PyTorch")

@@ -13,9 +13,8 @@ import kaldi_native_fbank
 import numpy as np
 
 from common.errors import print_user_errors
-from tagging.mel_files import open_for_features, parse, report
-
-TOP_DB = 120.0  # below the loudest band of a chunk nothing is told apart
+from models.frontends import CedMel
+from tagging.mel_files import run
 
 
 def kaldi_features(waveform: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
@@ -47,16 +46,13 @@ def kaldi_features(waveform: np.ndarray, settings: Mapping[str, Any]) -> np.ndar
     bank.input_finished()
     power = np.stack([bank.get_frame(frame) for frame in range(bank.num_frames_ready)], axis=1)
     decibels = 10 * np.log10(np.maximum(power, 1e-10))
-    return np.maximum(decibels, decibels.max() - TOP_DB)
+    return np.maximum(decibels, decibels.max() - CedMel.TOP_DB)
 
 
 @print_user_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tag what the command line names."""
-    options = parse("Tag sound files with an exported CED model and Kaldi's filter banks.", arguments)
-    engine = open_for_features(options.model)
-    for line in report(engine, kaldi_features, options.wavs, options.chunk, options.topk):
-        print(line)
+    run("Tag sound files with an exported CED model and Kaldi's filter banks.", kaldi_features, arguments)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ import torch
 from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 
 from common.errors import print_user_errors
-from tagging.mel_files import open_for_features, parse, report
-
-TOP_DB = 120.0  # below the loudest band of a chunk nothing is told apart
+from models.frontends import CedMel
+from tagging.mel_files import run
 
 
 def torchaudio_features(waveform: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
@@ -40,16 +39,13 @@ def torchaudio_features(waveform: np.ndarray, settings: Mapping[str, Any]) -> np
     shortest = max((settings["min_frames"] - 1) * settings["hop_size"] + reach, settings["n_fft"] // 2 + 1)
     padded = np.pad(waveform, (0, max(shortest - len(waveform), 0)))
     with torch.inference_mode():
-        return AmplitudeToDB("power", top_db=TOP_DB)(spectrogram(torch.from_numpy(padded))).numpy()
+        return AmplitudeToDB("power", top_db=CedMel.TOP_DB)(spectrogram(torch.from_numpy(padded))).numpy()
 
 
 @print_user_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tag what the command line names."""
-    options = parse("Tag sound files with an exported CED model and torchaudio's features.", arguments)
-    engine = open_for_features(options.model)
-    for line in report(engine, torchaudio_features, options.wavs, options.chunk, options.topk):
-        print(line)
+    run("Tag sound files with an exported CED model and torchaudio's features.", torchaudio_features, arguments)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 S samples. Waveforms are float32 with full scale at 1.0.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,11 @@ AUDIO_EXTENSIONS = frozenset(
 # Known to be sound, though libsndfile cannot decode them: names in published stores carry these too.
 FOREIGN_EXTENSIONS = frozenset((".m4a", ".mp4", ".aac", ".wma", ".webm", ".mkv", ".wv", ".ape"))
 
-_BLOCK_FRAMES = 1 << 18  # of the file, read at once: some seconds
+LOWEST_RATE = 100  # Hz
+LARGEST_SAMPLE = 1e10  # whole numbers of 32 bits pass; what is far beyond them overflows in any spectrum
+
+# The most that is read at once: frames, seconds (headers may announce any rate), samples of all channels.
+_BLOCK_FRAMES, _BLOCK_SECONDS, _BLOCK_SAMPLES = 1 << 18, 10, 1 << 22
 _SHORT_BODY = re.compile(r"\b(?:data|SSND) *: *(\d+) \(should be (\d+)\)")
 # Lengths that a program writing to a pipe puts into a header because it cannot know better.
 UNKNOWN_LENGTHS = {0, 0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0xFFFFFFFF}
@@ -96,13 +101,13 @@ class AudioBlocks:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         path = self.path
-        if not path.exists():
-            raise AudioReadError(path, "there is no such file")
-        if path.is_dir():
-            raise AudioReadError(path, "is a folder, not a sound file")
-        if path.stat().st_size == 0:
-            raise AudioReadError(path, "the file has no content (0 bytes)", kind="empty")
         try:
+            if not path.exists():
+                raise AudioReadError(path, "there is no such file")
+            if path.is_dir():
+                raise AudioReadError(path, "is a folder, not a sound file")
+            if path.stat().st_size == 0:
+                raise AudioReadError(path, "the file has no content (0 bytes)", kind="empty")
             with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be text
                 yield from self._blocks(file)
         except (soundfile.SoundFileError, TypeError, OSError) as error:
@@ -110,9 +115,16 @@ class AudioBlocks:
             message = (getattr(error, "error_string", None) or str(error)).strip().rstrip(".")
             if "does not exist" in message:  # libsndfile says so of an .mp3 without a sound frame, too
                 message = "no sound found in it"
+            if path.suffix.lower() in FOREIGN_EXTENSIONS:
+                message += f"; convert {path.suffix} to .flac or .wav first"
             raise AudioReadError(path, f"cannot be decoded ({message})") from None
 
     def _blocks(self, file: soundfile.SoundFile) -> Iterator[np.ndarray]:
+        if file.samplerate < LOWEST_RATE:
+            raise AudioReadError(
+                self.path, f"its header announces {file.samplerate} Hz; below {LOWEST_RATE} is no sound"
+            )
+        n_block = min(_BLOCK_FRAMES, _BLOCK_SECONDS * file.samplerate, _BLOCK_SAMPLES // file.channels)
         self.source_rate = file.samplerate
         self.sample_rate = self.wanted_rate or self.source_rate
         n_channels = 1 if self.mix_down else file.channels
@@ -122,12 +134,15 @@ class AudioBlocks:
         n_read = n_given = 0
         last = False
         while not last:
-            block = file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)  # (S, channels)
-            if not np.isfinite(block).all():
+            block = file.read(n_block, dtype="float32", always_2d=True)  # (S, channels)
+            peak = max(-float(block.min()), float(block.max())) if len(block) else 0.0
+            if not math.isfinite(peak):
                 reason = "has samples that are not finite numbers (NaN or infinite)"
                 raise AudioReadError(self.path, reason, kind="nan")
+            if peak > LARGEST_SAMPLE:
+                raise AudioReadError(self.path, f"has samples of {peak:.1e}, where full scale is 1: is it damaged?")
             n_read += len(block)
-            last = len(block) < _BLOCK_FRAMES
+            last = len(block) < n_block
             if n_read == 0:
                 raise AudioReadError(self.path, "has no samples", kind="empty")
             if self.mix_down:
@@ -222,20 +237,18 @@ def find_audio_files(paths: Iterable[str | Path]) -> list[Path]:
 
     Args:
         paths: files, which are kept whatever their name, and folders, which are searched with all below them for the
-            extensions that libsndfile reads, in any case.
+            extensions of sound, in any case: also of those that libsndfile does not read, so that they are told of.
 
     Returns:
         Files in the order of `paths`, each folder's sorted, none twice.
 
     Raises:
-        UserError: a path that does not exist, or a folder without any sound file.
+        UserError: a path that does not exist, a folder that may not be read, or without any sound file.
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(
-                file for file in path.rglob("*") if file.suffix.lower() in AUDIO_EXTENSIONS and file.is_file()
-            )
+            inside = sorted(_sounds_below(path))
             if not inside:
                 known = " ".join(sorted(AUDIO_EXTENSIONS))
                 raise UserError(f"{path}: the folder holds no sound file (looked, also below it, for {known})")
@@ -245,3 +258,14 @@ def find_audio_files(paths: Iterable[str | Path]) -> list[Path]:
         else:
             raise UserError(f"{path}: there is no such file or folder")
     return list(found)
+
+
+def _sounds_below(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be searched ({error.strerror})")
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            # ._NAME is what macOS keeps beside a file on foreign disks
+            if os.path.splitext(name)[1].lower() in AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS and not name.startswith("._"):
+                yield Path(parent, name)

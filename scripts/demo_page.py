@@ -33,8 +33,8 @@ from common.errors import UserError, print_user_errors
 from tagging.engines import Engine, open_engine
 from tagging.events import merge_events
 from tagging.files import TaggedFile, TaggedWindow, Wanted, tag_files
-from tagging.outputs import CsvRows
 from tagging.pictures import draw
+from tagging.rows import CsvRows
 
 SHOWN = 8  # labels in the table
 KEPT_SECONDS = 3600  # sounds and results

@@ -9,6 +9,7 @@ Letters: N files, W windows, M time steps of all windows, E embedding width.
 
 import json
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -20,10 +21,11 @@ import numpy as np
 from common.errors import UserError
 from common.files import whole_file
 from tagging.files import TaggedFile
-from tagging.outputs import as_text, from_text
 from tagging.parts import LastOne, Share, check_made_with
+from tagging.rows import as_text, from_text
 
 CHUNK_BYTES = 1 << 26  # of embeddings held before they are written
+CHUNK_SECONDS = 30.0  # from one part to the next, at most, while files are through
 MOST_OPEN = 16  # files at once
 
 
@@ -51,6 +53,7 @@ class Embeddings:
                 self.done |= set(from_text(_names(file)))
         self.held: list[TaggedFile] = []
         self.n_bytes = 0
+        self.written = time.monotonic()
 
     def write(self, file: TaggedFile) -> None:
         """Add a file, unless it is there; one that cannot be read has no embeddings."""
@@ -61,12 +64,12 @@ class Embeddings:
             self.done.add(name)
             self.held.append(file)
             self.n_bytes += sum(w.frames.nbytes for w in file.windows if w.frames is not None)
-            if self.n_bytes > CHUNK_BYTES:
-                self._write_part()
+            if self.n_bytes > CHUNK_BYTES or time.monotonic() - self.written > CHUNK_SECONDS:
+                self.flush()
 
     def close(self, paths: Iterable[Path]) -> bool:
         """Finish this part; the last process to do so joins all parts."""
-        self._write_part()
+        self.flush()
         with self.last_one.finish(self.faults) as everyones:
             if everyones is None:
                 return False
@@ -80,7 +83,9 @@ class Embeddings:
     def _sources(self) -> list[Path]:
         return [*([self.path] if self.path.exists() else []), *sorted(self.folder.glob("[!.]*.h5"))]
 
-    def _write_part(self) -> None:
+    def flush(self) -> None:
+        """Write a part with what is held."""
+        self.written = time.monotonic()
         if not self.held:
             return
         number = len(list(self.folder.glob(f"{self.share}.*.h5")))
@@ -178,12 +183,21 @@ class _Writer:
         dataset[n:] = values
 
 
+def is_made(path: Path) -> bool:
+    """Whether a file holds embeddings that say what they were made with."""
+    try:
+        with h5py.File(path, "r") as file:
+            return "made_with" in file.attrs
+    except OSError:
+        return False
+
+
 def _opened(path: Path, settings: Mapping[str, Any]) -> h5py.File:
     try:
         file = h5py.File(path, "r")
         made_with = json.loads(file.attrs["made_with"])
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} cannot be added to ({error}): write elsewhere, or give --overwrite") from error
+        raise UserError(f"{path} cannot be added to ({error}): write elsewhere, or remove it") from error
     check_made_with(path, made_with, settings)
     return file
 

@@ -31,6 +31,7 @@ class Engine(Protocol):
         labels: names of the C classes.
         max_samples: the longest clip it takes, None where any length will do.
         n_threads: threads that may call it at once with profit.
+        batch_size: clips a call that use it well.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Engine(Protocol):
     labels: list[str]
     max_samples: int | None
     n_threads: int
+    batch_size: int
 
     def predict(self, clips: Sequence[np.ndarray]) -> np.ndarray:
         """Tag clips, float32 (S,) each and of any length: probabilities, float32 (B,C)."""
@@ -65,6 +67,7 @@ class TorchEngine:
         self.model, self.device = model, torch.device(device)
         self.name, self.sample_rate, self.labels = model.name, model.sample_rate, list(model.labels)
         on_cpu = self.device.type == "cpu"
+        self.batch_size = 8 if on_cpu else 64
         self.n_threads = n_threads or (min(torch.get_num_threads(), MOST_THREADS) if on_cpu else 1)
         if on_cpu:
             torch.set_num_threads(max(torch.get_num_threads() // self.n_threads, 1))

@@ -31,7 +31,7 @@ class TaggedWindow:
     Attributes:
         probabilities: of all classes (C,), where they were asked for.
         embedding: of the window (E,), where it was asked for.
-        frames: embeddings of its time steps (T',E), likewise.
+        frames: embeddings of its time steps (T',E), likewise, float16.
     """
 
     start: float
@@ -345,8 +345,17 @@ def tag_windows(engine: Engine, clips: list[np.ndarray], windows: list[TaggedWin
         if wanted.probabilities:
             window.probabilities = row
     if wanted.embeddings:
-        if not isinstance(engine, TorchEngine):
-            raise UserError(f"{engine.name} gives probabilities alone; embeddings want a checkpoint and --engine torch")
-        whole, frames = engine.embed(clips)
+        whole, frames = embedding_engine(engine).embed(clips)
         for window, vector, steps in zip(windows, whole, frames, strict=True):
-            window.embedding, window.frames = vector, steps
+            window.embedding, window.frames = vector, steps.astype(np.float16)  # hours of them may be held
+
+
+def embedding_engine(engine: Engine) -> TorchEngine:
+    """Return the engine, which can embed.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not isinstance(engine, TorchEngine):
+        raise UserError(f"{engine.name} gives probabilities alone; embeddings want a checkpoint and --engine torch")
+    return engine

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from audio.io import find_audio_files, read_audio
+from audio.io import AudioBlocks, AudioReadError, find_audio_files
 from common.errors import UserError
+from tagging.files import cut
 from tagging.onnx_engine import OnnxEngine
 from tagging.windows import Windows
 
@@ -57,37 +58,47 @@ def tag_chunks(
     Raises:
         AudioReadError: the file cannot be read.
     """
-    waveform, rate = read_audio(path, engine.sample_rate)
+    from models.frontends import described_front_end
+
+    settings = described_front_end(engine.front_end).description
+    rate = engine.sample_rate
     size = max(round(chunk_seconds * rate), 1)
-    windows = Windows(size, size)
-    for start, chunk in (*windows.push(waveform), *windows.finish()):
-        mel = features(chunk, _settings(engine.front_end))
+    for start, chunk in cut(AudioBlocks(path, rate), Windows(size, size)):
+        mel = features(chunk, settings)
         yield start / rate, (start + len(chunk)) / rate, engine.predict_spectrogram(mel[None])[0]
 
 
 def report(
     engine: OnnxEngine, features: Features, paths: Sequence[Path], chunk_seconds: float, top_k: int
 ) -> Iterator[str]:
-    """Lay out the tags of sound files as lines of text: a file's name, then its chunks with their best labels."""
-    for path in find_audio_files(paths):
+    """Lay out the tags of sound files as lines of text: a file's name, then its chunks with their best labels.
+
+    Raises:
+        UserError: at the end, naming every file that cannot be read.
+    """
+    files = find_audio_files(paths)
+    faults: list[str] = []
+    for path in files:
         yield str(path)
-        for start, end, probabilities in tag_chunks(engine, features, path, chunk_seconds):
-            best = np.argsort(-probabilities, kind="stable")[:top_k]
-            tags = ", ".join(f"{engine.labels[index]} {probabilities[index]:.3f}" for index in best)
-            yield f"  [{start:6.1f} - {end:6.1f} s]  {tags}"
+        try:
+            for start, end, probabilities in tag_chunks(engine, features, path, chunk_seconds):
+                best = np.argsort(-probabilities, kind="stable")[:top_k]
+                tags = ", ".join(f"{engine.labels[index]} {probabilities[index]:.3f}" for index in best)
+                yield f"  [{start:6.1f} - {end:6.1f} s]  {tags}"
+        except AudioReadError as error:
+            faults.append(str(error))
+            yield f"  cannot be read: {error.reason}"
+    if faults:
+        listed = "".join(f"\n  - {fault}" for fault in faults)
+        raise UserError(f"{len(faults)} of {len(files)} sound files could not be tagged:{listed}")
 
 
-def _settings(front_end: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of CED's front-end, those left out at their defaults."""
-    defaults = {
-        "sample_rate": 16000,
-        "n_mels": 64,
-        "n_fft": 512,
-        "win_size": 512,
-        "hop_size": 160,
-        "f_min": 0.0,
-        "f_max": 8000.0,
-        "center": True,
-        "min_frames": 16,
-    }
-    return defaults | dict(front_end)
+def run(description: str, features: Features, arguments: Sequence[str] | None) -> None:
+    """Tag what the command line names, and print it.
+
+    Raises:
+        UserError: the model or a sound file cannot be used; the other files are tagged.
+    """
+    options = parse(description, arguments)
+    for line in report(open_for_features(options.model), features, options.wavs, options.chunk, options.topk):
+        print(line, flush=True)

@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 
 from common.errors import UserError, some
+from tagging.engines import MOST_THREADS
 
 if TYPE_CHECKING:
     from models.frontends import FrontEnd
@@ -34,18 +35,20 @@ _PUBLISHED = {
 class OnnxEngine:
     """A file that export_onnx.py wrote, or a published export of CED. Safe to call from several threads at once.
 
-    The output is probabilities as the file gives them: the graph holds the sigmoid or softmax.
+    The output is probabilities as the file gives them: the graph holds the sigmoid or softmax. A clip's depend on
+    that clip alone: eight-bit graphs take their scales from all that goes in, and are run for one clip at a time.
 
     Args:
         path: the .onnx file.
         n_threads: threads that will call it at once; the cores are shared among them, so that a single caller with
-            n_threads 1 has them all, and by default each caller computes on one.
+            n_threads 1 has them all. By default each caller computes on one, up to `MOST_THREADS`, on several beyond.
 
     Attributes:
         name: of the model.
         sample_rate: of the clips it takes, in hertz.
         labels: names of the C classes.
         max_samples: the longest clip it takes, None where any length will do.
+        batch_size: clips a call that use it well.
         precision: "fp32", "fp16" or "int8".
         takes: "waveform" or "feats".
         front_end: class and arguments of the front-end, also where the file holds it.
@@ -59,7 +62,7 @@ class OnnxEngine:
         if not self.path.is_file():
             raise UserError(f"{path}: there is no such file; export_onnx.py writes one")
         n_cores = _n_cores()
-        self.n_threads = n_threads or n_cores
+        self.n_threads = n_threads or min(n_cores, MOST_THREADS)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = max(n_cores // self.n_threads, 1)
         options.inter_op_num_threads = 1
@@ -71,7 +74,11 @@ class OnnxEngine:
             raise UserError(
                 f"{path}: ONNX Runtime cannot read it ({_first_line(error)}); is the file whole?"
             ) from error
-        self._read_facts(self.session.get_modelmeta().custom_metadata_map)
+        facts = self.session.get_modelmeta().custom_metadata_map
+        self._read_facts(facts)
+        # Published files do not tell their precision, and cost as much one by one.
+        self._one_by_one = facts.get("precision") not in ("fp32", "fp16")
+        self.batch_size = 1 if self._one_by_one else 8
         self._features: FrontEnd | None = None
         self.max_samples: int | None = None
         if self.takes == "feats":
@@ -85,7 +92,8 @@ class OnnxEngine:
         """Tag clips.
 
         Args:
-            clips: float32 (S,) each in [-1, 1], of any lengths; those of one length are computed together.
+            clips: float32 (S,) each in [-1, 1], of any lengths; those of one length are computed together
+                where the precision allows it.
 
         Returns:
             Probabilities, float32 (B,C).
@@ -135,6 +143,8 @@ class OnnxEngine:
             return cast(np.ndarray, self._features(torch.from_numpy(waveform)).numpy())
 
     def _run(self, given: np.ndarray) -> np.ndarray:
+        if self._one_by_one and len(given) > 1:
+            return np.concatenate([self._run(given[row : row + 1]) for row in range(len(given))])
         try:
             return cast(np.ndarray, self.session.run([self._output], {self._input: given})[0])
         except Exception as error:

@@ -4,10 +4,11 @@ import fcntl
 import glob
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from common.errors import UserError
 from common.files import write_json, write_text
@@ -28,7 +29,16 @@ class Share(NamedTuple):
 
     @classmethod
     def of_torchrun(cls) -> "Share":
-        """This process among those that torchrun has started; alone where it has not."""
+        """This process among those that torchrun has started; alone where nothing says that there are several.
+
+        Raises:
+            UserError: there are several, and torchrun has not started them: nothing would tell one start from the next.
+        """
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise UserError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torchrun has not started this process: "
+                "several tag together when torchrun starts them; for one alone, unset RANK and WORLD_SIZE"
+            )
         names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
         start = [os.environ.get(name, "") for name in names]
         if "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
@@ -40,6 +50,7 @@ class Share(NamedTuple):
 
 
 ALONE = Share()
+PATIENCE = 1.0  # seconds; who has just been stopped may take a moment
 
 
 def check_made_with(path: Path, made_with: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -64,9 +75,72 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     note = folder / "made_with.json"
     if note.exists():
         check_made_with(folder, json.loads(note.read_text(encoding="utf-8")), settings)
-    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UserError(f"{folder} holds files of something else: write elsewhere, or give --overwrite")
+    elif folder.is_dir() and any(not path.name.startswith(".") and path != note for path in folder.iterdir()):
+        raise UserError(f"{folder} holds files of something else: write elsewhere")
     write_json(note, dict(settings))
+
+
+_TAKEN: dict[Path, IO[bytes]] = {}  # by this process; each file once, since closing it gives up all its locks
+
+
+def take(path: Path, share: Share) -> None:
+    """Keep others from an output until `let_go` or the end of this process; may be done again.
+
+    Processes that share an output have a byte of the lock each, one that is alone has all of it.
+
+    Raises:
+        UserError: another process has it.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = _lock_of(path)
+    place = (0, 0) if share.world_size == 1 else (1, share.rank)  # length, 0 for everything, and first
+    latest = time.monotonic() + PATIENCE
+    while True:
+        if path not in _TAKEN:
+            _TAKEN[path] = open(lock, "ab")  # noqa: SIM115 - open as long as the output
+        if _lock(_TAKEN[path], *place) and _is_at(_TAKEN[path], lock):
+            return
+        _close(path)
+        if time.monotonic() > latest:
+            raise UserError(f"{path} is being written by another process: wait for its end, or write elsewhere")
+        time.sleep(PATIENCE / 20)
+
+
+def let_go(path: Path) -> None:
+    """Let others have an output; the last one to do so removes what `take` has left beside it."""
+    path = path.absolute()
+    if path not in _TAKEN:
+        return
+    fcntl.lockf(_TAKEN[path], fcntl.LOCK_UN)  # first: of two who let go at once, one finds itself alone then
+    if _lock(_TAKEN[path], 0, 0) and _is_at(_TAKEN[path], _lock_of(path)):
+        _lock_of(path).unlink()
+    _close(path)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.taken")
+
+
+def _lock(file: IO[bytes], length: int, first: int) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _is_at(file: IO[bytes], lock: Path) -> bool:
+    """Whether an open file has not been removed since."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), lock.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _close(path: Path) -> None:
+    if path in _TAKEN:
+        _TAKEN.pop(path).close()
 
 
 def marks_of(path: Path) -> list[Path]:
@@ -78,14 +152,19 @@ def marks_of(path: Path) -> list[Path]:
 class LastOne:
     """Finds out which of several processes is the last to finish, and tells it what all of them could not read.
 
+    Until then the output is taken, see `take`.
+
     Args:
         path: the output that they share.
         share: this process's part.
+
+    Raises:
+        UserError: another process has this part.
     """
 
     def __init__(self, path: Path, share: Share) -> None:
         self.path, self.share = path, share
-        path.parent.mkdir(parents=True, exist_ok=True)
+        take(path, share)
         self._mark(share).unlink(missing_ok=True)
 
     @contextmanager
@@ -103,10 +182,11 @@ class LastOne:
             everyones = [of_one for of_one in told if of_one is not None]
             if len(everyones) < len(told):
                 yield None
-                return
-            yield {name: fault for of_one in everyones for name, fault in of_one.items()}
-            for mark in (*marks_of(self.path), lock):
-                mark.unlink(missing_ok=True)
+            else:
+                yield {name: fault for of_one in everyones for name, fault in of_one.items()}
+                for mark in (*marks_of(self.path), lock):
+                    mark.unlink(missing_ok=True)
+        let_go(self.path)
 
     def _told(self, mark: Path) -> dict[str, str] | None:
         """What a process could not read; None where it is not through, or was in an earlier start alone."""

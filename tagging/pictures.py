@@ -8,7 +8,8 @@ import numpy as np
 from audio.io import AudioBlocks, AudioReadError
 from common.files import whole_file
 from tagging.files import TaggedFile
-from tagging.outputs import FileEach, as_text
+from tagging.outputs import FileEach
+from tagging.rows import as_text
 
 MOST_COLUMNS = 1200  # of the spectrogram; there are twice as many at most, whatever the length
 LABELS = 10  # most of them in a picture

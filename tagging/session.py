@@ -4,7 +4,8 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from common.files import sha256
 from tagging.embeddings import Embeddings
 from tagging.engines import Engine
 from tagging.events import merge_events
-from tagging.files import TaggedWindow, Wanted, tag_files
-from tagging.outputs import Output, as_text, open_output, remove_output
-from tagging.parts import ALONE, Share
+from tagging.files import TaggedWindow, Wanted, create_windows, embedding_engine, tag_files
+from tagging.outputs import Output, check_form, check_ours, open_output, remove_output
+from tagging.parts import ALONE, Share, let_go, take
 from tagging.pictures import Pictures
+from tagging.rows import as_text
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class Session:
     batch_size: int = 8
     n_decoders: int = 2
     share: Share = ALONE
+
+    def check(self) -> None:
+        """Check, before anything is removed or opened, that the engine can do what is wanted.
+
+        Raises:
+            UserError: it cannot.
+        """
+        create_windows(self.engine, self.chunk_seconds, self.hop_seconds)
+        if self.wanted.embeddings:
+            embedding_engine(self.engine)
 
     def made_with(self, source: str, weights: str | None) -> dict[str, Any]:
         """Say what tags are made with: what must be the same where they are added to.
@@ -80,7 +92,7 @@ class Session:
             print(f"{len(mine) - len(left)} of {len(mine)} files are done already", file=sys.stderr)
         notes: dict[str, str] = {}
         faults: dict[str, str] = {}
-        with _Progress(len(left)) as progress:
+        with _flushed(outputs), _Progress(len(left)) as progress:
             files = tag_files(
                 self.engine,
                 left,
@@ -135,23 +147,44 @@ def open_outputs(
         overwrite: begin anew.
 
     Raises:
-        UserError: something there was made otherwise.
+        UserError: something there was made otherwise, or another process is writing it.
     """
+    if output is not None:
+        check_form(output, kind)
     if share.world_size > 1 and output is None and embeddings is None and plot is None:
         raise UserError("several processes would print at once: give --output, where they put together what they tag")
     if overwrite and share.world_size > 1:
         raise UserError("--overwrite with several processes would remove what the others write: remove it beforehand")
-    if overwrite:
-        for path in filter(None, (output, embeddings, plot)):
-            remove_output(path)
+    targets = [path for path in (output, embeddings, plot) if path is not None]
     outputs: list[Output] = []
-    if output is not None:
-        outputs.append(open_output(output, kind, paths, made_with, share))
-    if embeddings is not None:
-        outputs.append(Embeddings(embeddings, made_with, share))
-    if plot is not None:
-        outputs.append(Pictures(plot, paths, made_with, share))
+    try:
+        for path in targets:
+            take(path, share)
+        for path in targets if overwrite else []:
+            check_ours(path)
+        for path in targets if overwrite else []:
+            remove_output(path)
+        if output is not None:
+            outputs.append(open_output(output, kind, paths, made_with, share))
+        if embeddings is not None:
+            outputs.append(Embeddings(embeddings, made_with, share))
+        if plot is not None:
+            outputs.append(Pictures(plot, paths, made_with, share))
+    except BaseException:
+        for path in targets:
+            let_go(path)
+        raise
     return outputs
+
+
+@contextmanager
+def _flushed(outputs: list[Output]) -> Iterator[None]:
+    """Lose nothing that is through, however this ends."""
+    try:
+        yield
+    finally:
+        for output in outputs:
+            output.flush()
 
 
 def lines(windows: list[TaggedWindow]) -> list[str]:

@@ -47,6 +47,7 @@ _WAV_FORMATS = {
     (3, 32): "f32le",
     (3, 64): "f64le",
 }
+_LARGEST_FORMAT = 1 << 16  # bytes
 _EXTENSIBLE = 0xFFFE  # the true format is then the first two bytes of the sub-format
 # How files begin that are no stream of samples.
 _FOREIGN = {
@@ -93,6 +94,7 @@ class StreamTagger:
         self.engine = engine
         self.wanted = wanted or Wanted()
         self._windows = create_windows(engine, chunk_seconds, hop_seconds)
+        self._finished = False
         self._resampler = None
         if sample_rate is not None and sample_rate != engine.sample_rate:
             self._resampler = soxr.ResampleStream(sample_rate, engine.sample_rate, 1, dtype="float32", quality="HQ")
@@ -106,8 +108,12 @@ class StreamTagger:
         """Take the next samples, float (S,) or (S, channels) with full scale 1.0, and tag the windows they complete.
 
         Raises:
-            UserError: samples that are not finite numbers.
+            UserError: samples that are whole or not finite numbers, or that come after `finish`.
         """
+        if self._finished:
+            raise UserError("the stream was finished; make another StreamTagger for another sound")
+        if not np.issubdtype(np.asarray(samples).dtype, np.floating):
+            raise UserError(f"samples are {np.asarray(samples).dtype}; wanted floats with full scale 1.0")
         samples = np.asarray(samples, np.float32)
         if not np.isfinite(samples).all():
             raise UserError(f"the stream has samples that are not finite numbers after {self.seconds:.2f} s")
@@ -118,8 +124,11 @@ class StreamTagger:
         return self._tagged(self._windows.push(samples))
 
     def finish(self) -> list[TaggedWindow]:
-        """Tag what remains at the end of the stream."""
+        """Tag what remains at the end of the stream; once."""
         windows: list[TaggedWindow] = []
+        if self._finished:
+            return windows
+        self._finished = True
         if self._resampler is not None:
             rest = self._resampler.resample_chunk(np.zeros(0, np.float32), last=True)
             windows = self._tagged(self._windows.push(rest))
@@ -229,7 +238,9 @@ def _wav_header(source: BinaryIO) -> tuple[Encoding, int]:
         kind, size = struct.unpack("<4sI", _read(source, 8))
         if kind == b"data":
             break
-        body = _read(source, size + size % 2)
+        body = _read(source, min(size + size % 2, _LARGEST_FORMAT))
+        for left in range(size + size % 2 - len(body), 0, -_LARGEST_FORMAT):
+            _read(source, min(left, _LARGEST_FORMAT))  # of a chunk that nobody asks for
         if kind == b"fmt ":
             if len(body) < 16:
                 raise UserError("the wav in the stream says too little of its format")

@@ -12,6 +12,7 @@ import export_onnx
 from models import create_model, load_model, save_checkpoint
 from models.huggingface import write_huggingface
 from models.labels import read_labels
+from models.onnx import write_label_table
 from tagging.onnx_engine import OnnxEngine
 from tests.conftest import run_command
 from tests.models.sounds import noise
@@ -107,6 +108,19 @@ def test_faults_are_sentences_and_nothing_is_written(words, sentence, checkpoint
     assert sentence in told
     assert "Traceback" not in told
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_labels_of_another_model_are_not_overwritten(checkpoint, tmp_path, capsys):
+    table, words = tmp_path / "class_labels_indices.csv", ["-m", str(checkpoint), "--precision", "fp32", "--output"]
+    table.write_text("index,mid,display_name\n0,/own/0,other\n")
+    with pytest.raises(SystemExit):
+        export_onnx.main([*words, str(tmp_path / "second.onnx")])
+    assert "--labels-output" in capsys.readouterr().err
+    assert "other" in table.read_text()
+    assert not (tmp_path / "second.onnx").exists()
+    write_label_table(table, LABELS)
+    export_onnx.main([*words, str(tmp_path / "second.onnx")])  # the same labels
+    assert (tmp_path / "second.onnx").exists()
 
 
 @pytest.mark.parametrize("words", [["--precision", "int4"], ["--output", "model.pt"]])

@@ -5,6 +5,7 @@ The network is a trained one (tests/trained.py): its probabilities are confident
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import onnx_inference_with_torchaudio
 from common.errors import UserError
 from models import audioset_labels
 from models.onnx import export_onnx, with_chunks_of, write_label_table
+from tagging.engines import MOST_THREADS
 from tagging.mel_files import open_for_features, tag_chunks
 from tagging.onnx_engine import OnnxEngine
 from tests.trained import LABELS, RATE, trained_tagger, unheard
@@ -134,6 +136,36 @@ def test_the_programs_print_the_best_labels_of_every_chunk(exported, program, tm
         assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("program", ["onnx_inference_with_kaldi", "onnx_inference_with_torchaudio"])
+def test_unreadable_files_are_listed_at_the_end_and_the_others_are_tagged(exported, program, tmp_path, capsys):
+    if program.endswith("kaldi"):
+        pytest.importorskip("kaldi_native_fbank")
+    (tmp_path / "a.wav").write_text("words")
+    (tmp_path / "b.flac").write_text("")
+    soundfile.write(tmp_path / "c.wav", unheard(1, 1.0)[0][0], RATE)
+    with pytest.raises(SystemExit) as status:
+        __import__(program).main([str(tmp_path), "-m", str(exported / "model.onnx")])
+    assert status.value.code == 1
+    told = capsys.readouterr()
+    assert re.search(r"c\.wav\n  \[   0\.0 -    1\.0 s\]  \w+", told.out)
+    assert "2 of 3 sound files could not be tagged" in told.err
+    assert f"{tmp_path / 'a.wav'}: cannot be decoded" in told.err
+    assert f"{tmp_path / 'b.flac'}: the file has no content" in told.err
+
+
+def test_long_files_are_tagged_block_by_block(exported, tmp_path, monkeypatch):
+    clip = np.tile(unheard(1, 1.0)[0][0], 40)
+    soundfile.write(tmp_path / "a.wav", clip, RATE)
+    n_read = []
+    read = soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda file, n, **how: n_read.append(n) or read(file, n, **how))
+    features = onnx_inference_with_torchaudio.torchaudio_features
+    chunks = tag_chunks(open_for_features(exported / "model.onnx"), features, tmp_path / "a.wav", 2.0)
+    assert next(chunks)[:2] == (0, 2)
+    assert len(n_read) == 1  # the rest is still in the file
+    assert [end for _, end, _ in chunks] == list(range(4, 42, 2))
+
+
 ALONE = """
 import json, sys
 import numpy, onnxruntime, soundfile
@@ -193,6 +225,25 @@ def test_several_threads_may_call_one_engine(exported):
     with ThreadPoolExecutor(4) as pool:
         found = np.concatenate(list(pool.map(lambda clip: engine.predict([clip]), clips)))
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["model.int8.onnx", "wave.int8.onnx"])
+def test_in_eight_bits_a_clip_depends_on_itself_alone(exported, name):
+    engine = OnnxEngine(exported / name)
+    assert engine.batch_size == 1
+    clips = [np.float32(level) * clip for level, clip in zip((1.0, 0.01, 0.3), unheard(3, 1.0)[0], strict=True)]
+    alone = np.concatenate([engine.predict([clip]) for clip in clips])
+    np.testing.assert_array_equal(engine.predict(clips), alone)
+    np.testing.assert_array_equal(engine.predict(clips[::-1]), alone[::-1])
+
+
+def test_with_many_cores_few_threads_call_and_each_has_several(exported, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "32")
+    engine = OnnxEngine(exported / "wave.onnx")
+    assert engine.n_threads == MOST_THREADS == 8
+    assert engine.session.get_session_options().intra_op_num_threads == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert OnnxEngine(exported / "wave.onnx").n_threads == 2
 
 
 def published(path, n_classes, metadata):

@@ -54,6 +54,7 @@ def export(model: AudioTagger, folder: Path, *, overwrite: bool = False) -> None
             f"{model.name} is a {type(model).__name__}: only CED's audio transformers can be written for transformers "
             "(ced_*, audiotransformer_*, and checkpoints trained from them)"
         )
+    folder = folder.resolve()  # "." has no name
     if folder.is_file():
         raise UserError(f"{folder} is a file: give the name of a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:

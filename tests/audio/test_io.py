@@ -6,6 +6,7 @@ import pytest
 import soundfile
 
 from audio.io import (
+    AudioBlocks,
     AudioReadError,
     decode,
     find_audio_files,
@@ -177,11 +178,34 @@ def test_quantisation_rounds_and_clips_without_wrapping() -> None:
 
 
 def test_files_are_found_below_folders_by_extension_in_any_case_and_explicit_ones_are_kept(tmp_path: Path) -> None:
-    for name in ("b.WAV", "a.flac", "deep/er/c.Mp3", "notes.txt", "odd.bin"):
+    for name in ("b.WAV", "a.flac", "deep/er/c.Mp3", "notes.txt", "odd.bin", "._b.WAV", "z.m4a"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = find_audio_files([tmp_path / "odd.bin", tmp_path, tmp_path / "a.flac"])
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["odd.bin", "a.flac", "b.WAV", "deep/er/c.Mp3"]
+    assert [str(path.relative_to(tmp_path)) for path in found] == [
+        "odd.bin",
+        "a.flac",
+        "b.WAV",
+        "deep/er/c.Mp3",
+        "z.m4a",
+    ]
+
+
+def test_a_sound_that_libsndfile_does_not_read_is_told_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "a.m4a").write_bytes(b"\0\0\0 ftypM4A " + bytes(100))
+    with pytest.raises(AudioReadError, match=r"cannot be decoded .*convert \.m4a to \.flac or \.wav"):
+        read_audio(tmp_path / "a.m4a")
+
+
+def test_a_damaged_header_costs_no_memory_and_damaged_samples_are_told(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "slow.wav", np.zeros(300_000), 20)
+    with pytest.raises(AudioReadError, match="announces 20 Hz"):
+        read_audio(tmp_path / "slow.wav", 16000)
+    soundfile.write(tmp_path / "rare.wav", np.zeros(30_000), 100)  # five minutes
+    assert max(map(len, AudioBlocks(tmp_path / "rare.wav", 16000))) <= 15 * 16000
+    soundfile.write(tmp_path / "huge.wav", np.array([0, 1e25, 0], np.float32), 16000, subtype="FLOAT")
+    with pytest.raises(AudioReadError, match=r"samples of 1\.0e\+25"):
+        read_audio(tmp_path / "huge.wav")
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:

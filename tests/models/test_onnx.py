@@ -14,7 +14,7 @@ from common.errors import UserError
 from models import create_model, load_model, save_checkpoint
 from models.audiotransformer import AudioTransformer
 from models.labels import AUDIOSET_LABELS, audioset_labels, read_labels
-from models.onnx import export_onnx, with_chunks_of, write_label_table
+from models.onnx import _compare, export_onnx, with_chunks_of, write_label_table
 from tests.models.sounds import noise
 
 logging.getLogger("torch.__trace").propagate = False  # of interest to no reader of a failure
@@ -249,6 +249,38 @@ def test_an_export_that_differs_is_refused_and_leaves_no_file(kind, tmp_path):
     with pytest.raises(UserError, match="probabilities_of"):
         export_onnx(model, {"int8": tmp_path / "a.onnx", "fp32": tmp_path / "b.onnx"})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module", params=[0.0, -6.0], ids=["random", "rare classes"])
+def eight_bit(request, tmp_path_factory):
+    """A model and its file in eight bits; what few clips hold is far less probable than the tolerance."""
+    path = tmp_path_factory.mktemp("eight") / "x.onnx"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = create_model("audiotransformer_pico", num_classes=4, depth=1).eval()
+    torch.nn.init.constant_(model.outputlayer[1].bias, request.param)
+    export_onnx(model, {"int8": path}, waveform=True)
+    return model, path
+
+
+@pytest.mark.parametrize("fault", ["zero", "deaf", "other order"])
+def test_eight_bits_do_not_excuse_a_graph_that_computes_something_else(fault, eight_bit, tmp_path):
+    model, path = eight_bit
+    graph = onnx.load(path)
+    last = next(node for node in graph.graph.node if "prob" in node.output)
+    last.output[0] = "right"
+    if fault == "other order":
+        added = onnx.helper.make_node("Gather", ["right", "wrong"], ["prob"], axis=1)
+        constant = np.roll(np.arange(model.num_classes), 1)
+    else:
+        added = onnx.helper.make_node("Mul" if fault == "zero" else "Min", ["right", "wrong"], ["prob"])
+        constant = np.float32(0 if fault == "zero" else 1e-3)
+    graph.graph.node.append(added)
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(constant), "wrong"))
+    onnx.save(graph, tmp_path / "wrong.onnx")
+    assert _compare(path, model, "waveform", "int8", "right.onnx") < 0.05
+    with pytest.raises(UserError, match=r"wrong\.onnx: its (log-odds|probabilities)"):
+        _compare(tmp_path / "wrong.onnx", model, "waveform", "int8", "wrong.onnx")
 
 
 def test_the_label_table_is_read_back_and_quotes_every_name(tmp_path):

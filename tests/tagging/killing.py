@@ -38,7 +38,7 @@ PAUSE = 0.005  # seconds before a batch
 def tag(arguments: list[str], rank: int, world_size: int, attempt: int) -> None:
     """Tag as one of several processes."""
     torch.set_num_threads(1)
-    world = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": attempt}
+    world = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "TORCHELASTIC_RUN_ID": attempt}
     os.environ.update({name: str(value) for name, value in world.items()})
     tagging.embeddings.CHUNK_BYTES = 1  # each file's embeddings are written at once
     original = TorchEngine.predict

@@ -175,3 +175,17 @@ def test_those_of_another_run_and_files_of_another_kind_are_left_alone(tmp_path,
                 file["x"] = 1
         with pytest.raises(UserError, match="cannot be added to"):
             Embeddings(path, SETTINGS, ALONE)
+
+
+def test_what_is_held_is_written_when_asked_for_and_after_a_while(tmp_path, tagged, monkeypatch):
+    output = Embeddings(tmp_path / "e.h5", SETTINGS, ALONE)
+    output.write(tagged[0])
+    assert all(window.frames.dtype == np.float16 for window in tagged[0].windows)
+    assert Embeddings(tmp_path / "e.h5", SETTINGS, ALONE).done == set()
+    output.flush()
+    assert Embeddings(tmp_path / "e.h5", SETTINGS, ALONE).done == {str(tagged[0].path)}
+    output.write(tagged[1])
+    monkeypatch.setattr(tagging.embeddings, "CHUNK_SECONDS", 0.0)
+    output.write(tagged[3])
+    done = {str(tagged[i].path) for i in (0, 1, 3)}
+    assert Embeddings(tmp_path / "e.h5", SETTINGS, ALONE).done == done

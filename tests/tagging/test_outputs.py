@@ -1,16 +1,20 @@
 import csv
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet
 import pytest
 
-import tagging.outputs
+import tagging.parts
+import tagging.rows
 from common.errors import UserError
 from tagging.files import TaggedFile, TaggedWindow
-from tagging.outputs import COLUMNS, as_text, beside, from_text, open_output
+from tagging.outputs import beside, open_output
 from tagging.parts import ALONE, Share
+from tagging.rows import COLUMNS, as_text, from_text
 from tagging.session import open_outputs
 
 SETTINGS = {"model": "pico.pt", "chunk_length": 10.0, "threshold": None}
@@ -215,7 +219,7 @@ def test_a_run_that_was_stopped_before_its_first_note_can_begin_again(tmp_path, 
 def test_a_file_of_another_kind_is_left_alone(tmp_path, form):
     path = tmp_path / f"tags.{form}"
     path.write_text("my notes")
-    with pytest.raises(UserError, match=r"tags\.\w+ exists.*--overwrite"):
+    with pytest.raises(UserError, match=r"tags\.\w+ exists.*write elsewhere, or remove it"):
         open_output(path, None, PATHS, SETTINGS, ALONE)
     assert path.read_text() == "my notes"
 
@@ -240,12 +244,9 @@ def test_settings_of_another_run_are_a_sentence(tmp_path, form, changed, sentenc
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_rows_lost_in_a_power_cut_are_a_sentence(tmp_path, form):
+def test_a_note_that_is_damaged_is_a_sentence(tmp_path, form):
     path = tmp_path / f"tags.{form}"
     write(path)
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match="is shorter than"):
-        open_output(path, None, PATHS, SETTINGS, ALONE)
     path.with_name(f"{path.name}.meta.json").write_text("{")
     with pytest.raises(UserError, match="missing or damaged"):
         open_output(path, None, PATHS, SETTINGS, ALONE)
@@ -408,7 +409,7 @@ def test_a_run_stopped_while_it_joins_parts_joins_them_the_next_time(tmp_path, f
             raise KeyboardInterrupt
 
         unlink = Path.unlink
-        patch.setattr(tagging.outputs, function, stop)
+        patch.setattr(tagging.rows, function, stop)
         patch.setattr(Path, "unlink", lambda p, **how: stop() if ".part-" in p.name else unlink(p, **how))
         with pytest.raises(KeyboardInterrupt):
             last.close(PATHS)
@@ -419,3 +420,102 @@ def test_a_run_stopped_while_it_joins_parts_joins_them_the_next_time(tmp_path, f
     reader = read_lines if form == "jsonl" else read_table
     assert reader(path) == reader(tmp_path / f"whole.{form}")
     assert not [p.name for p in tmp_path.iterdir() if "part" in p.name]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_lost_in_a_power_cut_are_made_again_from_the_last_whole_sound_on(tmp_path, form, world_size):
+    write(tmp_path / f"whole.{form}")
+    whole = (tmp_path / f"whole.{form}").read_bytes()
+    path = tmp_path / f"tags.{form}"
+    for n_bytes in (0, 9, 60, *range(100, len(whole), len(whole) // 7), len(whole) - 1):
+        write(path)
+        path.write_bytes(whole[:n_bytes])
+        ranks = [open_output(path, None, PATHS, SETTINGS, Share(rank, world_size)) for rank in range(world_size)]
+        if n_bytes > len(whole) // 2:
+            assert len(ranks[0].done) > len(FILES) // 3
+        for number, file in enumerate(FILES):
+            ranks[number % world_size].write(file)
+        assert [rank.close(PATHS) for rank in ranks][-1]
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_run_killed_right_after_lost_rows_were_cut_off_is_gone_on_with(tmp_path, form):
+    path = tmp_path / f"tags.{form}"
+    write(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    output = open_output(path, None, PATHS, SETTINGS, ALONE)
+    output.file.write(b'"half' * 1000)  # and is killed before the next note
+    output.file.flush()
+    write(path)
+    assert path.read_bytes() == whole
+
+
+def test_rows_with_a_note_that_are_no_rows_are_a_sentence(tmp_path):
+    path = tmp_path / "tags.csv"
+    write(path)
+    path.write_bytes(path.read_bytes().replace(b"1", b'"', 1))
+    with pytest.raises(UserError, match="was changed by something else"):
+        open_output(path, None, PATHS, SETTINGS, ALONE)
+
+
+def test_a_parquet_table_grows_by_groups_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(tagging.rows, "GROUP", 5)
+    path = tmp_path / "tags.parquet"
+    write(path, FILES[:4])
+    n_first = pyarrow.parquet.ParquetFile(path).num_row_groups
+    write(path)
+    write(tmp_path / "whole.parquet")
+    assert pyarrow.parquet.ParquetFile(path).num_row_groups > n_first > 1
+    assert read_table(path) == read_table(tmp_path / "whole.parquet")
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_going_on_does_not_hold_the_rows(tmp_path, form):
+    path = tmp_path / f"tags.{form}"
+    tags = [(f"label {i}", 0.5) for i in range(100)]
+    files = [TaggedFile(Path(f"{i}.wav"), [TaggedWindow(j, j + 1.0, tags) for j in range(9)]) for i in range(50)]
+    write(path, files)
+    size = path.stat().st_size
+    tracemalloc.start()
+    for share in (ALONE, Share(0, 2)):
+        assert len(open_output(path, None, PATHS, SETTINGS, share).done) == 50
+    assert tracemalloc.get_traced_memory()[1] < size / 10
+    tracemalloc.stop()
+
+
+def test_overwriting_checks_everything_before_it_removes_anything(tmp_path):
+    path = tmp_path / "tags.csv"
+    write(path)
+    mine = tmp_path / "precious.h5"
+    mine.write_bytes(b"precious")
+    strange = (
+        {"output": tmp_path / "precious.wav"},
+        {"output": path, "embeddings": mine},
+        {"output": tmp_path / "m.csv"},
+    )
+    (tmp_path / "precious.wav").write_bytes(b"precious")
+    (tmp_path / "m.csv").write_bytes(b"precious")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for outputs in (*strange, {"output": path, "plot": mine}):
+        with pytest.raises(UserError, match=r"does not touch: write elsewhere|wanted a name that ends in"):
+            overwrite(**outputs)
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    (tmp_path / "e.h5.parts").mkdir()
+    (tmp_path / "e.h5.parts" / "letter.txt").write_text("mine")
+    with pytest.raises(UserError, match="does not touch"):
+        overwrite(embeddings=tmp_path / "e.h5")
+    assert (tmp_path / "e.h5.parts" / "letter.txt").exists()
+
+
+def test_a_name_too_long_for_a_file_beside_others_is_that_files_fault(tmp_path):
+    paths = [tmp_path / f"{'n' * 250}.wav", tmp_path / "short.wav"]
+    output = open_output(tmp_path / "tracks", "audacity", paths, SETTINGS, ALONE)
+    for path in paths:
+        output.write(tagged(path))
+    assert output.close(paths)
+    assert list(output.faults) == [str(paths[0])]
+    assert "too long" in output.faults[str(paths[0])]
+    assert (tmp_path / "tracks" / "short.wav.txt").exists()

@@ -1,9 +1,12 @@
 import re
 
+import h5py
 import pytest
 import soundfile
 
+import inference
 import tagging.session
+from common.errors import UserError
 from tagging.events import merge_events
 from tagging.files import TaggedWindow, Wanted
 from tagging.parts import Share
@@ -20,6 +23,9 @@ class Kept:
 
     def write(self, file):
         self.files.append(file)
+
+    def flush(self):
+        self.n_flushed = getattr(self, "n_flushed", 0) + 1
 
     def close(self, paths):
         return self.is_last
@@ -91,3 +97,32 @@ def test_tags_are_laid_out_a_line_a_window():
     windows = [TaggedWindow(0, 10, [("Chirp, tweet", 0.75), ("Bell", 0.0625)]), TaggedWindow(3590.0, 3600.04)]
     assert lines(windows) == ["  [   0.0 -   10.0 s]  Chirp, tweet 0.750, Bell 0.062", "  [3590.0 - 3600.0 s]"]
     assert lines(merge_events([])) == []
+
+
+def test_what_is_held_is_written_however_a_session_ends(paths):
+    class Interrupted(Kept):
+        def write(self, file):
+            raise KeyboardInterrupt
+
+    held = Kept()
+    with pytest.raises(KeyboardInterrupt):
+        Session(Meter(), Wanted()).run(paths, [held, Interrupted()], quiet=True)
+    assert (len(held.files), held.n_flushed) == (1, 1)
+
+
+def test_what_an_engine_cannot_do_shows_before_anything_is_removed():
+    with pytest.raises(UserError, match="embeddings want a checkpoint"):
+        Session(Meter(), Wanted(embeddings=True)).check()
+    Session(Meter(), Wanted()).check()
+
+
+def test_an_engine_that_cannot_embed_leaves_what_it_should_overwrite(tmp_path, monkeypatch, paths, capsys):
+    target = tmp_path / "e.h5"
+    with h5py.File(target, "w") as file:
+        file.attrs["made_with"] = "{}"
+    monkeypatch.setattr(Meter, "batch_size", 1, raising=False)
+    monkeypatch.setattr(inference, "open_engine", lambda *unused, **also_unused: Meter())
+    with pytest.raises(SystemExit):
+        inference.main([str(paths[0]), "--embeddings", str(target), "--overwrite"])
+    assert "embeddings want a checkpoint" in capsys.readouterr().err
+    assert target.exists()

@@ -269,3 +269,14 @@ def test_a_level_is_the_mean_of_the_channels(tmp_path):
     steady(tmp_path / "b.wav", [0.25, 0.5])
     first, second = tag_bytes(Meter(), (tmp_path / "b.wav").read_bytes(), chunk_seconds=1.0)
     assert (first.probabilities[0], second.probabilities[0]) == (0.25, 0.5)
+
+
+def test_samples_of_the_wrong_kind_and_after_the_end_are_refused(pico):
+    tagger = StreamTagger(pico, chunk_seconds=1.0)
+    with pytest.raises(UserError, match="int16; wanted floats"):
+        tagger.push(np.zeros(100, np.int16))
+    tagger.push(np.zeros(8000))
+    assert len(tagger.finish()) == 1
+    assert tagger.finish() == []
+    with pytest.raises(UserError, match="was finished"):
+        tagger.push(np.zeros(100))
