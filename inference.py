@@ -33,7 +33,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tag sound files, or a stream, window by window.")
     add = parser.add_argument
     add("sounds", nargs="*", type=Path, metavar="FILE_OR_FOLDER")
-    add("-m", "--model", default="ced_mini", help="a model's name, a checkpoint, a run's folder, or an .onnx file")
+    add(
+        "-m",
+        "--model",
+        default="ced_mini",
+        help="a model's name, a checkpoint, a run's or Hugging Face folder, an .onnx file (default %(default)s)",
+    )
     add("--weights", help="file or address with the weights of the model named by -m")
     add("-k", "--topk", type=int, help="labels of each window (default 3, or all above --threshold)")
     add("-c", "--chunk_length", type=float, default=10.0, help="of a window, in seconds (default %(default)s)")

@@ -14,7 +14,7 @@ import numpy as np
 
 from audio.io import AudioBlocks, AudioReadError, find_audio_files
 from common.errors import UserError
-from tagging.files import cut
+from tagging.files import SHORTEST_TAIL, cut
 from tagging.onnx_engine import OnnxEngine
 from tagging.windows import Windows
 
@@ -63,7 +63,7 @@ def tag_chunks(
     settings = described_front_end(engine.front_end).description
     rate = engine.sample_rate
     size = max(round(chunk_seconds * rate), 1)
-    for start, chunk in cut(AudioBlocks(path, rate), Windows(size, size)):
+    for start, chunk in cut(AudioBlocks(path, rate), Windows(size, size, round(SHORTEST_TAIL * rate))):
         mel = features(chunk, settings)
         yield start / rate, (start + len(chunk)) / rate, engine.predict_spectrogram(mel[None])[0]
 

@@ -1,5 +1,7 @@
 """Start a training run again and again, kill it with SIGKILL at random moments, and let it finish at last.
 
+The first kill comes with the first state.
+
     python tests/training/killing.py CONFIG OUTPUT KILLS SEED WORKERS...
 
 WORKERS are loader processes, taken in turn. Prints JSON: how long an uninterrupted run takes, and how often each start
@@ -47,7 +49,11 @@ def main() -> None:
     for attempt in range(1000):
         child = start(config, output, int(workers[attempt % len(workers)]))
         if killed < int(kills):
-            time.sleep(draw.uniform(0, 0.6 * seconds))
+            if killed:
+                time.sleep(draw.uniform(0, 0.6 * seconds))
+            else:  # once there is something to go on with, however slow the machine is today
+                while not list(Path(output).glob("*/*/*/states/*.json")) and os.waitpid(child, os.WNOHANG) == (0, 0):
+                    time.sleep(0.01)
             done, status = os.waitpid(child, os.WNOHANG)
             if not done:
                 os.kill(child, signal.SIGKILL)  # its loader workers live on for some seconds, as after any crash
