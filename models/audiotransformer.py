@@ -8,6 +8,7 @@ Letters: B batch, F mel bands, T frames, C classes, D width, f and t rows and co
 (frequency-major), R rows of the network's batch: a clip, or a chunk of a long one.
 """
 
+import inspect
 import logging
 from collections.abc import Mapping
 from functools import partial
@@ -421,6 +422,13 @@ def _initialise(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
+
+# with their defaults, all that make a network but the number of its classes
+ARGUMENTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(AudioTransformer).parameters.items()
+    if name != "num_classes"
+}
 
 # width, heads, depth; the two smallest are this project's own, for CPUs and tests
 SIZES = {

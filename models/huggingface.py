@@ -3,7 +3,6 @@
 Their state dict has no front-end, calls `init_bn.1.*` `init_bn.*`, and prefixes all but the output layer by `encoder.`.
 """
 
-import inspect
 import json
 import logging
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from common.errors import UserError, some
 from common.files import whole_file, write_json
-from models.audiotransformer import SIZES, AudioTransformer
+from models.audiotransformer import ARGUMENTS, SIZES, AudioTransformer
 from models.base import Activation
 from models.labels import audioset_labels
 from models.layers import Block
@@ -25,11 +24,6 @@ logger = logging.getLogger(__name__)
 
 # keys of config.json that are arguments of the network; its dimensions are read from the tensors
 _DIMENSIONS = ("embed_dim", "num_heads", "depth")
-_ARGUMENTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(AudioTransformer).parameters.items()
-    if name != "num_classes"
-}
 # of the front-end: what it was given may have been None
 _MEL = ("sample_rate", "n_mels", "f_min", "f_max", "n_fft", "win_size", "hop_size", "center")
 # what transformers calls the two activations
@@ -66,7 +60,7 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     width = state["time_pos_embed"].shape[1]
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     dims = (width, given.get("num_heads") or width // 64, depth)
-    arguments = {key: given[key] for key in _ARGUMENTS if key not in _DIMENSIONS and given.get(key) is not None}
+    arguments = {key: given[key] for key in ARGUMENTS if key not in _DIMENSIONS and given.get(key) is not None}
     name = next((f"audiotransformer_{size}" for size in SIZES if SIZES[size] == dims), None)
     if name is None:
         name = "audiotransformer_base"
@@ -101,7 +95,7 @@ def write_huggingface(folder: str | Path, model: AudioTransformer, extra: Mappin
     config = {
         "architectures": ["CedForAudioClassification"],
         "model_type": "ced",
-        **_ARGUMENTS,
+        **ARGUMENTS,
         **model.arguments,
         **{key: getattr(model.front_end, key) for key in _MEL},
         **{key: getattr(model, key) for key in ("pooling", "target_length", "eval_avg", "embed_dim")},

@@ -29,7 +29,6 @@ class TaggedWindow:
     """From `start` to `end` seconds of a file: labels with their probabilities, best first.
 
     Attributes:
-        probabilities: of all classes (C,), where they were asked for.
         embedding: of the window (E,), where it was asked for.
         frames: embeddings of its time steps (T',E), likewise, float16.
     """
@@ -37,7 +36,6 @@ class TaggedWindow:
     start: float
     end: float
     tags: list[tuple[str, float]] = field(default_factory=list)
-    probabilities: np.ndarray | None = None
     embedding: np.ndarray | None = None
     frames: np.ndarray | None = None
 
@@ -58,11 +56,6 @@ class TaggedFile:
     fault: str | None = None
     note: str | None = None
 
-    @property
-    def seconds(self) -> float:
-        """How much of it was tagged."""
-        return max((window.end for window in self.windows), default=0.0)
-
 
 @dataclass(frozen=True)
 class Wanted:
@@ -71,13 +64,11 @@ class Wanted:
     Attributes:
         top_k: this many labels, all where None.
         threshold: only labels of at least this probability.
-        probabilities: keep those of all classes, too.
         embeddings: embed the windows; the engine must be a `TorchEngine`.
     """
 
     top_k: int | None = 3
     threshold: float | None = None
-    probabilities: bool = False
     embeddings: bool = False
 
     def tags(self, probabilities: np.ndarray, labels: list[str]) -> list[tuple[str, float]]:
@@ -296,8 +287,8 @@ def create_windows(engine: Engine, chunk_seconds: float, hop_seconds: float | No
     if engine.max_samples is not None and size > engine.max_samples:
         longest = engine.max_samples / engine.sample_rate
         raise UserError(
-            f"{engine.name} takes at most {longest:.2f} s at once, and --chunk_length is {chunk_seconds:g}: "
-            "give less, or export with a larger --max-frames"
+            f"{engine.name} takes at most {longest:.2f} s at once, not windows of {chunk_seconds:g} s: "
+            "give shorter ones, or export with a larger --max-frames"
         )
     hop = size if hop_seconds is None else max(round(hop_seconds * engine.sample_rate), 1)
     return Windows(size, hop, round(SHORTEST_TAIL * engine.sample_rate))
@@ -342,8 +333,6 @@ def tag_windows(engine: Engine, clips: list[np.ndarray], windows: list[TaggedWin
     rows = engine.predict(clips)  # (B,C)
     for window, row in zip(windows, rows, strict=True):
         window.tags = wanted.tags(row, engine.labels)
-        if wanted.probabilities:
-            window.probabilities = row
     if wanted.embeddings:
         whole, frames = embedding_engine(engine).embed(clips)
         for window, vector, steps in zip(windows, whole, frames, strict=True):

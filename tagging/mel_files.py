@@ -14,9 +14,9 @@ import numpy as np
 
 from audio.io import AudioBlocks, AudioReadError, find_audio_files
 from common.errors import UserError
-from tagging.files import SHORTEST_TAIL, cut
+from tagging.files import TaggedWindow, Wanted, create_windows, cut
 from tagging.onnx_engine import OnnxEngine
-from tagging.windows import Windows
+from tagging.session import lines
 
 # (waveform (S,), settings of CED's front-end) -> mel bands in decibels (F,T)
 Features = Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]
@@ -62,8 +62,7 @@ def tag_chunks(
 
     settings = described_front_end(engine.front_end).description
     rate = engine.sample_rate
-    size = max(round(chunk_seconds * rate), 1)
-    for start, chunk in cut(AudioBlocks(path, rate), Windows(size, size, round(SHORTEST_TAIL * rate))):
+    for start, chunk in cut(AudioBlocks(path, rate), create_windows(engine, chunk_seconds, None)):
         mel = features(chunk, settings)
         yield start / rate, (start + len(chunk)) / rate, engine.predict_spectrogram(mel[None])[0]
 
@@ -82,9 +81,7 @@ def report(
         yield str(path)
         try:
             for start, end, probabilities in tag_chunks(engine, features, path, chunk_seconds):
-                best = np.argsort(-probabilities, kind="stable")[:top_k]
-                tags = ", ".join(f"{engine.labels[index]} {probabilities[index]:.3f}" for index in best)
-                yield f"  [{start:6.1f} - {end:6.1f} s]  {tags}"
+                yield from lines([TaggedWindow(start, end, Wanted(top_k).tags(probabilities, engine.labels))])
         except AudioReadError as error:
             faults.append(str(error))
             yield f"  cannot be read: {error.reason}"

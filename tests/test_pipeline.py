@@ -26,22 +26,17 @@ def succeed(*words, **options):
     return result
 
 
+def tones_alone(pack, runs):
+    """Words that train and judge on one pack, and write below `runs`."""
+    held_out = ("--valid_data", "null", "--select_on", "null")
+    return ["--train_data", pack, "--eval_data", pack, *held_out, "--outputpath", runs]
+
+
 @pytest.fixture(scope="module")
 def teacher(tone_pack, tmp_path_factory):
     """The folder of a teacher trained on the labels."""
     runs = tmp_path_factory.mktemp("runs")
-    data = [
-        "--train_data",
-        tone_pack,
-        "--eval_data",
-        tone_pack,
-        "--valid_data",
-        "null",
-        "--select_on",
-        "null",
-        "--outputpath",
-        runs,
-    ]
+    data = tones_alone(tone_pack, runs)
     changes = ["--epochs", "20", "--num_workers", "1", "--optimizer_args.lr", "3e-3", "--batch_size", "8"]
     succeed("run.py", "train", "trainconfig/own_teacher.yaml", *data, *changes, "--mixup", "null")
     return runs / "own_teacher" / "audiotransformer_nano" / "latest"
@@ -64,18 +59,7 @@ def store(tone_pack, teacher, tmp_path_factory):
 @pytest.fixture(scope="module")
 def student(tone_pack, store, tmp_path_factory):
     runs = tmp_path_factory.mktemp("student")
-    data = [
-        "--train_data",
-        tone_pack,
-        "--eval_data",
-        tone_pack,
-        "--valid_data",
-        "null",
-        "--select_on",
-        "null",
-        "--outputpath",
-        runs,
-    ]
+    data = tones_alone(tone_pack, runs)
     data += ["--logitspath", store]
     result = succeed("run.py", "train", "trainconfig/own_student.yaml", *data, *SHORT)
     folder = runs / "own_student" / "audiotransformer_pico" / "latest"

@@ -1,17 +1,10 @@
 """Settings of CED for Hugging Face's transformers: the arguments of the network, under the names CED published."""
 
-import inspect
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from models.audiotransformer import AudioTransformer
-
-NETWORK = {
-    name: parameter.default
-    for name, parameter in inspect.signature(AudioTransformer).parameters.items()
-    if name != "num_classes"
-}
+from models.audiotransformer import ARGUMENTS
 
 
 class CedConfig(PretrainedConfig):
@@ -39,7 +32,7 @@ class CedConfig(PretrainedConfig):
             settings.setdefault("num_labels", outputdim)
         if settings.get("problem_type") is None:
             settings["problem_type"] = "multi_label_classification"
-        for name, default in NETWORK.items():
+        for name, default in ARGUMENTS.items():
             setattr(self, name, settings.pop(name, default))
         super().__init__(**settings)
 
@@ -56,7 +49,7 @@ class CedConfig(PretrainedConfig):
 
     def network(self) -> dict[str, Any]:
         """Return the arguments of the network."""
-        return {name: getattr(self, name) for name in NETWORK}
+        return {name: getattr(self, name) for name in ARGUMENTS}
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings, with `outputdim` for CED's own code."""

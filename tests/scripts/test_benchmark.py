@@ -3,7 +3,9 @@ import copy
 import pytest
 import torch
 
+from common.errors import UserError
 from scripts.benchmark import Benchmark
+from scripts.benchmarks.tag import largest_difference, make_sounds
 from scripts.benchmarks.train import (
     count_flops,
     create_transformer,
@@ -65,3 +67,24 @@ def test_what_the_plain_step_does_not_know_is_told(model, seconds, capsys):
     with pytest.raises(SystemExit):
         Benchmark().train(model, seconds=seconds, device="cpu")
     assert "plain step" in capsys.readouterr().err
+
+
+def test_the_tags_of_a_csv_are_compared_window_by_window_and_label_by_label(tmp_path):
+    reference = {"a.wav": [[0.1, 0.9], [0.3, 0.2]], "b.wav": [[0.5, 0.6]]}
+    rows = ["a.wav,0.0,5.0,Dog,0.9,", "a.wav,5.0,10.0,Cat,0.3,", "a.wav,10.0,10.2,Cat,1.0,", "b.wav,0.0,5.0,Dog,0.58,"]
+    table = tmp_path / "tags.csv"
+    table.write_text("\n".join(["filename,start,end,label,probability,error", *rows]) + "\n")
+    assert largest_difference(table, reference, ["Cat", "Dog"], 5.0) == pytest.approx(0.02)
+    table.write_text("filename,start,end,label,probability,error\n")
+    with pytest.raises(UserError, match="no row to compare"):
+        largest_difference(table, reference, ["Cat", "Dog"], 5.0)
+
+
+@pytest.mark.long
+def test_whole_processes_tag_alike_and_are_timed(tmp_path, capsys):
+    make_sounds(tmp_path / "sounds", 3, 1.0, seed=0)
+    Benchmark().tag(str(tmp_path / "sounds"), "audiotransformer_pico", chunk_length=1.0, rounds=1)
+    out = capsys.readouterr().out
+    assert "3 files, 3 windows of 1 s" in out
+    assert "one file, 3 windows of 1 s" in out
+    assert out.count("project, ONNX int8") == 2

@@ -18,7 +18,7 @@ from tagging.stream import FORMATS, Encoding, StreamTagger, read_stream
 from tests.conftest import ROOT
 from tests.tagging.sounds import RATE, Meter, humming, steady
 
-EVERY = Wanted(None, probabilities=True)
+EVERY = Wanted(None)
 RAW = Encoding(RATE)
 SUBTYPES = {
     "u8": "PCM_U8",
@@ -39,7 +39,7 @@ def tag_bytes(engine, data, raw=RAW, block_seconds=0.1, **times):
 def check_same(found, expected):
     assert [(w.start, w.end) for w in found] == [(w.start, w.end) for w in expected]
     for one, other in zip(found, expected, strict=True):
-        assert np.abs(one.probabilities - other.probabilities).max() <= 1e-5
+        assert dict(one.tags) == pytest.approx(dict(other.tags), abs=1e-5)
         assert [label for label, _ in one.tags] == [label for label, _ in other.tags]
 
 
@@ -139,11 +139,11 @@ def test_a_stream_that_ends_within_a_sample_or_at_once_is_no_fault():
     ones = np.full(RATE, 8192, "<i2").tobytes()
     for n_more in (0, 1):
         (window,) = tag_bytes(meter, ones + b"\x00" * n_more)
-        assert (window.start, window.end, window.probabilities[0]) == (0, 1, 0.25)
+        assert (window.start, window.end, dict(window.tags)["level"]) == (0, 1, 0.25)
     (window,) = tag_bytes(meter, ones[:2])
     assert window.end == 1 / RATE
     (window,) = tag_bytes(Meter(sample_rate=40), bytes([192] * 100), Encoding(40, 1, "u8"))
-    assert (window.end, window.probabilities[0]) == (2.5, 0.5)
+    assert (window.end, dict(window.tags)["level"]) == (2.5, 0.5)
 
 
 FMT = b"RIFF\x00\x00\x00\x00WAVEfmt "
@@ -265,10 +265,10 @@ def test_raw_samples_through_a_pipe_as_a_command(tmp_path, checkpoint, pico):
 def test_a_level_is_the_mean_of_the_channels(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.stack([np.full(RATE, 0.75), np.full(RATE, 0.25)], axis=1), RATE)
     (window,) = tag_bytes(Meter(), (tmp_path / "a.wav").read_bytes())
-    assert window.probabilities[0] == 0.5
+    assert dict(window.tags)["level"] == 0.5
     steady(tmp_path / "b.wav", [0.25, 0.5])
     first, second = tag_bytes(Meter(), (tmp_path / "b.wav").read_bytes(), chunk_seconds=1.0)
-    assert (first.probabilities[0], second.probabilities[0]) == (0.25, 0.5)
+    assert (dict(first.tags)["level"], dict(second.tags)["level"]) == (0.25, 0.5)
 
 
 def test_samples_of_the_wrong_kind_and_after_the_end_are_refused(pico):
