@@ -9,7 +9,6 @@ again goes on where it stopped.
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +17,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import fire
 
-from common.errors import Faults, UserError, print_user_errors
+from common.errors import Faults, print_user_errors
 from distill.replay import Replay
-from models import AudioTagger, Ensemble, load_model
 from training.config import SoftTargetConfig, read_config
 from training.data import open_pack
+from training.teacher import Teacher, load_teacher
 from training.teaching import Teaching
 
 
-def load_teachers(config: SoftTargetConfig) -> list[AudioTagger]:
-    """Load the member or members of the teacher; their labels are checked to be the same."""
-    names = [config.model] if isinstance(config.model, str) else config.model
-    given = [config.weights] if isinstance(config.weights, str) else config.weights
-    weights: Sequence[str | None] = given or [None] * len(names)
-    if len(weights) != len(names):
-        raise UserError(f"{len(names)} models and {len(weights)} weights are given; give one file a model, in order")
-    members = [load_model(name, weights=file, **config.model_args) for name, file in zip(names, weights, strict=True)]
-    Ensemble(members)  # checks that they agree on their classes
-    return members
-
-
-def store_folder(config: SoftTargetConfig, members: list[AudioTagger]) -> Path:
+def store_folder(config: SoftTargetConfig, teacher: Teacher) -> Path:
     """Return outputpath/NAMES/TSV_STEM/chunk_SECONDS, as published."""
-    name = config.name or "_".join(member.name for member in members)
+    name = config.name or teacher.name
     return Path(config.outputpath) / name / Path(config.train_data).stem / f"chunk_{config.chunk_length:g}"
 
 
@@ -58,21 +45,17 @@ def save_logits(config_file: str, m: str | None = None, **overrides: Any) -> Non
     faults = Faults(config_file)
     config = read_config(SoftTargetConfig, config_file, overrides, faults)
     pack = open_pack(config.train_data, faults) if config else None
-    members: list[AudioTagger] = []
+    teacher = None
     if config:
-        try:
+        with faults.noted():
             Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
-        except UserError as error:
-            faults.add(str(error))
-        try:
-            members = load_teachers(config)
-        except UserError as error:
-            faults.add(str(error))
+        with faults.noted():
+            teacher = load_teacher(config.model, config.weights, config.model_args)
     faults.raise_if_any()
-    assert config is not None
-    assert pack is not None
+    if config is None or pack is None or teacher is None:
+        raise AssertionError("a part is missing, and no fault was noted")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = Teaching(config, pack, members, store_folder(config, members), rank, world_size).save()
+    folder = Teaching(config, pack, teacher, store_folder(config, teacher), rank, world_size).save()
     if rank == 0:
         print(f"soft targets: {folder}\nnext: python run.py train CONFIG.yaml --logitspath {folder}")
 

@@ -8,7 +8,8 @@ import difflib
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -39,6 +40,14 @@ class Faults:
     def add(self, sentence: str) -> None:
         """Note one more fault."""
         self.sentences.append(sentence)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note a `UserError` raised in the `with` block, which ends there."""
+        try:
+            yield
+        except UserError as error:
+            self.add(str(error))
 
     def raise_if_any(self) -> None:
         """Raise one `UserError` with every fault noted so far, or return."""

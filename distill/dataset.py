@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 
 from audio.dataset import Pack, pad_batch
 from audio.io import resample
-from distill.sources import TargetSource
+from distill.sources import LabelTargets, TargetSource
 
 FRESH_MASKS_STREAM, MIXUP_STREAM = 1, 3  # keep these random numbers apart from the run's other streams
 
@@ -27,6 +27,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         pack: the clips.
         source: items, seeds and targets.
         sample_rates: the rates that the models to be fed want, in hertz.
+        labels: of the same items, which then come beside the targets.
         fresh_masks: draw mask positions anew instead of replaying them (`disable_consistency`); shifts are replayed
             still, as published.
         mixup: alpha of the Beta distribution that each clip's weight in mixup is drawn from, or None for no mixup.
@@ -39,11 +40,12 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         source: TargetSource,
         sample_rates: Sequence[int],
         *,
+        labels: LabelTargets | None = None,
         fresh_masks: bool = False,
         mixup: float | None = None,
         seed: int = 0,
     ) -> None:
-        self.pack, self.source, self.sample_rates = pack, source, tuple(sample_rates)
+        self.pack, self.source, self.sample_rates, self.labels = pack, source, tuple(sample_rates), labels
         self.fresh_masks, self.mixup, self.seed = fresh_masks, mixup, seed
 
     def __len__(self) -> int:
@@ -66,7 +68,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
             weight = float(stream.beta(self.mixup, self.mixup))
         rate = self.pack.sample_rate
         waveform = replay.transform_waveform(self.pack.read(clip, start, stop), draw, rate)
-        return {
+        shown = {
             "item": item,
             "waveforms": {r: torch.from_numpy(resample(waveform, rate, r).copy()) for r in self.sample_rates},
             "value": value,
@@ -75,6 +77,9 @@ class ReplayDataset(Dataset[dict[str, Any]]):
             "target": torch.from_numpy(self.source.target(epoch, item)),
             "mixup_weight": weight,
         }
+        if self.labels is not None:
+            shown["labels"] = torch.from_numpy(self.labels.target(epoch, item))
+        return shown
 
     def name(self, item: int) -> str:
         """Return the name of the clip that `item` is a chunk of."""
@@ -86,10 +91,12 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `item` (B,) int64; `waveforms` and `lengths`, each {sample rate: (B, S) float32 / (B,) int64}; `value` and
-        `min_value` (B,) float32, the mask draws; `n_reference` (B,) int64; `target` (B, C) float32; `mixup_weight`
-        (B,) float32, each clip's share in the mixture with its mirror in the batch, 1 where nothing is mixed.
+        `min_value` (B,) float32, the mask draws; `n_reference` (B,) int64; `target` (B, C) float32, and `labels` (B, C)
+        float32 where the dataset has them; `mixup_weight` (B,) float32, each clip's share in the mixture with its
+        mirror in the batch, 1 where nothing is mixed.
     """
     padded = {rate: pad_batch([item["waveforms"][rate] for item in items]) for rate in items[0]["waveforms"]}
+    vectors = [key for key in ("target", "labels") if key in items[0]]
     return {
         "item": torch.tensor([item["item"] for item in items]),
         "waveforms": {rate: waveform for rate, (waveform, _) in padded.items()},
@@ -97,9 +104,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "value": torch.tensor([item["value"] for item in items], dtype=torch.float32),
         "min_value": torch.tensor([item["min_value"] for item in items], dtype=torch.float32),
         "n_reference": torch.tensor([item["n_reference"] for item in items]),
-        "target": torch.stack([item["target"] for item in items]),
         "mixup_weight": torch.tensor([item["mixup_weight"] for item in items], dtype=torch.float32),
-    }
+    } | {key: torch.stack([item[key] for item in items]) for key in vectors}
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

@@ -6,6 +6,8 @@ gives its arguments with `objective_args`.
 Shapes: B batch · C classes.
 """
 
+import inspect
+import keyword
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,7 +21,11 @@ class Objective(Protocol):
     """Turns what a model said and what the batch holds into named losses.
 
     One that is an `nn.Module` has its parameters trained with the student's. Under mixup the batch holds `mixup_weight`
-    (B,): each clip's own share, the rest is its mirror's in the batch; `target` is mixed already.
+    (B,): each clip's own share, the rest is its mirror's in the batch; `target` and `labels` are mixed already. With
+    an online teacher, `target` is what it answered to the mixture.
+
+    Two attributes may be left out: `activation`, "sigmoid" or "softmax", what turns the student's and the teacher's
+    logits into probabilities; and `needs_labels`, true where the batch must hold `labels` (B, C) beside `target`.
     """
 
     @property
@@ -47,16 +53,37 @@ def register_objective(name: str) -> Callable[[Callable[..., Objective]], Callab
     return register
 
 
-def create_objective(name: str, **arguments: Any) -> Objective:
-    """Build a registered objective; a `UserError` tells an unknown name or argument."""
+def create_objective(name: str, offered: Mapping[str, Any] | None = None, /, **arguments: Any) -> Objective:
+    """Build a registered objective.
+
+    Args:
+        name: of it.
+        offered: settings of a run, of which the objective is given those that it has arguments for.
+        **arguments: for the objective; a word of Python's own (`lambda`) goes to the argument with a `_` behind it.
+
+    Raises:
+        UserError: an unknown name or argument.
+    """
     if name not in _OBJECTIVES:
         raise UserError(
             f"unknown objective {name!r}{did_you_mean(name, _OBJECTIVES)}; known are {', '.join(_OBJECTIVES)}"
         )
+    factory = _OBJECTIVES[name]
+    parameters = inspect.signature(factory).parameters
+    known = {_spelt(argument): argument for argument in parameters}
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for key in arguments.keys() - known.keys():
+            raise UserError(f"objective {name} has no argument {key!r}{did_you_mean(key, known)}")
+    taken = {key: value for key, value in (offered or {}).items() if key in known}
     try:
-        return _OBJECTIVES[name](**arguments)
+        return factory(**{known.get(key, key): value for key, value in (taken | arguments).items()})
     except TypeError as error:
-        raise UserError(f"objective {name}: {error}") from None
+        raise UserError(f"objective {name}: {error}".replace("__init__() ", "")) from None
+
+
+def _spelt(argument: str) -> str:
+    """Return how a configuration spells an argument: `lambda_` is `lambda`."""
+    return argument[:-1] if argument.endswith("_") and keyword.iskeyword(argument[:-1]) else argument
 
 
 class _SoftBCE(nn.BCELoss):
@@ -115,3 +142,88 @@ class TargetLoss:
             even = 1 / target.shape[1] if self.activation == "softmax" else 0.5
             target = target + self.label_smoothing * (even - target)
         return {"loss": self.loss(output, target).mean()}
+
+
+_SMALLEST = torch.finfo(torch.float32).tiny
+_LARGEST = 1 - torch.finfo(torch.float32).eps / 2  # the number below 1
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)  # YAML reads 1e-1 as text
+    except (TypeError, ValueError):
+        raise UserError(f"objective cmkd: {name} is {value!r}, which is no number") from None
+
+
+@register_objective("cmkd")
+class CrossModelDistillation:
+    """Labels and a teacher at once: cross-model knowledge distillation (Gong et al., "CMKD", 2022) as FastAST trains.
+
+    lambda * Loss_g(psi(Zs), y) + (1 - lambda) * Loss_d(psi(Zs), psi(Zt / tau)) (Behera et al., "FastAST", Interspeech
+    2024, equation 1). The task decides psi: sigmoid, where Loss_g is the binary cross-entropy and Loss_d the mean
+    divergence of the classes' Bernoulli distributions; or softmax, with the cross-entropy and KL(teacher || student).
+    As published, tau acts on the teacher alone and is not made up for by tau^2.
+
+    Args:
+        loss: a name in `LOSSES`, which says the task.
+        loss_args: of Loss_g, see `TargetLoss`; Loss_d is a divergence as it stands.
+        label_smoothing: of the labels, see `TargetLoss`.
+        lambda_: share of the labels, 0 to 1.
+        tau: divides the teacher's logits, which are found again from its probabilities; 1 takes these as they are.
+
+    Raises:
+        UserError: an unknown loss; numbers out of range.
+    """
+
+    sample_rates: Sequence[int] = ()
+    needs_labels = True
+
+    def __init__(
+        self,
+        loss: str,
+        loss_args: Mapping[str, Any],
+        label_smoothing: float = 0.0,
+        lambda_: float = 0.1,
+        tau: float = 1.0,
+    ) -> None:
+        self.to_labels = TargetLoss(loss, loss_args, label_smoothing)
+        self.to_teacher = TargetLoss(loss, {})
+        self.wants, self.activation = self.to_labels.wants, self.to_labels.activation
+        self.share, self.tau = _number("lambda", lambda_), _number("tau", tau)
+        if not 0 <= self.share <= 1:
+            raise UserError(f"objective cmkd: lambda is {lambda_!r}; it is the share of the labels, from 0 to 1")
+        if not 0 < self.tau < float("inf"):
+            raise UserError(f"objective cmkd: tau is {tau!r}; wanted a number above 0")
+
+    def __call__(self, output: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the losses.
+
+        Args:
+            output: (B, C), what `wants` says.
+            batch: `labels` (B, C) of 0 and 1, or mixed; `target` (B, C), the teacher's probabilities.
+
+        Returns:
+            `loss`, and what it is made of before it is weighed: `loss_labels`, and `loss_teacher`, which is 0 where the
+            student says what the teacher says.
+        """
+        to_labels = self.to_labels(output, {"target": batch["labels"]})["loss"]
+        # What is left of two numbers much alike: computed in float32 whatever the precision around it.
+        with torch.autocast(output.device.type, enabled=False):
+            target = self._warmed(batch["target"].float())
+            to_teacher = self.to_teacher(output.float(), {"target": target})["loss"] - self._entropy(target)
+        loss = self.share * to_labels + (1 - self.share) * to_teacher
+        return {"loss": loss, "loss_labels": to_labels, "loss_teacher": to_teacher}
+
+    def _warmed(self, target: Tensor) -> Tensor:
+        """Return psi(Zt / tau) for psi(Zt), (B, C) each; a stored softmax answer is scaled to sum to one."""
+        if self.activation == "softmax":
+            if self.tau == 1:
+                return target / target.sum(dim=1, keepdim=True).clamp_min(1e-8)
+            return (target.clamp_min(_SMALLEST).log() / self.tau).softmax(dim=1)
+        return target if self.tau == 1 else (target.clamp(_SMALLEST, _LARGEST).logit() / self.tau).sigmoid()
+
+    def _entropy(self, target: Tensor) -> Tensor:
+        """Return the mean entropy of the distributions that `target` (B, C) holds: one a class, or one a clip."""
+        if self.activation == "softmax":
+            return torch.special.entr(target).sum(dim=1).mean()
+        return (torch.special.entr(target) + torch.special.entr(1 - target)).mean()

@@ -38,7 +38,7 @@ def reference_lengths(bounds: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 class SeededItems:
-    """Items with a fresh seed each epoch and no target: what a teacher is shown.
+    """Items with a fresh seed each epoch and no target of their own: what a teacher is shown.
 
     Args:
         bounds: (M, 3) items, see `TargetSource`.

@@ -160,7 +160,7 @@ def test_a_store_of_another_pack_and_of_other_classes_is_refused(tone_pack, stor
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(settings))
     result = run_command("run.py", "train", config)
-    assert "holds targets over 7 classes, the configuration says 527" in result.stderr
+    assert "knows 7 classes, the configuration says 527" in result.stderr
     result = run_command("run.py", "train", config, "--num_classes", "null", "--loss", "BCELoss")
     assert "loss BCELoss wants probabilities" in result.stderr
 

@@ -44,7 +44,10 @@ class TrainConfig(_Config):
     eval_data: str | None = None  # TSV of a pack with a `labels` column: reported at the end
     valid_data: str | None = None  # ours: TSV of a pack with a `labels` column that chooses the best checkpoints
     valid_fraction: float | None = Field(None, gt=0, lt=1)  # ours: or hold out this part of the training clips for it
-    logitspath: str | None = None  # folder of soft targets; null = train on the `labels` column (ours)
+    logitspath: str | None = None  # folder of soft targets; null = those of `teacher`, or the `labels` column (ours)
+    # ours: name, checkpoint or run's folder of a model that is asked while the student learns; of a list, all vote
+    teacher: str | list[str] | None = None
+    teacher_weights: str | list[str] | None = None  # ours: weights for each, for files that do not say what they are
     labels_csv: str | None = None  # ours: index,mid,display_name; null = what the store or the column says
     num_classes: int | None = Field(None, ge=1)  # null = as many as the targets have
     num_workers: int = Field(4, ge=0)
@@ -69,7 +72,7 @@ class TrainConfig(_Config):
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # ours: this part of a target becomes 0.5, or 1/C under softmax
     max_aug_epochs: int = Field(0, ge=0)  # stored epochs to use; 0 = all
 
-    # --- augmentation; shift and masks come with the soft targets, these three are for training on labels (ours)
+    # --- augmentation; shift and masks come with stored soft targets, the last three here are for all other runs (ours)
     mixup: float | None = Field(None, gt=0)  # alpha of the Beta distribution
     mixup_on: Literal["spectrogram", "waveform"] = "spectrogram"  # ours
     disable_consistency: bool = False  # draw masks anew instead of replaying the teacher's
@@ -122,7 +125,27 @@ class TrainConfig(_Config):
             raise ValueError("select_on is eval, which needs eval_data; or set select_on: null")
         if self.layer_decay is not None and "lr" not in self.optimizer_args:
             raise ValueError("layer_decay needs optimizer_args.lr, the learning rate of the topmost layer")
+        self._teachers_agree()
         return self
+
+    def _teachers_agree(self) -> None:
+        if self.teacher and self.logitspath:
+            raise ValueError(
+                "teacher and logitspath are both given; drop logitspath to ask the teacher while the student learns, "
+                "or teacher to take stored answers"
+            )
+        if self.teacher_weights and not self.teacher:
+            raise ValueError("teacher_weights are given without teacher, the model that they belong to; add it")
+        if self.teacher and self.disable_consistency:
+            raise ValueError(
+                "disable_consistency concerns stored answers; the teacher of `teacher` hears what the student hears: "
+                "drop one of them"
+            )
+        if self.objective == "cmkd" and not (self.teacher or self.logitspath):
+            raise ValueError(
+                "objective cmkd learns from a teacher beside the labels; give teacher (a model to ask) or logitspath "
+                "(its stored answers), or drop objective"
+            )
 
     @field_validator("loss")
     @classmethod

@@ -10,9 +10,9 @@ import pandas as pd
 
 from audio.dataset import Pack, chunk_bounds
 from audio.manifest import parse_labels
-from common.errors import Faults, UserError
+from common.errors import Faults, UserError, some
 from distill.replay import Replay
-from distill.sources import LabelTargets, TargetSource
+from distill.sources import LabelTargets, SeededItems, TargetSource
 from distill.targets import SoftTargetStore, StoredTargets
 from models.labels import labels_for, read_labels
 from models.registry import AUDIOSET_CLASSES
@@ -53,6 +53,7 @@ class TrainingData:
         pack: the training clips.
         source: their items and targets.
         labels: the class names.
+        item_labels: the labels of every item of `source`, where the objective needs them beside the targets.
         items: (M,) the items of `source` to learn from: all but those of held-out clips.
         valid: chooses checkpoints, or None.
         evaluation: is reported at the end, or None.
@@ -63,6 +64,7 @@ class TrainingData:
     pack: Pack
     source: TargetSource
     labels: list[str]
+    item_labels: LabelTargets | None
     items: np.ndarray
     valid: LabelledPack | None
     evaluation: LabelledPack | None
@@ -99,23 +101,38 @@ def _clip_labels(pack: Pack, labels: list[str], faults: Faults) -> list[np.ndarr
         return None
 
 
-def open_training(config: TrainConfig, seed: int, faults: Faults) -> TrainingData | None:
+def open_training(
+    config: TrainConfig,
+    seed: int,
+    faults: Faults,
+    *,
+    taught: list[str] | None = None,
+    needs_labels: bool = False,
+) -> TrainingData | None:
     """Open everything a run needs.
 
     Args:
         config: names the files.
         seed: of the run, for augmentation seeds that no store brings.
         faults: gets every fault found; where there is none, data is returned.
+        taught: the labels of `config.teacher`; None where there is none, or it could not be loaded.
+        needs_labels: labels are wanted beside the targets.
     """
     named = _named_labels(config, faults)
-    opened = _stored_source(config, named, faults) if config.logitspath else _label_source(config, named, seed, faults)
-    labels = opened[2] if opened else named
+    if config.logitspath:
+        opened = _stored_source(config, named, faults)
+    elif config.teacher:
+        opened = _taught_source(config, named, taught, seed, faults)
+    else:
+        opened = _label_source(config, named, seed, faults)
+    labels = opened[2] if opened else taught or named
     packs: dict[str, LabelledPack | None] = {}
     for path in dict.fromkeys(p for p in (config.valid_data, config.eval_data) if p):
         if labels is not None:
             packs[path] = open_labelled(path, labels, faults)
         else:
             open_pack(path, faults, labelled=True)
+    item_labels = _item_labels(config, *opened, seed, faults) if opened and needs_labels else None
     if opened is None or faults.sentences:
         return None
     pack, source, labels = opened
@@ -134,9 +151,9 @@ def open_training(config: TrainConfig, seed: int, faults: Faults) -> TrainingDat
             return None
     balance = _balance(pack, source, labels, faults) if config.sampler == "balanced" else None
     selection = _selection(config, on_eval, valid)
-    return TrainingData(
-        pack, source, labels, items, valid, evaluation, selection, None if balance is None else balance[items]
-    )
+    if balance is not None:
+        balance = balance[items]
+    return TrainingData(pack, source, labels, item_labels, items, valid, evaluation, selection, balance)
 
 
 def _held_out(names: list[str], fraction: float) -> np.ndarray:
@@ -199,20 +216,12 @@ def _stored_source(config: TrainConfig, named: list[str] | None, faults: Faults)
         faults.add(str(error))
         return None
     said = store.num_classes
-    if said and named and len(named) != said:
-        faults.add(
-            f"{store.folder} holds targets over {said} classes, the configuration says {len(named)}; drop num_classes "
-            "and labels_csv to take what the store says"
-        )
+    difference = _differ_from_taught(config, named, store.labels, said, f"the teacher of {store.folder}")
+    if difference:
+        faults.add(difference)
         return None
     if config.wavtransforms or config.spectransforms:
         faults.add("wavtransforms and spectransforms come with the soft targets of logitspath; drop them here")
-    if config.labels_csv and named and store.labels and named != store.labels:
-        wrong = next(index for index, pair in enumerate(zip(named, store.labels, strict=True)) if pair[0] != pair[1])
-        faults.add(
-            f"{config.labels_csv} calls class {wrong} {named[wrong]!r}, the teacher of {store.folder} calls it "
-            f"{store.labels[wrong]!r}; drop labels_csv to take the teacher's names"
-        )
     num_classes = said or (len(named) if named else AUDIOSET_CLASSES)
     labels = named if config.labels_csv and named else store.labels or labels_for(num_classes, None)
     if pack is None:
@@ -225,14 +234,49 @@ def _stored_source(config: TrainConfig, named: list[str] | None, faults: Faults)
     return pack, source, labels
 
 
-def _label_source(config: TrainConfig, named: list[str] | None, seed: int, faults: Faults) -> Opened | None:
-    pack = open_pack(config.train_data, faults, labelled=True)
+def _differ_from_taught(
+    config: TrainConfig, named: list[str] | None, taught: list[str] | None, n_taught: int | None, who: str
+) -> str | None:
+    """Return where the classes that a configuration names part from those of its teacher; None where they do not."""
+    if named and n_taught and len(named) != n_taught:
+        return (
+            f"{who} knows {n_taught} classes, the configuration says {len(named)}; drop num_classes and labels_csv to "
+            "take the teacher's"
+        )
+    if config.labels_csv and named and taught and named != taught:
+        wrong = next(index for index, pair in enumerate(zip(named, taught, strict=True)) if pair[0] != pair[1])
+        return (
+            f"{config.labels_csv} calls class {wrong} {named[wrong]!r}, {who} calls it {taught[wrong]!r}; drop "
+            "labels_csv to take the teacher's names"
+        )
+    return None
+
+
+def _taught_source(
+    config: TrainConfig, named: list[str] | None, taught: list[str] | None, seed: int, faults: Faults
+) -> Opened | None:
+    pack, replay = open_pack(config.train_data, faults), _own_replay(config, faults)
+    if taught is None or pack is None or replay is None:
+        return None
+    difference = _differ_from_taught(config, named, taught, len(taught), f"teacher {config.teacher}")
+    if difference:
+        faults.add(difference)
+        return None
+    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length)
+    return pack, SeededItems(bounds, pack.sample_rate, replay, seed), taught
+
+
+def _own_replay(config: TrainConfig, faults: Faults) -> Replay | None:
     try:
-        replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
+        return Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
     except UserError as error:
         faults.add(str(error))
         return None
-    if pack is None:
+
+
+def _label_source(config: TrainConfig, named: list[str] | None, seed: int, faults: Faults) -> Opened | None:
+    pack, replay = open_pack(config.train_data, faults, labelled=True), _own_replay(config, faults)
+    if pack is None or replay is None:
         return None
     labels = named or _vocabulary(pack.table["labels"])
     if labels is None:
@@ -252,6 +296,28 @@ def _vocabulary(column: pd.Series) -> list[str] | None:
     """Return the sorted class names in a `labels` column, or None if it holds numbers."""
     names = sorted({token.strip() for cell in column for token in str(cell).split(";")} - {""})
     return None if all(name.isdigit() for name in names) else names
+
+
+def _item_labels(
+    config: TrainConfig, pack: Pack, source: TargetSource, labels: list[str], seed: int, faults: Faults
+) -> LabelTargets | None:
+    if "labels" not in pack.table:
+        faults.add(
+            f"objective {config.objective} learns from labels as well, but {pack.manifest} has no `labels` column; add "
+            "it, or set objective: target to learn from the teacher alone"
+        )
+        return None
+    unknown = set(_vocabulary(pack.table["labels"]) or ()) - set(labels)
+    if unknown:
+        faults.add(
+            f"{pack.manifest} labels clips {some(sorted(unknown))}, which the teacher does not know: its classes are "
+            f"{some(labels)}; give a teacher that was trained on the classes of these clips"
+        )
+        return None
+    indices = _clip_labels(pack, labels, faults)
+    if indices is None:
+        return None
+    return LabelTargets(source.bounds, indices, len(labels), pack.sample_rate, source.replay, seed)
 
 
 def _balance(pack: Pack, source: TargetSource, labels: list[str], faults: Faults) -> np.ndarray | None:

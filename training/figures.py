@@ -46,7 +46,7 @@ def curves_figure(entries: list[dict[str, Any]]) -> "Figure":
     figure = Figure(figsize=(10, 1 + sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (draw, _) in zip(axes, panels, strict=True):
-        _style(axis)
+        style(axis)
         draw(axis, steps, epochs)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(loc="upper left", bbox_to_anchor=(1.005, 1.02), fontsize=8, frameon=False, labelcolor=INK)
@@ -58,7 +58,8 @@ def curves_figure(entries: list[dict[str, Any]]) -> "Figure":
     return figure
 
 
-def _style(axis: "Axes") -> None:
+def style(axis: "Axes") -> None:
+    """Give axes the look of all curves here: faint lines across, no frame, whole numbers below."""
     from matplotlib.ticker import MaxNLocator
 
     axis.grid(axis="y", color=FAINT, linewidth=0.6)

@@ -34,6 +34,7 @@ from training.report import draw_curves, write_report
 from training.states import States
 from training.student import start_from_data
 from training.tally import Tally
+from training.teacher import Teacher
 from training.trainer import Learner, Trainer, stream_seed
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Run:
         device: to train on.
         seed: of everything random.
         ranks: the processes that train together.
+        teacher: is asked for the targets, on its device; None where `data` brings them.
     """
 
     def __init__(
@@ -66,14 +68,16 @@ class Run:
         device: torch.device,
         seed: int,
         ranks: Ranks | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.config, self.data, self.model, self.folder, self.device = config, data, model, folder, device
-        self.seed, self.ranks = seed, ranks or Ranks()
+        self.seed, self.ranks, self.teacher = seed, ranks or Ranks(), teacher
         self.precision = Precision(config.mode, device)
         self.dataset = ReplayDataset(
             data.pack,
             data.source,
-            sorted({model.sample_rate, *objective.sample_rates}),
+            sorted({model.sample_rate, *objective.sample_rates, *(teacher.sample_rates if teacher else ())}),
+            labels=data.item_labels,
             fresh_masks=config.disable_consistency,
             mixup=config.mixup,
             seed=seed,
@@ -99,7 +103,7 @@ class Run:
         optimizer = create_optimizer(config.optimizer, groups, config.optimizer_args, device)
         schedule = self._schedule(optimizer) if config.use_scheduler else None
         mixup_on = config.mixup_on if config.mixup is not None else None
-        learner = Learner(model, objective, data.source.replay, mixup_on, config.compile)
+        learner = Learner(model, objective, data.source.replay, mixup_on, config.compile, teacher)
         self._make_trainer = partial(Trainer, learner, optimizer, schedule, self.precision, seed)
         if hasattr(model, "generator"):  # patch-out draws from here
             setattr(model, "generator", torch.Generator(device))  # noqa: B010
@@ -140,7 +144,7 @@ class Run:
         state = self.ranks.from_main(state)
         if state is None and self.config.init_from_data:
             first = [self.batches.batch(i) for i in range(min(START_BATCHES, self.epoch_steps))]
-            start_from_data(self.model, (prepare_batch(batch, self.device) for batch in self._loader(first)))
+            start_from_data(self.model, (self._with_target(batch) for batch in self._loader(first)))
         self.trainer = self._make_trainer(
             grad_clip=self.config.grad_clip,
             average=MovingAverage(self.model, self.config.ema) if self.config.ema else None,
@@ -161,6 +165,13 @@ class Run:
         if self.journal is not None:
             self.journal.close()
         return result
+
+    def _with_target(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Prepare a collated batch, and ask the teacher, where there is one, for the targets of its clips."""
+        batch = prepare_batch(batch, self.device)
+        if self.teacher is None:
+            return batch
+        return batch | {"target": self.teacher.probabilities(batch, self.data.source.replay.spectrogram)}
 
     def _train(self, stream: Iterator[dict[str, Any]]) -> None:
         self.trainer.train_mode()
@@ -366,9 +377,16 @@ class Run:
             "model": f"{self.config.model}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters",
             "weights": Path(weights).name,
             "training data": f"{self.config.train_data}: {len(self.data.items)} chunks of {len(self.data.pack)} clips",
-            "targets": f"soft targets of {self.config.logitspath}" if self.config.logitspath else "labels",
+            "targets": self._targets(),
             "steps": f"{self.step} of {self.total_steps}, {self.config.batch_size} clips each",
             "time training": f"{self.seconds:.0f} s on {self.device}, {self.ranks.world_size} process(es)",
             "seed": str(self.seed),
             "command": " ".join(sys.argv),
         }
+
+    def _targets(self) -> str:
+        taught = f"soft targets of {self.config.logitspath}" if self.config.logitspath else None
+        if self.teacher is not None:
+            taught = f"answers of {self.teacher.name}, asked while training"
+        named = "labels" if taught is None or self.data.item_labels is not None else None
+        return " and ".join(filter(None, (named, taught)))

@@ -12,8 +12,11 @@ from torch import Tensor
 
 
 def mix_targets(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return the batch with `target` (B, C) mixed with its mirror, each row by its own `mixup_weight` (B,)."""
-    return batch | {"target": _mixed(batch["target"], batch["mixup_weight"])}
+    """Return the batch with `target` (B, C), and `labels` (B, C) where it has them, mixed with their mirror.
+
+    Each row is mixed by its own `mixup_weight` (B,).
+    """
+    return batch | {key: _mixed(batch[key], batch["mixup_weight"]) for key in ("target", "labels") if key in batch}
 
 
 def mix_spectrograms(mel: Tensor, n_frames: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -114,8 +114,12 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
+        out = self._normalised(x) if self.training else super().forward(x)
+        for behind in self.children():  # timm's norms hold the activation that follows them
+            out = behind(out)
+        return out
+
+    def _normalised(self, x: Tensor) -> Tensor:
         dims = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         values = x.float()
@@ -175,5 +179,6 @@ def share_batch_norm(model: nn.Module) -> None:
                 module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
             )
             shared._parameters, shared._buffers = module._parameters, module._buffers
+            shared._modules = module._modules
             shared.training = module.training
             model.set_submodule(name, shared)

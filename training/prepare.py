@@ -11,7 +11,7 @@ from torch import nn
 
 from common.errors import Faults, UserError
 from common.files import sha256
-from distill.objectives import create_objective
+from distill.objectives import Objective, create_objective
 from distill.targets import StoredTargets
 from models.devices import choose_device
 from training.config import TrainConfig, read_config
@@ -21,6 +21,7 @@ from training.parallel import Ranks
 from training.run_folder import RunFolder, choose_folder, log_to, run_identity
 from training.smoke import smoke
 from training.student import create_student
+from training.teacher import Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -74,30 +75,37 @@ def prepare_run(
         stem = f"{stem}_smoke"  # beside the real runs, whose `latest` stays theirs
         config = ranks.from_main(smoke(config, Path(config.outputpath) / stem / "data") if ranks.is_main else None)
         assert config is not None
-    data = open_training(config, seed, faults) if config else None
-    objective = model = device = None
+    objective = data = model = device = teacher = None
     if config:
-        try:
+        with faults.noted():
             device = choose_device(config.device)
+        with faults.noted():
             loss = {name: getattr(config, name) for name in ("loss", "loss_args", "label_smoothing")}
-            objective = create_objective(
-                config.objective, **(loss if config.objective == "target" else {}) | config.objective_args
-            )
-            model = create_student(config, data.labels if data else None, objective)
-        except UserError as error:
-            faults.add(str(error))
+            objective = create_objective(config.objective, loss, **config.objective_args)
+        with faults.noted():
+            teacher = _online_teacher(config, objective) if config.teacher else None
+        data = open_training(
+            config,
+            seed,
+            faults,
+            taught=teacher.labels if teacher else None,
+            needs_labels=getattr(objective, "needs_labels", False),
+        )
+        with faults.noted():
+            if objective is not None:
+                model = create_student(config, data.labels if data else None, objective)
     faults.raise_if_any()
     if config is None or data is None or objective is None or model is None or device is None:
         raise AssertionError("a part is missing, and no fault was noted")
     if isinstance(objective, nn.Module):
         objective.to(device)
 
-    identity = run_identity(config, seed, _data_identity(config, data))
+    identity = run_identity(config, seed, _data_identity(config, data, teacher))
     parent = Path(config.outputpath) / stem / config.model
     chosen = choose_folder(parent, identity, resume) if ranks.is_main else None
     path, state_path, there = ranks.from_main((chosen[0].path, chosen[1], chosen[2]) if chosen else None)
     run_folder = chosen[0] if chosen else RunFolder(path)
-    run = Run(config, data, model.to(device), objective, path, device, seed, ranks)
+    run = Run(config, data, model.to(device), objective, path, device, seed, ranks, teacher and teacher.to(device))
     state = None
     if ranks.is_main:
         if not there:
@@ -118,12 +126,31 @@ def _has_learned(path: Path) -> bool:
     return any(path.glob("best_epoch=*.pt")) or (journal.is_file() and journal.stat().st_size > 0)
 
 
-def _data_identity(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
-    """What must not change under a run: the lists of its clips, the labels, and the store's description."""
+def _online_teacher(config: TrainConfig, objective: Objective | None) -> Teacher:
+    """Load the teacher that a configuration wants to be asked while the student learns."""
+    assert config.teacher
+    try:
+        teacher = load_teacher(config.teacher, config.teacher_weights)
+    except UserError as error:
+        raise UserError(f"teacher: {error}") from None
+    wanted = getattr(objective, "activation", None)
+    if wanted and teacher.activations != {wanted}:
+        raise UserError(
+            f"teacher {config.teacher} answers by {' and '.join(sorted(teacher.activations))}, but loss {config.loss} "
+            f"is for {wanted}; set loss: "
+            + ("CrossEntropyLoss" if wanted == "sigmoid" else "BCEWithLogitsLoss")
+            + ", or give a teacher that was trained with this loss"
+        )
+    return teacher
+
+
+def _data_identity(config: TrainConfig, data: TrainingData, teacher: Teacher | None) -> dict[str, Any]:
+    """What must not change under a run: the lists of its clips, the labels, the store's description, the teacher."""
     facts: dict[str, Any] = {"labels": data.labels, "items": len(data.items)}
     facts["train_data_sha256"] = sha256(data.pack.manifest)
     meta = Path(config.logitspath or "") / "meta.json"
     facts["soft_targets_sha256"] = sha256(meta) if config.logitspath and meta.is_file() else None
+    facts["teacher_sha256"] = teacher.fingerprint() if teacher else None
     return facts
 
 
@@ -143,6 +170,8 @@ def _describe(run: Run, there: bool, state: dict[str, Any] | None) -> None:
         len(data.items),
         len(data.pack),
     )
+    if run.teacher is not None:
+        logger.info("%s is asked for the targets while the student learns", run.teacher.name)
     on_eval = data.valid is not None and data.valid is data.evaluation
     logger.log(logging.WARNING if on_eval and config.select_on is None else logging.INFO, "%s", data.selection)
     if isinstance(data.source, StoredTargets):

@@ -19,10 +19,12 @@ from audio.manifest import read_manifest
 from audio.shards import ShardWriter
 from common.errors import Faults, UserError
 from common.files import whole_file
-from models import create_model, published_initialisation
+from models import AudioTagger, create_model, published_initialisation, save_checkpoint
+from models.base import Activation
 from models.labels import audioset_labels, labels_for, read_labels
 from training.config import SoftTargetConfig, TrainConfig
 from training.data import open_labelled, open_pack, open_training
+from training.teacher import Teacher, load_teacher
 from training.teaching import Teaching
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ BATCH = 4
 CLIPS = 16  # of an evaluation pack, and of each made-up one
 SECONDS, SAMPLE_RATE = 2.0, 16000  # of made-up sounds
 NAMES = [f"sound {index}" for index in range(10)]  # classes where nothing says any
+TEACHER = "audiotransformer_pico"
 SEED = 0
 
 
@@ -51,11 +54,19 @@ def smoke(config: TrainConfig, folder: Path) -> TrainConfig:
     config = config.model_copy(update=_little(config))
     named = [path for path in (config.train_data, config.logitspath, config.labels_csv) if path]
     missing = [path for path in named if not Path(path).exists()]
+    taught = None
+    if config.teacher and _has_teacher(config):
+        try:
+            taught = load_teacher(config.teacher, config.teacher_weights).labels
+        except UserError:  # told where the run loads it
+            return config
+    elif config.teacher:
+        config, taught = _teacher_stands_in(config, folder, made_up=bool(missing))
     labels = None
     if missing:
-        config, labels = _stand_in(config, missing, folder)
+        config, labels = _stand_in(config, missing, taught, folder)
     elif any(path and not Path(path).exists() for path in (config.valid_data, config.eval_data)):
-        labels = _labels_of(config)
+        labels = _labels_of(config, taught)
         if labels is None:  # the training data have faults, which matter more
             return config
     judges = dict.fromkeys(path for path in (config.valid_data, config.eval_data) if path)
@@ -97,19 +108,17 @@ def _little(config: TrainConfig) -> dict[str, object]:
     }
 
 
-def _stand_in(config: TrainConfig, missing: list[str], folder: Path) -> tuple[TrainConfig, list[str]]:
+def _stand_in(
+    config: TrainConfig, missing: list[str], taught: list[str] | None, folder: Path
+) -> tuple[TrainConfig, list[str]]:
     """Make training data, with soft targets where they are wanted; return the configuration for them, and the labels.
 
-    Made-up sounds replace all of it: targets, sounds and class names belong together.
+    Made-up sounds replace all of it: targets, sounds and class names belong together. `taught` are the labels of an
+    online teacher.
     """
     if config.labels_csv in missing:
         config = config.model_copy(update={"labels_csv": None})
-    if config.labels_csv:
-        labels = read_labels(config.labels_csv)
-    elif config.num_classes:
-        labels = labels_for(config.num_classes, None)
-    else:
-        labels = audioset_labels() if config.logitspath else NAMES
+    labels = taught or _said_labels(config) or (audioset_labels() if config.logitspath else NAMES)
     pack = _made_up_pack(folder, "train", labels if labels is NAMES else _numbers(labels))
     store = _made_up_store(folder / "logits", pack, labels) if config.logitspath else None
     what = {config.train_data: f"{CLIPS} made-up sounds", config.logitspath: "an untrained teacher's answers"}
@@ -118,6 +127,41 @@ def _stand_in(config: TrainConfig, missing: list[str], folder: Path) -> tuple[Tr
     for unused in {config.train_data, config.logitspath} - {None, *missing}:
         logger.warning("smoke: %s is there, but is no use without %s", unused, " and ".join(missing))
     return config.model_copy(update={"train_data": pack, "logitspath": store}), labels
+
+
+def _said_labels(config: TrainConfig) -> list[str] | None:
+    if config.labels_csv and Path(config.labels_csv).exists():
+        return read_labels(config.labels_csv)
+    return labels_for(config.num_classes, None) if config.num_classes else None
+
+
+def _has_teacher(config: TrainConfig) -> bool:
+    """Whether every member of the online teacher is a file or folder here: nothing is downloaded."""
+    files = config.teacher_weights or config.teacher
+    return all(Path(path).exists() for path in ([files] if isinstance(files, str) else files or []))
+
+
+def _teacher_stands_in(config: TrainConfig, folder: Path, *, made_up: bool) -> tuple[TrainConfig, list[str]]:
+    """Write a small, untrained teacher; return the configuration that asks it, and its labels.
+
+    Args:
+        config: names a teacher that is not there.
+        folder: to write into.
+        made_up: whether the training data will be, so that they say no class names.
+    """
+    untaught = config.model_copy(update={"teacher": None, "teacher_weights": None, "objective": "target"})
+    labels = _said_labels(config) or (NAMES if made_up else _labels_of(untaught, None) or audioset_labels())
+    path = folder / "teacher.pt"
+    save_checkpoint(path, _untrained(labels, "softmax" if config.loss == "CrossEntropyLoss" else "sigmoid"))
+    logger.warning("smoke: teacher %s is not there: a small, untrained one stands in", config.teacher)
+    return config.model_copy(update={"teacher": str(path), "teacher_weights": None}), labels
+
+
+def _untrained(labels: list[str], activation: Activation) -> AudioTagger:
+    """Return a small teacher that knows nothing; the student's own random start stays what it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return create_model(TEACHER, num_classes=len(labels), labels=labels, activation=activation, depth=1)
 
 
 def _made_up_pack(folder: Path, name: str, cells: Sequence[str]) -> str:
@@ -143,19 +187,18 @@ def _made_up_pack(folder: Path, name: str, cells: Sequence[str]) -> str:
 
 def _made_up_store(folder: Path, manifest: str, labels: list[str]) -> str:
     """Store what a small, untrained teacher answers to every clip; return the folder."""
-    model, settings = "audiotransformer_pico", {"epochs": EPOCHS, "topk": 5, "num_workers": 0, "device": "cpu"}
-    config = SoftTargetConfig.model_validate({"train_data": manifest, "model": model, **settings})
+    settings = {"epochs": EPOCHS, "topk": 5, "num_workers": 0, "device": "cpu"}
+    config = SoftTargetConfig.model_validate({"train_data": manifest, "model": TEACHER, **settings})
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps over other classes
-    with torch.random.fork_rng(devices=[]):  # the student's own random start stays what it is
-        torch.manual_seed(SEED)
-        teacher = create_model(model, num_classes=len(labels), labels=labels, depth=1)
-        return str(Teaching(config, Pack.open(manifest), [teacher], folder).save())
+    teacher = Teacher([_untrained(labels, "sigmoid")])
+    with torch.random.fork_rng(devices=[]):  # a loader draws from it
+        return str(Teaching(config, Pack.open(manifest), teacher, folder).save())
 
 
-def _labels_of(config: TrainConfig) -> list[str] | None:
-    """Return the class names of training data that exist; None where they cannot be opened."""
+def _labels_of(config: TrainConfig, taught: list[str] | None) -> list[str] | None:
+    """Return the class names of training data that exist, `taught` by a teacher; None where they cannot be opened."""
     alone = {"valid_data": None, "eval_data": None, "valid_fraction": None, "select_on": None}
-    data = open_training(config.model_copy(update=alone), SEED, Faults("the training data"))
+    data = open_training(config.model_copy(update=alone), SEED, Faults("the training data"), taught=taught)
     return data.labels if data else None
 
 

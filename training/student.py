@@ -105,7 +105,7 @@ def start_from_data(model: AudioTagger, batches: Iterable[dict[str, Any]]) -> No
         norm.momentum = momentum
     model.train()
     mean = torch.cat(targets).mean(dim=0).clamp(1e-4, 1 - 1e-4)
-    head = cast(nn.Linear, model.get_submodule(model.head))
+    head = cast(nn.Linear, model.get_submodule(model.last_layer))
     if head.bias.any():
         return
     prior = mean.log() if model.activation == "softmax" else torch.logit(mean)

@@ -1,6 +1,5 @@
 """Asking a teacher: every chunk of a pack, in every epoch, with the augmentation that its seed says."""
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -22,10 +21,10 @@ from distill.dataset import ReplayDataset, collate, prepare_batch
 from distill.replay import REFERENCE_RATE, Replay
 from distill.sources import SeededItems
 from distill.targets import epoch_file, write_epoch
-from models import AudioTagger
 from models.devices import choose_device
 from training.config import SoftTargetConfig
 from training.precision import Precision
+from training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -49,40 +48,13 @@ class _Batches(Sampler[list[tuple[int, int]]]):
                 yield [(epoch, int(item)) for item in self.items[first : first + self.batch_size]]
 
 
-def teacher_hash(member: AudioTagger) -> str:
-    """Return the SHA-256 of a model's weights: names and values, in order."""
-    digest = hashlib.sha256()
-    for name, value in member.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@torch.inference_mode()
-def ensemble_probabilities(
-    members: list[AudioTagger], batch: dict[str, Any], replay: Replay, precision: Precision
-) -> Tensor:
-    """Return the mean of the members' probabilities (B, C) for a batch of `distill.dataset.collate`.
-
-    Each member hears the batch at its own rate, through its own front-end, masked in the same seconds and hertz.
-    """
-    total: Tensor | None = None
-    for member in members:
-        with precision.context():
-            mel, n_frames = replay.spectrogram(member.front_end, batch)
-            probabilities = member.probabilities(member.forward_spectrogram(mel, n_frames)).float()
-        total = probabilities if total is None else total + probabilities
-    assert total is not None, "an ensemble has members"
-    return total / len(members)
-
-
 class Teaching:
     """A soft-target store in the making.
 
     Args:
         config: what to make.
         pack: the clips.
-        members: the teachers; one is enough. Their labels are the same.
+        teacher: who is asked.
         folder: to write into.
         rank: of this process.
         world_size: how many processes share the work.
@@ -95,7 +67,7 @@ class Teaching:
         self,
         config: SoftTargetConfig,
         pack: Pack,
-        members: list[AudioTagger],
+        teacher: Teacher,
         folder: Path,
         rank: int = 0,
         world_size: int = 1,
@@ -103,8 +75,8 @@ class Teaching:
         self.config, self.pack, self.folder, self.rank, self.world_size = config, pack, folder, rank, world_size
         self.device = choose_device(config.device)
         self.precision = Precision(config.mode or "noamp", self.device)
-        self.members = [member.to(self.device).eval() for member in members]
-        self.num_classes = members[0].num_classes
+        self.teacher = teacher.to(self.device)
+        self.num_classes = len(teacher.labels)
         self.topk = min(config.topk, self.num_classes)
         if self.topk < config.topk:
             logger.info("topk %d: the teacher has %d classes, all are stored", config.topk, self.num_classes)
@@ -118,14 +90,11 @@ class Teaching:
         """Return what `meta.json` says of the store."""
         return {
             **self.replay.settings(),
-            "teacher": [
-                {"model": member.name, "arguments": member.arguments, "sha256": teacher_hash(member)}
-                for member in self.members
-            ],
-            "labels": self.members[0].labels,
+            "teacher": self.teacher.describe(),
+            "labels": self.teacher.labels,
             "num_classes": self.num_classes,
             "values": "probabilities",
-            "activation": self.members[0].activation,
+            "activation": self.teacher.members[0].activation,
             "reference_rate": REFERENCE_RATE,
             "pack_rate": self.pack.sample_rate,
             "manifest": str(self.pack.manifest),
@@ -164,7 +133,7 @@ class Teaching:
         if len(epochs) < self.config.epochs:
             logger.info("%d of %d epochs are there already", self.config.epochs - len(epochs), self.config.epochs)
         lengths = self.items.bounds[:, 2] - self.items.bounds[:, 1]
-        dataset = ReplayDataset(self.pack, self.items, sorted({m.sample_rate for m in self.members}))
+        dataset = ReplayDataset(self.pack, self.items, self.teacher.sample_rates)
         loader = DataLoader(
             dataset,
             batch_sampler=_Batches(epochs, self.mine, lengths, self.config.batch_size),
@@ -189,7 +158,8 @@ class Teaching:
         return self.folder
 
     def _probabilities(self, dataset: ReplayDataset, batch: dict[str, Any]) -> Tensor:
-        probabilities = ensemble_probabilities(self.members, batch, self.replay, self.precision)
+        with self.precision.context():
+            probabilities = self.teacher.probabilities(batch, self.replay.spectrogram)
         if not bool(torch.isfinite(probabilities).all()):
             bad = batch["item"][~torch.isfinite(probabilities).all(dim=1)]
             raise UserError(f"the teacher's answer to {dataset.name(int(bad[0]))} is not a number; look at that clip")

@@ -1,6 +1,6 @@
 """The one step that trains everything; what differs is the objective and the source of its targets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -12,10 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from distill.objectives import Objective
 from distill.replay import Replay
 from models import AudioTagger
+from models.frontends import FrontEnd
 from training.averaging import MovingAverage
 from training.mixup import mix_spectrograms, mix_targets, mix_waveforms
 from training.parallel import Ranks, share_batch_norm
 from training.precision import Precision
+from training.teacher import Teacher
 
 DROP_STREAM, DROPOUT_STREAM = 4, 5  # keep the run's random streams apart
 
@@ -26,7 +28,7 @@ def stream_seed(*key: int) -> int:
 
 
 class Learner(nn.Module):
-    """From a batch to its losses: what the student hears, what it says to that, and what the objective says to it.
+    """From a batch to its losses: what is heard, what the student says to that, and what the objective says to it.
 
     Args:
         model: the student.
@@ -34,26 +36,39 @@ class Learner(nn.Module):
         replay: the augmentation of the batches' draws.
         mixup_on: `spectrogram`, `waveform`, or None for no mixup.
         compiled: compile the student's network with `torch.compile`.
+        teacher: its answer to what the student hears is the target; None where the batch brings targets.
     """
 
     def __init__(
-        self, model: AudioTagger, objective: Objective, replay: Replay, mixup_on: str | None, compiled: bool = False
+        self,
+        model: AudioTagger,
+        objective: Objective,
+        replay: Replay,
+        mixup_on: str | None,
+        compiled: bool = False,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.model, self.objective = model, objective
-        self.replay, self.mixup_on = replay, mixup_on
+        self.replay, self.mixup_on, self.teacher = replay, mixup_on, teacher
         self.network = torch.compile(model.forward_spectrogram) if compiled else model.forward_spectrogram
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the losses, means over the clips of a prepared batch (see `distill.dataset.prepare_batch`)."""
         if self.mixup_on == "waveform":
             batch = mix_waveforms(batch)
-        mel, n_frames = self.replay.spectrogram(self.model.front_end, batch)
-        if self.mixup_on == "spectrogram":
-            mel, n_frames = mix_spectrograms(mel, n_frames, batch["mixup_weight"])
         if self.mixup_on is not None:
             batch = mix_targets(batch)
-        return self.objective(self.network(mel, n_frames), batch)
+        if self.teacher is not None:
+            batch = batch | {"target": self.teacher.probabilities(batch, self._hear)}
+        return self.objective(self.network(*self._hear(self.model.front_end, batch)), batch)
+
+    def _hear(self, front_end: FrontEnd, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Return what a front-end makes of the clips or their mixtures, masked: (B, F, T), frames (B,) or None."""
+        mel, n_frames = self.replay.spectrogram(front_end, batch)
+        if self.mixup_on == "spectrogram":
+            mel, n_frames = mix_spectrograms(mel, n_frames, batch["mixup_weight"])
+        return mel, n_frames
 
 
 class Trainer:

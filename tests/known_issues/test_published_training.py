@@ -21,6 +21,7 @@ from tests.distill.test_targets import pack_of, store_of
 from training.config import SoftTargetConfig, TrainConfig, read_config
 from training.optim import create_optimizer
 from training.precision import Precision
+from training.teacher import Teacher
 from training.teaching import Teaching
 from training.trainer import Learner, Trainer
 
@@ -77,7 +78,8 @@ def test_more_workers_and_larger_batches_than_there_are_clips_store_every_chunk(
     config = SoftTargetConfig(
         train_data=str(tone_pack), model="audiotransformer_pico", epochs=1, num_workers=8, batch_size=128, device="cpu"
     )
-    Teaching(config, Pack.open(tone_pack), [create_model("audiotransformer_pico", num_classes=50)], tmp_path).save()
+    teacher = Teacher([create_model("audiotransformer_pico", num_classes=50)])
+    Teaching(config, Pack.open(tone_pack), teacher, tmp_path).save()
     with h5py.File(tmp_path / "logits_ep1_0.h5") as file:
         assert file["topk_values"].shape == (28, 20)
         assert (file["topk_values"][()].max(axis=1) > 0).all()

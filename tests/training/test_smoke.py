@@ -1,5 +1,6 @@
 """A run in small: what is shortened, what stands in for what is not there, what is left as it is."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -7,20 +8,24 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from audio.dataset import Pack
 from common.errors import Faults, UserError
 from distill.targets import SoftTargetStore, StoredTargets
-from models import create_model
+from models import create_model, load_model, save_checkpoint
 from models.labels import audioset_labels
 from training.config import SoftTargetConfig, TrainConfig
 from training.data import open_training
+from training.prepare import prepare_run
 from training.smoke import smoke
+from training.teacher import Teacher, load_teacher
 from training.teaching import Teaching
 
 # What a smoke run may change; everything else is what is being tried.
 CHANGED = {
     *("train_data", "valid_data", "eval_data", "logitspath", "labels_csv", "valid_fraction", "pretrained", "device"),
+    *("teacher", "teacher_weights"),
     *("epochs", "epoch_length", "batch_size", "eval_batch_size", "accumulate", "num_workers", "warmup_iters"),
     *("warmup_epochs", "max_aug_epochs", "valid_every", "n_saved", "checkpoint_every", "log_every", "compile"),
 }
@@ -39,9 +44,9 @@ def settings(**changes):
     )
 
 
-def opened(config):
+def opened(config, **more):
     faults = Faults("the test")
-    data = open_training(config, 1, faults)
+    data = open_training(config, 1, faults, **more)
     faults.raise_if_any()
     assert data is not None
     return data
@@ -59,7 +64,7 @@ def store(tone_pack, tmp_path):
         train_data=str(tone_pack), model="audiotransformer_pico", epochs=3, topk=3, num_workers=0, device="cpu"
     )
     teacher = create_model("audiotransformer_pico", labels=[f"tone {i}" for i in range(7)], num_classes=7, depth=1)
-    return Teaching(config, Pack.open(tone_pack), [teacher], tmp_path / "store").save()
+    return Teaching(config, Pack.open(tone_pack), Teacher([teacher]), tmp_path / "store").save()
 
 
 def test_what_is_learnt_and_how_stays_and_only_its_amount_shrinks(tmp_path):
@@ -252,3 +257,71 @@ def test_a_label_table_that_cannot_be_read_is_told(tmp_path):
     Path("names.csv").write_text("index,mid\n")
     with pytest.raises(UserError, match=r"names\.csv"):
         smoke(settings(labels_csv="names.csv"), tmp_path / "smoke")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A teacher that knows the tones."""
+    path = tmp_path / "own_teacher.pt"
+    labels = [f"tone {i}" for i in range(7)]
+    save_checkpoint(path, create_model("audiotransformer_pico", num_classes=7, labels=labels, depth=1))
+    return str(path)
+
+
+@pytest.mark.parametrize("teacher", ["gone.pt", "ced_base", ["ced_base", "own_teacher.pt"]], ids=str)
+@pytest.mark.parametrize("loss", ["BCEWithLogitsLoss", "CrossEntropyLoss"])
+def test_a_teacher_that_is_not_here_is_stood_in_for_over_the_same_classes(
+    tone_pack, checkpoint, tmp_path, caplog, teacher, loss
+):
+    config = settings(teacher=teacher, objective="cmkd", loss=loss, eval_data=str(tone_pack))
+    for train_data, labels in (
+        ("gone.tsv", [f"sound {i}" for i in range(10)]),
+        (tone_pack, load_model(checkpoint).labels),
+    ):
+        short = smoke(config.model_copy(update={"train_data": str(train_data)}), tmp_path / "smoke")
+        stand_in = load_teacher(short.teacher, short.teacher_weights)
+        assert stand_in.labels == labels
+        assert stand_in.activations == {"softmax" if loss == "CrossEntropyLoss" else "sigmoid"}
+        data = opened(short, taught=stand_in.labels, needs_labels=True)
+        assert data.labels == labels
+        assert np.array_equal(data.item_labels.target(1, 3), np.eye(len(labels))[3])
+    assert f"teacher {teacher} is not there: a small, untrained one stands in" in caplog.text
+
+
+def test_made_up_sounds_are_labelled_with_the_classes_of_a_teacher_that_is_here(checkpoint, tmp_path):
+    short = smoke(settings(teacher=checkpoint, objective="cmkd"), tmp_path / "smoke")
+    assert short.teacher == checkpoint
+    data = opened(short, taught=load_teacher(checkpoint).labels, needs_labels=True)
+    assert data.labels == [f"tone {i}" for i in range(7)]
+    assert [int(i[0]) for i in data.evaluation.labels[:8]] == [0, 1, 2, 3, 4, 5, 6, 0]
+
+
+def test_weights_that_are_here_make_a_named_teacher_one_that_is_here(checkpoint, tmp_path):
+    config = settings(teacher="audiotransformer_pico", teacher_weights=checkpoint)
+    short = smoke(config, tmp_path / "smoke")
+    assert (short.teacher, short.teacher_weights) == (config.teacher, config.teacher_weights)
+
+
+def test_unlabelled_sounds_are_taught_audiosets_classes_where_nothing_says_others(tone_pack, tmp_path):
+    table = pd.read_csv(tone_pack, sep="\t", dtype=str).drop(columns="labels")
+    table["hdf5path"] = [str(Path(path).resolve()) for path in table["hdf5path"]]
+    table.to_csv("bare.tsv", sep="\t", index=False)
+    for changes, n_classes in (({}, 527), ({"num_classes": 3}, 3)):
+        short = smoke(settings(train_data="bare.tsv", teacher="gone.pt", **changes), tmp_path / "smoke")
+        data = opened(short, taught=load_teacher(short.teacher).labels)
+        assert len(data.labels) == data.evaluation.num_classes == n_classes
+
+
+def test_a_small_run_with_a_stand_in_learns_from_it_and_from_labels(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.loop.draw_curves", lambda *_: None)
+    monkeypatch.setattr("training.loop.write_report", lambda *_, **__: None)
+    config = settings(
+        teacher="gone.pt", objective="cmkd", smoke=True, mixup=0.5, outputpath=str(tmp_path / "runs"), num_workers=0,
+        model_args={"pooling": "logit", "depth": 1}, warmup_iters=1,
+    )  # fmt: skip
+    Path("c.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    torch.manual_seed(0)
+    prepared = prepare_run("c.yaml", {}, 0)
+    assert prepared.fit()["mAP"] > 0
+    lines = [json.loads(line) for line in (prepared.folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "loss_labels", "loss_teacher"} <= lines[0].keys()

@@ -10,10 +10,12 @@ import torch
 
 from audio.dataset import Pack
 from common.errors import UserError
+from distill.replay import Replay
 from distill.targets import SoftTargetStore, StoredTargets
 from models import create_model
 from training.config import SoftTargetConfig
-from training.teaching import Teaching, ensemble_probabilities
+from training.teacher import Teacher
+from training.teaching import Teaching
 
 
 @pytest.fixture
@@ -29,13 +31,13 @@ def config(tone_pack, **changes):
 @pytest.fixture(scope="module")
 def teacher():
     torch.manual_seed(0)
-    return create_model("audiotransformer_pico", num_classes=7)
+    return Teacher([create_model("audiotransformer_pico", num_classes=7)])
 
 
 @pytest.fixture(scope="module")
 def other_teacher():
     torch.manual_seed(1)
-    return create_model("mn01_as", num_classes=7)
+    return Teacher([create_model("mn01_as", num_classes=7)])
 
 
 def files(folder: Path):
@@ -49,29 +51,30 @@ def arrays(folder, epoch=1, rank=0):
 
 def test_stored_values_are_the_teachers_answers_to_each_augmented_chunk(tone_pack, pack, teacher, tmp_path):
     """One chunk at a time, by hand: seed, roll, mel, masks, probabilities, top k."""
-    making = Teaching(config(tone_pack), pack, [teacher], tmp_path)
+    making = Teaching(config(tone_pack), pack, teacher, tmp_path)
     making.save()
     stored = arrays(tmp_path, epoch=2)
+    (model,) = teacher.members
     for item in (0, 9, 27):
         seed = int(stored["seeds"][item])
         draw = making.replay.draw(seed, 16000)
         waveform = np.roll(pack.read(item), round(draw.wave[0] * 16000))
         with torch.inference_mode():
-            mel = teacher.eval().front_end(torch.from_numpy(waveform)[None])
+            mel = model.front_end(torch.from_numpy(waveform)[None])
             mel = making.replay.mask_spectrogram(
                 mel,
-                teacher.front_end,
+                model.front_end,
                 torch.tensor([draw.value]),
                 torch.tensor([draw.min_value]),
                 torch.tensor([16000]),
             )
-            top = teacher.probabilities(teacher.forward_spectrogram(mel))[0].topk(5)
+            top = model.probabilities(model.forward_spectrogram(mel))[0].topk(5)
         assert np.allclose(stored["topk_values"][item], top.values, atol=1e-3)
         assert stored["topk_indexes"][item].tolist() == top.indices.tolist()
 
 
 def test_the_layout_is_the_published_one_with_a_readable_meta(tone_pack, pack, teacher, tmp_path):
-    Teaching(config(tone_pack), pack, [teacher], tmp_path).save()
+    Teaching(config(tone_pack), pack, teacher, tmp_path).save()
     stored = arrays(tmp_path)
     assert {k: (v.dtype, v.shape) for k, v in stored.items()} == {
         "topk_values": (np.float16, (28, 5)),
@@ -90,9 +93,9 @@ def test_the_layout_is_the_published_one_with_a_readable_meta(tone_pack, pack, t
 
 
 def test_two_ranks_store_what_one_process_stores(tone_pack, pack, teacher, tmp_path):
-    Teaching(config(tone_pack), pack, [teacher], tmp_path / "one").save()
+    Teaching(config(tone_pack), pack, teacher, tmp_path / "one").save()
     for rank in (0, 1):
-        Teaching(config(tone_pack), pack, [teacher], tmp_path / "two", rank, 2).save()
+        Teaching(config(tone_pack), pack, teacher, tmp_path / "two", rank, 2).save()
     one, two = (StoredTargets(SoftTargetStore(tmp_path / n), pack, 7, "zero") for n in ("one", "two"))
     assert np.array_equal(one.bounds, two.bounds)
     for epoch in (1, 2):
@@ -102,36 +105,37 @@ def test_two_ranks_store_what_one_process_stores(tone_pack, pack, teacher, tmp_p
 
 
 def test_finished_files_are_kept_and_missing_ones_made_alike(tone_pack, pack, teacher, tmp_path):
-    Teaching(config(tone_pack), pack, [teacher], tmp_path).save()
+    Teaching(config(tone_pack), pack, teacher, tmp_path).save()
     before = arrays(tmp_path, 2)
     kept = (tmp_path / "logits_ep1_0.h5").stat().st_mtime_ns
     (tmp_path / "logits_ep2_0.h5").unlink()
-    Teaching(config(tone_pack), pack, [teacher], tmp_path).save()
+    Teaching(config(tone_pack), pack, teacher, tmp_path).save()
     assert (tmp_path / "logits_ep1_0.h5").stat().st_mtime_ns == kept
     after = arrays(tmp_path, 2)
     assert all(np.array_equal(before[k], after[k]) for k in before)
 
 
 def test_more_epochs_can_be_added_but_other_settings_not_mixed_in(tone_pack, pack, teacher, other_teacher, tmp_path):
-    Teaching(config(tone_pack), pack, [teacher], tmp_path).save()
-    Teaching(config(tone_pack, epochs=3), pack, [teacher], tmp_path).save()
+    Teaching(config(tone_pack), pack, teacher, tmp_path).save()
+    Teaching(config(tone_pack, epochs=3), pack, teacher, tmp_path).save()
     assert SoftTargetStore(tmp_path).epochs == [1, 2, 3]
-    for members, changes, what in (
-        ([teacher], {"seed": 1}, "seed"),
-        ([teacher], {"chunk_length": 5.0}, "chunk_length"),
-        ([other_teacher], {}, "teacher"),
-        ([teacher], {"spectransforms": []}, "spectransforms"),
-        ([teacher], {"mode": "amp_bf16"}, "mode"),
+    for asked, changes, what in (
+        (teacher, {"seed": 1}, "seed"),
+        (teacher, {"chunk_length": 5.0}, "chunk_length"),
+        (other_teacher, {}, "teacher"),
+        (teacher, {"spectransforms": []}, "spectransforms"),
+        (teacher, {"mode": "amp_bf16"}, "mode"),
     ):
         with pytest.raises(UserError, match=f"made with another {what}"):
-            Teaching(config(tone_pack, **changes), pack, members, tmp_path)
+            Teaching(config(tone_pack, **changes), pack, asked, tmp_path)
 
 
 def test_an_ensemble_averages_probabilities_over_front_ends_and_rates(
     tone_pack, pack, teacher, other_teacher, tmp_path
 ):
-    for name, members in (("a", [teacher]), ("b", [other_teacher]), ("ab", [teacher, other_teacher])):
-        Teaching(config(tone_pack, topk=7, epochs=1), pack, members, tmp_path / name).save()
+    both = Teacher([*teacher.members, *other_teacher.members])
+    for name, asked in (("a", teacher), ("b", other_teacher), ("ab", both)):
+        Teaching(config(tone_pack, topk=7, epochs=1), pack, asked, tmp_path / name).save()
     dense = {n: StoredTargets(SoftTargetStore(tmp_path / n), pack, 7, "zero") for n in ("a", "b", "ab")}
     for item in range(28):
         a, b, ab = (dense[n].target(1, item) for n in ("a", "b", "ab"))
@@ -141,13 +145,13 @@ def test_an_ensemble_averages_probabilities_over_front_ends_and_rates(
 
 def test_a_chunks_targets_do_not_depend_on_its_batch(tone_pack, pack, other_teacher, tmp_path):
     for size in (1, 8):
-        Teaching(config(tone_pack, batch_size=size, epochs=1), pack, [other_teacher], tmp_path / str(size)).save()
+        Teaching(config(tone_pack, batch_size=size, epochs=1), pack, other_teacher, tmp_path / str(size)).save()
     one, eight = arrays(tmp_path / "1"), arrays(tmp_path / "8")
     assert np.allclose(one["topk_values"], eight["topk_values"], atol=1e-3)
 
 
 def test_topk_above_the_number_of_classes_stores_them_all(tone_pack, pack, teacher, tmp_path):
-    Teaching(config(tone_pack, topk=20, epochs=1), pack, [teacher], tmp_path).save()
+    Teaching(config(tone_pack, topk=20, epochs=1), pack, teacher, tmp_path).save()
     assert arrays(tmp_path)["topk_values"].shape == (28, 7)
 
 
@@ -155,13 +159,13 @@ def test_a_teacher_that_answers_nan_stops_with_the_clips_name(tone_pack, pack, t
     broken = create_model("audiotransformer_pico", num_classes=7)
     torch.nn.init.constant_(broken.outputlayer[1].bias, float("nan"))
     with pytest.raises(UserError, match=r"sounds/tone_.*is not a number"):
-        Teaching(config(tone_pack, epochs=1), pack, [broken], tmp_path).save()
+        Teaching(config(tone_pack, epochs=1), pack, Teacher([broken]), tmp_path).save()
     assert not list(tmp_path.glob("*.h5"))
 
 
 def test_probabilities_are_never_squashed_twice(teacher):
     logits = create_model("audiotransformer_pico", num_classes=7, pooling="logit")
-    logits.load_state_dict(teacher.state_dict())
+    logits.load_state_dict(teacher.members[0].state_dict())
     batch = {
         "waveforms": {16000: torch.randn(2, 16000)},
         "lengths": {16000: None},
@@ -169,9 +173,5 @@ def test_probabilities_are_never_squashed_twice(teacher):
         "min_value": torch.zeros(2),
         "n_reference": torch.full((2,), 16000),
     }
-    from distill.replay import Replay
-    from training.precision import Precision
-
-    precision = Precision("noamp", torch.device("cpu"))
-    answers = [ensemble_probabilities([m.eval()], batch, Replay(), precision) for m in (teacher, logits)]
+    answers = [asked.probabilities(batch, Replay().spectrogram) for asked in (teacher, Teacher([logits]))]
     assert torch.allclose(*answers, atol=1e-6)

@@ -1,0 +1,111 @@
+"""A teacher: one tagger or several that vote, asked and never changed."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from models import AudioTagger, Ensemble, load_model
+from models.frontends import FrontEnd
+
+# What a front-end makes of a batch: the spectrograms (B, F, T), and the frames of each clip (B,) or None.
+Hearing = Callable[[FrontEnd, Mapping[str, Any]], tuple[Tensor, Tensor | None]]
+
+
+class Teacher:
+    """Taggers that answer together, in evaluation mode and without gradients.
+
+    Not a module: it is no part of what is trained, averaged, saved or shared between processes.
+
+    Args:
+        members: one tagger or more, with the same labels. They are frozen.
+
+    Raises:
+        UserError: there are no members, or their labels differ.
+    """
+
+    def __init__(self, members: Sequence[AudioTagger]) -> None:
+        Ensemble(members)  # checks that they agree on their classes
+        self.members = [member.eval().requires_grad_(False) for member in members]
+        self.labels = self.members[0].labels
+
+    @property
+    def name(self) -> str:
+        """The members' names, joined by `_`."""
+        return "_".join(member.name for member in self.members)
+
+    @property
+    def sample_rates(self) -> list[int]:
+        """Ascending rates in hertz at which a batch must hold waveforms."""
+        return sorted({member.sample_rate for member in self.members})
+
+    @property
+    def activations(self) -> set[str]:
+        """What turns the members' logits into probabilities: "sigmoid", "softmax", or both."""
+        return {member.activation for member in self.members}
+
+    def to(self, device: torch.device) -> "Teacher":
+        """Move the members to a device; return the teacher."""
+        for member in self.members:
+            member.to(device)
+        return self
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return what decides its answers, as plain values: model, arguments and weights of each member."""
+        return [
+            {"model": member.name, "arguments": member.arguments, "sha256": weights_hash(member)}
+            for member in self.members
+        ]
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of its description."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+    @torch.no_grad()  # not inference mode, whose tensors a loss could not be computed from
+    def probabilities(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
+        """Return the mean of the members' probabilities (B, C), float32.
+
+        Args:
+            batch: prepared, see `distill.dataset.prepare_batch`, with waveforms at the members' rates.
+            hear: what each member hears of it, through its own front-end: `distill.replay.Replay.spectrogram` masks
+                the same seconds and hertz for all of them.
+        """
+        answers = []
+        for member in self.members:
+            answers.append(member.probabilities(member.forward_spectrogram(*hear(member.front_end, batch))).float())
+        return sum(answers[1:], answers[0]) / len(answers)
+
+
+def weights_hash(member: AudioTagger) -> str:
+    """Return the SHA-256 of a model's weights: names and values, in order."""
+    digest = hashlib.sha256()
+    for name, value in member.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_teacher(
+    models: str | Sequence[str], weights: str | Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
+) -> Teacher:
+    """Load the member or members of a teacher; draws nothing from the global random state.
+
+    Args:
+        models: names, checkpoints or runs' folders, see `models.load_model`.
+        weights: for each of them, in order, where they do not bring their own.
+        arguments: for all of them, in place of those of their checkpoints.
+
+    Raises:
+        UserError: a model that cannot be had; another number of weights than models; labels that differ.
+    """
+    names = [models] if isinstance(models, str) else list(models)
+    given: Sequence[str | None] = [weights] if isinstance(weights, str) else weights or [None] * len(names)
+    if len(given) != len(names):
+        raise UserError(f"{len(names)} models and {len(given)} weights are given; give one file a model, in order")
+    with torch.random.fork_rng(devices=[]):
+        members = [load_model(n, weights=w, **arguments or {}) for n, w in zip(names, given, strict=True)]
+    return Teacher(members)
