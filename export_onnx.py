@@ -18,6 +18,7 @@ import torch
 
 from audio.io import resample
 from common.errors import Faults, UserError, print_user_errors
+from common.numbers import read_numbers
 from models import AudioTagger, load_model
 from models.onnx import PRECISIONS, Precision, export_onnx, label_table, with_chunks_of, write_label_table
 from tagging.engines import Engine, TorchEngine
@@ -39,6 +40,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=None,
         help="frames that go through the network in one piece; its time positions are stretched to it. Longer clips "
         "are cut and averaged, whatever it is (default: what the model was made for, 1012 for CED)",
+    )
+    parser.add_argument(
+        "--token_merging", "--token-merging", type=read_numbers, help="tokens merged in each block (as the model says)"
     )
     parser.add_argument("--waveform", action="store_true", help="take samples: put the front-end into the file")
     parser.add_argument(
@@ -108,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("models").setLevel(logging.INFO)  # the exporter and the quantiser tell every step at that level
     model = load_model(options.model, weights=options.weights)
+    if options.token_merging is not None:
+        model.merge_tokens(options.token_merging)
     if options.max_frames:
         model = with_chunks_of(model, options.max_frames)
     data = None

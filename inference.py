@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from audio.io import find_audio_files
 from common.errors import print_user_errors
+from common.numbers import read_numbers
 from tagging.engines import Engine, open_engine
 from tagging.files import Wanted
 from tagging.parts import Share
@@ -46,6 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--threshold", type=float, help="only labels of this probability; neighbouring windows become one event")
     add("--output", type=Path, help="write tags to this .csv, .jsonl or .parquet, or folder of label tracks")
     add("--format", choices=("csv", "jsonl", "parquet", "audacity"), help="of --output (default: as its name ends)")
+    add("--token_merging", type=read_numbers, help="tokens merged away in each block (default: as the model says)")
     add("--embeddings", type=Path, metavar="OUT.h5", help="write embeddings of windows and their time steps")
     add("--plot", type=Path, metavar="FOLDER", help="draw each file's spectrogram with its tags over time")
     add("--overwrite", action="store_true", help="begin outputs anew instead of doing what is left")
@@ -95,7 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
     paths = find_audio_files(options.sounds) if options.sounds else []
     top_k = options.topk or (None if options.threshold is not None else 3)
     wanted = Wanted(top_k, options.threshold, embeddings=options.embeddings is not None)
-    engine = open_engine(options.model, engine=options.engine, weights=options.weights, device=options.device)
+    chosen = {name: getattr(options, name) for name in ("engine", "weights", "device", "token_merging")}
+    engine = open_engine(options.model, **chosen)
     if options.stream:
         tag_stream(engine, options, wanted)
         return
@@ -105,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     session.check()
     outputs = open_outputs(
         paths,
-        session.made_with(options.model, options.weights),
+        session.made_with(options.model, options.weights, options.token_merging),
         share,
         output=options.output,
         kind=options.format,

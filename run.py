@@ -98,6 +98,7 @@ class Runner:
         mode: str = "fp32",
         batch_size: int = 32,
         num_workers: int = 4,
+        token_merging: Any = None,
         device: str = "auto",
         output: str | None = None,
         **unknown: Any,
@@ -112,13 +113,14 @@ class Runner:
             mode: fp32, tf32, bf16 or fp16; CED's names noamp, amp and amp_bf16 will do.
             batch_size: clips at once.
             num_workers: loader processes.
+            token_merging: tokens merged away in each block, in place of what the model says; a number, or a list.
             device: auto, cpu or cuda.
             output: folder for the results; beside the checkpoint by default.
             unknown: anything else is refused, with the nearest option.
         """
         log_to(None)
-        known = ["test_data", "weights", "mode", "batch_size", "num_workers", "device", "output"]
         if unknown:
+            known = ["test_data", "weights", "mode", "batch_size", "num_workers", "token_merging", "device", "output"]
             raise UserError("; ".join(f"unknown option --{key}{did_you_mean(key, known)}" for key in unknown))
         source = experiment or m
         if source is None or test_data is None:
@@ -128,9 +130,8 @@ class Runner:
         if batch_size < 1 or num_workers < 0:
             raise UserError(f"batch_size is {batch_size} and num_workers {num_workers}; wanted at least 1 and 0")
         source, test_data = str(source), str(test_data)
-        place = choose_device(device)
-        model, data = open_evaluation(source, weights, test_data, place)
-        precision = Precision(mode, place)
+        precision = Precision(mode, choose_device(device))
+        model, data = open_evaluation(source, weights, test_data, precision.device, token_merging)
         metrics = evaluate(model, data, batch_size=batch_size, num_workers=num_workers, precision=precision)
         print(metrics.summary())
         print(f"clips used: {len(data.pack)}, missing from the pack: {data.pack.n_missing}")

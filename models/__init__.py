@@ -1,6 +1,12 @@
 """What computes: front-ends, networks, their registry, and their weights."""
 
-from models import audiotransformer, mobilenetv3  # noqa: F401  (they register their models)
+from models import (  # noqa: F401  (they register their models)
+    audio_spectrogram_transformer,
+    audiotransformer,
+    efficientnet,
+    mobilenetv3,
+    passt,
+)
 from models.base import AudioTagger
 from models.ensemble import Ensemble
 from models.labels import audioset_labels, read_labels

@@ -37,7 +37,7 @@ class AudioTagger(nn.Module):
     """
 
     masks_padding: ClassVar[bool] = False
-    head: ClassVar[str]  # module of the state dict whose first dimension is C
+    last_layer: ClassVar[str]  # module of the state dict whose first dimension is C
 
     def __init__(
         self,
@@ -153,6 +153,14 @@ class AudioTagger(nn.Module):
                 raise UserError(f"clips {some(map(str, rows))} of the batch hold NaN or infinite samples")
             raise UserError(f"the model {self.name} gives NaN: its weights are damaged or its training diverged")
         return self.probabilities(output)
+
+    def merge_tokens(self, setting: Any) -> None:
+        """Merge tokens from now on, as `models.token_merging.merging_schedule` says.
+
+        Raises:
+            UserError: it is no such setting, or this network has no tokens.
+        """
+        raise UserError(f"{self.name} has no tokens to merge: leave token_merging out, or give a vision transformer")
 
     def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Fit the weights of a relative (another input length, say) to this network; logs what it changes."""

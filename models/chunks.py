@@ -12,13 +12,14 @@ from torch.nn import functional as F
 Average = Literal["mean", "max"]
 
 
-def split(mel: Tensor, n_frames: Tensor | None, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut clips into chunks, the last of each filled up with zeros.
+def split(mel: Tensor, n_frames: Tensor | None, chunk: int, fill: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut clips into chunks, the last of each filled up.
 
     Args:
         mel: (B,F,T).
         n_frames: (B,) frames of each clip, None where all of T belong to it.
         chunk: frames of a chunk.
+        fill: what the rest of the last chunk reads.
 
     Returns:
         The chunks (R,F,chunk) in the order of the clips, how many of a chunk's frames are its clip's own (R,), and the
@@ -28,7 +29,7 @@ def split(mel: Tensor, n_frames: Tensor | None, chunk: int) -> tuple[Tensor, Ten
     n_chunks = -(-n_total // chunk)
     frames = torch.full((len(mel),), n_total, device=mel.device) if n_frames is None else n_frames
     alien = torch.arange(n_total, device=mel.device) >= frames[:, None]  # (B,T)
-    mel = F.pad(mel.masked_fill(alien[:, None], 0.0), (0, n_chunks * chunk - n_total))
+    mel = F.pad(mel.masked_fill(alien[:, None], fill), (0, n_chunks * chunk - n_total), value=fill)
     chunks = mel.unflatten(2, (n_chunks, chunk)).transpose(1, 2)  # (B, n_chunks, F, chunk)
     start = torch.arange(n_chunks, device=mel.device) * chunk
     used = start < frames[:, None]  # (B, n_chunks)

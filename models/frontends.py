@@ -184,6 +184,13 @@ class FrontEnd(nn.Module):
         """Give the waveform as it is framed, (B,S) -> (B,S')."""
         return waveform
 
+    def conditioned(self, frames: Tensor) -> Tensor:
+        """Give the frames as they are windowed, (B,T,n_fft) -> (B,T,n_fft); a short window lies in their middle.
+
+        A front-end that has something to do here has a `_mel_power` of its own that does it too.
+        """
+        return frames
+
     def compressed(self, mel: Tensor, alien: Tensor | None) -> Tensor:
         """Bring mel power (B,F,T) to the scale of the model; `alien` (B,1,T) marks frames that are padding."""
         raise NotImplementedError
@@ -305,6 +312,7 @@ class EfficientAtMel(FrontEnd):
         hop_size: samples between frames.
         f_min: hertz.
         f_max: hertz.
+        min_frames: shorter clips are extended with zeros until they have this many frames.
     """
 
     PREEMPHASIS = 0.97
@@ -319,7 +327,9 @@ class EfficientAtMel(FrontEnd):
         hop_size: int = 320,
         f_min: float = 0.0,
         f_max: float = 15000.0,
+        min_frames: int = 1,
     ) -> None:
+        reach = n_fft // 2 + 2  # one sample is lost to pre-emphasis, and reflection needs more than it copies
         super().__init__(
             sample_rate=sample_rate,
             n_mels=n_mels,
@@ -329,8 +339,9 @@ class EfficientAtMel(FrontEnd):
             f_min=f_min,
             f_max=f_max,
             center=True,
-            min_samples=n_fft // 2 + 2,  # one is lost to pre-emphasis, and reflection needs more than it copies
+            min_samples=max((min_frames - 1) * hop_size + 1, reach),
         )
+        self.min_frames = min_frames
         bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
         weights = _triangles(_kaldi_mel(bins), _edges(_kaldi_mel, f_min, f_max, n_mels))
         self.register_buffer("_window", torch.hann_window(win_size, periodic=False), persistent=False)

@@ -1,6 +1,7 @@
-"""Hugging Face folders of CED (`mispeech/ced-*`): config.json and model.safetensors, both ways.
+"""Hugging Face folders: config.json and model.safetensors, of CED (`mispeech/ced-*`) both ways, of AST to read.
 
-Their state dict has no front-end, calls `init_bn.1.*` `init_bn.*`, and prefixes all but the output layer by `encoder.`.
+CED's state dict has no front-end, calls `init_bn.1.*` `init_bn.*`, and prefixes all but the output layer by `encoder.`.
+What is AST's own is in `models.huggingface_ast`.
 """
 
 import json
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from common.errors import UserError, some
 from common.files import whole_file, write_json
+from models import huggingface_ast
 from models.audiotransformer import ARGUMENTS, SIZES, AudioTransformer
 from models.base import Activation
 from models.labels import audioset_labels
@@ -39,7 +41,7 @@ def is_huggingface_folder(folder: Path) -> bool:
 
 
 def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a CED folder.
+    """Read a folder of CED or AST.
 
     Returns:
         The state dict in this project's names, and a config as in checkpoints of this project.
@@ -52,22 +54,11 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read as a Hugging Face folder ({error})") from error
-    if given.get("model_type") != "ced":
-        raise UserError(f"{folder}: its config.json has model_type {given.get('model_type')!r}; wanted 'ced'")
-    state = from_huggingface(state)
-    if "time_pos_embed" not in state:
-        raise UserError(f"{folder}: its tensors are {some(state)}; wanted those of CED")
-    width = state["time_pos_embed"].shape[1]
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    dims = (width, given.get("num_heads") or width // 64, depth)
-    arguments = {key: given[key] for key in ARGUMENTS if key not in _DIMENSIONS and given.get(key) is not None}
-    name = next((f"audiotransformer_{size}" for size in SIZES if SIZES[size] == dims), None)
-    if name is None:
-        name = "audiotransformer_base"
-        arguments.update(zip(_DIMENSIONS, dims, strict=True))
-    for key in ("patch_size", "patch_stride"):  # an edge, or the two edges of a square
-        if isinstance(arguments.get(key), list):
-            arguments[key] = arguments[key][0]
+    readers = {"ced": _read_ced, huggingface_ast.MODEL_TYPE: huggingface_ast.read_ast}
+    if given.get("model_type") not in readers:
+        kinds = " or ".join(map(repr, readers))
+        raise UserError(f"{folder}: its config.json has model_type {given.get('model_type')!r}; wanted {kinds}")
+    state, name, arguments = readers[given["model_type"]](folder, given, state)
     config: dict[str, Any] = {"model": name, "model_args": arguments}
     activations = {problem: activation for activation, problem in _PROBLEMS.items()}
     if given.get("problem_type") in activations:
@@ -127,6 +118,27 @@ def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a Hugging Face state dict to this project's names."""
     return {key.removeprefix("encoder.").replace("init_bn.", "init_bn.1."): value for key, value in state.items()}
+
+
+def _read_ced(
+    folder: Path, given: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """State dict, name and arguments of a CED folder."""
+    renamed = from_huggingface(state)
+    if "time_pos_embed" not in renamed:
+        raise UserError(f"{folder}: its tensors are {some(renamed)}; wanted those of CED")
+    width = renamed["time_pos_embed"].shape[1]
+    depth = len({key.split(".")[1] for key in renamed if key.startswith("blocks.")})
+    dims = (width, given.get("num_heads") or width // 64, depth)
+    arguments = {key: given[key] for key in ARGUMENTS if key not in _DIMENSIONS and given.get(key) is not None}
+    name = next((f"audiotransformer_{size}" for size in SIZES if SIZES[size] == dims), None)
+    if name is None:
+        name = "audiotransformer_base"
+        arguments.update(zip(_DIMENSIONS, dims, strict=True))
+    for key in ("patch_size", "patch_stride"):  # an edge, or the two edges of a square
+        if isinstance(arguments.get(key), list):
+            arguments[key] = arguments[key][0]
+    return renamed, name, arguments
 
 
 def _labels(given: Mapping[str, Any], folder: Path) -> list[str] | None:

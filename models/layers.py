@@ -74,6 +74,8 @@ class Attention(nn.Module):
         # In this order the three gradients are put together as the linear layer wants them, without another copy.
         query, key, value = (x.transpose(1, 2) for x in qkv.unbind(2))  # each (B,H,N,d)
         dropout = self.attention_dropout if self.training else 0.0
+        if bias is not None and bias.dtype != torch.bool:
+            bias = bias.to(query.dtype)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         out = out.transpose(1, 2).reshape(batch, n_tokens, width)
         return self.proj_drop(self.proj(out)), key
@@ -101,6 +103,7 @@ class Block(nn.Module):
         num_heads: H.
         mlp_ratio: hidden width of the MLP in units of D.
         qkv_bias: whether queries, keys and values have a bias.
+        norm_eps: of the layer norms.
         dropout: of projections.
         attention_dropout: of attention weights.
         drop_path: probability that a branch is dropped for a clip.
@@ -114,16 +117,17 @@ class Block(nn.Module):
         *,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        norm_eps: float = 1e-6,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
         init_values: float | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads, qkv_bias=qkv_bias, attention_dropout=attention_dropout, dropout=dropout)
         self.ls1 = nn.Identity() if init_values is None else LayerScale(width, init_values)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, int(width * mlp_ratio), dropout)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(width, init_values)
         self.drop_path = DropPath(drop_path)

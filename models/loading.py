@@ -27,6 +27,7 @@ from models.registry import create_model, list_models, model_entry
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+_TIMM = "timm:"  # before the name of a network that timm has weights for
 _PRE_TRAINING_PARTS = ("decoder", "mask_token")  # of a masked auto-encoder; tagging has no use for them
 
 
@@ -58,7 +59,7 @@ def load_model(
     Raises:
         UserError: nothing of that name, weights that cannot be fetched or read, or that do not fit.
     """
-    if weights is not None and "://" not in str(weights) and not Path(weights).exists():
+    if weights is not None and not _is_remote(str(weights)) and not Path(weights).exists():
         raise UserError(f"{weights}: there is no such file; `weights` wants a checkpoint's path or address")
     named = str(source) in list_models()
     origin = weights or (_weights_of(str(source)) if named else source)
@@ -80,7 +81,7 @@ def load_model(
     if labels is None and config.get("labels") and wanted == len(config["labels"]):
         labels = list(config["labels"])
     model = create_model(name, num_classes=wanted, labels=labels, **settings)
-    n_stored = len(state.get(f"{model.head}.weight", ()))
+    n_stored = len(state.get(f"{model.last_layer}.weight", ()))
     if wanted is None and n_stored not in (0, model.num_classes):
         model = create_model(name, num_classes=n_stored, **settings)
     _fit(model, state, str(origin))
@@ -92,7 +93,8 @@ def load_weights(model: AudioTagger, source: str | Path, *, pre_training: bool =
 
     Args:
         model: takes the weights.
-        source: a file, URL or folder, or the name of a model with published weights.
+        source: a file, URL or folder, the name of a model with published weights, or "timm:NAME" for a network of
+            timm's.
         pre_training: the weights come from masked pre-training: they may lack the last layers, and parts that only
             pre-training needs are left out, both with a notice.
 
@@ -137,7 +139,7 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     """Read a state dict and what the checkpoint says about it.
 
     Args:
-        source: a file, a URL, a run's folder or a Hugging Face folder.
+        source: a file, a URL, a run's folder, a Hugging Face folder, or "timm:NAME".
 
     Returns:
         The state dict, and the config, empty where there is none.
@@ -145,7 +147,9 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     Raises:
         UserError: it does not exist, cannot be fetched or read, or holds no state dict.
     """
-    if str(source).startswith(("http://", "https://")):
+    if str(source).startswith(_TIMM):
+        return _weights_of_timm(str(source).removeprefix(_TIMM)), {}
+    if _is_remote(str(source)):
         path = fetch(str(source))
     else:
         path = Path(source)
@@ -165,16 +169,22 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
             break
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path}: found entries {some(map(str, content))}; wanted a state dict, or one under 'model'")
+    if all(key.startswith("module.") for key in content):  # saved from within torch.nn.DataParallel
+        content = {key.removeprefix("module."): value for key, value in content.items()}
     return dict(content), dict(config) if isinstance(config, Mapping) else {}
 
 
-def fetch(url: str) -> Path:
+def fetch(url: str, name: str | None = None) -> Path:
     """Return the local copy of a URL in torch.hub's folder; fetch it first where there is none.
+
+    Args:
+        url: of a file of tensors.
+        name: of the copy, by default as in the URL.
 
     Raises:
         UserError: it cannot be fetched; the text says where to put the file by hand.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / (name or Path(urlparse(url).path).name)
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +199,28 @@ def fetch(url: str) -> Path:
             "or give a file with `--weights PATH`"
         ) from error
     return path
+
+
+def _is_remote(origin: str) -> bool:
+    return origin.startswith(("http://", "https://", _TIMM))
+
+
+def _weights_of_timm(name: str) -> dict[str, Tensor]:
+    """Weights of a network for pictures; a copy in Hugging Face's cache is used."""
+    import timm  # takes seconds, which starts without it need not wait for
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    config = timm.models.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        raise UserError(f"timm has no weights of {name!r}: give a checkpoint of it")
+    repository = str(config.hf_hub_id)
+    cached = try_to_load_from_cache(repository, "model.safetensors")
+    if not isinstance(cached, str):
+        url = hf_hub_url(repository, "model.safetensors")
+        cached = str(fetch(url, f"{repository.rpartition('/')[2]}.safetensors"))
+    return dict(timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": cached}).state_dict())
 
 
 def _weights_of(name: str) -> str:
@@ -250,8 +282,8 @@ def _fit(model: AudioTagger, state: Mapping[str, Tensor], origin: str, pre_train
     unexpected = [key for key in state if key not in own]
     differing = [key for key in state if key in own and state[key].shape != own[key].shape]
 
-    head = [key for key in own if key.startswith(f"{model.head}.")]
-    weight = f"{model.head}.weight"
+    head = [key for key in own if key.startswith(f"{model.last_layer}.")]
+    weight = f"{model.last_layer}.weight"
     if weight in differing and state[weight].shape[1:] == own[weight].shape[1:]:
         logger.warning(
             "%s: its last layer is for %d classes, the model has %d: the last layer starts anew",
@@ -262,7 +294,7 @@ def _fit(model: AudioTagger, state: Mapping[str, Tensor], origin: str, pre_train
         state = {key: value for key, value in state.items() if key not in head}
         differing = [key for key in differing if key not in head]
     elif pre_training and weight in missing:
-        layers = model.head.split(".")[0] + "."
+        layers = model.last_layer.split(".")[0] + "."
         head = [key for key in missing if key.startswith(layers)]
         logger.warning("%s: has no last layers (%s): they start anew", origin, some(head))
         missing = [key for key in missing if key not in head]

@@ -126,7 +126,7 @@ class MobileNetV3(AudioTagger):
         f_max: upper edge in hertz.
     """
 
-    head = "classifier.5"
+    last_layer = "classifier.5"
 
     def __init__(
         self,

@@ -10,9 +10,11 @@ Letters: B batch, S samples, F mel bands, T frames, C classes.
 
 import copy
 import csv
+import itertools
 import json
 import logging
 import math
+import operator
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -28,6 +30,7 @@ from onnx.compose import add_prefix, merge_models
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
+from onnxscript import ir
 from onnxscript import opset18 as op
 from torch import Tensor, nn
 
@@ -38,6 +41,7 @@ from models.base import AudioTagger
 from models.fourier import PortableFrontEnd
 from models.labels import AUDIOSET_LABELS
 from models.registry import create_model
+from models.vit import SpectrogramTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +95,7 @@ def export_onnx(
 
 
 def with_chunks_of(model: AudioTagger, n_frames: int) -> AudioTagger:
-    """Return the model for chunks of another length, its time positions stretched or cropped to it, with a notice.
+    """Return the model for chunks of another length, its positions stretched or cropped to it, with a notice.
 
     Networks that take any length in one piece are returned as they are.
 
@@ -102,7 +106,7 @@ def with_chunks_of(model: AudioTagger, n_frames: int) -> AudioTagger:
     Raises:
         UserError: fewer frames than the network's smallest input.
     """
-    if not isinstance(model, AudioTransformer) or model.target_length == n_frames:
+    if not isinstance(model, SpectrogramTransformer) or model.target_length == n_frames:
         return model
     logger.warning(
         "%s was made for %d frames at a time, and is exported for %d", model.name, model.target_length, n_frames
@@ -153,12 +157,27 @@ def _gelu(x: Any, approximate: str = "none") -> Any:
     return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, math.sqrt(2.0))), 1.0)), 0.5)
 
 
-def _attention(query: Any, key: Any, value: Any, *rest: Any, **settings: Any) -> Any:
-    """Attention of everything to everything, scaled once: a third of the nodes that the exporter would write."""
-    if any(rest) or any(settings.values()):  # a mask, causality, another scale; no network here has them in its graph
-        raise NotImplementedError("attention with a mask or another scale")
+def _attention(query: Any, key: Any, value: Any, bias: Any = None, *rest: Any, **settings: Any) -> Any:
+    """Attention with what is added to its scores, scaled once: a third of the nodes that the exporter would write."""
+    if any(rest) or any(settings.values()):  # no network here has them in its graph
+        raise NotImplementedError("attention with dropout, causality or another scale")
     scores = op.MatMul(op.Mul(query, 1 / math.sqrt(query.shape[-1])), op.Transpose(key, perm=[0, 1, 3, 2]))
+    if bias is not None and bias.dtype == ir.DataType.BOOL:
+        scores = op.Where(bias, scores, -math.inf)
+    elif bias is not None:
+        scores = op.Add(scores, bias)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _sort(x: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """Sorted values and their places; among equals the first comes first, whatever `stable` says."""
+    axis = dim % len(x.shape)
+    return op.TopK(x, op.Shape(x, start=axis, end=axis + 1), axis=axis, largest=int(descending))
+
+
+def _floor_divide(x: Any, y: Any) -> Any:
+    """Divide sizes, rounded downwards as in Python: ONNX rounds a negative quotient upwards."""
+    return op.Div(op.Sub(x, op.Mod(x, y)), y)
 
 
 def _traced(module: nn.Module, example: Tensor, name_in: str, name_out: str) -> onnx.ModelProto:
@@ -179,6 +198,8 @@ def _traced(module: nn.Module, example: Tensor, name_in: str, name_out: str) -> 
                 custom_translation_table={
                     aten.gelu.default: _gelu,
                     aten.scaled_dot_product_attention.default: _attention,
+                    aten.sort.stable: _sort,
+                    operator.floordiv: _floor_divide,
                 },
                 dynamo=True,
                 verbose=False,
@@ -234,8 +255,11 @@ def _eight_bit(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 # of the architectures
 _AUTHORS = {
+    "AST": ("YuanGongND", "https://github.com/YuanGongND/ast"),
     "CED": ("RicherMans", "https://github.com/RicherMans/CED"),
+    "EfficientNet": ("YuanGongND", "https://github.com/YuanGongND/psla"),
     "MobileNetV3": ("fschmid56", "https://github.com/fschmid56/EfficientAT"),
+    "PaSST": ("kkoutini", "https://github.com/kkoutini/PaSST"),
 }
 _CONVERSIONS = {"fp32": _as_it_is, "fp16": _half, "int8": _eight_bit}
 
@@ -279,9 +303,10 @@ def _grid(model: AudioTagger) -> list[tuple[int, int]]:
     """Numbers of clips and of samples that the tracer has not seen."""
     rate, hop = model.sample_rate, model.front_end.hop_size
     grid = [(1, 1), (5, round(0.37 * rate) | 1), (2, round(1.93 * rate) | 1)]
-    if not isinstance(model, AudioTransformer):
+    if not isinstance(model, SpectrogramTransformer):
         return [*grid, (1, 10 * rate)]
     whole = (model.target_length - 1) * hop
+    whole = next(size for size in itertools.count(whole, hop) if model.front_end.n_frames(size) >= model.target_length)
     return [*grid, (1, whole), (2, whole + 3 * rate | 1)]
 
 

@@ -22,7 +22,7 @@ class ModelEntry:
     Attributes:
         factory: called with `num_classes` and the arguments of the model.
         weights: URL of its published weights, None where there are none.
-        initialisation: URL of a published pre-training to start training from, None where there is none.
+        initialisation: URL of a published pre-training to start training from, or "timm:NAME"; None for none.
     """
 
     factory: Callable[..., AudioTagger]
@@ -46,7 +46,7 @@ def register_model(
     Args:
         name: what to call it, by default the factory's own name.
         weights: URL of published weights.
-        initialisation: URL of published pre-training weights.
+        initialisation: URL of published pre-training weights, or "timm:NAME".
 
     Example:
         >>> @register_model()
@@ -88,7 +88,7 @@ def published_weights(name: str) -> str | None:
 
 
 def published_initialisation(name: str) -> str | None:
-    """Return the URL of the published pre-training that training starts from, if any."""
+    """Return the URL (or "timm:NAME") of the published pre-training that training starts from, if any."""
     return model_entry(name).initialisation
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from models.base import AudioTagger
+    from models.token_merging import Schedule
 
 
 MOST_THREADS = 8  # side by side; with more cores each takes several
@@ -105,7 +106,12 @@ class TorchEngine:
 
 
 def open_engine(
-    source: str | Path, *, engine: str | None = None, weights: str | Path | None = None, device: str = "auto"
+    source: str | Path,
+    *,
+    engine: str | None = None,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    token_merging: Schedule = None,
 ) -> Engine:
     """Open a model for tagging.
 
@@ -114,6 +120,7 @@ def open_engine(
         engine: "torch" or "onnx"; by default what the source is.
         weights: file or address with the weights of a model given by name.
         device: auto, cpu or cuda; ONNX files run on the CPU.
+        token_merging: see `models.token_merging.merging_schedule`; by default what the model says itself.
 
     Raises:
         UserError: source, engine and device do not go together, or see `models.load_model`.
@@ -131,6 +138,8 @@ def open_engine(
             raise UserError(f"{source}: ONNX files run on the CPU here; leave --device out, or tag with a checkpoint")
         if weights is not None:
             raise UserError(f"{source} holds its weights; leave --weights out")
+        if token_merging is not None:
+            raise UserError(f"{source} merges what it was exported with; give --token_merging to export_onnx.py")
         from tagging.onnx_engine import OnnxEngine
 
         return OnnxEngine(source)
@@ -138,4 +147,7 @@ def open_engine(
     from models.devices import choose_device
 
     where = choose_device(device)
-    return TorchEngine(load_model(source, weights=weights, device=where), where)
+    model = load_model(source, weights=weights, device=where)
+    if token_merging is not None:
+        model.merge_tokens(token_merging)
+    return TorchEngine(model, where)

@@ -56,17 +56,19 @@ class Session:
         if self.wanted.embeddings:
             embedding_engine(self.engine)
 
-    def made_with(self, source: str, weights: str | None) -> dict[str, Any]:
+    def made_with(self, source: str, weights: str | None, token_merging: Any = None) -> dict[str, Any]:
         """Say what tags are made with: what must be the same where they are added to.
 
         Args:
             source: the model, as it was given.
             weights: where they came from, if not with the model.
+            token_merging: as it was given.
         """
         files = {name: Path(name) for name in (source, weights) if name and Path(name).exists()}
         return {
             "model": source,
             "weights": weights,
+            "token_merging": token_merging,
             "files": {name: _fingerprint(path) for name, path in files.items()},
             "labels": hashlib.sha256("\n".join(self.engine.labels).encode()).hexdigest()[:16],
             "chunk_length": self.chunk_seconds,

@@ -14,6 +14,7 @@ from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
 from common.errors import Faults, UserError
 from common.files import whole_file, write_json
 from models import AudioTagger, load_model
+from models.token_merging import Schedule
 from training.data import LabelledPack, open_labelled, open_pack
 from training.metrics import Metrics, evaluate_scores
 from training.parallel import Ranks
@@ -88,7 +89,7 @@ def evaluate(
 
 
 def open_evaluation(
-    source: str, weights: str | None, test_data: str, device: torch.device
+    source: str, weights: str | None, test_data: str, device: torch.device, token_merging: Schedule = None
 ) -> tuple[AudioTagger, LabelledPack]:
     """Load a model and open the labelled pack to judge it on.
 
@@ -97,6 +98,7 @@ def open_evaluation(
         weights: for a model given by name.
         test_data: TSV of the pack.
         device: for the model.
+        token_merging: see `models.token_merging.merging_schedule`; by default what the model says itself.
 
     Raises:
         UserError: all that is wrong with either.
@@ -104,7 +106,9 @@ def open_evaluation(
     faults = Faults("the evaluation")
     model = data = None
     try:
-        model = load_model(source, weights=weights).to(device)
+        model = load_model(source, weights=weights, device=device)
+        if token_merging is not None:
+            model.merge_tokens(token_merging)
         data = open_labelled(test_data, model.labels, faults)
     except UserError as error:
         faults.add(str(error))

@@ -48,19 +48,30 @@ def plain_mixup(x: Tensor, weight: Tensor) -> Tensor:
     return torch.stack([weight[i] * x[i] + (1 - weight[i]) * x[len(x) - 1 - i] for i in range(len(x))])
 
 
-def plain_attention(attention: Attention, x: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt d) v, one operation after the other: (B,N,D) -> (B,N,D)."""
+def plain_attention(attention: Attention, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt d + bias) v, one operation after the other.
+
+    Args:
+        attention: the weights.
+        x: tokens (B,N,D).
+        bias: None, or what broadcasts to (B,H,N,N).
+
+    Returns:
+        (B,N,D), and the keys (B,H,N,d).
+    """
     batch, n_tokens, width = x.shape
     qkv = attention.qkv(x).reshape(batch, n_tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = qkv.unbind(0)  # each (B,H,N,d)
     weights = (query @ key.transpose(-2, -1)) * query.shape[-1] ** -0.5
+    if bias is not None:
+        weights = weights + bias
     out = weights.softmax(dim=-1) @ value
-    return attention.proj(out.transpose(1, 2).reshape(batch, n_tokens, width))
+    return attention.proj(out.transpose(1, 2).reshape(batch, n_tokens, width)), key
 
 
 def plain_block(block: Block, x: Tensor) -> Tensor:
     """(B,N,D) -> (B,N,D)."""
-    x = x + plain_attention(block.attn, block.norm1(x))
+    x = x + plain_attention(block.attn, block.norm1(x))[0]
     return x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
 
 

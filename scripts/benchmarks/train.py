@@ -3,9 +3,7 @@
 Letters: B batch, S samples, F mel bands, T frames, C classes.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -27,7 +25,6 @@ from training.trainer import Learner, Trainer
 Step = Callable[[dict[str, Any]], Tensor | float]  # learns from a batch, returns its loss
 
 LEARNING_RATE = 1e-3
-WARMUP_STEPS = 2  # of each contender, not timed; compilation happens here
 
 
 def create_transformer(name: str, num_classes: int) -> AudioTransformer:
@@ -112,63 +109,3 @@ def count_flops(model: AudioTransformer, batch: dict[str, Any]) -> int:
         plain_logits(model, mel).sum().backward()
     model.zero_grad()
     return counter.get_total_flops()
-
-
-def take_turns(
-    contenders: dict[str, Step], batch: dict[str, Any], rounds: int, steps: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Time `steps` steps of each contender in turn, `rounds` times; return the seconds of a step, one for each round.
-
-    Every other round runs in reverse order, so that none always follows the same one.
-    """
-
-    def timed(step: Step, n_steps: int) -> float:
-        _synchronise(device)
-        began = time.perf_counter()
-        for _ in range(n_steps):
-            step(batch)
-        _synchronise(device)
-        return (time.perf_counter() - began) / n_steps
-
-    for step in contenders.values():
-        timed(step, WARMUP_STEPS)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds):
-        names = list(contenders)
-        for name in names if number % 2 == 0 else reversed(names):
-            seconds[name].append(timed(contenders[name], steps))
-    return seconds
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def table(
-    seconds: dict[str, list[float]], batch_size: int, flops: int, baseline: str, peak_tflops: float | None
-) -> str:
-    """Lay out what was measured.
-
-    Args:
-        seconds: of a step, for each contender one number a round.
-        batch_size: clips of a step.
-        flops: of a step.
-        baseline: the contender that the others are compared with, round by round.
-        peak_tflops: what the machine can do, for the utilisation, or None.
-    """
-    head = ["", "clips/s", "(lowest, highest)", "ratio", "(lowest, highest)", "TFLOP/s"]
-    rows = [head + ([] if peak_tflops is None else ["utilisation"])]
-    for name, times in seconds.items():
-        speed = [batch_size / t for t in times]
-        ratio = [plain / t for plain, t in zip(seconds[baseline], times, strict=True)]
-        tflops = flops / statistics.median(times) / 1e12
-        row = [name, *_spread(speed, 1), *_spread(ratio, 2), f"{tflops:.3g}"]
-        rows.append(row + ([] if peak_tflops is None else [f"{100 * tflops / peak_tflops:.1f} %"]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("   ".join(f"{cell:{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _spread(values: Sequence[float], digits: int) -> tuple[str, str]:
-    """Median, and smallest and largest."""
-    return f"{statistics.median(values):.{digits}f}", f"({min(values):.{digits}f}, {max(values):.{digits}f})"

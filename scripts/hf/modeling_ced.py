@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 
-from models.audiotransformer import AudioTransformer, Tokens, _masked_mean
+from models.audiotransformer import AudioTransformer, _masked_mean
 from models.chunks import join_logits
 from models.layers import LayerScale
+from models.vit import Tokens
 from scripts.hf.configuration_ced import CedConfig
 
 
@@ -160,8 +161,8 @@ class CedForAudioClassification(CedPreTrainedModel):
 
     def _logits_of_rows(self, tokens: Tokens) -> Tensor:
         """(R,C)."""
-        if tokens.cls is not None:
-            return self.outputlayer(tokens.cls)
+        if tokens.prefix is not None:
+            return self.outputlayer(tokens.prefix[:, 0])
         columns = tokens.grid.mean(1)  # (R,t,D)
         if self.encoder.pooling != "dm":
             return self.outputlayer(_masked_mean(columns, tokens.own))

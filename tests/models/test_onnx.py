@@ -34,7 +34,7 @@ def small(name="audiotransformer_pico", **arguments):
         with torch.no_grad():
             sounds = torch.stack([noise(8000, seed, 10.0**-seed) for seed in range(4)])
             model.forward_spectrogram(model.front_end(sounds))
-        torch.nn.init.normal_(model.get_submodule(model.head).weight, std=0.15)
+        torch.nn.init.normal_(model.get_submodule(model.last_layer).weight, std=0.15)
     return model.eval()
 
 

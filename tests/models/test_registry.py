@@ -50,7 +50,7 @@ def test_the_names_that_were_promised():
 
 
 class Toy(AudioTagger):
-    head = "linear"
+    last_layer = "linear"
 
     def __init__(self, *, num_classes, power=1.0):
         super().__init__(CedMel(), num_classes=num_classes, embed_dim=64)

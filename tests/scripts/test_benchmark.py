@@ -5,16 +5,17 @@ import torch
 
 from common.errors import UserError
 from scripts.benchmark import Benchmark
+from scripts.benchmarks import tome
 from scripts.benchmarks.tag import largest_difference, make_sounds
+from scripts.benchmarks.tome import block_flops, create_network, with_naive_attention
 from scripts.benchmarks.train import (
     count_flops,
     create_transformer,
     make_batch,
     plain_step,
     project_step,
-    table,
-    take_turns,
 )
+from scripts.benchmarks.turns import table, take_turns
 
 CPU = torch.device("cpu")
 
@@ -49,7 +50,8 @@ def test_operations_grow_with_the_batch(network):
 
 
 def test_table_holds_speed_ratio_and_utilisation():
-    text = table({"plain": [2.0, 4.0], "project": [1.0, 4.0]}, 8, 3 * 10**12, "plain", peak_tflops=10.0)
+    seconds, flops = {"plain": [2.0, 4.0], "project": [1.0, 4.0]}, {"plain": 3 * 10**12, "project": 3 * 10**12}
+    text = table(seconds, 8, flops, "plain", peak_tflops=10.0)
     _, plain, project = text.splitlines()
     assert plain.split() == ["plain", "3.0", "(2.0,", "4.0)", "1.00", "(1.00,", "1.00)", "1", "10.0", "%"]
     assert project.split() == ["project", "5.0", "(2.0,", "8.0)", "1.50", "(1.00,", "2.00)", "1.2", "12.0", "%"]
@@ -67,6 +69,78 @@ def test_what_the_plain_step_does_not_know_is_told(model, seconds, capsys):
     with pytest.raises(SystemExit):
         Benchmark().train(model, seconds=seconds, device="cpu")
     assert "plain step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds", "length"), [("ast_pico", 1, 128), ("ast_pico", 5, 512), ("ast_pico", 10, 1024)]
+)
+def test_ast_is_built_for_the_lengths_of_its_recipes(name, seconds, length):
+    network = create_network(name, seconds)
+    assert network.target_length == length
+    assert not network.training
+
+
+@pytest.mark.parametrize(("name", "n_tokens", "protected"), [("ast_pico", 146, 2), ("audiotransformer_pico", 248, 0)])
+def test_naive_attention_merges_the_same_and_its_operations_are_those_of_the_formula(name, n_tokens, protected):
+    torch.manual_seed(0)
+    network = create_network(name, 1 if protected else 10)
+    naive = with_naive_attention(network)
+    with torch.inference_mode():
+        mel = network.front_end(0.1 * torch.randn(2, network.sample_rate * (1 if protected else 10)))
+        outputs = []
+        for r in (0, 20):
+            network.merge_tokens(r)
+            naive.merge_tokens(r)
+            outputs.append(network.forward_spectrogram(mel))
+            torch.testing.assert_close(naive.forward_spectrogram(mel), outputs[-1], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(*outputs)
+    width, depth = network.embed_dim, len(network.blocks)
+    for r in (0, 20):
+        n, wanted = n_tokens, 0
+        for _ in range(depth):
+            wanted += 8 * n * width**2 + 4 * n**2 * width  # queries, keys, values and projection; scores and values
+            n -= min(r, (n - protected) // 2)
+            wanted += 16 * n * width**2
+        assert block_flops(naive, mel, r) == 2 * wanted
+
+
+def test_the_share_of_the_bound_compares_each_attention_with_itself(monkeypatch, capsys):
+    def turns(contenders, batch, rounds, steps, device):
+        for step in contenders.values():
+            step(batch)
+        return dict(zip(contenders, ([4.0, 6.0], [2.0, 4.0], [9.0, 9.0], [3.0, 3.0]), strict=True))
+
+    monkeypatch.setattr(tome, "take_turns", turns)
+    monkeypatch.setattr(tome, "block_flops", lambda network, mel, r: 50 if r else 100)
+    Benchmark().tome("audiotransformer_pico", seconds=1, r=3, batch_size=2, attention=("sdpa", "naive"), rounds=2)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2][:4] == ["sdpa,", "r", "=", "0"]
+    assert lines[2][-3:] == ["1.00", "100", "%"]
+    assert (lines[3][:5], lines[3][-4:]) == (["sdpa,", "r", "=", "3", "0.8"], ["0.500", "2.00", "88", "%"])
+    assert lines[3][7] == "1.75"  # of 2 and 1.5
+    assert (lines[6][:4], lines[6][-2:]) == (["naive,", "r", "=", "3"], ["150", "%"])
+
+
+def test_tome_prints_its_table(capsys):
+    Benchmark().tome("audiotransformer_pico", seconds=1, r=(2, 4), batch_size=1, rounds=1)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("audiotransformer_pico, 1 clips of 1 s, 101 frames in chunks of 1012")
+    assert [line.split(",")[1].split()[2] for line in out[2:5]] == ["0", "2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"model": "mn01_as"}, "has no tokens to merge"),
+        ({"model": "ced_tiny", "seconds": 20}, "into chunks; try --seconds 10"),
+        ({"r": "x"}, "--r is 'x'"),
+        ({"attention": "fast"}, "wanted sdpa, naive, or sdpa,naive"),
+    ],
+)
+def test_faults_of_tome_are_sentences(options, sentence, capsys):
+    with pytest.raises(SystemExit):
+        Benchmark().tome(**options)
+    assert sentence in capsys.readouterr().err
 
 
 def test_the_tags_of_a_csv_are_compared_window_by_window_and_label_by_label(tmp_path):

@@ -1,0 +1,189 @@
+"""EfficientNet on mel spectrograms: the CNN of PSLA and CMKD, and a smaller one.
+
+Method: Tan, Le, "EfficientNet: Rethinking model scaling for convolutional neural networks", ICML 2019, as timm builds
+it; Gong, Chung, Glass, "PSLA: Improving audio tagging with pretraining, sampling, labeling, and aggregation",
+IEEE/ACM TASLP 2021, for the front-end and the attention pooling; Gong, Khurana, Rouditchenko, Glass, "CMKD:
+CNN/transformer-based cross-model knowledge distillation for audio classification", arXiv 2203.06760, for mean pooling.
+Names below `body.` in the state dict are timm's.
+
+Letters: B batch, F mel bands, T frames, C classes, D channels, H heads; primes mark what is left after striding.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.errors import UserError, some
+from models.base import AudioTagger, run_by_length
+from models.kaldi_mel import KaldiMel
+from models.registry import register_model
+
+logger = logging.getLogger(__name__)
+
+Pooling = Literal["mean", "attention"]
+
+
+class AttentionPooling(nn.Module):
+    """PSLA's classifier: every head tags every column of a map, and says which columns count for which class.
+
+    The weights of the heads are a softmax, so that probabilities stay such, and heads share the bias of a class, so
+    that it can be set to what is known of the classes; both are each head's own in PSLA.
+
+    Args:
+        width: D.
+        num_classes: C.
+        num_heads: H.
+    """
+
+    def __init__(self, width: int, num_classes: int, num_heads: int = 4) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, num_heads, width))
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+        self.attention_weight = nn.Parameter(torch.empty(num_classes, num_heads, width))
+        self.attention_bias = nn.Parameter(torch.zeros(num_classes, num_heads))
+        self.head_score = nn.Parameter(torch.zeros(num_heads))
+        for weight in (self.weight, self.attention_weight):
+            nn.init.uniform_(weight, -1 / math.sqrt(width), 1 / math.sqrt(width))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Give logits and weights of each class and column: (B,T',D) -> (B,T',C,H), (B,T',C,H).
+
+        Weights sum to one over columns and heads.
+        """
+        shape = self.attention_bias.shape
+        logits = F.linear(x, self.weight.flatten(0, 1)).unflatten(2, shape) + self.bias[:, None]
+        attention = F.linear(x, self.attention_weight.flatten(0, 1), self.attention_bias.flatten()).unflatten(2, shape)
+        # The sigmoid over its sum, which cannot be 0 this way, nor in a graph: those have no logarithm of a sigmoid.
+        return logits, (-F.softplus(-attention)).softmax(1) * self.head_score.softmax(0)
+
+
+class EfficientNet(AudioTagger):
+    """EfficientNet; takes clips of any length in one piece.
+
+    With mean pooling it gives logits, with attention pooling probabilities.
+
+    Args:
+        variant: timm's name of the network.
+        num_classes: C.
+        pooling: "mean" over both axes of the last map and a linear layer, or "attention", see `AttentionPooling`.
+        dropout: before the last layer.
+        drop_path_rate: stochastic depth of the last block, by default PSLA's; earlier blocks have less.
+        sample_rate: of the waveform, in hertz.
+        n_mels: F.
+        n_fft: samples of a Fourier transform.
+        win_size: samples of the window.
+        hop_size: samples between frames.
+        f_min: lower edge of the bands in hertz.
+        f_max: upper edge in hertz, None for half the sample rate.
+        mean: of the spectrogram's logarithms over a data set, by default AudioSet's as PSLA has it.
+        std: their standard deviation. They are divided by it as in PSLA, not by twice of it as in AST.
+
+    Raises:
+        UserError: a pooling that there is not.
+    """
+
+    last_layer = "classifier"
+
+    def __init__(
+        self,
+        variant: str,
+        /,
+        *,
+        num_classes: int = 527,
+        pooling: Pooling = "mean",
+        dropout: float = 0.0,
+        drop_path_rate: float = 0.2,
+        sample_rate: int = 16000,
+        n_mels: int = 128,
+        n_fft: int = 512,
+        win_size: int = 400,
+        hop_size: int = 160,
+        f_min: float = 20.0,
+        f_max: float | None = None,
+        mean: float = -4.6476,
+        std: float = 4.5699,
+    ) -> None:
+        from timm.models import create_model  # takes seconds, which starts of other models need not wait for
+
+        if pooling not in get_args(Pooling):
+            raise UserError(f"pooling must be one of {some(get_args(Pooling))}, not {pooling!r}")
+        front_end = KaldiMel(
+            sample_rate=sample_rate,
+            n_mels=n_mels,
+            n_fft=n_fft,
+            win_size=win_size,
+            hop_size=hop_size,
+            f_min=f_min,
+            f_max=f_max,
+            mean=mean,
+            std=std / 2,  # KaldiMel divides by twice its std
+        )
+        body = create_model(variant, in_chans=1, num_classes=0, global_pool="", drop_path_rate=drop_path_rate)
+        width = cast(int, body.num_features)
+        outputs: Literal["logits", "probabilities"] = "logits" if pooling == "mean" else "probabilities"
+        super().__init__(front_end, num_classes=num_classes, embed_dim=width, outputs=outputs)
+        self.body = body
+        self.dropout = nn.Dropout(dropout)
+        self.classifier: nn.Module
+        if pooling == "mean":
+            self.classifier = nn.Linear(width, num_classes)
+            nn.init.normal_(self.classifier.weight, std=0.01)
+            nn.init.zeros_(self.classifier.bias)
+        else:
+            self.classifier = AttentionPooling(width, num_classes)
+
+    def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
+        """Tag spectrograms: (B,F,T), own frames (B,) or None -> (B,C), what `outputs` says."""
+        if n_frames is not None:
+            return run_by_length(lambda clips: (self.forward_spectrogram(clips),), mel, n_frames)[0]
+        maps = self.forward_features(mel)
+        if self.outputs == "logits":
+            return self.classifier(self.dropout(maps.mean((2, 3))))
+        columns = maps.mean(2).transpose(1, 2)  # (B,T',D)
+        logits, weights = self.classifier(self.dropout(columns))
+        if self.activation == "sigmoid":
+            return (logits.sigmoid() * weights).sum((1, 3))
+        tagged = (logits.softmax(2) * weights).sum((1, 3))
+        return tagged / tagged.sum(1, keepdim=True)  # each class has weights of its own
+
+    def forward_features(self, mel: Tensor) -> Tensor:
+        """Compute the maps below the head: (B,F,T) -> (B,D,F',T'), both axes strided by 32."""
+        return self.body(mel[:, None])
+
+    def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Embed spectrograms: (B,F,T), own frames (B,) or None -> pooled maps (B,D) and their columns (B,T',D)."""
+        if n_frames is None:
+            maps = self.forward_features(mel)
+            return maps.mean((2, 3)), maps.mean(2).transpose(1, 2)
+        clip, frames = run_by_length(self.embed_spectrogram, mel, n_frames)
+        return clip, frames
+
+    def n_steps(self, n_samples: int) -> int:
+        """Columns of the last map: every 32nd frame, rounded up."""
+        return -(-self.front_end.n_frames(n_samples) // 32)
+
+    def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take timm's weights for pictures, too: colours become their mean, the classifier is left out, with a notice.
+
+        As in CMKD.
+        """
+        if "conv_stem.weight" not in state:
+            return dict(state)
+        body = {f"body.{key}": value for key, value in state.items() if not key.startswith("classifier.")}
+        stem = body["body.conv_stem.weight"]
+        if stem.ndim == 4 and stem.shape[1] > 1:
+            logger.warning("the first layer is for %d colours: their weights become one, their mean", stem.shape[1])
+            body["body.conv_stem.weight"] = stem.mean(1, keepdim=True)
+        if len(body) < len(state):
+            logger.warning("the classifier of pictures is left out")
+        return body
+
+
+for _name in ("efficientnet_b0", "efficientnet_b2"):
+    register_model(_name, initialisation=f"timm:{_name}")(partial(EfficientNet, _name))

@@ -1,0 +1,223 @@
+"""PaSST: a ViT on overlapping patches with separate position embeddings for time and frequency, trained on parts.
+
+Method: Koutini, Schlüter, Eghbal-zadeh, Widmer, "Efficient training of audio transformers with patchout", Interspeech
+2022. Names in the state dict are those of the published checkpoints.
+
+Letters as in `models.vit`.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.errors import Faults
+from models.chunks import Average
+from models.frontends import SILENCE_DB, EfficientAtMel
+from models.registry import register_model
+from models.relatives import fit_time, from_pictures, is_of_pictures
+from models.token_merging import Schedule
+from models.vit import SpectrogramTransformer, Tokens, initialise
+
+logger = logging.getLogger(__name__)
+
+
+class PaSST(SpectrogramTransformer):
+    """PaSST's network; gives logits.
+
+    Shorter clips use the first time positions. Longer ones, which published code cuts, are taken in chunks, the last
+    one filled up with silence.
+
+    Args:
+        num_classes: C.
+        embed_dim: D.
+        depth: number of blocks.
+        num_heads: a divisor of D.
+        mlp_ratio: hidden width of the MLPs in units of D.
+        qkv_bias: whether queries, keys and values have a bias.
+        norm_eps: of the layer norms of the blocks.
+        target_length: longest input in frames. Ten seconds are 1000; published code says 998, of as many patches.
+        patch_size: edge of a patch, in bands and frames.
+        patch_stride: from one patch to the next: 10 to 16 in published checkpoints, 20 leaves gaps.
+        eval_avg: how chunks of a long clip are joined, "mean" or "max" of their probabilities.
+        drop_rate: dropout of tokens and projections.
+        attn_drop_rate: dropout of attention weights.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        time_patch_out: random columns of the patch grid left out in training, 40 in published training.
+        freq_patch_out: random rows of the patch grid left out in training, 4 in published training.
+        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`.
+        token_merging_in_training: False: only in evaluation mode.
+        sample_rate: of the waveform, in hertz.
+        n_mels: F.
+        n_fft: samples of a Fourier transform.
+        win_size: samples of the window.
+        hop_size: samples between frames.
+        f_min: lower edge of the bands in hertz.
+        f_max: upper edge in hertz.
+
+    Raises:
+        UserError: arguments contradict each other; all faults are told at once.
+    """
+
+    n_prefix = 2
+    last_layer = "head.1"
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 527,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        norm_eps: float = 1e-6,
+        target_length: int = 1000,
+        patch_size: int = 16,
+        patch_stride: int = 10,
+        eval_avg: Average = "mean",
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        time_patch_out: int | None = None,
+        freq_patch_out: int | None = None,
+        token_merging: Schedule = None,
+        token_merging_in_training: bool = True,
+        sample_rate: int = 32000,
+        n_mels: int = 128,
+        n_fft: int = 1024,
+        win_size: int = 800,
+        hop_size: int = 320,
+        f_min: float = 0.0,
+        f_max: float = 15000.0,
+    ) -> None:
+        front_end = EfficientAtMel(
+            sample_rate=sample_rate,
+            n_mels=n_mels,
+            n_fft=n_fft,
+            win_size=win_size,
+            hop_size=hop_size,
+            f_min=f_min,
+            f_max=f_max,
+            min_frames=patch_size,
+        )
+        self.fill = front_end.power_db_to_value(SILENCE_DB)
+        super().__init__(
+            front_end,
+            num_classes=num_classes,
+            outputs="logits",
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            norm_eps=norm_eps,
+            target_length=target_length,
+            patch_size=patch_size,
+            patch_stride=patch_stride,
+            eval_avg=eval_avg,
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+            init_values=None,
+            time_patch_out=time_patch_out,
+            freq_patch_out=freq_patch_out,
+            token_merging=token_merging,
+            token_merging_in_training=token_merging_in_training,
+            faults=Faults("the settings of PaSST"),
+        )
+        self.head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_classes))
+        # Part of published checkpoints and of no computation: without a gradient, so that no rank waits for one.
+        self.head_dist = nn.Linear(embed_dim, num_classes).requires_grad_(False)
+        self.apply(initialise)
+
+    def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take PaSST for other lengths and other classes, and image transformers, with a notice of what is changed.
+
+        Positions of pictures are stretched to this grid; their means over one axis are those of the other, as
+        published.
+        """
+        adapted = dict(state)
+        if is_of_pictures(adapted) and "pos_embed" in adapted:
+            positions = adapted.pop("pos_embed")
+            adapted = from_pictures(adapted) | self._separated(positions)
+        if "time_new_pos_embed" in adapted:
+            given, wanted = adapted["time_new_pos_embed"], self.time_new_pos_embed.shape[-1]
+            adapted["time_new_pos_embed"] = fit_time("time_new_pos_embed", given, wanted)
+        for key, own in self.head_dist.state_dict(prefix="head_dist.").items():
+            if key not in adapted or adapted[key].shape != own.shape:
+                adapted[key] = own
+        return adapted
+
+    def no_weight_decay(self) -> set[str]:
+        """Position embeddings and the two tokens before them."""
+        return {"new_pos_embed", "freq_new_pos_embed", "time_new_pos_embed", "cls_token", "dist_token"}
+
+    def _separated(self, positions: Tensor) -> dict[str, Tensor]:
+        """Positions (1,P+N,D) of a square grid as those of PaSST."""
+        size = (self.freq_new_pos_embed.shape[2], self.time_new_pos_embed.shape[3])
+        edge = math.isqrt(positions.shape[1] - self.n_prefix)
+        if edge**2 + self.n_prefix != positions.shape[1]:
+            return {"pos_embed": positions}  # told as unexpected
+        logger.warning("pos_embed of %d x %d patches becomes one of %d rows and one of %d columns", edge, edge, *size)
+        grid = positions[:, self.n_prefix :].transpose(1, 2).unflatten(2, (edge, edge))  # (1,D,f,t)
+        grid = F.interpolate(grid, size, mode="bicubic", align_corners=False)
+        return {
+            "new_pos_embed": positions[:, : self.n_prefix],
+            "freq_new_pos_embed": grid.mean(3, keepdim=True),
+            "time_new_pos_embed": grid.mean(2, keepdim=True),
+        }
+
+    def _make_positions(self, n_rows: int, n_columns: int) -> None:
+        self.cls_token = nn.Parameter(torch.randn(1, 1, self.embed_dim) * 0.02)
+        self.dist_token = nn.Parameter(torch.randn(1, 1, self.embed_dim) * 0.02)
+        self.new_pos_embed = nn.Parameter(torch.randn(1, self.n_prefix, self.embed_dim) * 0.02)
+        self.freq_new_pos_embed = nn.Parameter(torch.randn(1, self.embed_dim, n_rows, 1) * 0.02)
+        self.time_new_pos_embed = nn.Parameter(torch.randn(1, self.embed_dim, 1, n_columns) * 0.02)
+
+    def _placed(self, patches: Tensor) -> Tensor:
+        positions = self.time_new_pos_embed[..., : patches.shape[2]] + self.freq_new_pos_embed  # (1,D,f,t)
+        return patches + positions.permute(0, 2, 3, 1)
+
+    def _prefix(self) -> Tensor:
+        return torch.cat([self.cls_token, self.dist_token], dim=1) + self.new_pos_embed
+
+    def _clip_embeddings(self, tokens: Tokens) -> Tensor:
+        assert tokens.prefix is not None
+        return tokens.prefix.mean(1)
+
+    def _classify(self, tokens: Tokens) -> Tensor:
+        return self.head(self._clip_embeddings(tokens))
+
+
+_RELEASES = "https://github.com/kkoutini/PaSST/releases/download"
+# published name -> file of the releases and settings; lengths that give as many positions as the file has
+_PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "passt_s_swa_p16_128_ap476": ("v0.0.1-audioset/passt-s-f128-p16-s10-ap.476-swa.pt", {}),
+    "passt_s_swa_p16_128_ap4761": ("v0.0.2-audioset/passt-s-f128-p16-s10-ap.4761-swa.pt", {}),
+    "passt_s_p16_128_ap472": ("v0.0.2-audioset/passt-s-f128-p16-s10-ap.472.pt", {}),
+    "passt_s_swa_p16_s12_128_ap473": ("v0.0.2-audioset/passt-s-f128-p16-s12-ap.473-swa.pt", {"patch_stride": 12}),
+    "passt_s_p16_s12_128_ap470": ("v0.0.2-audioset/passt-s-f128-p16-s12-ap.470.pt", {"patch_stride": 12}),
+    "passt_s_swa_p16_s14_128_ap471": ("v0.0.2-audioset/passt-s-f128-p16-s14-ap.471-swa.pt", {"patch_stride": 14}),
+    "passt_s_p16_s14_128_ap469": ("v0.0.2-audioset/passt-s-f128-p16-s14-ap.469.pt", {"patch_stride": 14}),
+    "passt_s_swa_p16_s16_128_ap473": ("v0.0.2-audioset/passt-s-f128-p16-s16-ap.473-swa.pt", {"patch_stride": 16}),
+    "passt_s_p16_s16_128_ap468": ("v0.0.2-audioset/passt-s-f128-p16-s16-ap.468.pt", {"patch_stride": 16}),
+    "passt_s_f128_20sec_p16_s10_ap474": ("v0.0.5/passt-s-f128-20sec-p16-s10-ap.474-swa.pt", {"target_length": 2006}),
+    "passt_s_f128_30sec_p16_s10_ap473": ("v0.0.5/passt-s-f128-30sec-p16-s10-ap.473-swa.pt", {"target_length": 3006}),
+    "passt_s_kd_p16_128_ap486": ("v.0.0.9/passt-s-kd-ap.486.pt", {}),
+    "passt_l_kd_p16_128_ap47": ("v.0.0.10/passt-l-kd-ap.47.pt", {"depth": 7}),
+}
+for _name, (_file, _settings) in _PUBLISHED.items():
+    register_model(_name, weights=f"{_RELEASES}/{_file}")(partial(PaSST, **_settings))
+register_model(
+    "passt_s",
+    weights=f"{_RELEASES}/{_PUBLISHED['passt_s_swa_p16_128_ap476'][0]}",
+    initialisation="timm:deit_base_distilled_patch16_384",
+)(PaSST)
+# this project's own, for CPUs and tests
+register_model("passt_pico")(partial(PaSST, embed_dim=64, num_heads=1, depth=4))

@@ -1,0 +1,1 @@
+"""Sweeps: what a setting costs and gains, over its range."""
