@@ -32,7 +32,7 @@ class AudioTransformer(SpectrogramTransformer):
     """CED's network.
 
     Clips longer than `target_length` frames are cut into chunks of that many, the last one filled up with zeros after
-    the normalisation; the probabilities of all chunks are averaged.
+    the normalisation; the probabilities of all chunks are joined as `eval_avg` says.
 
     Args:
         num_classes: C.

@@ -148,7 +148,7 @@ class EfficientNet(AudioTagger):
         columns = maps.mean(2).transpose(1, 2)  # (B,T',D)
         logits, weights = self.classifier(self.dropout(columns))
         if self.activation == "sigmoid":
-            return (logits.sigmoid() * weights).sum((1, 3))
+            return (logits.sigmoid() * weights).sum((1, 3)).clamp(max=1)  # weights sum to 1 but for rounding
         tagged = (logits.softmax(2) * weights).sum((1, 3))
         return tagged / tagged.sum(1, keepdim=True)  # each class has weights of its own
 

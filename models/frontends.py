@@ -22,7 +22,7 @@ Count = TypeVar("Count", int, Tensor)
 SILENCE_DB = -100.0  # power 1e-10, the smallest the decibel scale here tells apart
 
 
-def _triangles(bins: Tensor, edges: Tensor) -> Tensor:
+def triangles(bins: Tensor, edges: Tensor) -> Tensor:
     """Triangular filters: bins (N,), edges (F+2,) on the same axis -> weights (N,F), peak 1 at edges[1:-1]."""
     rise = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
     fall = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
@@ -37,15 +37,17 @@ def _htk_hertz(mel: Tensor) -> Tensor:
     return 700 * (10 ** (mel / 2595) - 1)
 
 
-def _kaldi_mel(hertz: Tensor) -> Tensor:
+def kaldi_mel(hertz: Tensor) -> Tensor:
+    """Hertz to mel as Kaldi has it."""
     return 1127 * torch.log(1 + hertz / 700)
 
 
-def _kaldi_hertz(mel: Tensor) -> Tensor:
+def kaldi_hertz(mel: Tensor) -> Tensor:
+    """Mel as Kaldi has it to hertz."""
     return 700 * (torch.exp(mel / 1127) - 1)
 
 
-def _edges(to_mel: Callable[[Tensor], Tensor], f_min: float, f_max: float, n_mels: int) -> Tensor:
+def band_edges(to_mel: Callable[[Tensor], Tensor], f_min: float, f_max: float, n_mels: int) -> Tensor:
     """The n_mels + 2 corners of the filters, evenly spaced on the mel axis, float64."""
     low, high = to_mel(torch.tensor([f_min, f_max], dtype=torch.float64)).tolist()
     return torch.linspace(low, high, n_mels + 2, dtype=torch.float64)
@@ -270,7 +272,7 @@ class CedMel(FrontEnd):
         bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
         stage = nn.Module()
         stage.spectrogram = _Buffers(window=torch.hann_window(win_size))
-        stage.mel_scale = _Buffers(fb=_triangles(bins, self.mel_edges_hz).float())
+        stage.mel_scale = _Buffers(fb=triangles(bins, self.mel_edges_hz).float())
         self.add_module("0", stage)
 
     @property
@@ -286,7 +288,7 @@ class CedMel(FrontEnd):
     @property
     def mel_edges_hz(self) -> Tensor:
         """Corners of the triangular bands in hertz, (F+2,)."""
-        return _htk_hertz(_edges(_htk_mel, self.f_min, self.f_max, self.n_mels))
+        return _htk_hertz(band_edges(_htk_mel, self.f_min, self.f_max, self.n_mels))
 
     def power_db_to_value(self, db: float) -> float:
         """Decibels are this front-end's own scale."""
@@ -343,7 +345,7 @@ class EfficientAtMel(FrontEnd):
         )
         self.min_frames = min_frames
         bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
-        weights = _triangles(_kaldi_mel(bins), _edges(_kaldi_mel, f_min, f_max, n_mels))
+        weights = triangles(kaldi_mel(bins), band_edges(kaldi_mel, f_min, f_max, n_mels))
         self.register_buffer("_window", torch.hann_window(win_size, periodic=False), persistent=False)
         self.register_buffer("_mel_weights", weights.float(), persistent=False)
 
@@ -360,7 +362,7 @@ class EfficientAtMel(FrontEnd):
     @property
     def mel_edges_hz(self) -> Tensor:
         """Corners of the triangular bands in hertz, (F+2,)."""
-        return _kaldi_hertz(_edges(_kaldi_mel, self.f_min, self.f_max, self.n_mels))
+        return kaldi_hertz(band_edges(kaldi_mel, self.f_min, self.f_max, self.n_mels))
 
     def power_db_to_value(self, db: float) -> float:
         """(ln(10^(db/10) + 1e-5) + 4.5) / 5."""

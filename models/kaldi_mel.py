@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.frontends import Count, FrontEnd, _edges, _kaldi_hertz, _kaldi_mel, _triangles
+from models.frontends import Count, FrontEnd, band_edges, kaldi_hertz, kaldi_mel, triangles
 
 
 class KaldiMel(FrontEnd):
@@ -67,7 +67,7 @@ class KaldiMel(FrontEnd):
         self.mean, self.std = mean, std
         self._left = (n_fft - win_size) // 2  # the window lies in the middle of the transform, as everywhere here
         bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
-        weights = _triangles(_kaldi_mel(bins), _edges(_kaldi_mel, f_min, f_max, n_mels))
+        weights = triangles(kaldi_mel(bins), band_edges(kaldi_mel, f_min, f_max, n_mels))
         self.register_buffer("_window", torch.hann_window(win_size, periodic=False), persistent=False)
         self.register_buffer("_mel_weights", weights.float(), persistent=False)
 
@@ -84,7 +84,7 @@ class KaldiMel(FrontEnd):
     @property
     def mel_edges_hz(self) -> Tensor:
         """Corners of the triangular bands in hertz, (F+2,)."""
-        return _kaldi_hertz(_edges(_kaldi_mel, self.f_min, self.f_max, self.n_mels))
+        return kaldi_hertz(band_edges(kaldi_mel, self.f_min, self.f_max, self.n_mels))
 
     @property
     def zero_value(self) -> float:

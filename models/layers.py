@@ -128,7 +128,7 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads, qkv_bias=qkv_bias, attention_dropout=attention_dropout, dropout=dropout)
         self.ls1 = nn.Identity() if init_values is None else LayerScale(width, init_values)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio), dropout)
+        self.mlp = Mlp(width, round(width * mlp_ratio), dropout)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(width, init_values)
         self.drop_path = DropPath(drop_path)
 

@@ -49,7 +49,8 @@ def merging_schedule(setting: Schedule, depth: int) -> tuple[int, ...]:
 class TokenGroups:
     """The tokens of a batch on their way through the blocks, and what each of them stands for.
 
-    A clip's groups depend on its own tokens alone: padding is sorted behind them and counts for nothing.
+    A clip's groups depend on its own tokens alone: padding is sorted behind them and counts for nothing. On CUDA what
+    joins one token is added in any order, so that the last bits may differ from run to run.
 
     Args:
         own: (B,N) tokens that count, None where all do.

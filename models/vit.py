@@ -78,7 +78,7 @@ class SpectrogramTransformer(AudioTagger):
     """A ViT on mel patches; subclasses bring positions, prefix tokens, normalisation and head.
 
     Clips longer than `target_length` frames are cut into chunks of that many, the last one filled up; the
-    probabilities of all chunks are averaged.
+    probabilities of all chunks are joined as `eval_avg` says.
 
     Args:
         front_end: waveform to spectrogram.
@@ -259,8 +259,8 @@ class SpectrogramTransformer(AudioTagger):
             n_frames: (B,) frames of each clip, None where all of T belong to it.
 
         Returns:
-            What the head reads of a clip (B,D), chunks averaged, and the mean over frequency for every patch column
-            (B,T',D).
+            One vector a clip (B,D): the mean of its prefix tokens where the head reads that, chunks averaged, else the
+            mean over its patches; and the mean over frequency for every patch column (B,T',D).
         """
         rows = self._rows(mel, n_frames)
         tokens = self._encode(rows.mel, rows.columns)

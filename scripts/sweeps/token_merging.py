@@ -152,6 +152,15 @@ def plan(
                 f"--{group}: {len(packs)} packs go with the checkpoints of each r in turn, so these must be "
                 f"{len(packs)}, or a multiple of it; there are {some(uneven)}"
             )
+    kinds: dict[tuple[str, float], set[tuple[str, tuple[int, ...]]]] = {}
+    for point in sweep.points:
+        kinds.setdefault((point.group, point.r), set()).add((point.network, point.schedule))
+    for (group, r), kind in kinds.items():
+        if len(kind) > 1:
+            faults.add(
+                f"--{group}: the checkpoints at r = {r:g} are {len(kind)} different networks or schedules, of which no "
+                "mean can be taken; give each kind a group of its own"
+            )
     sweep.metric = _metric(metric, activations, [data for data in sweep.data.values() if data], faults)
     faults.raise_if_any()
     return sweep

@@ -97,6 +97,17 @@ def test_attention_pooling_is_what_its_formula_says():
             torch.testing.assert_close(found[clip, label], expected)
 
 
+def test_attention_pooling_that_is_sure_gives_no_more_than_one():
+    model = small("attention")
+    wave = torch.stack([noise(32000, seed) for seed in range(8)])
+    with torch.inference_mode():
+        model.classifier.bias.fill_(40.0)
+        maps = model.forward_features(model.front_end(wave)).mean(2).transpose(1, 2)
+        logits, weights = model.classifier(maps)
+        assert (logits.sigmoid() * weights).sum((1, 3)).max() > 1  # rounding
+        assert model.predict(wave).max() == 1
+
+
 def test_attention_pooling_tags_the_columns_of_the_map():
     model = small("attention")
     assert model.outputs == "probabilities"

@@ -1,5 +1,7 @@
 """Token merging beside a slow reference, and in the networks that take it."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -144,7 +146,9 @@ def test_schedules(setting, schedule):
     assert merging_schedule(setting, 12) == schedule
 
 
-@pytest.mark.parametrize("setting", [-1, 1.5, "8", [8, 2], [8, -1, 0], [1] * 11, [True], {"r": 8}])
+@pytest.mark.parametrize(
+    "setting", [-1, 1.5, "8", [8, 2], [8, -1, 0], [1] * 11, [True], {"r": 8}, math.nan, [8, math.inf]]
+)
 def test_other_schedules_are_refused_with_what_is_wanted(setting):
     with pytest.raises(UserError, match=r"token_merging is .*wanted .*whole number.*inflect.*12 whole numbers"):
         merging_schedule(setting, 12)
@@ -154,14 +158,14 @@ def test_other_schedules_are_refused_with_what_is_wanted(setting):
 NETWORKS = {
     "audiotransformer_pico": {},
     "ast_pico": {"target_length": 128, "depth": 4},
-    "passt_s": {"embed_dim": 64, "num_heads": 1, "depth": 4},
+    "passt_pico": {"depth": 4, "target_length": 128},
 }
 every_network = pytest.mark.parametrize("name", [*NETWORKS])
 
 
 def small(name: str, **arguments: object) -> SpectrogramTransformer:
     torch.manual_seed(3)
-    model = create_model(name, num_classes=5, **NETWORKS[name], **arguments)
+    model = create_model(name, num_classes=5, **{**NETWORKS[name], **arguments})
     for parameter in model.parameters():  # away from the start, where all sounds are answered alike
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.1)
@@ -222,6 +226,21 @@ def test_a_clip_is_tagged_and_embedded_alike_alone_and_among_others(name):
         torch.testing.assert_close(clips[clip], one[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(frames[clip, : model.n_steps(length)], own[0], atol=1e-4, rtol=1e-4)
         assert not frames[clip, model.n_steps(length) :].any()
+
+
+@every_network
+@pytest.mark.parametrize("merging", [0, 5, 40, [6, -1]])
+@torch.inference_mode()
+def test_chunks_of_long_clips_merge_alike_alone_among_others_and_in_graphs(name, merging):
+    model = small(name, token_merging=merging, target_length=100)
+    x, rate = sounds(model, 3.3, 5), model.sample_rate
+    lengths = torch.tensor([1, round(0.2 * rate), round(0.93 * rate), round(2.01 * rate), round(3.3 * rate)])
+    together = model.predict(x, lengths)
+    for clip, length in enumerate(lengths.tolist()):
+        alone = x[clip : clip + 1, :length]
+        torch.testing.assert_close(together[clip], model.predict(alone)[0], atol=ATOL, rtol=0)
+        traced = model.probabilities_of(model.front_end(alone))[0]
+        torch.testing.assert_close(together[clip], traced, atol=ATOL, rtol=0)
 
 
 @every_network
