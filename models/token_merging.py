@@ -96,7 +96,7 @@ class TokenGroups:
                 order = (~self.own).int().argsort(dim=1, stable=True)
                 self.size, self.place = self.own.gather(1, order).float(), order.argsort(1)
                 metric, x = _taken(metric, order), _taken(x, order)
-            source, joins, place = self._matched(F.normalize(metric, dim=-1), most)
+            source, joins, place = self._matched(metric, most)
             size = x.new_ones(x.shape[:2], dtype=torch.float32) if self.size is None else self.size
             left, joining = source[:, :n_left], source[:, n_left:]  # (B,N'-r), (B,r)
             target = place.gather(1, joining)
@@ -107,7 +107,8 @@ class TokenGroups:
         # The mean by size, without touching tokens that stay what they are: y + (x - y) * share of x.
         kept = _taken(x, left)
         change = (_taken(x, joining) - _taken(kept, target)) * share[..., None].to(x.dtype)
-        return kept.flatten(0, 1).index_add(0, _flat(target, n_left), change.flatten(0, 1)).view_as(kept)
+        kept.flatten(0, 1).index_add_(0, _flat(target, n_left), change.flatten(0, 1))
+        return kept
 
     def spread(self, x: Tensor) -> Tensor:
         """Give each of the first tokens what the one it is part of has: (B,N',D) -> (B,N,D).
@@ -130,7 +131,7 @@ class TokenGroups:
         n_tokens, n_protected, device = metric.shape[1], self.n_protected, metric.device
         a, b = metric[:, ::2], metric.narrow(1, 1, n_tokens - 1)[:, ::2]
         n_a, n_b = a.shape[1], b.shape[1]
-        scores = a @ b.transpose(1, 2)  # (B,A,B)
+        scores = a @ F.normalize(b, dim=-1).transpose(1, 2)  # (B,A,B)
         own = None if self.own is None or self.size is None else self.size > 0
         r: Tensor | int = most
         if own is not None:
@@ -139,6 +140,7 @@ class TokenGroups:
         if n_protected > 1:
             scores = scores.masked_fill(torch.arange(n_b, device=device) < 1, -math.inf)
         best, partner = scores.max(2)  # (B,A)
+        best = best / a.norm(dim=-1).clamp(min=1e-12)
         if n_protected > 0:
             best = best.masked_fill(torch.arange(n_a, device=device) < 1, -math.inf)
         if own is not None:

@@ -62,9 +62,8 @@ def plain_attention(attention: Attention, x: Tensor, bias: Tensor | None = None)
     batch, n_tokens, width = x.shape
     qkv = attention.qkv(x).reshape(batch, n_tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = qkv.unbind(0)  # each (B,H,N,d)
-    weights = (query @ key.transpose(-2, -1)) * query.shape[-1] ** -0.5
-    if bias is not None:
-        weights = weights + bias
+    weights, scale = query @ key.transpose(-2, -1), query.shape[-1] ** -0.5
+    weights = weights * scale if bias is None else torch.add(bias, weights, alpha=scale)  # as many passes over them
     out = weights.softmax(dim=-1) @ value
     return attention.proj(out.transpose(1, 2).reshape(batch, n_tokens, width)), key
 

@@ -291,3 +291,31 @@ def test_the_label_table_is_read_back_and_quotes_every_name(tmp_path):
     assert lines[4] == '3,/own/3,"Ünïcode"'
     write_label_table(tmp_path / "audioset.csv", audioset_labels())
     assert (tmp_path / "audioset.csv").read_text() == AUDIOSET_LABELS.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "waveform"),
+    [
+        ("audiotransformer_pico", {"pooling": "logit", "target_length": 200}, False),
+        ("ast_pico", {"target_length": 128}, True),
+        ("passt_pico", {"target_length": 250}, True),
+    ],
+)
+def test_networks_that_merge_tokens_can_be_exported(name, arguments, waveform, tmp_path):
+    """Compared on several lengths and batches before it is written; here, too, on some more."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5, depth=2, token_merging=8, **arguments).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    targets = {"fp32": tmp_path / "a.onnx", "int8": tmp_path / "b.onnx"}
+    export_onnx(model, targets, waveform=waveform)
+    session = onnxruntime.InferenceSession(str(targets["fp32"]))
+    unmerged = create_model(name, num_classes=5, depth=2, **arguments).eval()
+    unmerged.load_state_dict(model.state_dict())
+    for n_clips, seconds in ((3, 0.6), (1, 4.2)):
+        wave = torch.stack([noise(round(seconds * model.sample_rate), seed, 0.2) for seed in range(n_clips)])
+        given = wave if waveform else model.front_end(wave)
+        found = session.run(None, {session.get_inputs()[0].name: given.numpy()})[0]
+        error = np.abs(found - model.predict(wave).numpy()).max()
+        assert error < 0.1 * np.abs(found - unmerged.predict(wave).numpy()).max()

@@ -1,0 +1,112 @@
+"""PaSST: the published layout, patch-out, positions of other lengths."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models import create_model, load_model, save_checkpoint
+from tests.models.sounds import noise, padded
+
+SMALL = {"target_length": 96, "depth": 2}  # 12 x 9 patches
+
+
+@pytest.fixture
+def passt():
+    torch.manual_seed(0)
+    model = create_model("passt_pico", num_classes=4, **SMALL).eval()
+    nn.init.normal_(model.head[1].weight, std=0.3)
+    return model
+
+
+def test_names_shapes_and_size_are_the_published_ones(shared):
+    published = json.loads((shared / "fixtures/state_dicts/passt_s_swa_p16_128_ap476.json").read_text())
+    model = create_model("passt_s")
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == published["state_dict"]
+    assert sum(parameter.numel() for parameter in model.parameters()) == published["n_parameters"]
+
+
+def test_the_head_reads_the_mean_of_both_tokens(passt):
+    mel = passt.front_end(noise(20_000)[None])
+    with torch.no_grad():
+        tokens = passt.forward_features(mel)
+        torch.testing.assert_close(passt.forward_spectrogram(mel), passt.head((tokens[:, 0] + tokens[:, 1]) / 2))
+        torch.testing.assert_close(passt.embed_spectrogram(mel)[0], (tokens[:, 0] + tokens[:, 1]) / 2)
+
+
+def test_short_clips_have_the_first_positions(passt):
+    mel = passt.front_end(noise(12_000)[None])  # 38 frames, 3 columns
+    x = F.conv2d(mel[:, None], passt.patch_embed.proj.weight, passt.patch_embed.proj.bias, 10)
+    x = x + passt.freq_new_pos_embed + passt.time_new_pos_embed[..., :3]
+    prefix = torch.cat([passt.cls_token + passt.new_pos_embed[:, :1], passt.dist_token + passt.new_pos_embed[:, 1:]], 1)
+    x = torch.cat([prefix, x.flatten(2).transpose(1, 2)], 1)
+    with torch.no_grad():
+        for block in passt.blocks:
+            x = block(x)
+        torch.testing.assert_close(passt.forward_features(mel), passt.norm(x))
+
+
+@torch.inference_mode()
+def test_clips_of_all_lengths_in_one_batch_are_tagged_as_alone(passt):
+    clips = [noise(n, n, 0.2) for n in (7, 6_000, 20_000, 30_501, 70_000)]
+    answers = passt.predict(*padded(clips))
+    for answer, clip in zip(answers, clips, strict=True):
+        torch.testing.assert_close(answer, passt.predict(clip[None])[0], atol=1e-6, rtol=0)
+
+
+def test_what_is_behind_a_long_clip_in_its_last_chunk_reads_as_silence(passt):
+    mel = passt.front_end(noise(40_000)[None])  # 125 frames
+    silence = passt.front_end(torch.zeros(1, 40_000)).mean()
+    rest = F.pad(mel[:, :, 96:], (0, 192 - mel.shape[2]), value=float(silence))
+    with torch.no_grad():
+        pieces = [passt.forward_spectrogram(piece).sigmoid() for piece in (mel[:, :, :96], rest)]
+        torch.testing.assert_close(passt.forward_spectrogram(mel).sigmoid(), (pieces[0] + pieces[1]) / 2)
+
+
+def test_structured_patch_out_leaves_whole_rows_and_columns_out_in_training_alone(passt):
+    passt.time_patch_out, passt.freq_patch_out = 4, 5
+    mel = passt.front_end(noise(30_000)[None])
+    seen = []
+    passt.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args))
+    handle = passt.pos_drop.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    with torch.no_grad():
+        passt.forward_spectrogram(mel)
+        passt.train().forward_spectrogram(mel)
+    handle.remove()
+    assert seen == [2 + 12 * 8, 2 + 7 * 4]
+
+
+def test_positions_of_another_length_are_cropped_or_stretched_with_a_notice(passt, caplog):
+    for frames, columns in ((56, 5), (136, 13)):
+        other = create_model("passt_pico", num_classes=4, **SMALL | {"target_length": frames})
+        fitted = other.adapt_weights(passt.state_dict())["time_new_pos_embed"]
+        expected = passt.time_new_pos_embed[..., :columns]
+        if columns > 9:
+            expected = F.interpolate(passt.time_new_pos_embed, (1, 13), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(fitted, expected)
+    assert "time_new_pos_embed is cropped from 9 to 5" in caplog.text
+    assert "time_new_pos_embed is interpolated from 9 to 13" in caplog.text
+
+
+@pytest.mark.parametrize("stride", [10, 12, 14, 16, 20])
+def test_other_strides_have_other_grids(stride):
+    model = create_model("passt_pico", depth=1, patch_stride=stride, num_classes=2)
+    tokens = model.forward_features(torch.zeros(1, 128, 998))
+    assert tokens.shape[1] == 2 + ((128 - 16) // stride + 1) * ((998 - 16) // stride + 1)
+
+
+def test_it_learns_is_saved_and_fine_tuned_for_other_classes(passt, tmp_path, caplog):
+    passt.train()
+    passt(noise(20_000)[None]).square().sum().backward()
+    without = [name for name, p in passt.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == ["head_dist.weight", "head_dist.bias"]  # computes nothing, and waits for no gradient
+    assert not any(p.requires_grad for p in passt.head_dist.parameters())
+    save_checkpoint(tmp_path / "passt.pt", passt)
+    wave = noise(15_000)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "passt.pt")(wave), passt.eval()(wave))
+        other = load_model(tmp_path / "passt.pt", num_classes=9)
+        assert other(wave).shape == (1, 9)
+    assert "the last layer starts anew" in caplog.text
