@@ -9,6 +9,7 @@ Any key of a configuration can be overridden on the command line, nested ones wi
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -122,21 +123,20 @@ class Runner:
         if unknown:
             known = ["test_data", "weights", "mode", "batch_size", "num_workers", "token_merging", "device", "output"]
             raise UserError("; ".join(f"unknown option --{key}{did_you_mean(key, known)}" for key in unknown))
-        source = experiment or m
-        if source is None or test_data is None:
+        if (experiment or m) is None or test_data is None:
             raise UserError("give a run's folder, a checkpoint or a model's name, and --test_data PACK.tsv")
         if mode not in get_args(Mode):
             raise UserError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}")
         if batch_size < 1 or num_workers < 0:
             raise UserError(f"batch_size is {batch_size} and num_workers {num_workers}; wanted at least 1 and 0")
-        source, test_data = str(source), str(test_data)
-        precision = Precision(mode, choose_device(device))
+        source, test_data, precision = str(experiment or m), str(test_data), Precision(mode, choose_device(device))
         model, data = open_evaluation(source, weights, test_data, precision.device, token_merging)
         metrics = evaluate(model, data, batch_size=batch_size, num_workers=num_workers, precision=precision)
         print(metrics.summary())
         print(f"clips used: {len(data.pack)}, missing from the pack: {data.pack.n_missing}")
         folder = Path(output) if output else self._beside(source)
-        print(f"results: {write_results(folder, f'evaluation_{Path(test_data).stem}', metrics, data)}")
+        name = f"evaluation_{Path(test_data).stem}{'' if token_merging is None else f'_merging_{token_merging}'}"
+        print(f"results: {write_results(folder, re.sub('[^A-Za-z0-9_.-]+', '_', name), metrics, data)}")
 
     @staticmethod
     def _beside(source: str) -> Path:

@@ -123,7 +123,8 @@ def _caption(device: torch.device, mode: str, batch_size: int, rounds: int, pack
     where = f"CPU threads: {torch.get_num_threads()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return (
         f"On {', '.join(packs)}. r: tokens merged away in each block. drop: in points, each checkpoint against its own "
-        f"r = 0. ±: standard deviation. clips/s: the network alone on spectrograms, {batch_size} clips at once, "
+        f"r = 0, negative where something is lost. ±: standard deviation. clips/s: the network alone on "
+        f"spectrograms, {batch_size} clips at once, "
         f"{mode}, {where}, PyTorch {torch.__version__}, median of {rounds} passes, all settings in turns."
     )
 
