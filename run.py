@@ -135,8 +135,8 @@ class Runner:
         print(metrics.summary())
         print(f"clips used: {len(data.pack)}, missing from the pack: {data.pack.n_missing}")
         folder = Path(output) if output else self._beside(source)
-        name = f"evaluation_{Path(test_data).stem}{'' if token_merging is None else f'_merging_{token_merging}'}"
-        print(f"results: {write_results(folder, re.sub('[^A-Za-z0-9_.-]+', '_', name), metrics, data)}")
+        r = "" if token_merging is None else "_merging_" + re.sub("[^0-9.-]+", "_", str(token_merging)).strip("_")
+        print(f"results: {write_results(folder, f'evaluation_{Path(test_data).stem}{r}', metrics, data)}")
 
     @staticmethod
     def _beside(source: str) -> Path:

@@ -28,7 +28,7 @@ import onnxruntime
 import torch
 from onnx.compose import add_prefix, merge_models
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from onnxscript import ir
 from onnxscript import opset18 as op
@@ -225,7 +225,12 @@ def _as_it_is(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _half(graph: onnx.ModelProto) -> onnx.ModelProto:
-    halved = convert_float_to_float16(graph, keep_io_types=True)
+    # Sums of what is scattered, as in token merging, are float32 alone in ONNX Runtime on CPUs.
+    kept = [*DEFAULT_OP_BLOCK_LIST, "ScatterND", "ScatterElements"]
+    halved = convert_float_to_float16(graph, keep_io_types=True, op_block_list=kept)
+    nodes = {node.output[0]: node for node in halved.graph.node}  # the converter casts a shared constant twice
+    del halved.graph.node[:]
+    halved.graph.node.extend(nodes.values())
     OnnxModel(halved).topological_sort()  # the converter puts its casts last
     del halved.graph.value_info[:]
     return halved

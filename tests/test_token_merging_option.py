@@ -60,7 +60,7 @@ def test_numbers_of_a_command_line():
 def test_evaluate_merges_as_told(folder, tone_pack, tmp_path, capsys):
     data = open_labelled(str(tone_pack), LABELS, None)
     figures = []
-    for setting, name in ((None, ""), (5, "_merging_5"), ((4, -1), "_merging_4_-1_")):
+    for setting, name in ((None, ""), (5, "_merging_5"), ((4, -1), "_merging_4_-1")):
         how = {"output": str(tmp_path), "num_workers": 0, "device": "cpu"}
         Runner().evaluate(str(folder / "vit.pt"), str(tone_pack), token_merging=setting, **how)
         found = json.loads((tmp_path / f"evaluation_tones{name}.json").read_text())

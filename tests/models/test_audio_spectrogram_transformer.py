@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
 from common.errors import UserError
-from models import create_model, load_model, load_weights, save_checkpoint
+from models import create_model, list_models, load_model, load_weights, published_weights, save_checkpoint
 from models.audio_spectrogram_transformer import AST
+from models.loading import fetch
 from tests.models.sounds import noise, padded
 
 SMALL = {"target_length": 64, "depth": 2}  # 12 x 5 patches
@@ -123,6 +125,27 @@ def test_deit_gives_its_weights(tmp_path, caplog):
 def test_initialisation_from_timm_that_cannot_be_had_is_told():
     with pytest.raises(UserError, match=r"timm has no model 'deit_tinny'"):
         load_weights(create_model("ast_pico", **SMALL), "timm:deit_tinny", pre_training=True)
+
+
+def test_a_network_of_timms_is_read_by_name_from_a_file_fetched_by_hand(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *names: None)
+    fetched = tmp_path / "checkpoints" / "deit_tiny_distilled_patch16_224.fb_in1k.safetensors"
+    fetched.parent.mkdir()
+    deit = timm.create_model("deit_tiny_distilled_patch16_224")
+    save_file({key: value.contiguous() for key, value in deit.state_dict().items()}, fetched)
+    ast = create_model("ast_tiny", num_classes=3, target_length=64)
+    load_weights(ast, "timm:deit_tiny_distilled_patch16_224", pre_training=True)
+    assert torch.equal(ast.blocks[3].mlp.fc1.weight, deit.blocks[3].mlp.fc1.weight)
+
+
+def test_published_files_have_copies_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda url, path: torch.save({"x": torch.zeros(1)}, path))
+    names = [name for name in list_models("ast_*") if published_weights(name)]
+    copies = [fetch(published_weights(name)).name for name in names]
+    assert copies == [name.removeprefix("ast_") + ".pth" for name in names]
 
 
 def test_short_clips_read_zero_before_normalisation_where_they_end(ast):

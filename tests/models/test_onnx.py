@@ -308,7 +308,7 @@ def test_networks_that_merge_tokens_can_be_exported(name, arguments, waveform, t
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.1)
-    targets = {"fp32": tmp_path / "a.onnx", "int8": tmp_path / "b.onnx"}
+    targets = {"fp32": tmp_path / "a.onnx", "int8": tmp_path / "b.onnx", "fp16": tmp_path / "c.onnx"}
     export_onnx(model, targets, waveform=waveform)
     session = onnxruntime.InferenceSession(str(targets["fp32"]))
     unmerged = create_model(name, num_classes=5, depth=2, **arguments).eval()
@@ -319,3 +319,14 @@ def test_networks_that_merge_tokens_can_be_exported(name, arguments, waveform, t
         found = session.run(None, {session.get_inputs()[0].name: given.numpy()})[0]
         error = np.abs(found - model.predict(wave).numpy()).max()
         assert error < 0.1 * np.abs(found - unmerged.predict(wave).numpy()).max()
+
+
+@pytest.mark.parametrize(("name", "positions"), [("ast_pico", "pos_embed"), ("passt_pico", "time_new_pos_embed")])
+def test_other_transformers_can_be_exported_for_chunks_of_another_length(name, positions, tmp_path, caplog):
+    model = small(name, depth=1, target_length=96)
+    longer = with_chunks_of(model, 144)
+    assert longer.target_length == 144
+    assert positions in caplog.text
+    assert export_onnx(longer, {"fp32": tmp_path / "x.onnx"})["fp32"] < 1e-4
+    assert metadata(tmp_path / "x.onnx")["model_type"] == type(model).__name__
+    assert metadata(tmp_path / "x.onnx")["model_author"]

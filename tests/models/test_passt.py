@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models import create_model, load_model, save_checkpoint
+from models import create_model, load_model, load_weights, save_checkpoint
 from tests.models.sounds import noise, padded
 
 SMALL = {"target_length": 96, "depth": 2}  # 12 x 9 patches
@@ -110,3 +110,23 @@ def test_it_learns_is_saved_and_fine_tuned_for_other_classes(passt, tmp_path, ca
         other = load_model(tmp_path / "passt.pt", num_classes=9)
         assert other(wave).shape == (1, 9)
     assert "the last layer starts anew" in caplog.text
+
+
+def test_deit_gives_its_weights_and_its_positions_apart(tmp_path, caplog):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    deit = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10)
+    torch.save(deit.state_dict(), tmp_path / "deit.pt")
+    passt = create_model("passt_s", num_classes=3, embed_dim=192, num_heads=3)
+    start = [passt.head[1].weight.clone(), passt.head_dist.weight.clone()]
+    load_weights(passt, tmp_path / "deit.pt", pre_training=True)
+    given = deit.state_dict()
+    grid = given["pos_embed"][:, 2:].transpose(1, 2).unflatten(2, (14, 14))
+    grid = F.interpolate(grid, (12, 99), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(passt.time_new_pos_embed, grid.mean(2, keepdim=True))
+    torch.testing.assert_close(passt.freq_new_pos_embed, grid.mean(3, keepdim=True))
+    assert torch.equal(passt.new_pos_embed, given["pos_embed"][:, :2])
+    torch.testing.assert_close(passt.patch_embed.proj.weight[:, 0], given["patch_embed.proj.weight"].sum(1))
+    assert torch.equal(passt.head[1].weight, start[0])
+    assert torch.equal(passt.head_dist.weight, start[1])
+    assert "last layers (head.0" in caplog.text
