@@ -121,7 +121,7 @@ class TokenGroups:
         """Match A and B.
 
         Args:
-            metric: (B,N',d), of length 1.
+            metric: (B,N',d), of any length: angles decide.
             most: how many tokens the longest clip merges away.
 
         Returns:

@@ -77,7 +77,7 @@ class Teacher:
         answers = []
         for member in self.members:
             answers.append(member.probabilities(member.forward_spectrogram(*hear(member.front_end, batch))).float())
-        return (sum(answers[1:], answers[0]) / len(answers)).clamp(0, 1)  # what rounding left outside has no entropy
+        return sum(answers[1:], answers[0]) / len(answers)
 
 
 def weights_hash(member: AudioTagger) -> str:
