@@ -287,7 +287,7 @@ class SpectrogramTransformer(AudioTagger):
             silence = self.front_end.power_db_to_value(SILENCE_DB)
             mel = F.pad(mel, (0, torch.sym_max(self.patch_size - n_frames, 0)), value=silence)
         n_frames = mel.shape[2]
-        n_chunks = (n_frames + self.target_length - 1) // self.target_length  # graphs round a negative quotient upwards
+        n_chunks = (n_frames + self.target_length - 1) // self.target_length
         chunk = self.target_length if self.fixed_length else torch.sym_min(n_frames, self.target_length)
         columns = None
         if any(self.merged_tokens) and not self.fixed_length:

@@ -18,13 +18,16 @@ WIDE |= {"audiotransformer_small", "audiotransformer_base", "audiotransformer_ba
 @pytest.mark.parametrize("name", sorted(set(list_models()) - WIDE))
 def test_every_model_learns_and_survives_a_checkpoint(name, tmp_path):
     torch.manual_seed(0)
-    model = create_model(name, labels=["rain", "dog, barking", "sea"])
+    of_published_size = name.startswith(("ast_", "passt_")) and not name.endswith("_pico")
+    narrow = {"embed_dim": 64, "num_heads": 1, "depth": 1} if of_published_size else {}
+    model = create_model(name, labels=["rain", "dog, barking", "sea"], **narrow)
     wave = noise(2 * model.sample_rate).reshape(2, -1)
     target = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     output = model(wave)
     assert output.shape == (2, 3)
     nn.functional.binary_cross_entropy(model.probabilities(output), target).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    learns = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learns)
     before = next(iter(model.parameters())).detach().clone()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert not torch.equal(before, next(iter(model.parameters())))
@@ -39,7 +42,8 @@ def test_every_model_learns_and_survives_a_checkpoint(name, tmp_path):
         clip, frames = again.embed(wave)
     assert clip.shape == (2, model.embed_dim)
     assert frames.shape == (2, model.n_steps(model.sample_rate), model.embed_dim)
-    torch.testing.assert_close(frames.mean(1), clip, atol=1e-4, rtol=1e-4)
+    if not getattr(model, "n_prefix", 0):  # else the head reads tokens of its own
+        torch.testing.assert_close(frames.mean(1), clip, atol=1e-4, rtol=1e-4)
 
 
 def test_the_names_that_were_promised():
