@@ -2,6 +2,7 @@
 
     python inference.py SOUND.wav FOLDER/ -m ced_mini -k 3 -c 10
     python inference.py FOLDER/ -m experiments/mine/averaged.pt --output tags.csv --threshold 0.3 --hop 5
+    python inference.py FOLDER/ -m experiments/mine/averaged.pt --head birds --output tags.csv
     torchrun --nproc_per_node 2 inference.py FOLDER/ -m ced_tiny --output tags.parquet --embeddings embeddings.h5
     arecord -f S16_LE -r 16000 | python inference.py --stream -m ced_tiny -c 2 --hop 0.5
 
@@ -20,9 +21,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from audio.io import find_audio_files
-from common.errors import print_user_errors
+from common.errors import UserError, print_user_errors
 from common.numbers import read_numbers
-from tagging.engines import Engine, open_engine
+from tagging.engines import Engine, describe_head, open_engine
 from tagging.files import Wanted
 from tagging.parts import Share
 from tagging.session import Session, lines, open_outputs
@@ -41,6 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="a model's name, a checkpoint, a run's or Hugging Face folder, an .onnx file (default %(default)s)",
     )
     add("--weights", help="file or address with the weights of the model named by -m")
+    add("--head", help="tag with this head on the model's embeddings: a name in heads/, a published one, or a file")
     add("-k", "--topk", type=int, help="labels of each window (default 3, or all above --threshold)")
     add("-c", "--chunk_length", type=float, default=10.0, help="of a window, in seconds (default %(default)s)")
     add("--hop", type=float, help="seconds from window to window (default: the chunk length)")
@@ -97,8 +99,13 @@ def main(arguments: list[str] | None = None) -> None:
     paths = find_audio_files(options.sounds) if options.sounds else []
     top_k = options.topk or (None if options.threshold is not None else 3)
     wanted = Wanted(top_k, options.threshold, embeddings=options.embeddings is not None)
-    chosen = {name: getattr(options, name) for name in ("engine", "weights", "device", "token_merging")}
+    chosen = {name: getattr(options, name) for name in ("engine", "weights", "device", "token_merging", "head")}
     engine = open_engine(options.model, **chosen)
+    if not engine.labels and (options.embeddings is None or options.output or options.plot):
+        raise UserError(
+            f"{options.model} embeds sounds and has no classes to tag them with: give --head NAME (`run.py probe` "
+            "trains heads), or ask for --embeddings OUT.h5 alone"
+        )
     if options.stream:
         tag_stream(engine, options, wanted)
         return
@@ -108,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     session.check()
     outputs = open_outputs(
         paths,
-        session.made_with(options.model, options.weights, options.token_merging),
+        session.made_with(options.model, options.weights, options.token_merging) | describe_head(options.head),
         share,
         output=options.output,
         kind=options.format,
@@ -116,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         plot=options.plot,
         overwrite=options.overwrite,
     )
-    if not session.run(paths, outputs, options.quiet):
+    if not session.run(paths, outputs, options.quiet or not engine.labels):
         sys.exit(1)
 
 

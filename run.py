@@ -4,14 +4,13 @@
     torchrun --nproc_per_node N run.py train CONFIG.yaml [--key value ...]
     python run.py config CONFIG.yaml [--key value ...]
     python run.py evaluate RUN_FOLDER_OR_CHECKPOINT_OR_NAME --test_data X.tsv [--weights PATH] [--mode amp]
+    python run.py probe RUN_FOLDER_OR_CHECKPOINT_OR_NAME --data X.tsv --name NAME [--head mlp] [--key value ...]
 
 Any key of a configuration can be overridden on the command line, nested ones with a dot: `--optimizer_args.lr 3e-4`.
 """
 
 import os
-import re
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 # Before torch loads OpenMP: threads that spin while they wait cost tenfold where loader workers share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,12 +19,11 @@ import fire
 import torch
 import yaml
 
-from common.errors import Faults, UserError, did_you_mean, fail, print_user_errors
-from models.devices import choose_device
-from training.config import Mode, TrainConfig, read_config
-from training.evaluate import evaluate, open_evaluation, write_results
+from common.errors import Faults, fail, print_user_errors
+from probing.probe import probe
+from training.config import TrainConfig, read_config
+from training.evaluate import judge
 from training.parallel import joined_ranks
-from training.precision import Precision
 from training.prepare import prepare_run
 from training.run_folder import log_to
 
@@ -72,7 +70,9 @@ class Runner:
             prepared = prepare_run(config_file, overrides, self.seed, resume=str(resume), ranks=ranks)
             result = prepared.fit()
         if ranks.is_main:
-            print(f"run: {prepared.folder.path}\nnext: python inference.py FILES_OR_FOLDERS -m {result['weights']}")
+            tags = prepared.run.model.num_classes > 0
+            use = "inference.py FILES_OR_FOLDERS -m" if tags else "run.py probe --data PACK.tsv --name NAME -m"
+            print(f"run: {prepared.folder.path}\nnext: python {use} {result['weights']}")
 
     @print_user_errors
     def config(self, config_file: str, **overrides: Any) -> None:
@@ -120,30 +120,26 @@ class Runner:
             unknown: anything else is refused, with the nearest option.
         """
         log_to(None)
-        if unknown:
-            known = ["test_data", "weights", "mode", "batch_size", "num_workers", "token_merging", "device", "output"]
-            raise UserError("; ".join(f"unknown option --{key}{did_you_mean(key, known)}" for key in unknown))
-        if (experiment or m) is None or test_data is None:
-            raise UserError("give a run's folder, a checkpoint or a model's name, and --test_data PACK.tsv")
-        if mode not in get_args(Mode):
-            raise UserError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}")
-        if batch_size < 1 or num_workers < 0:
-            raise UserError(f"batch_size is {batch_size} and num_workers {num_workers}; wanted at least 1 and 0")
-        source, test_data, precision = str(experiment or m), str(test_data), Precision(mode, choose_device(device))
-        model, data = open_evaluation(source, weights, test_data, precision.device, token_merging)
-        metrics = evaluate(model, data, batch_size=batch_size, num_workers=num_workers, precision=precision)
-        print(metrics.summary())
-        print(f"clips used: {len(data.pack)}, missing from the pack: {data.pack.n_missing}")
-        folder = Path(output) if output else self._beside(source)
-        r = "" if token_merging is None else "_merging_" + re.sub("[^0-9.-]+", "_", str(token_merging)).strip("_")
-        print(f"results: {write_results(folder, f'evaluation_{Path(test_data).stem}{r}', metrics, data)}")
+        how: dict[str, Any] = {"weights": weights, "mode": mode, "batch_size": batch_size, "num_workers": num_workers}
+        how |= {"token_merging": token_merging, "device": device, "output": output}
+        print(judge(experiment or m, test_data, **how, unknown=unknown))
 
-    @staticmethod
-    def _beside(source: str) -> Path:
-        path = Path(source)
-        if path.is_dir():
-            return path
-        return path.parent if path.is_file() else Path("experiments") / "evaluations" / path.name
+    @print_user_errors
+    def probe(self, model: str | None = None, *, m: str | None = None, **options: Any) -> None:
+        """Train a head on a model's frozen embeddings and judge it: accuracy or mAP, with a 95 % interval.
+
+        Writes heads/NAME.pt, which inference.py takes as --head NAME, with its figures and a picture beside it.
+
+        Args:
+            model: a run's folder, a checkpoint, or the name of a model; --embeddings STORE[,STORE] in its place.
+            m: another way to give `model`.
+            options: --name NAME and --data PACK.tsv (tested by the folds of its column `fold`), or --train_data,
+                --valid_data and --test_data; --head linear or mlp, --hidden_sizes, --epochs, --lr, --weight_decay,
+                --batch_size, --patience, --valid_fraction, --chunk_length, --label_column, --fold_column and all
+                others of `probing.options.ProbeOptions`.
+        """
+        log_to(None)
+        print(probe({"model": model or m, **options}, self.seed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Save a teacher's soft targets for a pack.
+"""Save what a teacher says about a pack: soft targets, or embeddings.
 
     python save_logits.py CONFIG.yaml [--key value ...]
     torchrun --nproc_per_node N save_logits.py CONFIG.yaml [--key value ...]
@@ -17,23 +17,39 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import fire
 
+from audio.dataset import Pack
 from common.errors import Faults, print_user_errors
 from distill.replay import Replay
 from training.config import SoftTargetConfig, read_config
 from training.data import open_pack
-from training.teacher import Teacher, load_teacher
-from training.teaching import Teaching
+from training.embedders import open_embedder
+from training.teacher import load_teacher
+from training.teaching import Embeddings, Question, SoftTargets, Teaching
 
 
-def store_folder(config: SoftTargetConfig, teacher: Teacher) -> Path:
+def open_question(config: SoftTargetConfig, pack: Pack | None) -> tuple[Question | None, str]:
+    """Return what is asked, and the name of who is; embeddings can only be asked for where the pack is there."""
+    if config.targets == "embeddings":
+        embedder = None if pack is None else open_embedder(config, pack)
+        return (None, "") if embedder is None else (Embeddings(embedder, config.part_size), embedder.name)
+    assert config.model is not None
+    teacher = load_teacher(config.model, config.weights, config.model_args)
+    return SoftTargets(teacher, config.topk), teacher.name
+
+
+def store_folder(config: SoftTargetConfig, name: str) -> Path:
     """Return outputpath/NAMES/TSV_STEM/chunk_SECONDS, as published."""
-    name = config.name or teacher.name
-    return Path(config.outputpath) / name / Path(config.train_data).stem / f"chunk_{config.chunk_length:g}"
+    return (
+        Path(config.outputpath)
+        / (config.name or name)
+        / Path(config.train_data).stem
+        / f"chunk_{config.chunk_length:g}"
+    )
 
 
 @print_user_errors
 def save_logits(config_file: str, m: str | None = None, **overrides: Any) -> None:
-    """Save soft targets.
+    """Save soft targets or embeddings.
 
     Args:
         config_file: a YAML file, see `logitconfig/`.
@@ -45,19 +61,20 @@ def save_logits(config_file: str, m: str | None = None, **overrides: Any) -> Non
     faults = Faults(config_file)
     config = read_config(SoftTargetConfig, config_file, overrides, faults)
     pack = open_pack(config.train_data, faults) if config else None
-    teacher = None
+    question, name = None, ""
     if config:
         with faults.noted():
             Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
         with faults.noted():
-            teacher = load_teacher(config.model, config.weights, config.model_args)
+            question, name = open_question(config, pack)
     faults.raise_if_any()
-    if config is None or pack is None or teacher is None:
+    if config is None or pack is None or question is None:
         raise AssertionError("a part is missing, and no fault was noted")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = Teaching(config, pack, teacher, store_folder(config, teacher), rank, world_size).save()
+    folder = Teaching(config, pack, question, store_folder(config, name), rank, world_size).save()
     if rank == 0:
-        print(f"soft targets: {folder}\nnext: python run.py train CONFIG.yaml --logitspath {folder}")
+        key = "embeddingspath" if config.targets == "embeddings" else "logitspath"
+        print(f"{question.store.what}: {folder}\nnext: python run.py train CONFIG.yaml --{key} {folder}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         source: items, seeds and targets.
         sample_rates: the rates that the models to be fed want, in hertz.
         labels: of the same items, which then come beside the targets.
+        clusters: (M,) the cluster of each item, which then comes beside the targets.
         fresh_masks: draw mask positions anew instead of replaying them (`disable_consistency`); shifts are replayed
             still, as published.
         mixup: alpha of the Beta distribution that each clip's weight in mixup is drawn from, or None for no mixup.
@@ -41,11 +42,13 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         sample_rates: Sequence[int],
         *,
         labels: LabelTargets | None = None,
+        clusters: np.ndarray | None = None,
         fresh_masks: bool = False,
         mixup: float | None = None,
         seed: int = 0,
     ) -> None:
         self.pack, self.source, self.sample_rates, self.labels = pack, source, tuple(sample_rates), labels
+        self.clusters = clusters
         self.fresh_masks, self.mixup, self.seed = fresh_masks, mixup, seed
 
     def __len__(self) -> int:
@@ -67,7 +70,9 @@ class ReplayDataset(Dataset[dict[str, Any]]):
             stream = np.random.default_rng([self.seed, MIXUP_STREAM, epoch, item])
             weight = float(stream.beta(self.mixup, self.mixup))
         rate = self.pack.sample_rate
-        waveform = replay.transform_waveform(self.pack.read(clip, start, stop), draw, rate)
+        waveform = np.empty(0, np.float32)
+        if self.sample_rates:  # else nobody listens
+            waveform = replay.transform_waveform(self.pack.read(clip, start, stop), draw, rate)
         shown = {
             "item": item,
             "waveforms": {r: torch.from_numpy(resample(waveform, rate, r).copy()) for r in self.sample_rates},
@@ -79,6 +84,8 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         }
         if self.labels is not None:
             shown["labels"] = torch.from_numpy(self.labels.target(epoch, item))
+        if self.clusters is not None:
+            shown["cluster"] = int(self.clusters[item])
         return shown
 
     def name(self, item: int) -> str:
@@ -92,20 +99,25 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         `item` (B,) int64; `waveforms` and `lengths`, each {sample rate: (B, S) float32 / (B,) int64}; `value` and
         `min_value` (B,) float32, the mask draws; `n_reference` (B,) int64; `target` (B, C) float32, and `labels` (B, C)
-        float32 where the dataset has them; `mixup_weight` (B,) float32, each clip's share in the mixture with its
-        mirror in the batch, 1 where nothing is mixed.
+        float32 and `cluster` (B,) int64 where the dataset has them; `mixup_weight` (B,) float32, each clip's share in
+        the mixture with its mirror in the batch, 1 where nothing is mixed.
     """
     padded = {rate: pad_batch([item["waveforms"][rate] for item in items]) for rate in items[0]["waveforms"]}
     vectors = [key for key in ("target", "labels") if key in items[0]]
-    return {
-        "item": torch.tensor([item["item"] for item in items]),
-        "waveforms": {rate: waveform for rate, (waveform, _) in padded.items()},
-        "lengths": {rate: lengths for rate, (_, lengths) in padded.items()},
-        "value": torch.tensor([item["value"] for item in items], dtype=torch.float32),
-        "min_value": torch.tensor([item["min_value"] for item in items], dtype=torch.float32),
-        "n_reference": torch.tensor([item["n_reference"] for item in items]),
-        "mixup_weight": torch.tensor([item["mixup_weight"] for item in items], dtype=torch.float32),
-    } | {key: torch.stack([item[key] for item in items]) for key in vectors}
+    more = {"cluster": torch.tensor([item["cluster"] for item in items])} if "cluster" in items[0] else {}
+    return (
+        {
+            "item": torch.tensor([item["item"] for item in items]),
+            "waveforms": {rate: waveform for rate, (waveform, _) in padded.items()},
+            "lengths": {rate: lengths for rate, (_, lengths) in padded.items()},
+            "value": torch.tensor([item["value"] for item in items], dtype=torch.float32),
+            "min_value": torch.tensor([item["min_value"] for item in items], dtype=torch.float32),
+            "n_reference": torch.tensor([item["n_reference"] for item in items]),
+            "mixup_weight": torch.tensor([item["mixup_weight"] for item in items], dtype=torch.float32),
+        }
+        | {key: torch.stack([item[key] for item in items]) for key in vectors}
+        | more
+    )
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

@@ -24,8 +24,11 @@ class Objective(Protocol):
     (B,): each clip's own share, the rest is its mirror's in the batch; `target` and `labels` are mixed already. With
     an online teacher, `target` is what it answered to the mixture.
 
-    Two attributes may be left out: `activation`, "sigmoid" or "softmax", what turns the student's and the teacher's
-    logits into probabilities; and `needs_labels`, true where the batch must hold `labels` (B, C) beside `target`.
+    Attributes that may be left out: `activation`, "sigmoid" or "softmax", what turns the student's and the teacher's
+    logits into probabilities; `needs_labels`, true where the batch must hold `labels` (B, C) beside `target`;
+    `needs_embedding`, true where `target` is a teacher's embedding (B, W) and the batch must hold the student's,
+    `embedding` (B, E): such an objective has `attach(E, W)`, called once before training, and with `wants` None it is
+    given no output at all; and `needs_clusters`, true where the batch must hold `cluster` (B,) of each clip.
     """
 
     @property

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from common.errors import Faults, some
 from models.chunks import Average
 from models.frontends import CedMel
+from models.layers import initialise
 from models.registry import register_model
 from models.relatives import fit_time
 from models.token_merging import Schedule
-from models.vit import SpectrogramTransformer, Tokens, initialise
+from models.vit import SpectrogramTransformer, Tokens
 
 logger = logging.getLogger(__name__)
 

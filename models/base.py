@@ -26,7 +26,7 @@ class AudioTagger(nn.Module):
 
     Args:
         front_end: waveform to spectrogram.
-        num_classes: C.
+        num_classes: C, 0 for a network that only embeds.
         embed_dim: width E of its embeddings.
         outputs: whether `forward` gives "logits" or "probabilities".
 
@@ -48,8 +48,8 @@ class AudioTagger(nn.Module):
         outputs: Outputs = "logits",
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise UserError(f"num_classes must be at least 1, not {num_classes}")
+        if num_classes < 0:
+            raise UserError(f"num_classes must be at least 1, or 0 for a network that only embeds, not {num_classes}")
         self.name = type(self).__name__
         self.arguments: dict[str, Any] = {}
         self.front_end = front_end
@@ -121,6 +121,13 @@ class AudioTagger(nn.Module):
     def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embed clips whose spectrograms are at hand: (B,F,T), own frames (B,) or None -> (B,E), (B,T',E)."""
         raise NotImplementedError
+
+    def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tag and embed at once: (B,F,T), own frames (B,) or None -> (B,C) as `forward`, clip embeddings (B,E).
+
+        Computes everything twice where an architecture has nothing better.
+        """
+        return self.forward_spectrogram(mel, n_frames), self.embed_spectrogram(mel, n_frames)[0]
 
     def n_steps(self, n_samples: int) -> int:
         """Time steps T' that `embed` gives a clip of `n_samples` samples."""

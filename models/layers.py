@@ -144,3 +144,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Both halves: (B,N,D) -> (B,N,D)."""
         return self.feed_forward(self.attend(x, bias)[0])
+
+
+def initialise(module: nn.Module) -> None:
+    """Give a linear layer the usual start of transformers; for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

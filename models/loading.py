@@ -23,6 +23,7 @@ from common.files import whole_file
 from models.base import Activation, AudioTagger
 from models.huggingface import is_huggingface_folder, read_huggingface
 from models.registry import create_model, list_models, model_entry
+from models.ssondo_checkpoints import is_ssondo, read_ssondo
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def load_model(
             folder or Hugging Face folder that says itself which model it holds.
         weights: what to read instead of the published weights of the name.
         num_classes: C where it must differ from that of the weights; the last layer then starts anew, with a notice.
+            0 leaves it out: such a model embeds, and does not tag.
         labels: names of the classes, by default those of the checkpoint.
         activation: "sigmoid" or "softmax", by default that of the checkpoint.
         device: where the model goes.
@@ -77,13 +79,13 @@ def load_model(
     settings: dict[str, Any] = {**stored, **arguments}
     if activation or config.get("activation"):
         settings["activation"] = activation or config["activation"]
-    wanted = num_classes or (len(labels) if labels else config.get("num_classes"))
+    wanted = num_classes if num_classes is not None else len(labels) if labels else config.get("num_classes")
     if labels is None and config.get("labels") and wanted == len(config["labels"]):
         labels = list(config["labels"])
     model = create_model(name, num_classes=wanted, labels=labels, **settings)
-    n_stored = len(state.get(f"{model.last_layer}.weight", ()))
-    if wanted is None and n_stored not in (0, model.num_classes):
-        model = create_model(name, num_classes=n_stored, **settings)
+    last = state.get(f"{model.last_layer}.weight")
+    if wanted is None and last is not None and len(last) != model.num_classes:
+        model = create_model(name, num_classes=len(last), **settings)
     _fit(model, state, str(origin))
     return model.to(device).eval()
 
@@ -132,7 +134,7 @@ def save_checkpoint(path: str | Path, model: AudioTagger, extra: Mapping[str, An
         raise UserError(f"{path}: the entries {some(taken)} describe the model and cannot be given")
     with whole_file(path) as partial:
         torch.save({"model": model.state_dict(), "config": {**more, **own}, **extra}, partial)
-        _read_tensors(partial)
+        read_tensors(partial)
 
 
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -161,7 +163,9 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         if is_huggingface_folder(path):
             return read_huggingface(path)
         path = _best_of_run(path)
-    content = _read_tensors(path)
+    content = read_tensors(path)
+    if is_ssondo(content):
+        return read_ssondo(content, str(path))
     config = content.get("config")
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), Mapping):
@@ -192,7 +196,7 @@ def fetch(url: str, name: str | None = None) -> Path:
     try:
         with whole_file(path) as partial:
             torch.hub.download_url_to_file(url, str(partial))
-            _read_tensors(partial)  # a connection that broke off must not leave half a file for the next time
+            read_tensors(partial)  # a connection that broke off must not leave half a file for the next time
     except (OSError, RuntimeError, UserError) as error:
         raise UserError(
             f"the weights {url} cannot be fetched ({error}): fetch that file by hand and put it at {path}, "
@@ -253,7 +257,7 @@ def _best_of_run(folder: Path) -> Path:
     )
 
 
-def _read_tensors(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path) -> dict[str, Any]:
     """Read a file of tensors and plain values; never runs code from it."""
     try:
         if ".safetensors" in path.suffixes:
@@ -285,12 +289,11 @@ def _fit(model: AudioTagger, state: Mapping[str, Tensor], origin: str, pre_train
     head = [key for key in own if key.startswith(f"{model.last_layer}.")]
     weight = f"{model.last_layer}.weight"
     if weight in differing and state[weight].shape[1:] == own[weight].shape[1:]:
-        logger.warning(
-            "%s: its last layer is for %d classes, the model has %d: the last layer starts anew",
-            origin,
-            len(state[weight]),
-            model.num_classes,
-        )
+        if model.num_classes:
+            what = "%s: its last layer is for %d classes, the model has %d: the last layer starts anew"
+        else:
+            what = "%s: its last layer, which gives %d numbers, is left out: the model has %d classes, and embeds"
+        logger.warning(what, origin, len(state[weight]), model.num_classes)
         state = {key: value for key, value in state.items() if key not in head}
         differing = [key for key in differing if key not in head]
     elif pre_training and weight in missing:

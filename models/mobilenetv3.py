@@ -46,15 +46,33 @@ STAGES = (
     Stage(5, 960, 160, True, True, 1),
 )
 LAST_HIDDEN = 1280
+STRIDE = 32  # frames and bands to a position of the last map
 
 
-def _to_eights(channels: float) -> int:
+def to_eights(channels: float) -> int:
     """The multiple of 8 nearest to `channels`, but never more than 10 % below it."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-def _conv(
+def n_features(width: float) -> int:
+    """Channels of the last map."""
+    return 6 * to_eights(STAGES[-1].out * width)
+
+
+def initialise(module: nn.Module) -> None:
+    """Give a convolution or linear layer the published start; for `nn.Module.apply`."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def conv_norm(
     n_in: int, n_out: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: type[nn.Module] | None = None
 ) -> nn.Sequential:
     """Convolution, batch norm and activation, padded so that only the stride shrinks the map."""
@@ -97,11 +115,11 @@ class InvertedResidual(nn.Module):
     def __init__(self, stage: Stage, n_in: int, n_expanded: int, n_out: int) -> None:
         super().__init__()
         act: type[nn.Module] = nn.Hardswish if stage.hard_swish else nn.ReLU
-        layers: list[nn.Module] = [] if n_expanded == n_in else [_conv(n_in, n_expanded, act=act)]
-        layers.append(_conv(n_expanded, n_expanded, stage.kernel, stage.stride, n_expanded, act))
+        layers: list[nn.Module] = [] if n_expanded == n_in else [conv_norm(n_in, n_expanded, act=act)]
+        layers.append(conv_norm(n_expanded, n_expanded, stage.kernel, stage.stride, n_expanded, act))
         if stage.excite:
-            layers.append(ConcurrentExcitation(n_expanded, _to_eights(n_expanded // 4)))
-        layers.append(_conv(n_expanded, n_out))
+            layers.append(ConcurrentExcitation(n_expanded, to_eights(n_expanded // 4)))
+        layers.append(conv_norm(n_expanded, n_out))
         self.block = nn.Sequential(*layers)
         self.has_shortcut = stage.stride == 1 and n_in == n_out
 
@@ -110,8 +128,30 @@ class InvertedResidual(nn.Module):
         return x + self.block(x) if self.has_shortcut else self.block(x)
 
 
-class MobileNetV3(AudioTagger):
-    """EfficientAT's network; takes clips of any length in one piece and gives logits.
+class MobileNetV3Maps(nn.Module):
+    """The network below the pooling: (B,F,T) -> (B,D,F',T'), both axes strided by 32; to be started by `initialise`.
+
+    Args:
+        width: factor on the numbers of channels.
+    """
+
+    def __init__(self, width: float = 1.0) -> None:
+        super().__init__()
+        channels = to_eights(STAGES[0].out * width)
+        layers: list[nn.Module] = [conv_norm(1, channels, 3, 2, act=nn.Hardswish)]
+        for stage in STAGES:
+            expanded, out = to_eights(stage.expanded * width), to_eights(stage.out * width)
+            layers.append(InvertedResidual(stage, channels, expanded, out))
+            channels = out
+        self.features = nn.Sequential(*layers, conv_norm(channels, n_features(width), act=nn.Hardswish))
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """(B,F,T) -> (B,D,F',T')."""
+        return self.features(mel[:, None])
+
+
+class EfficientAtTagger(AudioTagger):
+    """What EfficientAT's networks share; takes clips of any length in one piece and gives logits.
 
     Args:
         num_classes: C.
@@ -142,7 +182,6 @@ class MobileNetV3(AudioTagger):
         f_min: float = 0.0,
         f_max: float = 15000.0,
     ) -> None:
-        n_features = 6 * _to_eights(STAGES[-1].out * width)
         front_end = EfficientAtMel(
             sample_rate=sample_rate,
             n_mels=n_mels,
@@ -152,34 +191,28 @@ class MobileNetV3(AudioTagger):
             f_min=f_min,
             f_max=f_max,
         )
-        super().__init__(front_end, num_classes=num_classes, embed_dim=n_features)
-        channels = _to_eights(STAGES[0].out * width)
-        layers: list[nn.Module] = [_conv(1, channels, 3, 2, act=nn.Hardswish)]
-        for stage in STAGES:
-            expanded, out = _to_eights(stage.expanded * width), _to_eights(stage.out * width)
-            layers.append(InvertedResidual(stage, channels, expanded, out))
-            channels = out
-        self.features = nn.Sequential(*layers, _conv(channels, n_features, act=nn.Hardswish))
-        n_hidden = _to_eights(LAST_HIDDEN * width)
+        super().__init__(front_end, num_classes=num_classes, embed_dim=n_features(width))
+        self._add_maps(width)
+        n_hidden = to_eights(LAST_HIDDEN * width)
         self.classifier = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(n_features, n_hidden),
+            nn.Linear(self.embed_dim, n_hidden),
             nn.Hardswish(),
             nn.Dropout(dropout),
             nn.Linear(n_hidden, num_classes),
         )
-        self.apply(_initialise)
+        self.apply(initialise)
+
+    def _add_maps(self, width: float) -> None:
+        """Make the layers that `forward_features` goes through."""
+        raise NotImplementedError
 
     def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
         """Tag spectrograms: (B,F,T), own frames (B,) or None -> logits (B,C)."""
         if n_frames is None:
             return self.classifier(self.forward_features(mel))
         return run_by_length(lambda clips: (self.forward_spectrogram(clips),), mel, n_frames)[0]
-
-    def forward_features(self, mel: Tensor) -> Tensor:
-        """Compute the maps below the head: (B,F,T) -> (B,D,F',T'), both axes strided by 32."""
-        return self.features(mel[:, None])
 
     def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embed spectrograms: (B,F,T), own frames (B,) or None -> pooled maps (B,D) and their columns (B,T',D)."""
@@ -189,20 +222,31 @@ class MobileNetV3(AudioTagger):
         clip, frames = run_by_length(self.embed_spectrogram, mel, n_frames)
         return clip, frames
 
+    def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tag and embed in one pass: (B,F,T), own frames (B,) or None -> logits (B,C), pooled maps (B,D)."""
+        if n_frames is None:
+            clip = self.forward_features(mel).mean((2, 3))
+            return self.classifier[2:](clip), clip
+        output, clip = run_by_length(self.tag_and_embed, mel, n_frames)
+        return output, clip
+
     def n_steps(self, n_samples: int) -> int:
         """Columns of the last map: every 32nd frame, rounded up."""
-        return -(-self.front_end.n_frames(n_samples) // 32)
+        return -(-self.front_end.n_frames(n_samples) // STRIDE)
 
 
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.01)
-        nn.init.zeros_(module.bias)
+class MobileNetV3(EfficientAtTagger):
+    """EfficientAT's network of convolutions; see `EfficientAtTagger` for its arguments."""
+
+    def _add_maps(self, width: float) -> None:
+        self.features = MobileNetV3Maps(width).features
+
+    def forward_features(self, mel: Tensor) -> Tensor:
+        """Compute the maps below the head: (B,F,T) -> (B,D,F',T'), both axes strided by 32."""
+        return self.features(mel[:, None])
 
 
-_RELEASE = "https://github.com/fschmid56/EfficientAT/releases/download/v0.0.1"
+RELEASE = "https://github.com/fschmid56/EfficientAT/releases/download/v0.0.1"
 # published file -> width and front-end settings; hops are 5, 15, 20 and 25 ms
 _PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "mn01_as": ("mn01_as_mAP_298.pt", {"width": 0.1}),
@@ -224,4 +268,4 @@ _PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "mn10_as_mels_256": ("mn10_as_mels_256_mAP_474.pt", {"n_mels": 256}),
 }
 for _name, (_file, _arguments) in _PUBLISHED.items():
-    register_model(_name, weights=f"{_RELEASE}/{_file}")(partial(MobileNetV3, **_arguments))
+    register_model(_name, weights=f"{RELEASE}/{_file}")(partial(MobileNetV3, **_arguments))

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from common.errors import Faults
 from models.chunks import Average
 from models.frontends import SILENCE_DB, EfficientAtMel
+from models.layers import initialise
 from models.registry import register_model
 from models.relatives import fit_time, from_pictures, is_of_pictures
 from models.token_merging import Schedule
-from models.vit import SpectrogramTransformer, Tokens, initialise
+from models.vit import SpectrogramTransformer, Tokens
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 import fnmatch
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
@@ -104,7 +105,7 @@ def create_model(
 
     Args:
         name: see `list_models`.
-        num_classes: C, by default the number of labels, or AudioSet's 527.
+        num_classes: C, by default the number of labels, or AudioSet's 527; 0 for a network that only embeds.
         labels: names of the classes, by default AudioSet's if there are 527, else their numbers.
         activation: "sigmoid" (any number of classes at once) or "softmax" (exactly one).
         **arguments: settings of the architecture.
@@ -128,7 +129,9 @@ def create_model(
         num_classes = AUDIOSET_CLASSES if labels is None else len(labels)
     labels = labels_for(num_classes, labels)
     try:
-        model = entry.factory(num_classes=num_classes, **arguments)
+        with warnings.catch_warnings():  # a last layer without classes has nothing to start
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            model = entry.factory(num_classes=num_classes, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"model {name!r} cannot be built with {arguments}: {error}") from error
     model.name, model.arguments, model.labels, model.activation = name, dict(arguments), labels, activation

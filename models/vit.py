@@ -226,12 +226,16 @@ class SpectrogramTransformer(AudioTagger):
             UserError: the spectrogram has another number of bands, or too few frames for one patch.
         """
         rows = self._rows(mel, n_frames)
-        output = self._classify(self._encode(rows.mel, rows.columns))
+        return self._tagged(self._encode(rows.mel, rows.columns), rows, len(mel))
+
+    def _tagged(self, tokens: Tokens, rows: Rows, n_clips: int) -> Tensor:
+        """(B,C), what `outputs` says."""
+        output = self._classify(tokens)
         if rows.clip is None:
             return output
         if self.outputs == "logits":
-            return join_logits(output, rows.clip, len(mel), self.eval_avg, self.activation)
-        return join(output, rows.clip, len(mel), self.eval_avg)
+            return join_logits(output, rows.clip, n_clips, self.eval_avg, self.activation)
+        return join(output, rows.clip, n_clips, self.eval_avg)
 
     def forward_features(self, mel: Tensor) -> Tensor:
         """Compute the tokens after the final norm.
@@ -263,18 +267,31 @@ class SpectrogramTransformer(AudioTagger):
             mean over its patches; and the mean over frequency for every patch column (B,T',D).
         """
         rows = self._rows(mel, n_frames)
+        return self._embedded(self._encode(rows.mel, rows.columns), rows, len(mel))
+
+    def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tag and embed at once: (B,F,T), own frames (B,) or None -> (B,C) as `forward`, clip embeddings (B,D)."""
+        rows = self._rows(mel, n_frames)
         tokens = self._encode(rows.mel, rows.columns)
+        return self._tagged(tokens, rows, len(mel)), self._embedded(tokens, rows, len(mel))[0]
+
+    def _embedded(self, tokens: Tokens, rows: Rows, n_clips: int) -> tuple[Tensor, Tensor]:
+        """Clip embeddings (B,D) and columns (B,T',D)."""
         frames, clips = tokens.grid.mean(1), self._clip_embeddings(tokens)  # (R,t,D), (R,D)
         if clips is not None and rows.clip is not None:
-            clips = join(clips, rows.clip, len(mel), "mean")
+            clips = join(clips, rows.clip, n_clips, "mean")
         if rows.steps is None:
             return frames.mean(1) if clips is None else clips, frames
-        own = torch.arange(frames.shape[1], device=mel.device) < rows.steps[:, None]  # (R,t)
-        steps = rows.steps
+        own, steps = (
+            torch.arange(frames.shape[1], device=frames.device) < rows.steps[:, None],
+            rows.steps,
+        )  # (R,t), (R,)
+        if self.training and self.time_patch_out and tokens.own is not None:  # some of the clip's columns are left out
+            own, steps = tokens.own, tokens.own.sum(1)
         if rows.clip is not None:
-            steps = steps.new_zeros(len(mel)).index_add_(0, rows.clip, steps)  # (B,)
-        joined = frames.new_zeros(len(mel), int(steps.max()), self.embed_dim)
-        joined[torch.arange(joined.shape[1], device=mel.device) < steps[:, None]] = frames[own]
+            steps = steps.new_zeros(n_clips).index_add_(0, rows.clip, steps)  # (B,)
+        joined = frames.new_zeros(n_clips, int(steps.max()), self.embed_dim)
+        joined[torch.arange(joined.shape[1], device=frames.device) < steps[:, None]] = frames[own]
         return joined.sum(1) / steps[:, None] if clips is None else clips, joined
 
     def probabilities_of(self, mel: Tensor) -> Tensor:
@@ -387,11 +404,3 @@ class SpectrogramTransformer(AudioTagger):
         where = device if self.generator is None else self.generator.device
         order = torch.randperm(size, generator=self.generator, device=where)
         return order[: max(size - n_out, 1)].sort().values.to(device)
-
-
-def initialise(module: nn.Module) -> None:
-    """Give a linear layer the usual start of transformers; for `nn.Module.apply`."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -5,6 +5,7 @@ Letters: B batch, S samples, C classes, E embedding width; T' time steps of an e
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -48,7 +49,7 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """A model in PyTorch.
+    """A model in PyTorch; one without classes gives no probabilities, (B,0), and embeds.
 
     On a CPU each calling thread computes alone, on one core of a few: several batches side by side keep them busier
     than one batch spread over them, whose every operation ends in a wait.
@@ -81,15 +82,23 @@ class TorchEngine:
         """
         import torch
 
+        if not self.labels:
+            return np.empty((len(clips), 0), np.float32)
         with torch.inference_mode():
             return self.model.predict(*self._batch(clips)).float().cpu().numpy()
 
     def embed(self, clips: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Embed clips: one vector a clip, float32 (B,E), and the vectors (T',E) of each clip's own time steps."""
+        """Embed clips: one vector a clip, float32 (B,E), and the vectors (T',E) of each clip's own time steps.
+
+        Raises:
+            UserError: a model without classes gives NaN, which `predict` tells of others.
+        """
         import torch
 
         with torch.inference_mode():
             whole, steps = self.model.embed(*self._batch(clips))
+        if not self.labels and not bool(whole.isfinite().all()):
+            raise UserError(f"the model {self.name} gives NaN: a clip does, its weights are damaged, or it diverged")
         frames = steps.float().cpu().numpy()
         own = [frames[i, : self.model.n_steps(len(clip))] for i, clip in enumerate(clips)]
         return whole.float().cpu().numpy(), own
@@ -105,6 +114,18 @@ class TorchEngine:
         return torch.from_numpy(batch).to(self.device), lengths.to(self.device)
 
 
+def describe_head(head: str | Path | None) -> dict[str, str]:
+    """Return what must be the same where tags are added to: the head as it was given, and a hash of its tensors."""
+    if head is None:
+        return {}
+    from models.heads import load_head
+
+    digest = hashlib.sha256()
+    for tensor in load_head(head).state_dict().values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return {"head": str(head), "head_sha256": digest.hexdigest()[:16]}
+
+
 def open_engine(
     source: str | Path,
     *,
@@ -112,6 +133,7 @@ def open_engine(
     weights: str | Path | None = None,
     device: str = "auto",
     token_merging: Schedule = None,
+    head: str | Path | None = None,
 ) -> Engine:
     """Open a model for tagging.
 
@@ -121,6 +143,7 @@ def open_engine(
         weights: file or address with the weights of a model given by name.
         device: auto, cpu or cuda; ONNX files run on the CPU.
         token_merging: see `models.token_merging.merging_schedule`; by default what the model says itself.
+        head: what `models.heads.load_head` takes: tag with this head on the model's embeddings.
 
     Raises:
         UserError: source, engine and device do not go together, or see `models.load_model`.
@@ -140,14 +163,19 @@ def open_engine(
             raise UserError(f"{source} holds its weights; leave --weights out")
         if token_merging is not None:
             raise UserError(f"{source} merges what it was exported with; give --token_merging to export_onnx.py")
+        if head is not None:
+            raise UserError(f"{source} gives no embeddings that --head could read; give -m a name or a checkpoint")
         from tagging.onnx_engine import OnnxEngine
 
         return OnnxEngine(source)
     from models import load_model
     from models.devices import choose_device
+    from models.heads import attach_head, load_head
 
     where = choose_device(device)
     model = load_model(source, weights=weights, device=where)
     if token_merging is not None:
         model.merge_tokens(token_merging)
+    if head is not None:
+        model = attach_head(model, load_head(head))
     return TorchEngine(model, where)

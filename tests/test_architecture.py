@@ -10,7 +10,7 @@ import torch
 from distill.replay import SPEC_TRANSFORMS, Replay
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("common", "audio", "models", "distill", "training", "tagging")
+ROOMS = ("common", "audio", "models", "distill", "training", "probing", "tagging")
 ENTRY_POINTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 

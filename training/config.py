@@ -45,6 +45,7 @@ class TrainConfig(_Config):
     valid_data: str | None = None  # ours: TSV of a pack with a `labels` column that chooses the best checkpoints
     valid_fraction: float | None = Field(None, gt=0, lt=1)  # ours: or hold out this part of the training clips for it
     logitspath: str | None = None  # folder of soft targets; null = those of `teacher`, or the `labels` column (ours)
+    embeddingspath: str | None = None  # ours: folder of a teacher's embeddings, for objectives that learn these
     # ours: name, checkpoint or run's folder of a model that is asked while the student learns; of a list, all vote
     teacher: str | list[str] | None = None
     teacher_weights: str | list[str] | None = None  # ours: weights for each, for files that do not say what they are
@@ -52,7 +53,9 @@ class TrainConfig(_Config):
     num_classes: int | None = Field(None, ge=1)  # null = as many as the targets have
     num_workers: int = Field(4, ge=0)
     chunk_length: float = Field(10.0, gt=0)  # ours: seconds an item has at most, when training on labels
-    sampler: Literal["balanced"] | None = None
+    # balanced: each clip as often as the rarest of its labels is rare; clusters (ours): as its cluster is small
+    sampler: Literal["balanced", "clusters"] | None = None
+    clusters: str | None = None  # ours: file that scripts/cluster_embeddings.py wrote
 
     # --- model
     model: str
@@ -129,10 +132,20 @@ class TrainConfig(_Config):
         return self
 
     def _teachers_agree(self) -> None:
-        if self.teacher and self.logitspath:
+        stored = [key for key in ("logitspath", "embeddingspath") if getattr(self, key)]
+        if len(stored) > 1:
             raise ValueError(
-                "teacher and logitspath are both given; drop logitspath to ask the teacher while the student learns, "
-                "or teacher to take stored answers"
+                "logitspath and embeddingspath are both given; drop one: a run learns probabilities or embeddings"
+            )
+        if self.teacher and stored:
+            raise ValueError(
+                f"teacher and {stored[0]} are both given; drop {stored[0]} to ask the teacher while the student "
+                "learns, or teacher to take stored answers"
+            )
+        if self.sampler == "clusters" and not self.clusters:
+            raise ValueError(
+                "sampler: clusters needs clusters, a file that scripts/cluster_embeddings.py wrote; add it, or drop "
+                "the sampler"
             )
         if self.teacher_weights and not self.teacher:
             raise ValueError("teacher_weights are given without teacher, the model that they belong to; add it")
@@ -174,7 +187,15 @@ class SoftTargetConfig(_Config):
     """What `save_logits.py` reads."""
 
     train_data: str
-    model: str | list[str]  # names, checkpoints, or a list of them: an ensemble
+    targets: Literal["probabilities", "embeddings"] = "probabilities"  # ours
+    model: str | list[str] | None = None  # names, checkpoints, or a list of them: an ensemble (of probabilities)
+    # ours, for embeddings without a model of ours: a folder of .npz files, or `package.module:function` to be called
+    # with waveforms (B, S) and lengths (B,) at `sample_rate` (or a factory of such, where arguments are given)
+    npz: str | None = None
+    callable: str | None = None
+    callable_args: dict[str, Any] | None = None
+    sample_rate: int | None = Field(None, ge=1)  # of the callable, in hertz; null = the pack's
+    part_size: int = Field(8192, ge=1)  # ours: chunks whose embeddings are written at once: what a stop may cost
     weights: str | list[str] | None = None  # ours: weights for each of them, for files that do not say what they are
     model_args: dict[str, Any] = {}
     name: str | None = None  # ours: the folder's name; null = the models' names joined by "_"
@@ -193,6 +214,34 @@ class SoftTargetConfig(_Config):
         {"FrequencyMasking": {"freq_mask_param": 24}},
     ]
     mask_fill: Literal["0dB", "mean"] = "0dB"  # ours
+
+    @model_validator(mode="before")
+    @classmethod
+    def _embeddings_once(cls, given: Any) -> Any:
+        """Embeddings are stored once and without augmentation where nothing else is asked for."""
+        if isinstance(given, dict) and given.get("targets") == "embeddings":
+            return {"outputpath": "embeddings/", "epochs": 1, "wavtransforms": {}, "spectransforms": []} | given
+        return given
+
+    @model_validator(mode="after")
+    def _one_is_asked(self) -> "SoftTargetConfig":
+        named = [key for key in ("model", "npz", "callable") if getattr(self, key)]
+        if self.targets == "probabilities" and named != ["model"]:
+            extra = [key for key in named if key != "model"]
+            raise ValueError(
+                f"{' and '.join(extra)} can only give embeddings; set targets: embeddings"
+                if extra
+                else "the key 'model' is missing; add `model: ...` or give --model"
+            )
+        if len(named) != 1:
+            raise ValueError(
+                f"embeddings are asked of one: give model, npz or callable, not {' and '.join(named) or 'none'}"
+            )
+        if self.npz and (self.wavtransforms or self.spectransforms or self.epochs > 1):
+            raise ValueError("npz files hold what was said without augmentation, once: drop the transforms and epochs")
+        if self.callable and self.spectransforms:
+            raise ValueError("a callable hears waveforms, which spectransforms do not touch: drop them")
+        return self
 
 
 def _one_of(value: str, valid: Any) -> str:

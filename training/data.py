@@ -11,6 +11,8 @@ import pandas as pd
 from audio.dataset import Pack, chunk_bounds
 from audio.manifest import parse_labels
 from common.errors import Faults, UserError, some
+from distill.clusters import Clusters, balance
+from distill.embeddings import EmbeddingStore, StoredEmbeddings
 from distill.replay import Replay
 from distill.sources import LabelTargets, SeededItems, TargetSource
 from distill.targets import SoftTargetStore, StoredTargets
@@ -20,6 +22,10 @@ from training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
+NUMBERED = (
+    "{} labels its clips with numbers, so the number of classes must be said: give num_classes or labels_csv "
+    "(index,mid,display_name)"
+)
 PACK_FIRST = "pack the sounds first: `python scripts/wavlist_to_hdf5.py LIST.tsv OUTDIR` writes OUTDIR/labels/LIST.tsv"
 
 
@@ -58,7 +64,8 @@ class TrainingData:
         valid: chooses checkpoints, or None.
         evaluation: is reported at the end, or None.
         selection: what chooses checkpoints, as a sentence.
-        balance: (M,) how often to draw each of `items`, for `sampler: balanced`.
+        balance: how often to draw each of `items`, for a `sampler`; None for each once.
+        clusters: (M,) the cluster of every item of `source`, where they are named.
     """
 
     pack: Pack
@@ -70,6 +77,7 @@ class TrainingData:
     evaluation: LabelledPack | None
     selection: str
     balance: np.ndarray | None
+    clusters: np.ndarray | None = None
 
 
 def open_pack(path: str, faults: Faults, *, labelled: bool = False) -> Pack | None:
@@ -108,6 +116,7 @@ def open_training(
     *,
     taught: list[str] | None = None,
     needs_labels: bool = False,
+    embeds: bool = False,
 ) -> TrainingData | None:
     """Open everything a run needs.
 
@@ -117,9 +126,12 @@ def open_training(
         faults: gets every fault found; where there is none, data is returned.
         taught: the labels of `config.teacher`; None where there is none, or it could not be loaded.
         needs_labels: labels are wanted beside the targets.
+        embeds: the targets are embeddings, which have no classes.
     """
     named = _named_labels(config, faults)
-    if config.logitspath:
+    if embeds:
+        opened = _embedded_source(config, named, seed, faults, needs_labels)
+    elif config.logitspath:
         opened = _stored_source(config, named, faults)
     elif config.teacher:
         opened = _taught_source(config, named, taught, seed, faults)
@@ -149,11 +161,17 @@ def open_training(
         valid = _held_out_pack(pack, held, labels, faults)
         if valid is None:
             return None
-    balance = _balance(pack, source, labels, faults) if config.sampler == "balanced" else None
+    clusters = _clusters(config.clusters, pack, source, faults) if config.clusters else None
+    drawn = None
+    if config.sampler == "balanced":
+        of_items = _balance(pack, source, labels, faults)
+        drawn = None if of_items is None else of_items[items]
+    elif config.sampler == "clusters" and clusters is not None:
+        drawn = balance(clusters[items])
+    if faults.sentences:
+        return None
     selection = _selection(config, on_eval, valid)
-    if balance is not None:
-        balance = balance[items]
-    return TrainingData(pack, source, labels, item_labels, items, valid, evaluation, selection, balance)
+    return TrainingData(pack, source, labels, item_labels, items, valid, evaluation, selection, drawn, clusters)
 
 
 def _held_out(names: list[str], fraction: float) -> np.ndarray:
@@ -266,6 +284,42 @@ def _taught_source(
     return pack, SeededItems(bounds, pack.sample_rate, replay, seed), taught
 
 
+def _embedded_source(
+    config: TrainConfig, named: list[str] | None, seed: int, faults: Faults, needs_labels: bool
+) -> Opened | None:
+    """Open clips whose targets are embeddings, stored or asked for; classes are there only where labels are learnt."""
+    pack = open_pack(config.train_data, faults, labelled=needs_labels)
+    store = replay = None
+    if config.embeddingspath:
+        with faults.noted():
+            store = EmbeddingStore(config.embeddingspath)
+        if config.wavtransforms or config.spectransforms:
+            faults.add("wavtransforms and spectransforms come with the store of embeddingspath; drop them here")
+    else:
+        replay = _own_replay(config, faults)
+    if pack is None:
+        return None
+    labels = (named or _vocabulary(pack.table["labels"])) if needs_labels else []
+    if labels is None:
+        faults.add(NUMBERED.format(config.train_data))
+        return None
+    if store is not None:
+        with faults.noted():
+            return pack, StoredEmbeddings(store, pack, config.max_aug_epochs), labels
+    elif replay is not None:
+        bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length)
+        return pack, SeededItems(bounds, pack.sample_rate, replay, seed), labels
+    return None
+
+
+def _clusters(path: str, pack: Pack, source: TargetSource, faults: Faults) -> np.ndarray | None:
+    """Return the cluster of each item, int64 (M,)."""
+    clips, starts = source.bounds[:, 0], source.bounds[:, 1] / pack.sample_rate
+    with faults.noted():
+        return Clusters.read(path).of_items([pack.names[clip] for clip in clips], starts)
+    return None
+
+
 def _own_replay(config: TrainConfig, faults: Faults) -> Replay | None:
     try:
         return Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
@@ -280,10 +334,7 @@ def _label_source(config: TrainConfig, named: list[str] | None, seed: int, fault
         return None
     labels = named or _vocabulary(pack.table["labels"])
     if labels is None:
-        faults.add(
-            f"{config.train_data} labels its clips with numbers, so the number of classes must be said: give "
-            "num_classes or labels_csv (index,mid,display_name)"
-        )
+        faults.add(NUMBERED.format(config.train_data))
         return None
     indices = _clip_labels(pack, labels, faults)
     if indices is None:

@@ -1,9 +1,11 @@
 """Judging a model on a labelled pack."""
 
+import re
 import sys
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -11,14 +13,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
-from common.errors import Faults, UserError
+from common.errors import Faults, UserError, did_you_mean
 from common.files import whole_file, write_json
 from models import AudioTagger, load_model
+from models.devices import choose_device
 from models.token_merging import Schedule
+from training.config import Mode
 from training.data import LabelledPack, open_labelled, open_pack
 from training.metrics import Metrics, evaluate_scores
 from training.parallel import Ranks
 from training.precision import Precision
+
+OPTIONS = ["test_data", "weights", "mode", "batch_size", "num_workers", "token_merging", "device", "output"]
 
 
 def _collate(items: list[dict[str, Any]], sample_rate: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,6 +113,11 @@ def open_evaluation(
     model = data = None
     try:
         model = load_model(source, weights=weights, device=device)
+        if not model.num_classes:
+            raise UserError(
+                f"{source}: {model.name} embeds sounds and has no classes to be judged by; `python run.py probe "
+                f"{source} --data PACK.tsv --name NAME` trains a head on its embeddings and judges that"
+            )
         if token_merging is not None:
             model.merge_tokens(token_merging)
         data = open_labelled(test_data, model.labels, faults)
@@ -133,3 +144,58 @@ def write_results(folder: Path, name: str, metrics: Metrics, data: LabelledPack)
         metrics.per_class.to_csv(partial, index=False)
     write_json(target, counts | metrics.as_dict())
     return target
+
+
+def judge(
+    source: str | None,
+    test_data: str | None,
+    *,
+    weights: str | None,
+    mode: str,
+    batch_size: int,
+    num_workers: int,
+    token_merging: Any,
+    device: str,
+    output: str | None,
+    unknown: Collection[str] = (),
+) -> str:
+    """Do what `run.py evaluate` is told: judge a model, write its results, and return what there is to tell.
+
+    Args:
+        source: a run's folder, a checkpoint, or the name of a model.
+        test_data: TSV of the pack.
+        weights: for a model given by name.
+        mode: see `training.config.Mode`.
+        batch_size: clips at once.
+        num_workers: loader processes.
+        token_merging: see `open_evaluation`.
+        device: auto, cpu or cuda.
+        output: folder for the results; beside the checkpoint by default.
+        unknown: options that there are none of.
+
+    Raises:
+        UserError: options, model or data that will not do.
+    """
+    if unknown:
+        raise UserError("; ".join(f"unknown option --{key}{did_you_mean(key, OPTIONS)}" for key in unknown))
+    if source is None or test_data is None:
+        raise UserError("give a run's folder, a checkpoint or a model's name, and --test_data PACK.tsv")
+    if mode not in get_args(Mode):
+        raise UserError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}")
+    if batch_size < 1 or num_workers < 0:
+        raise UserError(f"batch_size is {batch_size} and num_workers {num_workers}; wanted at least 1 and 0")
+    source, test_data, precision = str(source), str(test_data), Precision(mode, choose_device(device))
+    model, data = open_evaluation(source, weights, test_data, precision.device, token_merging)
+    metrics = evaluate(model, data, batch_size=batch_size, num_workers=num_workers, precision=precision)
+    merging = "" if token_merging is None else "_merging_" + re.sub("[^0-9.-]+", "_", str(token_merging)).strip("_")
+    folder = Path(output) if output else _beside(source)
+    written = write_results(folder, f"evaluation_{Path(test_data).stem}{merging}", metrics, data)
+    used = f"clips used: {len(data.pack)}, missing from the pack: {data.pack.n_missing}"
+    return f"{metrics.summary()}\n{used}\nresults: {written}"
+
+
+def _beside(source: str) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    return path.parent if path.is_file() else Path("experiments") / "evaluations" / path.name

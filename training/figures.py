@@ -211,7 +211,7 @@ def confusion_figure(confusion: np.ndarray, labels: list[str]) -> "Figure":
     for row, column in np.argwhere(confusion):
         colour = "white" if shares[row, column] > 0.5 else INK
         axis.text(column, row, str(confusion[row, column]), ha="center", va="center", fontsize=size, color=colour)
-    names = _drawable(labels)
+    names = drawable(labels)
     # Names are no formulas: without parse_math, two dollar signs in one would start one.
     options: dict[str, Any] = {"fontsize": 9 if n_classes <= 25 else 7.5, "color": INK, "parse_math": False}
     axis.set_yticks(range(n_classes), names, **options)
@@ -230,7 +230,7 @@ def confusion_figure(confusion: np.ndarray, labels: list[str]) -> "Figure":
     return figure
 
 
-def _drawable(labels: list[str]) -> list[str]:
+def drawable(labels: list[str]) -> list[str]:
     """Return the class names as the font can draw them, long ones cut; a class's number where it cannot."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 

@@ -73,11 +73,13 @@ class Run:
         self.config, self.data, self.model, self.folder, self.device = config, data, model, folder, device
         self.seed, self.ranks, self.teacher = seed, ranks or Ranks(), teacher
         self.precision = Precision(config.mode, device)
+        self.embeds = getattr(objective, "needs_embedding", False)
         self.dataset = ReplayDataset(
             data.pack,
             data.source,
             sorted({model.sample_rate, *objective.sample_rates, *(teacher.sample_rates if teacher else ())}),
             labels=data.item_labels,
+            clusters=data.clusters,
             fresh_masks=config.disable_consistency,
             mixup=config.mixup,
             seed=seed,
@@ -98,7 +100,10 @@ class Run:
                 f"{config.model} runs every length of clip on its own, which several processes cannot do in step; give "
                 "clips of one length (chunk_length), or train in one process"
             )
-        self.resting = freeze(model, config.freeze) if config.freeze else []
+        frozen = list(config.freeze)
+        if self.embeds and objective.wants is None:  # nothing is asked of its last layers
+            frozen.append(f"{model.last_layer.split('.')[0]}.*")
+        self.resting = freeze(model, frozen) if frozen else []
         groups = parameter_groups(model, objective, config.optimizer_args.get("lr"), config.layer_decay)
         optimizer = create_optimizer(config.optimizer, groups, config.optimizer_args, device)
         schedule = self._schedule(optimizer) if config.use_scheduler else None
@@ -144,7 +149,8 @@ class Run:
         state = self.ranks.from_main(state)
         if state is None and self.config.init_from_data:
             first = [self.batches.batch(i) for i in range(min(START_BATCHES, self.epoch_steps))]
-            start_from_data(self.model, (self._with_target(batch) for batch in self._loader(first)))
+            classes = "target" if not self.embeds else "labels" if self.data.item_labels is not None else None
+            start_from_data(self.model, (self._with_target(batch) for batch in self._loader(first)), classes)
         self.trainer = self._make_trainer(
             grad_clip=self.config.grad_clip,
             average=MovingAverage(self.model, self.config.ema) if self.config.ema else None,
@@ -169,7 +175,7 @@ class Run:
     def _with_target(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Prepare a collated batch, and ask the teacher, where there is one, for the targets of its clips."""
         batch = prepare_batch(batch, self.device)
-        if self.teacher is None:
+        if self.teacher is None or self.embeds:
             return batch
         return batch | {"target": self.teacher.probabilities(batch, self.data.source.replay.spectrogram)}
 
@@ -386,7 +392,9 @@ class Run:
 
     def _targets(self) -> str:
         taught = f"soft targets of {self.config.logitspath}" if self.config.logitspath else None
+        if self.config.embeddingspath:
+            taught = f"embeddings of {self.config.embeddingspath}"
         if self.teacher is not None:
-            taught = f"answers of {self.teacher.name}, asked while training"
+            taught = f"{'embeddings' if self.embeds else 'answers'} of {self.teacher.name}, asked while training"
         named = "labels" if taught is None or self.data.item_labels is not None else None
         return " and ".join(filter(None, (named, taught)))

@@ -5,14 +5,16 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from common.errors import Faults, UserError
 from common.files import sha256
+from distill import embedding_objectives  # noqa: F401  (it registers its objectives)
+from distill.embeddings import StoredEmbeddings
 from distill.objectives import Objective, create_objective
-from distill.targets import StoredTargets
+from distill.store import MatchedItems
 from models.devices import choose_device
 from training.config import TrainConfig, read_config
 from training.data import TrainingData, open_training
@@ -82,6 +84,7 @@ def prepare_run(
         with faults.noted():
             loss = {name: getattr(config, name) for name in ("loss", "loss_args", "label_smoothing")}
             objective = create_objective(config.objective, loss, **config.objective_args)
+            _check_embedding(config, objective, faults)
         with faults.noted():
             teacher = _online_teacher(config, objective) if config.teacher else None
         data = open_training(
@@ -90,6 +93,7 @@ def prepare_run(
             faults,
             taught=teacher.labels if teacher else None,
             needs_labels=getattr(objective, "needs_labels", False),
+            embeds=getattr(objective, "needs_embedding", False),
         )
         with faults.noted():
             if objective is not None:
@@ -97,6 +101,9 @@ def prepare_run(
     faults.raise_if_any()
     if config is None or data is None or objective is None or model is None or device is None:
         raise AssertionError("a part is missing, and no fault was noted")
+    if getattr(objective, "needs_embedding", False):
+        width = teacher.embed_dim if teacher else cast(StoredEmbeddings, data.source).width
+        cast(Any, objective).attach(model.embed_dim, width)
     if isinstance(objective, nn.Module):
         objective.to(device)
 
@@ -126,6 +133,44 @@ def _has_learned(path: Path) -> bool:
     return any(path.glob("best_epoch=*.pt")) or (journal.is_file() and journal.stat().st_size > 0)
 
 
+def _check_embedding(config: TrainConfig, objective: Objective, faults: Faults) -> None:
+    """Note where a configuration's keys do not go with learning embeddings, or with not learning them."""
+    name, embeds = config.objective, getattr(objective, "needs_embedding", False)
+    if config.embeddingspath and not embeds:
+        faults.add(
+            f"embeddingspath is given, but objective {name} learns probabilities; set objective: cosine (or mse, l1, "
+            "kl, contrastive, cluster_contrastive)"
+        )
+    if embeds and not (config.embeddingspath or config.teacher):
+        faults.add(
+            f"objective {name} learns a teacher's embeddings; give embeddingspath (stored ones, see save_logits.py "
+            "with targets: embeddings) or teacher (a model to ask)"
+            + ("; logitspath holds probabilities: drop it" if config.logitspath else "")
+        )
+    if embeds and config.mixup is not None and config.embeddingspath:
+        faults.add(
+            "mixup wants the embeddings of mixtures, which are not stored; drop mixup, or ask a teacher in place of "
+            "embeddingspath"
+        )
+    if embeds and objective.wants is None:
+        judges = [key for key in ("valid_data", "valid_fraction", "eval_data") if getattr(config, key)]
+        if judges:
+            faults.add(
+                f"{' and '.join(judges)} would judge a model's classes, but objective {name} learns none without "
+                "labels; drop that and judge the embeddings by `python run.py probe`, or give the labels a share: "
+                "--objective_args.lambda 0.1"
+            )
+    if getattr(objective, "needs_clusters", False) and not config.clusters:
+        faults.add(f"objective {name} needs clusters, a file that scripts/cluster_embeddings.py wrote; add it")
+    if config.clusters and config.sampler != "clusters" and not getattr(objective, "needs_clusters", False):
+        faults.add(
+            "clusters are given and nothing uses them; set sampler: clusters, or objective: cluster_contrastive, or "
+            "drop them"
+        )
+    if getattr(objective, "needs_clusters", False) and config.mixup is not None:
+        faults.add(f"objective {name} wants clips of one cluster each, which mixtures are not; drop mixup")
+
+
 def _online_teacher(config: TrainConfig, objective: Objective | None) -> Teacher:
     """Load the teacher that a configuration wants to be asked while the student learns."""
     assert config.teacher
@@ -133,6 +178,9 @@ def _online_teacher(config: TrainConfig, objective: Objective | None) -> Teacher
         teacher = load_teacher(config.teacher, config.teacher_weights)
     except UserError as error:
         raise UserError(f"teacher: {error}") from None
+    if getattr(objective, "needs_embedding", False):
+        teacher.embed_dim  # noqa: B018 - tells that several models cannot be asked
+        return teacher
     wanted = getattr(objective, "activation", None)
     if wanted and teacher.activations != {wanted}:
         raise UserError(
@@ -151,6 +199,10 @@ def _data_identity(config: TrainConfig, data: TrainingData, teacher: Teacher | N
     meta = Path(config.logitspath or "") / "meta.json"
     facts["soft_targets_sha256"] = sha256(meta) if config.logitspath and meta.is_file() else None
     facts["teacher_sha256"] = teacher.fingerprint() if teacher else None
+    if config.embeddingspath:
+        facts["embeddings_sha256"] = sha256(Path(config.embeddingspath) / "meta.json")
+    if config.clusters:
+        facts["clusters_sha256"] = sha256(config.clusters)
     return facts
 
 
@@ -174,6 +226,6 @@ def _describe(run: Run, there: bool, state: dict[str, Any] | None) -> None:
         logger.info("%s is asked for the targets while the student learns", run.teacher.name)
     on_eval = data.valid is not None and data.valid is data.evaluation
     logger.log(logging.WARNING if on_eval and config.select_on is None else logging.INFO, "%s", data.selection)
-    if isinstance(data.source, StoredTargets):
+    if isinstance(data.source, MatchedItems):
         stored = len(data.source.epochs)
-        logger.info("%d stored epochs of soft targets, used in order and from the start again", stored)
+        logger.info("%d stored epochs of targets, used in order and from the start again", stored)

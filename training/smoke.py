@@ -19,13 +19,15 @@ from audio.manifest import read_manifest
 from audio.shards import ShardWriter
 from common.errors import Faults, UserError
 from common.files import whole_file
+from distill.clusters import write_clusters
 from models import AudioTagger, create_model, published_initialisation, save_checkpoint
 from models.base import Activation
 from models.labels import audioset_labels, labels_for, read_labels
 from training.config import SoftTargetConfig, TrainConfig
 from training.data import open_labelled, open_pack, open_training
+from training.embedding import store_embeddings
 from training.teacher import Teacher, load_teacher
-from training.teaching import Teaching
+from training.teaching import SoftTargets, Teaching
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,8 @@ def smoke(config: TrainConfig, folder: Path) -> TrainConfig:
             where the run opens them.
     """
     config = config.model_copy(update=_little(config))
-    named = [path for path in (config.train_data, config.logitspath, config.labels_csv) if path]
+    wanted = (config.train_data, config.logitspath, config.embeddingspath, config.clusters, config.labels_csv)
+    named = [path for path in wanted if path]
     missing = [path for path in named if not Path(path).exists()]
     taught = None
     if config.teacher and _has_teacher(config):
@@ -121,12 +124,17 @@ def _stand_in(
     labels = taught or _said_labels(config) or (audioset_labels() if config.logitspath else NAMES)
     pack = _made_up_pack(folder, "train", labels if labels is NAMES else _numbers(labels))
     store = _made_up_store(folder / "logits", pack, labels) if config.logitspath else None
+    embeddings = _made_up_embeddings(folder / "embeddings", pack) if config.embeddingspath else None
+    clusters = _made_up_clusters(folder / "clusters_k2.parquet", pack) if config.clusters else None
     what = {config.train_data: f"{CLIPS} made-up sounds", config.logitspath: "an untrained teacher's answers"}
+    what |= {config.embeddingspath: "an untrained teacher's embeddings", config.clusters: "two clusters"}
     for path in missing:
         logger.warning("smoke: %s is not there: %s stand in", path, what.get(path, "other class names"))
-    for unused in {config.train_data, config.logitspath} - {None, *missing}:
+    said = {config.logitspath, config.embeddingspath, config.clusters}
+    for unused in ({config.train_data} | said) - {None, *missing}:
         logger.warning("smoke: %s is there, but is no use without %s", unused, " and ".join(missing))
-    return config.model_copy(update={"train_data": pack, "logitspath": store}), labels
+    update = {"train_data": pack, "logitspath": store, "embeddingspath": embeddings, "clusters": clusters}
+    return config.model_copy(update=update), labels
 
 
 def _said_labels(config: TrainConfig) -> list[str] | None:
@@ -192,7 +200,23 @@ def _made_up_store(folder: Path, manifest: str, labels: list[str]) -> str:
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps over other classes
     teacher = Teacher([_untrained(labels, "sigmoid")])
     with torch.random.fork_rng(devices=[]):  # a loader draws from it
-        return str(Teaching(config, Pack.open(manifest), teacher, folder).save())
+        return str(Teaching(config, Pack.open(manifest), SoftTargets(teacher, config.topk), folder).save())
+
+
+def _made_up_embeddings(folder: Path, manifest: str) -> str:
+    """Store what a small, untrained teacher makes of every clip; return the folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with torch.random.fork_rng(devices=[]):
+        store = store_embeddings(_untrained([], "sigmoid"), Pack.open(manifest), folder, num_workers=0, device="cpu")
+    return str(store.folder)
+
+
+def _made_up_clusters(path: Path, manifest: str) -> str:
+    """Write which half of the clips each one is in; return the path."""
+    names = Pack.open(manifest).names
+    rows = pd.DataFrame({"filename": names, "start": 0.0, "end": SECONDS})
+    write_clusters(path, rows, np.arange(len(names)) * 2 // len(names), {"k": 2})
+    return str(path)
 
 
 def _labels_of(config: TrainConfig, taught: list[str] | None) -> list[str] | None:

@@ -32,7 +32,8 @@ def create_student(config: TrainConfig, labels: list[str] | None, objective: Obj
     activation = getattr(objective, "activation", None)
     if activation:
         arguments.setdefault("activation", activation)
-    model = create_model(config.model, num_classes=len(labels) if labels else None, labels=labels, **arguments)
+    num_classes = None if labels is None else len(labels)  # 0 where embeddings alone are learnt
+    model = create_model(config.model, num_classes=num_classes, labels=labels, **arguments)
     if objective.wants and model.outputs != objective.wants:
         loss = "BCELoss" if model.outputs == "probabilities" else "BCEWithLogitsLoss"
         pooling = {"logits": "logit", "probabilities": "mean"}[objective.wants]
@@ -76,7 +77,7 @@ def _start(model: AudioTagger, config: TrainConfig) -> None:
 
 
 @torch.no_grad()
-def start_from_data(model: AudioTagger, batches: Iterable[dict[str, Any]]) -> None:
+def start_from_data(model: AudioTagger, batches: Iterable[dict[str, Any]], classes: str | None = "target") -> None:
     """Set what the first thousands of iterations would otherwise find out.
 
     Batch-norm statistics become those of the batches, and the last layer's bias becomes the log-odds of each class's
@@ -86,6 +87,7 @@ def start_from_data(model: AudioTagger, batches: Iterable[dict[str, Any]]) -> No
     Args:
         model: on its device; left in training mode.
         batches: collated and prepared, see `distill.dataset.collate`.
+        classes: what of a batch holds the targets of the classes (B, C); None where there are none.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.num_batches_tracked]
     momenta = [norm.momentum for norm in norms]
@@ -100,10 +102,12 @@ def start_from_data(model: AudioTagger, batches: Iterable[dict[str, Any]]) -> No
     rate = model.sample_rate
     for batch in batches:
         model(batch["waveforms"][rate], batch["lengths"][rate])
-        targets.append(batch["target"])
+        targets += [] if classes is None else [batch[classes]]
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.train()
+    if not targets:
+        return
     mean = torch.cat(targets).mean(dim=0).clamp(1e-4, 1 - 1e-4)
     head = cast(nn.Linear, model.get_submodule(model.last_layer))
     if head.bias.any():

@@ -79,6 +79,28 @@ class Teacher:
             answers.append(member.probabilities(member.forward_spectrogram(*hear(member.front_end, batch))).float())
         return sum(answers[1:], answers[0]) / len(answers)
 
+    @torch.no_grad()
+    def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
+        """Return the embeddings of the clips (B, E), float32; arguments as in `probabilities`.
+
+        Raises:
+            UserError: there are several members, whose embeddings have nothing in common.
+        """
+        self.embed_dim  # noqa: B018 - tells that several cannot be asked
+        member = self.members[0]
+        return member.embed_spectrogram(*hear(member.front_end, batch))[0].float()
+
+    @property
+    def embed_dim(self) -> int:
+        """E of the one member.
+
+        Raises:
+            UserError: there are several.
+        """
+        if len(self.members) > 1:
+            raise UserError(f"{len(self.members)} models are given, but embeddings are taken from one: name it")
+        return self.members[0].embed_dim
+
 
 def weights_hash(member: AudioTagger) -> str:
     """Return the SHA-256 of a model's weights: names and values, in order."""

@@ -3,9 +3,9 @@
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -18,56 +18,190 @@ from audio.dataset import Pack, chunk_bounds, loader_workers
 from common.errors import UserError
 from common.files import sha256, write_json
 from distill.dataset import ReplayDataset, collate, prepare_batch
+from distill.embeddings import EmbeddingStore
 from distill.replay import REFERENCE_RATE, Replay
 from distill.sources import SeededItems
-from distill.targets import epoch_file, write_epoch
+from distill.store import TargetStore
+from distill.targets import SoftTargetStore
 from models.devices import choose_device
 from training.config import SoftTargetConfig
+from training.embedders import Embedder
 from training.precision import Precision
-from training.teacher import Teacher
+from training.teacher import Hearing, Teacher
 
 logger = logging.getLogger(__name__)
 
-# What must stay as it is for files of another day to belong to the same store.
-IDENTITY = (
-    *("wavtransforms", "spectransforms", "mask_fill", "teacher", "manifest_sha256", "pack_rate", "seed", "topk"),
-    *("mode", "world_size"),
-)
+# What must stay as it is for files of another day to belong to the same store, beside what the question adds.
+IDENTITY = ("wavtransforms", "spectransforms", "mask_fill", "teacher", "manifest_sha256", "pack_rate", "seed", "mode")
+
+
+class Question(Protocol):
+    """What a teacher is asked, and how the answer is kept."""
+
+    @property
+    def store(self) -> type[TargetStore]:
+        """The kind of store that is made."""
+
+    @property
+    def sample_rates(self) -> list[int]:
+        """Hertz at which a batch must hold waveforms."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the teacher to a device."""
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return what decides the teacher's answers, as plain values."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what else `meta.json` says."""
+
+    def identity(self) -> tuple[str, ...]:
+        """Return which of these facts must stay as they are."""
+
+    def n_parts(self, n_items: int, world_size: int) -> int:
+        """Return how many files an epoch of `n_items` goes to."""
+
+    def answers(self, batch: Mapping[str, Any], hear: Hearing) -> dict[str, Tensor]:
+        """Return the datasets of the store but the seeds, (B, ...) each."""
+
+
+class SoftTargets:
+    """Probabilities, of which the K highest are kept.
+
+    Args:
+        teacher: who is asked.
+        topk: K, at most the number of classes.
+    """
+
+    store = SoftTargetStore
+
+    def __init__(self, teacher: Teacher, topk: int) -> None:
+        self.teacher, self.sample_rates = teacher, teacher.sample_rates
+        self.topk = min(topk, len(teacher.labels))
+        if self.topk < topk:
+            logger.info("topk %d: the teacher has %d classes, all are stored", topk, len(teacher.labels))
+
+    def to(self, device: torch.device) -> None:
+        """Move the teacher to a device."""
+        self.teacher.to(device)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return model, arguments and weights of each member."""
+        return self.teacher.describe()
+
+    def facts(self) -> dict[str, Any]:
+        """Return the classes and what the values are."""
+        return {
+            "labels": self.teacher.labels,
+            "num_classes": len(self.teacher.labels),
+            "values": "probabilities",
+            "activation": self.teacher.members[0].activation,
+            "topk": self.topk,
+        }
+
+    def identity(self) -> tuple[str, ...]:
+        """Return which facts must stay as they are."""
+        return ("topk", "world_size")
+
+    def n_parts(self, n_items: int, world_size: int) -> int:
+        """Return one a process, as published; fewer only where there are fewer items."""
+        return min(world_size, n_items)
+
+    def answers(self, batch: Mapping[str, Any], hear: Hearing) -> dict[str, Tensor]:
+        """Return the highest probabilities (B, K) and their classes (B, K)."""
+        top = self.teacher.probabilities(batch, hear).topk(self.topk)
+        return {"topk_values": top.values, "topk_indexes": top.indices}
+
+
+class Embeddings:
+    """Clip embeddings.
+
+    Args:
+        embedder: who is asked.
+        part_size: chunks whose embeddings go to one file.
+    """
+
+    store = EmbeddingStore
+
+    def __init__(self, embedder: Embedder, part_size: int = 8192) -> None:
+        if isinstance(embedder, Teacher):
+            embedder.embed_dim  # noqa: B018 - tells that several models cannot be asked
+        self.embedder, self.part_size = embedder, part_size
+        self.sample_rates = embedder.sample_rates
+
+    def to(self, device: torch.device) -> None:
+        """Move the embedder to a device."""
+        self.embedder.to(device)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return what decides the embeddings."""
+        return self.embedder.describe()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the values are."""
+        return {"values": "embeddings", "part_size": self.part_size}
+
+    def identity(self) -> tuple[str, ...]:
+        """Return which facts must stay as they are: any number of processes may go on."""
+        return ("values", "parts")
+
+    def n_parts(self, n_items: int, world_size: int) -> int:
+        """Return one for each `part_size` items."""
+        return max(1, -(-n_items // self.part_size))
+
+    def answers(self, batch: Mapping[str, Any], hear: Hearing) -> dict[str, Tensor]:
+        """Return the embeddings (B, E), which half precision must be able to hold."""
+        found = self.embedder.embeddings(batch, hear)
+        return {"embedding": torch.where(found.abs() > torch.finfo(torch.float16).max, torch.inf, found)}
+
+
+class _Unit(NamedTuple):
+    """One file to be written.
+
+    Attributes:
+        epoch: from 1.
+        part: from 0.
+        items: (n,) those it holds, consecutive.
+    """
+
+    epoch: int
+    part: int
+    items: np.ndarray
 
 
 class _Batches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, item), epoch after epoch, clips of like length together so that little is padded."""
+    """Batches of (epoch, item), file after file, clips of like length together so that little is padded."""
 
-    def __init__(self, epochs: list[int], items: np.ndarray, lengths: np.ndarray, batch_size: int) -> None:
-        self.epochs, self.batch_size = epochs, batch_size
-        self.items = items[np.argsort(lengths[items], kind="stable")]
+    def __init__(self, units: Sequence[_Unit], lengths: np.ndarray, batch_size: int) -> None:
+        self.units, self.lengths, self.batch_size = units, lengths, batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch in self.epochs:
-            for first in range(0, len(self.items), self.batch_size):
-                yield [(epoch, int(item)) for item in self.items[first : first + self.batch_size]]
+        for epoch, _, items in self.units:
+            items = items[np.argsort(self.lengths[items], kind="stable")]
+            for first in range(0, len(items), self.batch_size):
+                yield [(epoch, int(item)) for item in items[first : first + self.batch_size]]
 
 
 class Teaching:
-    """A soft-target store in the making.
+    """A store of what a teacher says, in the making.
 
     Args:
         config: what to make.
         pack: the clips.
-        teacher: who is asked.
+        question: who is asked for what.
         folder: to write into.
         rank: of this process.
         world_size: how many processes share the work.
 
     Raises:
-        UserError: the folder holds targets made with other settings.
+        UserError: the folder holds what was made with other settings.
     """
 
     def __init__(
         self,
         config: SoftTargetConfig,
         pack: Pack,
-        teacher: Teacher,
+        question: Question,
         folder: Path,
         rank: int = 0,
         world_size: int = 1,
@@ -75,103 +209,113 @@ class Teaching:
         self.config, self.pack, self.folder, self.rank, self.world_size = config, pack, folder, rank, world_size
         self.device = choose_device(config.device)
         self.precision = Precision(config.mode or "noamp", self.device)
-        self.teacher = teacher.to(self.device)
-        self.num_classes = len(teacher.labels)
-        self.topk = min(config.topk, self.num_classes)
-        if self.topk < config.topk:
-            logger.info("topk %d: the teacher has %d classes, all are stored", config.topk, self.num_classes)
+        self.question = question
+        question.to(self.device)
         self.replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
         bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length)
         self.items = SeededItems(bounds, pack.sample_rate, self.replay, config.seed)
-        self.mine = np.array_split(np.arange(len(bounds)), world_size)[rank]
+        self.parts = np.array_split(np.arange(len(bounds)), question.n_parts(len(bounds), world_size))
         self._claim_folder()
 
     def meta(self) -> dict[str, Any]:
         """Return what `meta.json` says of the store."""
         return {
             **self.replay.settings(),
-            "teacher": self.teacher.describe(),
-            "labels": self.teacher.labels,
-            "num_classes": self.num_classes,
-            "values": "probabilities",
-            "activation": self.teacher.members[0].activation,
+            "teacher": self.question.describe(),
+            **self.question.facts(),
             "reference_rate": REFERENCE_RATE,
             "pack_rate": self.pack.sample_rate,
             "manifest": str(self.pack.manifest),
             "manifest_sha256": sha256(self.pack.manifest),
             "seed": self.config.seed,
-            "topk": self.topk,
             "mode": self.config.mode,
             "world_size": self.world_size,
+            "parts": len(self.parts),
             "config": self.config.model_dump(),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchaudio", "numpy", "soxr")},
         }
 
     def _claim_folder(self) -> None:
         target, meta = self.folder / "meta.json", json.loads(json.dumps(self.meta()))
+        what, prefix = self.question.store.what, self.question.store.prefix
         if target.is_file():
             there = json.loads(target.read_text(encoding="utf-8"))
-            other = [key for key in IDENTITY if there.get(key) != meta[key]]
+            other = [key for key in (*IDENTITY, *self.question.identity()) if there.get(key) != meta[key]]
             if there.get("config", {}).get("chunk_length") != self.config.chunk_length:
                 other.append("chunk_length")
             if other:
                 raise UserError(
-                    f"{self.folder} holds soft targets made with another {', '.join(other)}; give another "
+                    f"{self.folder} holds {what} made with another {', '.join(other)}; give another "
                     "outputpath or name, or delete the folder to make them anew"
                     + (f"; it was begun by {there['world_size']} processes" if "world_size" in other else "")
                 )
-        elif any(self.folder.glob("logits_ep*")):
+        elif any(self.folder.glob(f"{prefix}_ep*")):
             raise UserError(
-                f"{self.folder} holds soft targets without a meta.json, so whether they fit is unknown; give another "
+                f"{self.folder} holds {what} without a meta.json, so whether they fit is unknown; give another "
                 "outputpath or name"
             )
         write_json(target, meta)  # by every rank, the same: files never stand without it
 
     def save(self) -> Path:
-        """Write every epoch that is not there yet; return the folder."""
-        epochs = [e for e in range(1, self.config.epochs + 1) if not epoch_file(self.folder, e, self.rank).is_file()]
-        if len(epochs) < self.config.epochs:
-            logger.info("%d of %d epochs are there already", self.config.epochs - len(epochs), self.config.epochs)
+        """Write every file that is not there yet; return the folder."""
+        store = self.question.store
+        wanted = [
+            _Unit(epoch, part, items)
+            for epoch in range(1, self.config.epochs + 1)
+            for part, items in enumerate(self.parts)
+            if part % self.world_size == self.rank
+        ]
+        units = [unit for unit in wanted if not store.path_of(self.folder, unit.epoch, unit.part).is_file()]
+        if len(units) < len(wanted):
+            logger.info("%d of %d files are there already", len(wanted) - len(units), len(wanted))
         lengths = self.items.bounds[:, 2] - self.items.bounds[:, 1]
-        dataset = ReplayDataset(self.pack, self.items, self.teacher.sample_rates)
+        dataset = ReplayDataset(self.pack, self.items, self.question.sample_rates)
         loader = DataLoader(
             dataset,
-            batch_sampler=_Batches(epochs, self.mine, lengths, self.config.batch_size),
+            batch_sampler=_Batches(units, lengths, self.config.batch_size),
             num_workers=loader_workers(self.config.num_workers),
             collate_fn=collate,
         )
         stream = iter(loader)
-        with tqdm(total=len(epochs) * len(self.mine), desc="soft targets", unit="chunk") as progress:
-            for epoch in epochs:
-                values = np.empty((len(self.mine), self.topk), np.float16)
-                indexes = np.empty((len(self.mine), self.topk), np.int16)
+        with tqdm(total=sum(len(unit.items) for unit in units), desc=store.what, unit="chunk") as progress:
+            for unit in units:
+                arrays: dict[str, np.ndarray] = {}
                 done = 0
-                while done < len(self.mine):
+                while done < len(unit.items):
                     batch = prepare_batch(next(stream), self.device)
-                    top = self._probabilities(dataset, batch).topk(self.topk)
-                    rows = batch["item"].cpu().numpy() - (self.mine[0] if len(self.mine) else 0)
-                    values[rows], indexes[rows] = top.values.cpu().numpy(), top.indices.cpu().numpy()
+                    rows = batch["item"].cpu().numpy() - unit.items[0]
+                    for name, answer in self._answers(dataset, batch).items():
+                        if name not in arrays:
+                            arrays[name] = np.empty((len(unit.items), *answer.shape[1:]), store.types[name])
+                        if arrays[name].shape[1:] != answer.shape[1:]:
+                            raise UserError(
+                                f"the teacher's answer to {dataset.name(int(batch['item'][0]))} has the shape "
+                                f"{tuple(answer.shape[1:])}, those before it {arrays[name].shape[1:]}; wanted one width"
+                            )
+                        arrays[name][rows] = answer.cpu().numpy()
                     done += len(rows)
                     progress.update(len(rows))
-                seeds = self.items.seeds(epoch)[self.mine]
-                write_epoch(self.folder, epoch, self.rank, self._rows(), values, indexes, seeds)
+                arrays["seeds"] = self.items.seeds(unit.epoch)[unit.items]
+                store.write(self.folder, unit.epoch, unit.part, self._rows(unit.items), **arrays)
         return self.folder
 
-    def _probabilities(self, dataset: ReplayDataset, batch: dict[str, Any]) -> Tensor:
+    def _answers(self, dataset: ReplayDataset, batch: dict[str, Any]) -> dict[str, Tensor]:
         with self.precision.context():
-            probabilities = self.teacher.probabilities(batch, self.replay.spectrogram)
-        if not bool(torch.isfinite(probabilities).all()):
-            bad = batch["item"][~torch.isfinite(probabilities).all(dim=1)]
-            raise UserError(f"the teacher's answer to {dataset.name(int(bad[0]))} is not a number; look at that clip")
-        return probabilities
+            answers = self.question.answers(batch, self.replay.spectrogram)
+        for answer in answers.values():
+            finite = answer.isfinite().all(dim=1)
+            if not bool(finite.all()):
+                name = dataset.name(int(batch["item"][~finite][0]))
+                raise UserError(f"the teacher's answer to {name} is not a number; look at that clip")
+        return answers
 
-    def _rows(self) -> pd.DataFrame:
-        clips, starts, stops = self.items.bounds[self.mine].T
+    def _rows(self, items: np.ndarray) -> pd.DataFrame:
+        clips, starts, stops = self.items.bounds[items].T
         return pd.DataFrame(
             {
                 "filename": [self.pack.names[clip] for clip in clips],
                 "start": starts / self.pack.sample_rate,
                 "end": stops / self.pack.sample_rate,
-                "n_reference": self.items.n_reference[self.mine],
+                "n_reference": self.items.n_reference[items],
             }
         )

@@ -1,6 +1,6 @@
 """The one step that trains everything; what differs is the objective and the source of its targets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -27,6 +27,15 @@ def stream_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
+def _network(model: AudioTagger, objective: Objective) -> Callable[[Tensor, Tensor | None], tuple[Any, Any]]:
+    """Return what computes what an objective looks at: output (B, C) and embedding (B, E), None where not needed."""
+    if not getattr(objective, "needs_embedding", False):
+        return lambda mel, n_frames: (model.forward_spectrogram(mel, n_frames), None)
+    if objective.wants is None:
+        return lambda mel, n_frames: (None, model.embed_spectrogram(mel, n_frames)[0])
+    return model.tag_and_embed
+
+
 class Learner(nn.Module):
     """From a batch to its losses: what is heard, what the student says to that, and what the objective says to it.
 
@@ -51,7 +60,9 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
         self.replay, self.mixup_on, self.teacher = replay, mixup_on, teacher
-        self.network = torch.compile(model.forward_spectrogram) if compiled else model.forward_spectrogram
+        self.taught_to_embed = getattr(objective, "needs_embedding", False)
+        network = _network(model, objective)
+        self.network = torch.compile(network) if compiled else network
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the losses, means over the clips of a prepared batch (see `distill.dataset.prepare_batch`)."""
@@ -60,8 +71,10 @@ class Learner(nn.Module):
         if self.mixup_on is not None:
             batch = mix_targets(batch)
         if self.teacher is not None:
-            batch = batch | {"target": self.teacher.probabilities(batch, self._hear)}
-        return self.objective(self.network(*self._hear(self.model.front_end, batch)), batch)
+            ask = self.teacher.embeddings if self.taught_to_embed else self.teacher.probabilities
+            batch = batch | {"target": ask(batch, self._hear)}
+        output, embedding = self.network(*self._hear(self.model.front_end, batch))
+        return self.objective(output, batch if embedding is None else batch | {"embedding": embedding})
 
     def _hear(self, front_end: FrontEnd, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Return what a front-end makes of the clips or their mixtures, masked: (B, F, T), frames (B,) or None."""

@@ -22,7 +22,7 @@ from training.config import SoftTargetConfig, TrainConfig, read_config
 from training.optim import create_optimizer
 from training.precision import Precision
 from training.teacher import Teacher
-from training.teaching import Teaching
+from training.teaching import SoftTargets, Teaching
 from training.trainer import Learner, Trainer
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def test_more_workers_and_larger_batches_than_there_are_clips_store_every_chunk(
         train_data=str(tone_pack), model="audiotransformer_pico", epochs=1, num_workers=8, batch_size=128, device="cpu"
     )
     teacher = Teacher([create_model("audiotransformer_pico", num_classes=50)])
-    Teaching(config, Pack.open(tone_pack), teacher, tmp_path).save()
+    Teaching(config, Pack.open(tone_pack), SoftTargets(teacher, config.topk), tmp_path).save()
     with h5py.File(tmp_path / "logits_ep1_0.h5") as file:
         assert file["topk_values"].shape == (28, 20)
         assert (file["topk_values"][()].max(axis=1) > 0).all()

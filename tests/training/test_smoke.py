@@ -20,7 +20,7 @@ from training.data import open_training
 from training.prepare import prepare_run
 from training.smoke import smoke
 from training.teacher import Teacher, load_teacher
-from training.teaching import Teaching
+from training.teaching import SoftTargets, Teaching
 
 # What a smoke run may change; everything else is what is being tried.
 CHANGED = {
@@ -64,7 +64,9 @@ def store(tone_pack, tmp_path):
         train_data=str(tone_pack), model="audiotransformer_pico", epochs=3, topk=3, num_workers=0, device="cpu"
     )
     teacher = create_model("audiotransformer_pico", labels=[f"tone {i}" for i in range(7)], num_classes=7, depth=1)
-    return Teaching(config, Pack.open(tone_pack), Teacher([teacher]), tmp_path / "store").save()
+    return Teaching(
+        config, Pack.open(tone_pack), SoftTargets(Teacher([teacher]), config.topk), tmp_path / "store"
+    ).save()
 
 
 def test_what_is_learnt_and_how_stays_and_only_its_amount_shrinks(tmp_path):

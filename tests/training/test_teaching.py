@@ -15,7 +15,11 @@ from distill.targets import SoftTargetStore, StoredTargets
 from models import create_model
 from training.config import SoftTargetConfig
 from training.teacher import Teacher
-from training.teaching import Teaching
+from training.teaching import SoftTargets, Teaching
+
+
+def teaching(config, pack, teacher, folder, rank=0, world_size=1):
+    return Teaching(config, pack, SoftTargets(teacher, config.topk), folder, rank, world_size)
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def arrays(folder, epoch=1, rank=0):
 
 def test_stored_values_are_the_teachers_answers_to_each_augmented_chunk(tone_pack, pack, teacher, tmp_path):
     """One chunk at a time, by hand: seed, roll, mel, masks, probabilities, top k."""
-    making = Teaching(config(tone_pack), pack, teacher, tmp_path)
+    making = teaching(config(tone_pack), pack, teacher, tmp_path)
     making.save()
     stored = arrays(tmp_path, epoch=2)
     (model,) = teacher.members
@@ -74,7 +78,7 @@ def test_stored_values_are_the_teachers_answers_to_each_augmented_chunk(tone_pac
 
 
 def test_the_layout_is_the_published_one_with_a_readable_meta(tone_pack, pack, teacher, tmp_path):
-    Teaching(config(tone_pack), pack, teacher, tmp_path).save()
+    teaching(config(tone_pack), pack, teacher, tmp_path).save()
     stored = arrays(tmp_path)
     assert {k: (v.dtype, v.shape) for k, v in stored.items()} == {
         "topk_values": (np.float16, (28, 5)),
@@ -93,9 +97,9 @@ def test_the_layout_is_the_published_one_with_a_readable_meta(tone_pack, pack, t
 
 
 def test_two_ranks_store_what_one_process_stores(tone_pack, pack, teacher, tmp_path):
-    Teaching(config(tone_pack), pack, teacher, tmp_path / "one").save()
+    teaching(config(tone_pack), pack, teacher, tmp_path / "one").save()
     for rank in (0, 1):
-        Teaching(config(tone_pack), pack, teacher, tmp_path / "two", rank, 2).save()
+        teaching(config(tone_pack), pack, teacher, tmp_path / "two", rank, 2).save()
     one, two = (StoredTargets(SoftTargetStore(tmp_path / n), pack, 7, "zero") for n in ("one", "two"))
     assert np.array_equal(one.bounds, two.bounds)
     for epoch in (1, 2):
@@ -105,19 +109,19 @@ def test_two_ranks_store_what_one_process_stores(tone_pack, pack, teacher, tmp_p
 
 
 def test_finished_files_are_kept_and_missing_ones_made_alike(tone_pack, pack, teacher, tmp_path):
-    Teaching(config(tone_pack), pack, teacher, tmp_path).save()
+    teaching(config(tone_pack), pack, teacher, tmp_path).save()
     before = arrays(tmp_path, 2)
     kept = (tmp_path / "logits_ep1_0.h5").stat().st_mtime_ns
     (tmp_path / "logits_ep2_0.h5").unlink()
-    Teaching(config(tone_pack), pack, teacher, tmp_path).save()
+    teaching(config(tone_pack), pack, teacher, tmp_path).save()
     assert (tmp_path / "logits_ep1_0.h5").stat().st_mtime_ns == kept
     after = arrays(tmp_path, 2)
     assert all(np.array_equal(before[k], after[k]) for k in before)
 
 
 def test_more_epochs_can_be_added_but_other_settings_not_mixed_in(tone_pack, pack, teacher, other_teacher, tmp_path):
-    Teaching(config(tone_pack), pack, teacher, tmp_path).save()
-    Teaching(config(tone_pack, epochs=3), pack, teacher, tmp_path).save()
+    teaching(config(tone_pack), pack, teacher, tmp_path).save()
+    teaching(config(tone_pack, epochs=3), pack, teacher, tmp_path).save()
     assert SoftTargetStore(tmp_path).epochs == [1, 2, 3]
     for asked, changes, what in (
         (teacher, {"seed": 1}, "seed"),
@@ -127,7 +131,7 @@ def test_more_epochs_can_be_added_but_other_settings_not_mixed_in(tone_pack, pac
         (teacher, {"mode": "amp_bf16"}, "mode"),
     ):
         with pytest.raises(UserError, match=f"made with another {what}"):
-            Teaching(config(tone_pack, **changes), pack, asked, tmp_path)
+            teaching(config(tone_pack, **changes), pack, asked, tmp_path)
 
 
 def test_an_ensemble_averages_probabilities_over_front_ends_and_rates(
@@ -135,7 +139,7 @@ def test_an_ensemble_averages_probabilities_over_front_ends_and_rates(
 ):
     both = Teacher([*teacher.members, *other_teacher.members])
     for name, asked in (("a", teacher), ("b", other_teacher), ("ab", both)):
-        Teaching(config(tone_pack, topk=7, epochs=1), pack, asked, tmp_path / name).save()
+        teaching(config(tone_pack, topk=7, epochs=1), pack, asked, tmp_path / name).save()
     dense = {n: StoredTargets(SoftTargetStore(tmp_path / n), pack, 7, "zero") for n in ("a", "b", "ab")}
     for item in range(28):
         a, b, ab = (dense[n].target(1, item) for n in ("a", "b", "ab"))
@@ -145,13 +149,13 @@ def test_an_ensemble_averages_probabilities_over_front_ends_and_rates(
 
 def test_a_chunks_targets_do_not_depend_on_its_batch(tone_pack, pack, other_teacher, tmp_path):
     for size in (1, 8):
-        Teaching(config(tone_pack, batch_size=size, epochs=1), pack, other_teacher, tmp_path / str(size)).save()
+        teaching(config(tone_pack, batch_size=size, epochs=1), pack, other_teacher, tmp_path / str(size)).save()
     one, eight = arrays(tmp_path / "1"), arrays(tmp_path / "8")
     assert np.allclose(one["topk_values"], eight["topk_values"], atol=1e-3)
 
 
 def test_topk_above_the_number_of_classes_stores_them_all(tone_pack, pack, teacher, tmp_path):
-    Teaching(config(tone_pack, topk=20, epochs=1), pack, teacher, tmp_path).save()
+    teaching(config(tone_pack, topk=20, epochs=1), pack, teacher, tmp_path).save()
     assert arrays(tmp_path)["topk_values"].shape == (28, 7)
 
 
@@ -159,7 +163,7 @@ def test_a_teacher_that_answers_nan_stops_with_the_clips_name(tone_pack, pack, t
     broken = create_model("audiotransformer_pico", num_classes=7)
     torch.nn.init.constant_(broken.outputlayer[1].bias, float("nan"))
     with pytest.raises(UserError, match=r"sounds/tone_.*is not a number"):
-        Teaching(config(tone_pack, epochs=1), pack, Teacher([broken]), tmp_path).save()
+        teaching(config(tone_pack, epochs=1), pack, Teacher([broken]), tmp_path).save()
     assert not list(tmp_path.glob("*.h5"))
 
 

@@ -1,0 +1,135 @@
+"""Which cluster each chunk of sound is in, on disk and as weights for drawing clips evenly over clusters.
+
+A file `clusters_kK.parquet` holds the rows of an embedding store (`filename`, `start` and `end` in seconds) and the
+`cluster` of each, int32; within it, and in the `.json` beside it for people to read, how the clusters were made and how
+good they are. A parquet file of other making needs the four columns only.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
+
+from audio.manifest import NameIndex
+from common.errors import UserError, some
+from common.files import whole_file, write_json
+
+_COLUMNS = ("filename", "start", "end", "cluster")
+_KEY = b"clusters"  # of the facts in the parquet file's metadata
+_LONGEST = 2**40  # milliseconds, more than any clip has; makes one number of clip and start
+_TOLERANCE = 10  # milliseconds: stores hold float32 seconds, packs hold samples
+
+
+def write_clusters(path: str | Path, rows: pd.DataFrame, cluster: np.ndarray, facts: Mapping[str, Any]) -> None:
+    """Write a cluster file and the `.json` beside it, each whole or not at all.
+
+    Args:
+        path: of the parquet file.
+        rows: `filename`, `start`, `end` (seconds) of the N chunks.
+        cluster: (N,) from 0.
+        facts: plain values: `k` and whatever else is known.
+    """
+    table = pyarrow.Table.from_pandas(
+        rows[["filename", "start", "end"]].assign(cluster=cluster.astype(np.int32)), preserve_index=False
+    )
+    said = {**(table.schema.metadata or {}), _KEY: json.dumps(facts).encode()}
+    path = Path(path)
+    write_json(path.with_suffix(".json"), dict(facts))
+    with whole_file(path) as partial:  # the facts are in here as well, so that they always belong to the rows
+        pyarrow.parquet.write_table(table.replace_schema_metadata(said), partial, compression="brotli")
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The clusters of a store's chunks.
+
+    Attributes:
+        path: of the file.
+        rows: `filename`, `start`, `end` (seconds) of the N chunks.
+        cluster: (N,) int64, from 0.
+        k: how many clusters were made; some may be empty.
+        facts: how they were made; {} in files of other making.
+    """
+
+    path: Path
+    rows: pd.DataFrame
+    cluster: np.ndarray
+    k: int
+    facts: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Clusters":
+        """Open and check a cluster file.
+
+        Raises:
+            UserError: it is not there, or does not hold what a cluster file holds.
+        """
+        path = Path(path)
+        make = "make it with `python scripts/cluster_embeddings.py STORE --k 50`, which prints the file it writes"
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file; {make}")
+        try:
+            table = pyarrow.parquet.read_table(path)
+            facts = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise UserError(f"{path}: cannot be read as a parquet file of clusters ({error}); {make}") from None
+        frame = table.to_pandas()
+        missing = [name for name in _COLUMNS if name not in frame]
+        if missing:
+            raise UserError(f"{path}: found the columns {some(frame.columns)}, missing {', '.join(missing)}; {make}")
+        cluster = frame["cluster"]
+        if not len(cluster) or not pd.api.types.is_integer_dtype(cluster) or cluster.isna().any() or cluster.min() < 0:
+            raise UserError(f"{path}: wanted one row or more, and in `cluster` whole numbers from 0; {make}")
+        k = max(int(facts.get("k", 0)), int(cluster.max()) + 1)
+        return cls(path, frame[list(_COLUMNS[:3])], cluster.to_numpy(np.int64), k, facts)
+
+    def of_items(self, names: Sequence[str], starts: np.ndarray) -> np.ndarray:
+        """Return the cluster of each item: that of the stored chunk in which it starts.
+
+        Args:
+            names: of the clip that each of the M items is cut from, matched as soft targets are (see `NameIndex`).
+            starts: (M,) seconds from the clip's start.
+
+        Returns:
+            (M,) int64.
+
+        Raises:
+            UserError: items that no stored chunk holds.
+        """
+        codes, unique = pd.factorize(np.asarray(names, dtype=object))
+        index = NameIndex([str(name) for name in unique])
+        clips = index.find_all(map(str, unique))[codes]  # names that differ only in "./" are one clip
+        row_codes, row_names = pd.factorize(self.rows["filename"])
+        row_clips = index.find_all(map(str, row_names))[row_codes]
+        row_keys = row_clips * _LONGEST + _milliseconds(self.rows["start"])
+        order = np.argsort(row_keys, kind="stable")
+        begins = _milliseconds(starts)
+        place = np.searchsorted(row_keys[order], clips * _LONGEST + begins + _TOLERANCE, side="right") - 1
+        row = order[np.maximum(place, 0)]
+        held = (place >= 0) & (row_clips[row] == clips) & (begins < _milliseconds(self.rows["end"])[row])
+        if not held.all():
+            lacking = [f"{names[item]} (from {starts[item]:g} s)" for item in np.flatnonzero(~held).tolist()]
+            raise UserError(
+                f"{self.path} has no cluster for {len(lacking)} of {len(held)} items: {some(lacking, 3)}; it names "
+                f"{some(row_names, 3)}; make clusters from a store of this pack's embeddings"
+            )
+        return self.cluster[row]
+
+
+def _milliseconds(seconds: Any) -> np.ndarray:
+    return np.round(np.asarray(seconds, dtype=np.float64) * 1000).astype(np.int64)
+
+
+def balance(cluster: np.ndarray) -> np.ndarray:
+    """Return for each item 1 / (how many of the items given are in its cluster): (M,) float64.
+
+    Drawn with these weights, every cluster that occurs comes equally often (S-SONDO's balanced data sampling).
+    """
+    _, inverse, sizes = np.unique(cluster, return_inverse=True, return_counts=True)
+    return 1.0 / sizes[inverse]

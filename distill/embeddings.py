@@ -1,0 +1,129 @@
+"""The embedding store: what a teacher makes of every chunk, for students that learn from embeddings alone (S-SONDO).
+
+A `distill.store.TargetStore`: `embeddings_ep{E}_{R}.h5` with `embedding` float16 (N, E) and `seeds` int32 (N,) for
+epoch E and part R, parts of an epoch being written one after the other, so that little is lost where the writing
+stops. One epoch without augmentation is usual; with augmentation the student replays it, as with soft targets.
+
+Letters: N chunks, M items, E embedding width.
+"""
+
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from audio.dataset import Pack
+from common.errors import UserError, some
+from distill.store import MatchedItems, TargetStore
+
+
+class EmbeddingStore(TargetStore):
+    """A folder of embeddings, opened and checked; see `distill.store.TargetStore`."""
+
+    prefix, what = "embeddings", "embeddings"
+    types = {"embedding": np.float16, "seeds": np.int32}  # noqa: RUF012
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
+        self._files: dict[tuple[int, int], h5py.File] = {}
+        self._owner = os.getpid()
+        widths = set()
+        for epoch in self.epochs:
+            for part in self._parts[epoch]:
+                with self._open(epoch, part) as file:
+                    widths.add(file["embedding"].shape[1:])
+        if len(widths) > 1 or len(min(widths)) != 1:
+            raise UserError(
+                f"{self.folder} holds embeddings of shapes {some(map(str, sorted(widths)))}; wanted one width in all "
+                "of its files: delete those of another teacher, or the folder, and run save_logits.py again"
+            )
+        self.width: int = min(widths)[0]
+
+    def read(self, epoch: int) -> np.ndarray:
+        """Return all embeddings of `epoch`, aligned with `rows`: float32 (N, E)."""
+        return self.arrays(epoch, "embedding")["embedding"].astype(np.float32)
+
+    def one(self, epoch: int, part: int, row: int) -> np.ndarray:
+        """Return the embedding in `row` of a part, float32 (E,); any process may ask."""
+        if self._owner != os.getpid():  # a handle must not be shared with the process that this one was forked from
+            self._files, self._owner = {}, os.getpid()
+        if (epoch, part) not in self._files:
+            self._files[epoch, part] = self._open(epoch, part)
+        return np.asarray(self._files[epoch, part]["embedding"][row], np.float32)
+
+    def ends(self, epoch: int) -> np.ndarray:
+        """Return where each part of `epoch` ends among its rows, int64."""
+        lengths = []
+        for part in self._parts[epoch]:
+            with self._open(epoch, part) as file:
+                lengths.append(len(file["seeds"]))
+        return np.cumsum(lengths)
+
+    def parts(self, epoch: int) -> list[int]:
+        """Return the numbers of the parts of `epoch`, ascending."""
+        return self._parts[epoch]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Travel to a loader worker without open files."""
+        return self.__dict__ | {"_files": {}}
+
+
+class StoredEmbeddings(MatchedItems):
+    """The embeddings of a store that belong to a pack, as a `distill.sources.TargetSource`.
+
+    Args:
+        store: the embeddings.
+        pack: the clips; matched by name.
+        max_epochs: use the first so many stored epochs; 0 for all.
+
+    Raises:
+        UserError: see `distill.store.MatchedItems`.
+    """
+
+    def __init__(self, store: EmbeddingStore, pack: Pack, max_epochs: int = 0) -> None:
+        super().__init__(store, pack, max_epochs)
+        self.store, self.width = store, store.width
+        self._ends = {epoch: store.ends(epoch) for epoch in self.epochs}
+        self._seeds: dict[int, np.ndarray] = {}
+
+    def seed(self, epoch: int, item: int) -> int:
+        """Return the stored seed of `item` in `epoch`."""
+        stored, rows = self.stored(epoch)
+        if stored not in self._seeds:
+            self._seeds = dict(list(self._seeds.items())[-1:])  # a loader reads ahead into the next epoch
+            self._seeds[stored] = self.store.arrays(stored, "seeds")["seeds"]
+        return int(self._seeds[stored][rows[item]])
+
+    def target(self, epoch: int, item: int) -> np.ndarray:
+        """Return the stored embedding (E,) of `item` in `epoch`, float32."""
+        stored, rows = self.stored(epoch)
+        ends = self._ends[stored]
+        place = int(np.searchsorted(ends, rows[item], side="right"))
+        within = rows[item] - (ends[place - 1] if place else 0)
+        return self.store.one(stored, self.store.parts(stored)[place], int(within))
+
+
+def clip_embeddings(store: EmbeddingStore, pack: Pack) -> np.ndarray:
+    """Return an embedding for each clip of a pack: the mean of its chunks', weighted by their length, float32 (N, E).
+
+    Args:
+        store: the embeddings; those of its first epoch are taken.
+        pack: N clips; matched by name.
+
+    Raises:
+        UserError: clips without an embedding.
+    """
+    items = MatchedItems(store, pack, max_epochs=1)
+    epoch, rows = items.stored(1)
+    clips, seconds = items.bounds[:, 0], (items.bounds[:, 2] - items.bounds[:, 1]) / pack.sample_rate
+    total = np.bincount(clips, seconds, len(pack))
+    if not total.all():
+        lacking = [pack.names[clip] for clip in np.flatnonzero(total == 0)]
+        raise UserError(
+            f"{store.folder} lacks the embeddings of {len(lacking)} of the {len(pack)} clips of {pack.manifest}: "
+            f"{some(lacking)}; make a store of that list, or take these clips out of it"
+        )
+    result = np.zeros((len(pack), store.width))
+    np.add.at(result, clips, store.read(epoch)[rows] * seconds[:, None])
+    return (result / total[:, None]).astype(np.float32)

@@ -1,0 +1,293 @@
+"""What a teacher said, on disk: a folder of files, one an epoch and part, with names beside the values, row by row.
+
+`PREFIX_ep{E}_{R}.h5` holds what was said to N chunks in epoch E and the seeds that they were shown with; row by row
+beside it, `PREFIX_ep{E}_{R}.parquet` names them (`filename`, `start`, `end` in seconds, and `n_reference`: the chunk's
+length in samples at the reference rate, so that a student with another sample rate replays the same draws). R counts
+the parts of an epoch. `meta.json` says how all was made. This is CED's published layout of soft targets; what the
+values are is each kind's own: see `distill.targets` and `distill.embeddings`.
+"""
+
+import json
+import logging
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import h5py
+import numpy as np
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
+
+from audio.dataset import Pack
+from audio.manifest import NameIndex
+from common.errors import Faults, UserError, some
+from common.files import whole_file
+from distill.published_meta import read_published_meta
+from distill.replay import REFERENCE_RATE, Replay
+from distill.sources import reference_lengths
+
+logger = logging.getLogger(__name__)
+
+_MAX_CHUNKS = 2**32  # more than any clip has; makes one number of clip and chunk
+
+
+class TargetStore:
+    """A folder of what a teacher said, opened and checked.
+
+    Args:
+        folder: with `PREFIX_ep*_*.h5`.
+
+    Attributes:
+        epochs: the stored epoch numbers, ascending.
+        meta: what `meta.json` (or a published `meta.pt`) says.
+        replay: the augmentation its seeds are for.
+
+    Raises:
+        UserError: every fault of the folder at once.
+    """
+
+    prefix: ClassVar[str]  # of the files' names
+    types: ClassVar[dict[str, type]]  # dataset → how it is stored; `seeds` is one of them
+    what: ClassVar[str]  # in sentences
+    part_name: ClassVar[str] = "part"  # likewise
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        faults = Faults(f"the folder of {self.what} {self.folder}")
+        self._parts: dict[int, list[int]] = defaultdict(list)
+        for path in self.folder.glob(f"{self.prefix}_ep*_*.h5"):
+            if match := re.fullmatch(rf"{self.prefix}_ep(\d+)_(\d+)\.h5", path.name):
+                self._parts[int(match[1])].append(int(match[2]))
+        if not self._parts:
+            there = "is not a folder" if not self.folder.is_dir() else f"holds no {self.prefix}_ep*_*.h5"
+            raise UserError(
+                f"{self.folder} {there}; make {self.what} with `python save_logits.py CONFIG.yaml`, which prints the "
+                "folder it writes, and give that folder"
+            )
+        self.epochs = sorted(self._parts)
+        self.meta = self._read_meta(faults)
+        n_parts = self.meta.get("parts", self.meta.get("world_size", 1 + max(max(r) for r in self._parts.values())))
+        for epoch in self.epochs:
+            missing = sorted(set(range(n_parts)) - set(self._parts[epoch]))
+            missing += [r for r in self._parts[epoch] if not self._path(epoch, r).with_suffix(".parquet").is_file()]
+            self._parts[epoch].sort()
+            if not missing:
+                self._check_rows(epoch, faults)
+            else:
+                faults.add(
+                    f"epoch {epoch} lacks the file of {self.part_name} {some(map(str, missing))}; run save_logits.py "
+                    "again with the same settings, it goes on where it stopped"
+                )
+        faults.raise_if_any()
+        absent = sorted(set(range(self.epochs[0], self.epochs[-1])) - set(self.epochs))
+        if absent:
+            raise UserError(
+                f"{self.folder} lacks epoch {some(map(str, absent))} between others; run save_logits.py again with the "
+                "same settings, it makes what is missing"
+            )
+        planned = self.meta.get("config", {}).get("epochs")
+        if planned and len(self.epochs) < planned:
+            logger.warning("%s holds %d of the %d epochs planned", self.folder, len(self.epochs), planned)
+        self.replay = Replay(**{k: self.meta[k] for k in ("wavtransforms", "spectransforms")} | self._fill_setting())
+
+    @classmethod
+    def path_of(cls, folder: Path, epoch: int, part: int) -> Path:
+        """Return the HDF5 file of `epoch` and `part`; its `.parquet` lies beside it."""
+        return folder / f"{cls.prefix}_ep{epoch}_{part}.h5"
+
+    @classmethod
+    def write(cls, folder: Path, epoch: int, part: int, rows: pd.DataFrame, **arrays: np.ndarray) -> None:
+        """Write one part of one epoch, whole or not at all.
+
+        Args:
+            folder: of the store.
+            epoch: counts from 1.
+            part: counts from 0; the rank of the process in soft targets.
+            rows: `filename`, `start`, `end` (seconds), `n_reference` (samples) of the N chunks.
+            **arrays: (N,...) the datasets of `types`, each under its name.
+        """
+        target = cls.path_of(folder, epoch, part)
+        with whole_file(target.with_suffix(".parquet")) as partial:
+            rows.to_parquet(partial, compression="brotli", index=False)
+        # The HDF5 file comes last: where it exists, the part is finished.
+        with whole_file(target) as partial, h5py.File(partial, "w") as file:
+            for name, kind in cls.types.items():
+                file.create_dataset(name, data=arrays[name].astype(kind))
+
+    def _check_rows(self, epoch: int, faults: Faults) -> None:
+        """Open every file of an epoch, and see that values and names go together, row by row."""
+        for part in self._parts[epoch]:
+            path = self._path(epoch, part)
+            try:
+                with self._open(epoch, part) as file:
+                    lengths = {name: len(file[name]) for name in self.types}
+                lengths["names"] = pyarrow.parquet.read_metadata(path.with_suffix(".parquet")).num_rows
+            except UserError as error:
+                faults.add(str(error))
+            except (KeyError, OSError, pyarrow.ArrowException) as error:
+                faults.add(f"{path} and the .parquet beside it do not hold what a store holds ({error}); save it anew")
+            else:
+                if len(set(lengths.values())) > 1:
+                    faults.add(f"{path} and the .parquet beside it differ in length ({lengths}); save this epoch anew")
+
+    def _fill_setting(self) -> dict[str, Any]:
+        return {"mask_fill": self.meta["mask_fill"]} if "mask_fill" in self.meta else {}
+
+    def _path(self, epoch: int, part: int) -> Path:
+        return self.path_of(self.folder, epoch, part)
+
+    def _read_meta(self, faults: Faults) -> dict[str, Any]:
+        empty: dict[str, Any] = {"wavtransforms": {}, "spectransforms": []}
+        if (path := self.folder / "meta.json").is_file():
+            try:
+                said = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(said, dict) or not isinstance(said.get("config", {}), dict):
+                    raise ValueError("not the mapping that save_logits.py writes")
+                return empty | said
+            except ValueError as error:
+                faults.add(f"{path} cannot be understood ({error}); save the targets anew")
+        elif (path := self.folder / "meta.pt").is_file():
+            try:
+                return read_published_meta(path)
+            except UserError as error:
+                faults.add(str(error))
+        else:
+            faults.add(
+                "neither meta.json nor meta.pt is there, so the augmentation of its seeds is unknown; copy the file "
+                "that belongs to these targets beside them"
+            )
+        return empty
+
+    def _open(self, epoch: int, part: int) -> h5py.File:
+        path = self._path(epoch, part)
+        try:
+            return h5py.File(path, "r")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error}); delete it and run save_logits.py again") from None
+
+    @property
+    def chunk_seconds(self) -> float:
+        """Length of a chunk in seconds."""
+        return float(self.meta.get("config", {}).get("chunk_length", 10.0))
+
+    def rows(self, epoch: int) -> pd.DataFrame:
+        """Return the rows of `epoch`, every part's in turn: `filename`, `start`, `end`, and `n_reference` if stored."""
+        files = [self._path(epoch, r).with_suffix(".parquet") for r in self._parts[epoch]]
+        return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
+
+    def arrays(self, epoch: int, *names: str) -> dict[str, np.ndarray]:
+        """Return the datasets of `epoch` with these names, or all of them, aligned with `rows`: (N,...) each."""
+        blocks = defaultdict(list)
+        for part in self._parts[epoch]:
+            with self._open(epoch, part) as file:
+                for name in names or self.types:
+                    blocks[name].append(file[name][()])
+        return {name: np.concatenate(arrays) for name, arrays in blocks.items()}
+
+
+class MatchedItems:
+    """The part of a store that belongs to a pack, as a `distill.sources.TargetSource` but for its `target`.
+
+    Epoch e of training uses the stored epoch number (e - 1) modulo the number of stored ones: every stored epoch, in
+    order, then from the start again.
+
+    Args:
+        store: what the teacher said.
+        pack: the clips; matched by name.
+        max_epochs: use the first so many stored epochs; 0 for all.
+
+    Raises:
+        UserError: no stored chunk belongs to a clip of the pack, or the stored epochs hold different chunks.
+    """
+
+    def __init__(self, store: TargetStore, pack: Pack, max_epochs: int = 0) -> None:
+        self.replay, self.chunk_seconds = store.replay, store.chunk_seconds
+        self.epochs = store.epochs[: max_epochs or None]
+        faults = Faults(f"the match of {store.folder} with {pack.manifest}")
+        names = NameIndex(pack.names)
+        rows = store.rows(self.epochs[0])
+        clips, chunks = self._locate(names, rows)
+        chunk_samples = round(store.chunk_seconds * pack.sample_rate)
+        starts = chunks * chunk_samples
+        n_samples = np.asarray(pack.n_samples)[clips]
+        stops = np.minimum(starts + chunk_samples, n_samples)
+        found = clips >= 0
+        stored_seconds = (rows["end"] - rows["start"]).to_numpy(np.float64)
+        # Decoders differ by milliseconds; another clip of the same name differs by more.
+        tolerance = min(0.5, 0.05 * store.chunk_seconds)
+        fits = (stops > starts) & (np.abs((stops - starts) / pack.sample_rate - stored_seconds) < tolerance)
+        used = found & fits
+        self.n_unmatched = int((~found).sum())
+        self.n_misfits = int((found & ~fits).sum())
+        self.n_clips = len(np.unique(clips[used]))
+        self.bounds = np.stack([clips, starts, stops], axis=1)[used]  # (M, 3)
+        if "n_reference" in rows:
+            self.n_reference = rows["n_reference"].to_numpy(np.int64)[used]
+        else:
+            self.n_reference = self._published_lengths(rows[used], pack.sample_rate)
+        if not used.any():
+            faults.add(
+                f"none of its {len(rows)} chunks belongs to a clip of the pack: the store names "
+                f"{some(rows['filename'].unique(), 3)}, the pack names {some(pack.names, 3)}"
+                + (f"; {self.n_misfits} names match but the clips' lengths differ" if self.n_misfits else "")
+                + "; give the pack that the targets were saved from, or save targets for this pack"
+            )
+            faults.raise_if_any()
+        self._rows = self._rows_of_epochs(store, names, clips, chunks, np.flatnonzero(used), faults)
+        faults.raise_if_any()
+        if self.n_unmatched or self.n_misfits or self.n_clips < len(pack):
+            logger.info(
+                "%s: %d of %d chunks used (%d not in the pack, %d of another length), for %d of the %d clips",
+                store.what, len(self.bounds), len(rows), self.n_unmatched, self.n_misfits, self.n_clips, len(pack),
+            )  # fmt: skip
+
+    def _locate(self, names: NameIndex, rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Return for each row the clip's number in the pack (-1: not there) and the chunk's number in the clip."""
+        codes, unique = pd.factorize(rows["filename"])
+        clips = names.find_all([str(name) for name in unique])[codes]
+        return clips, np.round(rows["start"].to_numpy(np.float64) / self.chunk_seconds).astype(np.int64)
+
+    def _published_lengths(self, rows: pd.DataFrame, sample_rate: int) -> np.ndarray:
+        """Return the samples that the teacher heard: the stored seconds, which float32 rounds in long recordings.
+
+        Where that rounding alone could explain the difference from the pack's own chunk, the chunk is right.
+        """
+        stored = np.round((rows["end"] - rows["start"]).to_numpy(np.float64) * REFERENCE_RATE).astype(np.int64)
+        own = reference_lengths(self.bounds, sample_rate)
+        step = np.spacing(rows["end"].to_numpy(np.float32)).astype(np.float64) * REFERENCE_RATE
+        return np.where(np.abs(stored - own) <= np.maximum(step, 0.5), own, stored)
+
+    def _rows_of_epochs(
+        self,
+        store: TargetStore,
+        names: NameIndex,
+        clips: np.ndarray,
+        chunks: np.ndarray,
+        used: np.ndarray,
+        faults: Faults,
+    ) -> list[np.ndarray]:
+        """Return for each stored epoch the row of every item; files of one epoch may order them differently."""
+        wanted = (clips * _MAX_CHUNKS + chunks)[used]
+        result = []
+        for epoch in self.epochs:
+            rows = store.rows(epoch)
+            key_clips, key_chunks = self._locate(names, rows)
+            keys = key_clips * _MAX_CHUNKS + key_chunks
+            order = np.argsort(keys, kind="stable")
+            place = np.searchsorted(keys, wanted, sorter=order)
+            row = order[np.minimum(place, len(order) - 1)]
+            lacking = int((keys[row] != wanted).sum())
+            if lacking:
+                faults.add(
+                    f"epoch {epoch} lacks {lacking} of the chunks that epoch {self.epochs[0]} has; its files were "
+                    "made from another list or interrupted: delete them and run save_logits.py again"
+                )
+            result.append(row)
+        return result
+
+    def stored(self, epoch: int) -> tuple[int, np.ndarray]:
+        """Return the number of the stored epoch that `epoch` of training uses, and the row of every item in it (M,)."""
+        index = (epoch - 1) % len(self.epochs)
+        return self.epochs[index], self._rows[index]

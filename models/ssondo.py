@@ -1,0 +1,232 @@
+"""A model in one call: raw sound in, embeddings or classes out, as S-SONDO's package has it.
+
+Any model will do: the published students, a run's folder, a tagger. Clips are cut into segments of 10 s, the tail kept.
+
+Letters: B batch, S samples, R segments of all clips, F mel bands, T frames, C classes, E embedding width, W width of
+a teacher's space.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.errors import UserError
+from models.base import AudioTagger
+from models.devices import choose_device
+from models.heads import FOLDER, Head, check_fit, load_head
+from models.loading import load_model, read_weights
+from models.registry import list_models, published_weights
+from models.ssondo_students import Student
+
+SEGMENT_SECONDS = 10.0
+_AT_ONCE = 32  # segments that go through the network together, so that hours of sound fit
+_NEW_HEADS = ("linear", "mlp")
+
+
+class Ssondo(nn.Module):
+    """A model, and a head or none, on raw sound.
+
+    Args:
+        model: embeds.
+        head: reads the mean embedding of a clip's segments; None for the embeddings themselves.
+        return_logits: give (embeddings, projected) without a head, (logits, embeddings) with one.
+        pad: fill segments up to 10 s with zeros that count as sound, as published heads were trained. Else a segment
+            is as long as its sound.
+
+    Raises:
+        UserError: the head is for another width, or projections are asked of a model that has none.
+    """
+
+    def __init__(
+        self, model: AudioTagger, head: Head | None = None, *, return_logits: bool = False, pad: bool = False
+    ) -> None:
+        super().__init__()
+        if head is not None:
+            check_fit(model, head)
+        elif return_logits and not (isinstance(model, Student) and model.num_classes):
+            raise UserError(
+                f"return_logits: {model.name!r} has kept no projection into a teacher's space; give a published "
+                "checkpoint of S-SONDO, or a head"
+            )
+        self.model, self.head = model, head
+        self.return_logits, self.pad = return_logits, pad
+        self.segment_samples = round(SEGMENT_SECONDS * model.sample_rate)
+        self._at_rest: list[nn.Parameter] | None = None  # what was learning before the backbone was frozen
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network that embeds, without the layers that read its embeddings where these are apart."""
+        return self.model.model if isinstance(self.model, Student) else self.model
+
+    @property
+    def embedding_dim(self) -> int:
+        """E."""
+        return self.model.embed_dim
+
+    @property
+    def sample_rate(self) -> int:
+        """Hertz of the waveforms it takes."""
+        return self.model.sample_rate
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Embed clips, or tag them where there is a head.
+
+        Args:
+            x: mono (B,S) or (S,) at `sample_rate`, S at least 1.
+
+        Returns:
+            Without a head: one vector a segment (B, n_segments, E), and with `return_logits` the clip's place in the
+            teacher's space (B,W) too. With a head: logits (B,C), and with `return_logits` clip embeddings (B,E) too.
+        """
+        if self.head is not None:
+            clip = self.get_embeddings(x)
+            logits = self.head(clip)
+            return (logits, clip) if self.return_logits else logits
+        segments, own = self._embedded(x, None)
+        if not self.return_logits:
+            return segments
+        projected = self.model.get_submodule("classification_head")(segments)
+        return segments, _weighted_mean(projected, own)
+
+    def get_embeddings(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Embed whole clips.
+
+        Args:
+            x: mono (B,S) or (S,) at `sample_rate`, S at least 1.
+            lengths: (B,) samples of each clip, None where all of S belong to it.
+
+        Returns:
+            (B,E), the mean over a clip's segments, each weighted by the sound in it.
+        """
+        return _weighted_mean(*self._embedded(x, lengths))
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Compute the spectrogram of each segment: (B,S) or (S,) -> (B, n_segments, F, T).
+
+        The tail of a clip of several segments is filled up with silence.
+        """
+        segments, own = self._segments(x, None)
+        if self.pad:
+            mel = self.model.front_end(segments.flatten(0, 1))
+        else:
+            mel = self.model.front_end(segments.flatten(0, 1), own.flatten())
+        return mel.unflatten(0, own.shape)
+
+    def freeze_backbone(self) -> None:
+        """Keep everything but the head as it is: no gradients, and no statistics of batches, from now on."""
+        if self._at_rest is None:
+            self._at_rest = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.requires_grad_(False).eval()
+
+    def unfreeze_backbone(self) -> None:
+        """Let what learned before `freeze_backbone` learn again."""
+        for parameter in self._at_rest or []:
+            parameter.requires_grad_(True)
+        self._at_rest = None
+        self.model.train(self.training)
+
+    def train(self, mode: bool = True) -> "Ssondo":
+        """Switch to training or evaluation; a frozen backbone stays in evaluation."""
+        super().train(mode)
+        if self._at_rest is not None:
+            self.model.eval()
+        return self
+
+    def _segments(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B,S) or (S,) -> segments (B, n_segments, samples), and the samples of sound in each (B, n_segments)."""
+        x = x[None] if x.ndim == 1 else x
+        if x.ndim != 2 or x.shape[1] == 0:
+            raise UserError(f"wanted mono sound, (S,) or (B,S) of at least one sample, not {tuple(x.shape)}")
+        n_samples = x.shape[1]
+        ends = torch.full((len(x),), n_samples, device=x.device) if lengths is None else lengths.to(x.device)
+        if ends.shape != x.shape[:1] or bool(((ends < 1) | (ends > n_samples)).any()):
+            raise UserError(f"lengths {ends.tolist()} must be one number a clip, 1 to {n_samples} samples")
+        x = x.float().masked_fill(torch.arange(n_samples, device=x.device) >= ends[:, None], 0.0)
+        n_segments = -(-n_samples // self.segment_samples)
+        size = self.segment_samples if self.pad or n_segments > 1 else n_samples
+        segments = F.pad(x, (0, n_segments * size - n_samples)).unflatten(1, (n_segments, size))
+        starts = torch.arange(n_segments, device=x.device) * size
+        return segments, (ends[:, None] - starts).clamp(0, size)
+
+    def _embedded(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B,S) or (S,) -> one vector a segment (B, n_segments, E), and the samples of sound in each."""
+        segments, own = self._segments(x, lengths)
+        used = own > 0
+        clips, n_own = segments[used], own[used]  # (R,samples), (R,)
+        at_once = len(clips) if self.model.training else _AT_ONCE
+        pieces = [
+            self.model.embed(piece, None if self.pad else n)[0]
+            for piece, n in zip(clips.split(at_once), n_own.split(at_once), strict=True)
+        ]
+        rows = torch.cat(pieces)
+        return rows.new_zeros(*own.shape, self.embedding_dim).masked_scatter(used[..., None], rows), own
+
+
+def _weighted_mean(segments: Tensor, own: Tensor) -> Tensor:
+    """Mean of segments (B, n_segments, E), each weighted by its samples of sound (B, n_segments) -> (B,E)."""
+    share = own / own.sum(1, keepdim=True)
+    return (segments * share[..., None]).sum(1)
+
+
+def get_ssondo(
+    checkpoint: str | Path | AudioTagger = "matpac-mobilenetv3",
+    head: str | Path | None = None,
+    n_classes: int | None = None,
+    hidden_sizes: Sequence[int] | None = None,
+    return_logits: bool = False,
+    device: str = "cpu",
+    pad: bool | None = None,
+    heads_folder: str | Path = FOLDER,
+) -> Ssondo:
+    """Load a model that embeds raw sound, with or without a head of classes.
+
+    Args:
+        checkpoint: a name from `list_models`, a file (published `.ckpt` or own), a run's folder, or a model at hand.
+        head: None for embeddings; a name from `list_heads` or a head's file; "linear" or "mlp" for a new one.
+        n_classes: C of a new head.
+        hidden_sizes: hidden layers of a new "mlp", by default (512,).
+        return_logits: give the projection into the teacher's space, or with a head the embeddings, beside.
+        device: "cpu", "cuda" or "auto".
+        pad: fill segments up to 10 s with zeros, by default only where the head was trained so.
+        heads_folder: where saved heads lie.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UserError: a model or head that cannot be had, or settings that contradict each other.
+
+    Example:
+        >>> model = get_ssondo("experiments/student", head="linear", n_classes=10)
+        >>> model.freeze_backbone()
+        >>> logits = model(torch.zeros(2, 160000))  # (2, 10)
+    """
+    where = choose_device(device)
+    if isinstance(checkpoint, AudioTagger):
+        model = checkpoint
+    else:
+        width = _projection_width(checkpoint) if return_logits and head is None else None
+        model = load_model(checkpoint, num_classes=width)
+    if head is None:
+        own_head = None
+    elif head in _NEW_HEADS:
+        if n_classes is None:
+            raise UserError(f"head {head!r} needs n_classes, the number of its classes")
+        sizes = () if head == "linear" else (512,) if hidden_sizes is None else tuple(hidden_sizes)
+        own_head = Head(model.embed_dim, n_classes, hidden_sizes=sizes)
+    else:
+        own_head = load_head(head, heads_folder)
+    if pad is None:
+        pad = own_head is not None and own_head.padded
+    return Ssondo(model, own_head, return_logits=return_logits, pad=pad).to(where).eval()
+
+
+def _projection_width(checkpoint: str | Path) -> int | None:
+    """W of a published checkpoint, None where it has no projection."""
+    named = str(checkpoint) in list_models()
+    origin = published_weights(str(checkpoint)) if named else checkpoint
+    width = read_weights(origin)[1].get("projection") if origin is not None else None
+    return width if isinstance(width, int) else None

@@ -1,0 +1,94 @@
+"""Checkpoints of S-SONDO's training as its authors publish them: what they say, in the words of this project.
+
+They are Lightning's: a "state_dict" whose names begin with `student_model.`, and the "training_config" of the run.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from common.errors import Faults, UserError, some
+
+_PREFIX = "student_model."
+
+
+def is_ssondo(content: Mapping[str, Any]) -> bool:
+    """Whether a file's content is a checkpoint of S-SONDO's training."""
+    return isinstance(content.get("training_config"), Mapping) and isinstance(content.get("state_dict"), Mapping)
+
+
+def read_ssondo(content: Mapping[str, Any], origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the student's weights, and what the checkpoint says about it.
+
+    Args:
+        content: of the file, see `is_ssondo`.
+        origin: the file, for messages.
+
+    Returns:
+        The state dict, and {"model", "model_args", "num_classes", and "projection": width of the teacher's space}. A
+        student that was distilled has no classes (0): its head projects into the teacher's space.
+
+    Raises:
+        UserError: it describes itself otherwise, or its student is none that can be built here.
+    """
+    tensors = content["state_dict"]
+    state = {key.removeprefix(_PREFIX): value for key, value in tensors.items() if key.startswith(_PREFIX)}
+    if not state:
+        raise UserError(f"{origin}: found names such as {some(map(str, tensors))}; wanted {_PREFIX}* of S-SONDO")
+    try:
+        return state, _described(content["training_config"], origin)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{origin}: its training_config is not as S-SONDO writes it ({type(error).__name__}: {error}); give "
+            f"`-m NAME --weights FILE` with a file that holds the weights alone"
+        ) from error
+
+
+def _described(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    student, mel, head = config["student_model"], config["preprocess"]["logmelspec"], config["classification_head"]
+    name, rate = str(student["model_name"]).lower(), int(student["sr"])
+    n_fft, high = round(rate * mel["win_len"]), mel.get("f_max")
+    arguments: dict[str, Any] = {
+        "sample_rate": rate,
+        "n_mels": int(mel["n_mels"]),
+        "n_fft": n_fft,
+        "win_size": n_fft,
+        "hop_size": round(rate * mel["hop_len"]) if mel.get("hop_len") is not None else n_fft // 2,
+        "f_min": float(mel["f_min"]),
+        "f_max": float(rate // 2 if high is None else high),
+    }
+    wanted: dict[str, tuple[Any, Any]] = {"classification_head.head_type": (head["head_type"], "mlp")}
+    normal = config["preprocess"].get("normalize") or {}
+    wanted["preprocess.normalize.mean"] = (float(normal.get("mean", 0)), 0.0)
+    wanted["preprocess.normalize.std"] = (float(normal.get("std", 1)), 1.0)
+    if "eres" in name:
+        model = "eres2net"
+        n_stages = 5 if student["add_layer"] else 4
+        blocks = [int(number) for number in student["num_blocks"]][:n_stages]
+        arguments |= {"m_channels": int(student["m_channels"]), "num_blocks": blocks}
+        wanted["student_model.pooling_func"] = (student["pooling_func"], "TSTP")
+        wanted["student_model.feat_dim"] = (int(student["feat_dim"]), arguments["n_mels"])
+    elif "dymn" in name or "mn" in name:
+        model = "dymn" if "dy" in name else "mobilenetv3"
+        arguments["width"] = float(student["width_mult"])
+        wanted["student_model.strides"] = (tuple(student.get("strides", (2, 2, 2, 2))), (2, 2, 2, 2))
+        if model == "dymn":
+            arguments["temperature"] = float(student.get("pretrain_final_temp", 1.0))
+        for key, plain in (("reduced_tail", False), ("dilated", False), ("relu_only", False), ("se_dims", "c")):
+            wanted[f"student_model.{key}"] = (student.get(key, plain), plain)
+    else:
+        raise UserError(f"{origin}: found a student {name!r}; wanted one of mn*, dymn* and ERes2Net")
+    faults = Faults(f"{origin}: its student cannot be built here; it")
+    for key, (found, known) in wanted.items():
+        if found != known:
+            faults.add(f"{key} is {found!r}, wanted {known!r}")
+    faults.raise_if_any()
+    width = int(head["n_classes"])
+    distilled = bool((config.get("knowledge_distillation") or {"loss": True}).get("loss"))
+    return {
+        "model": model,
+        "model_args": arguments,
+        "num_classes": 0 if distilled else width,
+        "projection": width if distilled else None,
+    }

@@ -1,0 +1,1 @@
+"""Heads on frozen embeddings: fitted, judged, kept."""

@@ -1,0 +1,141 @@
+"""What a head is worth: its figure, and how sure one can be of it.
+
+Letters: N clips, C classes, R draws of a bootstrap.
+"""
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from training.metrics import Metrics, evaluate_scores
+
+Metric = Literal["accuracy", "mAP"]
+
+N_DRAWS = 1000
+COVERAGE = 0.95  # of the interval
+BLOCK = 10_000_000  # numbers of a bootstrap that are held at once
+
+
+@dataclass(frozen=True)
+class Score:
+    """The figure of a set of clips.
+
+    Attributes:
+        metric: which one.
+        value: of it.
+        interval: where `COVERAGE` of the bootstrap's draws lie.
+        chance: what a head reaches that hears nothing: accuracy of always naming the commonest class; mAP of random
+            scores, which is the mean share of clips of the classes that occur.
+        metrics: all other figures.
+    """
+
+    metric: Metric
+    value: float
+    interval: tuple[float, float]
+    chance: float
+    metrics: Metrics
+
+
+def score(
+    scores: np.ndarray, targets: np.ndarray, labels: list[str], metric: Metric, seed: int, n_draws: int = N_DRAWS
+) -> Score:
+    """Judge scores, with an interval.
+
+    Args:
+        scores: (N,C), the higher the likelier.
+        targets: (N,C) of 0 and 1.
+        labels: the C class names.
+        metric: accuracy wants exactly one label a clip.
+        seed: of the bootstrap.
+        n_draws: R.
+
+    Raises:
+        UserError: see `training.metrics.evaluate_scores`.
+    """
+    metrics = evaluate_scores(scores, targets, labels)
+    prevalence = targets.mean(axis=0)
+    chance = prevalence.max() if metric == "accuracy" else prevalence[prevalence > 0].mean()
+    interval = bootstrap_interval(scores, targets, metric, seed, n_draws)
+    return Score(metric, value_of(metrics, metric), interval, float(chance), metrics)
+
+
+def value_of(metrics: Metrics, metric: Metric) -> float:
+    """Return the figure `metric` of a set."""
+    value = metrics.top1 if metric == "accuracy" else metrics.mAP
+    assert value is not None
+    return value
+
+
+def bootstrap_interval(
+    scores: np.ndarray, targets: np.ndarray, metric: Metric, seed: int, n_draws: int = N_DRAWS
+) -> tuple[float, float]:
+    """Return the percentile interval of a figure: of R sets, each N clips drawn from the N with replacement.
+
+    A clip that is drawn twice counts twice, so that a draw is a column of weights and every class is sorted only once.
+
+    Args:
+        scores: (N,C).
+        targets: (N,C) of 0 and 1.
+        metric: whose interval.
+        seed: of the draws.
+        n_draws: R.
+    """
+    values = np.concatenate(
+        [_values(scores, targets, metric, weights) for weights in draws(len(scores), n_draws, seed)]
+    )
+    tail = 50 * (1 - COVERAGE)
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def draws(n_clips: int, n_draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each clip is drawn, float32 (N, draws), all R draws in blocks that fit the memory."""
+    rng = np.random.default_rng(seed)
+    block = max(1, BLOCK // n_clips)
+    for first in range(0, n_draws, block):
+        n = min(block, n_draws - first)
+        drawn = rng.integers(0, n_clips, (n, n_clips))
+        yield np.stack([np.bincount(row, minlength=n_clips).astype(np.float32) for row in drawn], axis=1)
+
+
+def _values(scores: np.ndarray, targets: np.ndarray, metric: Metric, weights: np.ndarray) -> np.ndarray:
+    """The figure (draws,) of sets in which each clip counts `weights` (N, draws) times."""
+    if metric == "accuracy":
+        correct = targets[np.arange(len(scores)), scores.argmax(axis=1)]
+        return correct @ weights / len(scores)
+    positive = targets == 1
+    classes = np.flatnonzero(positive.any(axis=0))
+    precisions = np.stack([_average_precision(scores[:, c], positive[:, c], weights) for c in classes])
+    with warnings.catch_warnings():  # a draw without any label has no figure, which takes a set of few clips
+        warnings.simplefilter("ignore", RuntimeWarning)
+        values = np.nanmean(precisions, axis=0)
+    return values[np.isfinite(values)]
+
+
+def _average_precision(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Average precision (draws,) of one class over weighted clips, equal scores being one step; NaN where absent."""
+    order = np.argsort(-scores, kind="stable")
+    new_score = np.diff(scores[order], prepend=np.nan) != 0  # the first clip of each distinct score
+    step = np.cumsum(new_score) - 1  # (N,) which distinct score a clip has
+    ends = np.append(np.flatnonzero(new_score)[1:], len(scores))
+    ranks = np.flatnonzero(positive[order])  # of the positives
+    first = np.flatnonzero(np.diff(step[ranks], prepend=-1))  # the first positive of each step that has any
+    hits = np.cumsum(_sums(weights, order[ranks], np.append(first[1:], len(ranks))), axis=0)
+    above = np.cumsum(_sums(weights, order, ends[step[ranks[first]]]), axis=0)
+    new_hits = np.diff(hits, axis=0, prepend=0)
+    n_positive = hits[-1]
+    total = (new_hits * (hits / np.maximum(above, 1))).sum(axis=0)
+    return np.where(n_positive > 0, total / np.maximum(n_positive, 1), np.nan)
+
+
+def _sums(weights: np.ndarray, rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Sum weights (N, draws) over stretches of `rows` that end before each of `ends`: float64 (stretches, draws).
+
+    Adding whole rows, a stretch at a time, is several times as fast as `np.add.reduceat`, which goes column by column.
+    """
+    stretches = itertools.pairwise([0, *ends.tolist()])
+    return np.stack([weights[rows[start:end]].sum(axis=0) for start, end in stretches]).astype(np.float64)

@@ -1,0 +1,228 @@
+"""Heads on embeddings: how they are fitted, what may influence them, and how sure their figures are."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
+
+from common.errors import Faults
+from probing.data import ProbeSet
+from probing.fit import Examples, Fitting, answer, fit, hold_out, standardisation
+from probing.options import read_options
+from probing.pictures import MOST_BARS, probe_figure
+from probing.probe import run_trials
+from probing.scores import bootstrap_interval, draws, score
+from training.metrics import evaluate_scores
+
+CPU = torch.device("cpu")
+LABELS = ["a", "b", "c", "d"]
+QUICK = Fitting(epochs=30, patience=5, lr=1e-2)
+
+
+def clouds(n, seed, spread=1.5, width=16):
+    """Clips of four kinds, each a gaussian cloud that overlaps the others; dimensions of very different size."""
+    centres = np.random.default_rng(7).standard_normal((4, width))
+    rng = np.random.default_rng(seed)
+    kinds = np.arange(n) % 4
+    embeddings = centres[kinds] + spread * rng.standard_normal((n, width))
+    embeddings = 5 + embeddings * np.geomspace(0.01, 100, width)
+    names = [f"{seed}/{index}.wav" for index in range(n)]
+    return Examples(names, embeddings.astype(np.float32), np.eye(4, dtype=np.float32)[kinds])
+
+
+def fitted(train, valid=None, how=QUICK, single=True):
+    return fit(train, valid, LABELS, single, how, CPU)
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_linear_head_is_as_good_as_logistic_regression():
+    train, test = clouds(400, 0), clouds(400, 1)
+    held = hold_out(train.names, train.targets, 0.2)
+    head = fitted(train.take(~held), train.take(held), Fitting(epochs=100, lr=1e-2, patience=10)).head
+    kinds = test.targets.argmax(1)
+    found = (answer(head, test.embeddings).argmax(1) == kinds).mean()
+    mean, scale = standardisation(train.embeddings)
+    other = LogisticRegression().fit((train.embeddings - mean) / scale, train.targets.argmax(1))
+    expected = other.score((test.embeddings - mean) / scale, kinds)
+    assert 0.5 < expected < 0.95
+    assert found == pytest.approx(expected, abs=0.03)
+    answers = answer(head, test.embeddings)
+    by_hand = F.linear(torch.from_numpy((test.embeddings - head.mean.numpy()) / head.scale.numpy()),
+                       head.layers[0].weight, head.layers[0].bias).softmax(1)  # fmt: skip
+    np.testing.assert_allclose(answers, by_hand.detach().numpy(), atol=1e-5)
+
+
+def test_any_number_of_labels_gives_probabilities_of_each():
+    train, test = clouds(240, 0, spread=0.3), clouds(80, 1, spread=0.3)
+    both = [Examples(e.names, e.embeddings, np.maximum(e.targets, np.roll(e.targets, 1, 1))) for e in (train, test)]
+    head = fitted(both[0], how=Fitting(hidden_sizes=(8,), epochs=40, lr=1e-2), single=False).head
+    found = answer(head, both[1].embeddings)
+    assert head.activation == "sigmoid"
+    assert [layer.out_features for layer in head.layers if hasattr(layer, "out_features")] == [8, 4]
+    assert ((found > 0.5) == (both[1].targets > 0.5)).mean() > 0.97
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_a_fit():
+    train, valid = clouds(60, 0), clouds(60, 1)
+    one = fitted(train, valid, Fitting(epochs=200, lr=0.03, patience=7))
+    assert one.n_epochs == one.best_epoch + 7 < 200
+    with torch.no_grad():
+        logits = one.head(torch.from_numpy(valid.embeddings))
+    loss = F.cross_entropy(logits, torch.from_numpy(valid.targets.argmax(1)))
+    assert float(loss) == pytest.approx(one.valid_loss, rel=1e-5)
+    shorter = fitted(train, None, Fitting(epochs=one.best_epoch, lr=0.03))
+    assert same(shorter.head, one.head)
+    assert (shorter.valid_loss, shorter.best_epoch, shorter.n_valid) == (None, one.best_epoch, 0)
+
+
+def test_the_same_seed_gives_the_same_head_and_leaves_the_global_state_alone():
+    train, valid = clouds(60, 0), clouds(20, 1)
+    how = {"epochs": 3, "hidden_sizes": (5,), "dropout": 0.3}
+    torch.manual_seed(1)
+    heads = [fitted(train, valid, Fitting(seed=seed, **how)).head for seed in (3, 3, 4)]
+    drawn = torch.rand(1)
+    assert same(heads[0], heads[1])
+    # beyond rounding: all clips fit into one batch, so that their order alone changes little
+    assert (heads[0].layers[0].weight - heads[2].layers[0].weight).abs().max() > 0.05
+    assert torch.equal(drawn, torch.rand(1, generator=torch.Generator().manual_seed(1)))
+
+
+def test_only_clips_that_are_learned_from_standardise():
+    train, valid = clouds(60, 0), clouds(20, 1)
+    train.embeddings[:, 3] = 2.5
+    head = fitted(train, valid).head
+    np.testing.assert_allclose(head.mean.numpy(), train.embeddings.mean(0), rtol=1e-5)
+    expected = train.embeddings.std(0)
+    expected[3] = 1
+    np.testing.assert_allclose(head.scale.numpy(), expected, rtol=1e-4)
+
+
+def folds_of(data):
+    folds = np.array([f"{index}" for index in np.random.default_rng(0).integers(8, 11, len(data))])
+    return ProbeSet({}, {"data": data.targets}, LABELS, folds), folds
+
+
+def test_every_clip_is_tested_once_and_never_by_a_head_that_it_could_influence():
+    data = clouds(90, 0)
+    clips, folds = folds_of(data)
+    trials, kept = run_trials({"data": data}, clips, 0.2, QUICK, CPU)
+    assert [trial.name for trial in trials] == ["8", "9", "10"]
+    assert sorted(np.concatenate([trial.rows for trial in trials])) == list(range(90))
+    for trial in trials:
+        assert (folds[trial.rows] == trial.name).all()
+        assert trial.fitted.n_train + trial.fitted.n_valid + len(trial.rows) == 90
+        np.testing.assert_array_equal(trial.scores, answer(trial.fitted.head, data.embeddings[trial.rows]))
+    assert kept.n_train + kept.n_valid == 90
+
+    spoilt = Examples(data.names, data.embeddings.copy(), data.targets.copy())
+    spoilt.embeddings[folds == "9"] *= -1000
+    spoilt.targets[folds == "9"] = np.roll(spoilt.targets[folds == "9"], 1, axis=1)
+    others, _ = run_trials({"data": spoilt}, clips, 0.2, QUICK, CPU)
+    assert [same(a.fitted.head, b.fitted.head) for a, b in zip(trials, others, strict=True)] == [False, True, False]
+    assert others[1].fitted.best_epoch == trials[1].fitted.best_epoch
+
+
+def test_a_test_part_influences_nothing_and_a_validation_part_only_when_to_stop():
+    train, valid, test = clouds(60, 0), clouds(30, 1), clouds(30, 2)
+    clips = ProbeSet({}, {"train": train.targets}, LABELS, None)
+    how = Fitting(epochs=60, lr=0.03, patience=60)
+    (one,), kept = run_trials({"train": train, "valid": valid, "test": test}, clips, 0.2, how, CPU)
+    assert kept is one.fitted
+    (two,), _ = run_trials({"train": train, "valid": valid, "test": clouds(9, 3)}, clips, 0.2, how, CPU)
+    assert same(one.fitted.head, two.fitted.head)
+    wrong = Examples(valid.names, valid.embeddings, np.roll(valid.targets, 1, 1))
+    (three,), _ = run_trials({"train": train, "valid": wrong, "test": test}, clips, 0.2, how, CPU)
+    assert three.fitted.best_epoch < one.fitted.best_epoch
+    assert torch.equal(three.fitted.head.mean, one.fitted.head.mean)
+    held_out, _ = run_trials({"train": train, "test": test}, clips, 0.2, how, CPU)
+    assert (held_out[0].fitted.n_train, held_out[0].fitted.n_valid) == (48, 12)
+
+
+def test_clips_are_held_out_of_every_class_and_by_name_alone():
+    rng = np.random.default_rng(0)
+    kinds = np.repeat(np.arange(4), [50, 30, 20, 1])
+    names = [f"{index}.wav" for index in range(101)]
+    held = hold_out(names, np.eye(4)[kinds], 0.2)
+    assert np.bincount(kinds[held], minlength=4).tolist() == [10, 6, 4, 0]
+    order = rng.permutation(101)
+    again = hold_out([names[row] for row in order], np.eye(4)[kinds[order]], 0.2)
+    np.testing.assert_array_equal(again, held[order])
+    assert not hold_out(names, np.eye(4)[kinds], 0).any()
+    pairs = np.ones((2, 2)) - [[0, 0], [0, 1]]  # the second class has one clip alone
+    for fraction in (0.1, 0.9):
+        assert hold_out(["x", "y"], pairs, fraction)[0] == 0
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mAP"])
+def test_the_interval_is_that_of_sets_drawn_one_by_one(metric):
+    rng = np.random.default_rng(0)
+    targets = np.eye(4)[rng.choice(4, 30, p=[0.5, 0.3, 0.15, 0.05])]  # in some draws a class does not occur
+    scores = (targets + rng.normal(0, 0.8, (30, 4))).round(1)  # with equal scores
+    values = []
+    for weights in draws(30, 50, seed=5):
+        for column in weights.T:
+            rows = np.repeat(np.arange(30), column.astype(int))
+            drawn = evaluate_scores(scores[rows], targets[rows])
+            values.append(drawn.top1 if metric == "accuracy" else drawn.mAP)
+    assert len(values) == 50
+    assert bootstrap_interval(scores, targets, metric, 5, 50) == pytest.approx(np.percentile(values, [2.5, 97.5]))
+    assert bootstrap_interval(scores, targets, metric, 6, 50) != pytest.approx(np.percentile(values, [2.5, 97.5]))
+
+
+def test_draws_are_with_replacement_and_come_in_blocks(monkeypatch):
+    whole = np.concatenate(list(draws(40, 30, seed=1)), axis=1)
+    assert whole.shape == (40, 30)
+    assert (whole.sum(axis=0) == 40).all()
+    assert 0.3 < (whole == 0).mean() < 0.44  # 1/e of the clips are not drawn
+    monkeypatch.setattr("probing.scores.BLOCK", 280)
+    blocks = list(draws(40, 30, seed=1))
+    assert [block.shape[1] for block in blocks] == [7, 7, 7, 7, 2]
+    np.testing.assert_array_equal(np.concatenate(blocks, axis=1), whole)
+
+
+def test_chance_is_what_a_deaf_head_reaches():
+    targets = np.eye(3)[[0, 0, 0, 1]]
+    scores = np.random.default_rng(0).random((4, 3))
+    assert score(scores, targets, ["x", "y", "z"], "accuracy", 0, 10).chance == 0.75
+    assert score(scores, targets, ["x", "y", "z"], "mAP", 0, 10).chance == 0.5
+
+
+def test_the_picture_tells_classes_and_of_very_many_the_best_and_the_worst():
+    rng = np.random.default_rng(0)
+    for n_classes, metric, n_names in ((4, "accuracy", 4), (4, "mAP", 4), (90, "mAP", MOST_BARS)):
+        targets = np.eye(n_classes)[np.arange(180) % n_classes]
+        labels = [f"class {index:02d} $x$" for index in range(n_classes)]
+        result = score(targets + rng.normal(0, 0.3, targets.shape), targets, labels, metric, 0, 10)
+        axis = probe_figure(result, labels, "title").axes[0]
+        names = [tick.get_text() for tick in axis.get_yticklabels()]
+        assert len(names) == n_names
+        assert axis.get_title().startswith("title")
+        if metric == "mAP":
+            order = result.metrics.per_class.sort_values("AP", ascending=False, kind="stable")["label"].tolist()
+            assert names[0].startswith(order[0])
+            assert names[-1].startswith(order[-1])
+
+
+def test_every_fault_of_the_options_is_told_at_once():
+    faults = Faults("the probe")
+    given = {"model": "mn04_as", "embeddings": "a,b", "epoch": 3, "lr": -1, "hidden_sizes": "5,6", "name": "x/y"}
+    read_options(given | {"data": "a.tsv", "test_data": "b.tsv"}, faults)
+    text = "\n".join(faults.sentences)
+    for part in (
+        "--epoch (did you mean 'epochs'?)",
+        "--lr is -1",
+        "--name is 'x/y'",
+        "STORE, not both",
+        "of --head mlp",
+    ):
+        assert part in text
+    assert "drop it, or --train_data" in text
+    assert len(faults.sentences) == 6
+    mended = read_options(
+        {"embeddings": "a,b", "head": "mlp", "hidden_sizes": (5, 6), "data": "x", "name": 7}, Faults("")
+    )
+    assert (mended.embeddings, mended.fitting(1).hidden_sizes, mended.name) == (["a", "b"], (5, 6), "7")

@@ -1,0 +1,169 @@
+"""Embeddings from a model, a folder of files or a function, stored by save_logits.py."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from audio.dataset import Pack, chunk_bounds
+from common.errors import UserError
+from distill.embeddings import EmbeddingStore, StoredEmbeddings
+from distill.replay import Replay
+from models import create_model
+from tests.conftest import run_command
+from training.config import SoftTargetConfig
+from training.embedders import FunctionEmbedder, NpzEmbedder, open_embedder
+from training.embedding import store_embeddings
+from training.teaching import Embeddings, Teaching
+
+
+@pytest.fixture
+def pack(tone_pack):
+    return Pack.open(tone_pack)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return create_model("audiotransformer_pico", num_classes=7, depth=1).eval()
+
+
+def config(pack, **changes):
+    settings = {"train_data": str(pack.manifest), "targets": "embeddings", "batch_size": 8, "num_workers": 0}
+    return SoftTargetConfig.model_validate(settings | {"device": "cpu"} | changes)
+
+
+def test_stored_embeddings_are_the_models_own(pack, model, tmp_path):
+    store = store_embeddings(model, pack, tmp_path, num_workers=0, batch_size=5)
+    assert (store.width, store.epochs, store.replay) == (model.embed_dim, [1], Replay({}, []))
+    source = StoredEmbeddings(store, pack)
+    for item in (0, 13, 27):
+        wave = torch.from_numpy(pack.read(item))[None]
+        with torch.no_grad():
+            alone = model.embed(wave)[0][0]
+        np.testing.assert_allclose(source.target(1, item), alone, atol=2e-3, rtol=1e-3)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["values"] == "embeddings"
+    assert meta["teacher"][0]["model"] == "audiotransformer_pico"
+    assert len(meta["teacher"][0]["sha256"]) == 64
+
+
+def test_what_is_written_stays_and_what_is_missing_is_made_by_any_number_of_processes(pack, model, tmp_path):
+    settings = config(pack, model="x", part_size=8)
+    asked = Embeddings(open_of(model), 8)
+    whole = EmbeddingStore(Teaching(settings, pack, asked, tmp_path / "one").save())
+    assert sorted(p.name for p in (tmp_path / "one").glob("*.h5")) == [f"embeddings_ep1_{part}.h5" for part in range(4)]
+    two = tmp_path / "two"
+    for rank in (0, 1):
+        Teaching(settings, pack, asked, two, rank, 2).save()
+    lost = two / "embeddings_ep1_2.h5"
+    kept = {path.name: path.stat().st_mtime_ns for path in two.glob("*.h5") if path != lost}
+    lost.unlink()
+    Teaching(settings, pack, asked, two).save()  # one process goes on where two were
+    assert kept == {path.name: path.stat().st_mtime_ns for path in two.glob("*.h5") if path != lost}
+    np.testing.assert_array_equal(EmbeddingStore(two).read(1), whole.read(1))
+    other = create_model("audiotransformer_pico", num_classes=7, depth=1).eval()
+    with pytest.raises(UserError, match="holds embeddings made with another teacher"):
+        store_embeddings(other, pack, two, num_workers=0)
+
+
+def open_of(model):
+    from training.teacher import Teacher
+
+    return Teacher([model])
+
+
+def write_npz(folder, pack, of_clip):
+    folder.mkdir()
+    for number, name in enumerate(pack.names):
+        np.savez(folder / f"{name.rpartition('/')[2].removesuffix('.wav')}.npz", embed=of_clip(number))
+
+
+def test_npz_files_are_found_by_name_and_need_no_model(tone_pack, pack, tmp_path, monkeypatch):
+    write_npz(tmp_path / "teacher", pack, lambda n: np.array([[n, 2.0 * n, -1.0]]))  # S-SONDO's (1, E)
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        yaml.safe_dump({"train_data": str(tone_pack), "targets": "embeddings", "npz": str(tmp_path / "teacher")})
+    )
+    result = run_command("save_logits.py", path, "--outputpath", tmp_path / "out", "--num_workers", "0")
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "out" / "teacher" / "tones" / "chunk_10"
+    assert f"--embeddingspath {folder}" in result.stdout
+    store = EmbeddingStore(folder)
+    np.testing.assert_array_equal(store.read(1), [[n, 2.0 * n, -1.0] for n in range(28)])
+    assert store.meta["teacher"][0]["files"] == 28
+
+
+def test_npz_rows_are_the_chunks_of_their_clip(pack, tmp_path):
+    write_npz(tmp_path / "t", pack, lambda n: np.arange(6).reshape(3, 2) + 10 * n)
+    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, 0.4)  # 1 s: two whole chunks and a half one
+    assert len(bounds) == 3 * 28
+    found = NpzEmbedder(tmp_path / "t", pack, bounds).embeddings({"item": torch.tensor([4, 3, 83])}, None)
+    assert found.tolist() == [[12, 13], [10, 11], [274, 275]]
+    whole = chunk_bounds(pack.n_samples, pack.sample_rate, 0.2)
+    with pytest.raises(UserError, match=r"'embed' is \(3, 2\), but .*tone_000\.wav has 5 chunks"):
+        NpzEmbedder(tmp_path / "t", pack, whole).embeddings({"item": torch.tensor([3])}, None)
+
+
+def test_missing_files_and_arrays_are_named(pack, tmp_path):
+    write_npz(tmp_path / "t", pack, lambda n: np.zeros(2))
+    (tmp_path / "t" / "tone_005.npz").unlink()
+    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, 10.0)
+    with pytest.raises(UserError, match=r"1 of the 28 clips of .* have no \.npz file: sounds/tone_005\.wav"):
+        NpzEmbedder(tmp_path / "t", pack, bounds)
+    np.savez(tmp_path / "t" / "tone_005.npz", embedding=np.zeros(2))
+    with pytest.raises(UserError, match=r"tone_005\.npz: wanted an array 'embed'"):
+        NpzEmbedder(tmp_path / "t", pack, bounds).embeddings({"item": torch.tensor([5])}, None)
+
+
+MODULE = """
+import torch
+
+def statistics(waveform, lengths):
+    return torch.stack([torch.stack([w[:n].mean(), w[:n].std()]) for w, n in zip(waveform, lengths)])
+
+def make(scale):
+    return lambda waveform, lengths: scale * statistics(waveform, lengths)
+
+def wrong(waveform, lengths):
+    return waveform.mean()
+"""
+
+
+def test_a_function_gets_waveforms_at_its_rate_and_lengths(pack, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    settings = config(pack, callable="mine:make", callable_args={"scale": 2.0})
+    store = EmbeddingStore(Teaching(settings, pack, Embeddings(open_embedder(settings, pack)), tmp_path / "s").save())
+    wave = pack.read(11)
+    np.testing.assert_allclose(store.read(1)[11], [2 * wave.mean(), 2 * wave.std(ddof=1)], rtol=2e-3, atol=1e-6)
+    wrong = FunctionEmbedder("mine:wrong", None, 16000)
+    with pytest.raises(UserError, match=r"gave \(\) for waveforms \(2, 5\); wanted one embedding a clip"):
+        wrong.embeddings({"waveforms": {16000: torch.zeros(2, 5)}, "lengths": {16000: None}}, None)
+    with pytest.raises(UserError, match="callable mine:nothing"):
+        FunctionEmbedder("mine:nothing", None, 16000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"targets": "probabilities", "npz": "x"}, "npz can only give embeddings; set targets: embeddings"),
+        ({"model": "a", "npz": "x"}, "give model, npz or callable, not model and npz"),
+        ({}, "give model, npz or callable, not none"),
+        ({"npz": "x", "epochs": 2}, "npz files hold what was said without augmentation"),
+    ],
+)
+def test_one_is_asked(pack, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        config(pack, **changes)
+
+
+def test_embeddings_that_half_precision_cannot_hold_are_told(pack, model, tmp_path, monkeypatch):
+    asked = Embeddings(open_of(model))
+    monkeypatch.setattr(asked.embedder, "embeddings", lambda batch, hear: torch.full((len(batch["item"]), 2), 1e6))
+    with pytest.raises(UserError, match=r"answer to sounds/tone_\d+\.wav is not a number"):
+        Teaching(config(pack, model="x"), pack, asked, tmp_path).save()

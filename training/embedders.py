@@ -1,0 +1,215 @@
+"""Embeddings of clips from wherever they are to be had: a model of ours, any function, or files that somebody left.
+
+What they have in common is the face `Embedder`, which `training.teaching` asks and stores.
+
+Letters: B batch, S samples, E embedding width, M items (chunks of clips).
+"""
+
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audio.dataset import Pack, chunk_bounds
+from common.errors import Faults, UserError, some
+from training.config import SoftTargetConfig
+from training.teacher import Hearing, load_teacher
+
+NPZ_KEY = "embed"  # S-SONDO's
+
+
+class Embedder(Protocol):
+    """Embeds the chunks of a batch."""
+
+    @property
+    def name(self) -> str:
+        """What its store's folder is called."""
+
+    @property
+    def sample_rates(self) -> list[int]:
+        """Hertz at which a batch must hold waveforms; empty where no sound is needed."""
+
+    def to(self, device: torch.device) -> Any:
+        """Move to a device; return the embedder."""
+
+    def describe(self) -> Any:
+        """Return what decides its answers, as plain values."""
+
+    def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
+        """Return (B, E), float32.
+
+        Args:
+            batch: prepared, see `distill.dataset.prepare_batch`.
+            hear: what a model hears of it through a front-end, masks included; others get the waveforms.
+        """
+
+
+class FunctionEmbedder:
+    """Any Python callable: waveforms (B, S) float32 in [-1, 1] and lengths (B,) int64 -> embeddings (B, E).
+
+    Args:
+        name: `package.module:function`, or `package.module:factory` where arguments are given, which then are the
+            factory's and make the callable.
+        arguments: of the factory; None where the name is the callable itself.
+        sample_rate: of the waveforms that it takes, in hertz.
+
+    Raises:
+        UserError: no such module or name, or not to be called.
+    """
+
+    def __init__(self, name: str, arguments: Mapping[str, Any] | None, sample_rate: int) -> None:
+        module, _, attribute = name.partition(":")
+        if not module or not attribute:
+            raise UserError(f"callable is {name!r}; wanted `package.module:function`")
+        if os.getcwd() not in sys.path:  # a module beside the user's own files
+            sys.path.insert(0, os.getcwd())
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+            self.function: Callable[[Tensor, Tensor], Any] = found if arguments is None else found(**arguments)
+        except (ImportError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"callable {name}: {error}; give `package.module:function` that Python can import"
+            ) from None
+        if not callable(self.function):
+            raise UserError(f"callable {name} is a {type(self.function).__name__}, which cannot be called")
+        self.full_name, self.arguments = name, None if arguments is None else dict(arguments)
+        self.name = attribute
+        self.sample_rates = [sample_rate]
+
+    def to(self, device: torch.device) -> "FunctionEmbedder":
+        """Move what is a module; return the embedder."""
+        if isinstance(self.function, torch.nn.Module):
+            self.function.to(device).eval()
+        return self
+
+    def describe(self) -> Any:
+        """Return name, arguments, rate, and the SHA-256 of the source where there is one."""
+        try:
+            source = inspect.getsource(self.function if inspect.isfunction(self.function) else type(self.function))
+        except (OSError, TypeError):
+            source = ""
+        digest = hashlib.sha256(source.encode()).hexdigest()
+        facts = {"callable": self.full_name, "arguments": self.arguments, "sample_rate": self.sample_rates[0]}
+        return [facts | {"sha256": digest}]
+
+    @torch.no_grad()
+    def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
+        """Return (B, E), float32; masks of spectrograms are not for it."""
+        rate = self.sample_rates[0]
+        waveform, lengths = batch["waveforms"][rate], batch["lengths"][rate]
+        if lengths is None:
+            lengths = torch.full((len(waveform),), waveform.shape[1], device=waveform.device)
+        found = torch.as_tensor(self.function(waveform, lengths)).float()
+        if found.ndim != 2 or len(found) != len(waveform):
+            raise UserError(
+                f"callable {self.full_name} gave {tuple(found.shape)} for waveforms {tuple(waveform.shape)}; wanted "
+                "one embedding a clip, (B, E)"
+            )
+        return found
+
+
+class NpzEmbedder:
+    """Embeddings that lie in a folder, one `.npz` file a clip, as S-SONDO keeps them; no model is needed.
+
+    A file is found by its name: NAME.npz, anywhere in the folder, is of the clip NAME.wav. Its array `embed` is (E,),
+    which serves all chunks of the clip, or (n, E), one row a chunk.
+
+    Args:
+        folder: with the files.
+        pack: the clips.
+        bounds: (M, 3) their chunks, see `distill.sources.TargetSource`.
+
+    Raises:
+        UserError: the folder is not there, names are not unique, or clips have no file.
+    """
+
+    sample_rates: list[int] = []  # noqa: RUF012
+
+    def __init__(self, folder: str | Path, pack: Pack, bounds: np.ndarray) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"npz: {folder} is not a folder; wanted one with a .npz file a clip, array {NPZ_KEY!r}")
+        self.name = self.folder.resolve().name
+        files: dict[str, Path] = {}
+        twice = []
+        for path in sorted(self.folder.rglob("*.npz")):
+            twice += [path.stem] if path.stem in files else []
+            files[path.stem] = path
+        faults = Faults(f"the folder of embeddings {folder}")
+        if twice:
+            faults.add(f"{len(twice)} names occur twice below it: {some(twice)}; keep one file a clip")
+        self.bounds, self.names = bounds, pack.names
+        stems = [_stem(name) for name in pack.names]
+        lacking = [name for name, stem in zip(pack.names, stems, strict=True) if stem not in files]
+        if lacking:
+            faults.add(
+                f"{len(lacking)} of the {len(pack)} clips of {pack.manifest} have no .npz file: {some(lacking)} (found "
+                f"{some(files, 3) or 'none at all'}); add them, or take these clips out of the list"
+            )
+        faults.raise_if_any()
+        self.files = [files[stem] for stem in stems]
+        self.first = np.searchsorted(bounds[:, 0], np.arange(len(pack)))  # the first item of each clip
+
+    def to(self, device: torch.device) -> "NpzEmbedder":
+        """Stay where it is."""
+        return self
+
+    def describe(self) -> Any:
+        """Return how many files there are, and the SHA-256 of their names, sizes and times."""
+        digest = hashlib.sha256()
+        for path in sorted(set(self.files)):
+            facts = path.stat()
+            digest.update(f"{path.stem} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+        return [{"npz": str(self.folder), "files": len(set(self.files)), "sha256": digest.hexdigest()}]
+
+    def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
+        """Return (B, E), float32, of the batch's items."""
+        items = batch["item"].cpu().numpy()
+        return torch.from_numpy(np.stack([self._of(int(item)) for item in items])).to(batch["item"].device)
+
+    def _of(self, item: int) -> np.ndarray:
+        clip = int(self.bounds[item, 0])
+        path = self.files[clip]
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = np.asarray(file[NPZ_KEY], np.float32)
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"{path}: wanted an array {NPZ_KEY!r} of numbers, and found none ({error})") from None
+        if found.ndim == 2 and len(found) == 1:
+            found = found[0]
+        if found.ndim == 1 and len(found):
+            return found
+        chunk = item - int(self.first[clip])
+        n_chunks = int(np.sum(self.bounds[:, 0] == clip))
+        if found.ndim != 2 or chunk >= len(found):
+            raise UserError(
+                f"{path}: {NPZ_KEY!r} is {found.shape}, but {self.names[clip]} has {n_chunks} chunks; wanted (E,) for "
+                "all of it or (n, E), a row a chunk: give the chunk_length that the embeddings were made with"
+            )
+        return found[chunk]
+
+
+def _stem(name: str) -> str:
+    return Path(name).stem
+
+
+def open_embedder(config: SoftTargetConfig, pack: Pack) -> Embedder:
+    """Open what a configuration wants to be asked for embeddings: its `model`, `callable` or `npz`.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    if config.npz is not None:
+        return NpzEmbedder(config.npz, pack, chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length))
+    if config.callable is not None:
+        return FunctionEmbedder(config.callable, config.callable_args, config.sample_rate or pack.sample_rate)
+    assert config.model is not None
+    return load_teacher(config.model, config.weights, config.model_args)
