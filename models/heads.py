@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common.errors import UserError, did_you_mean, some
 from common.files import whole_file
@@ -211,6 +212,9 @@ def _published_head(path: Path, name: str) -> Head:
     return head.eval()
 
 
+PADDED_SECONDS = 10.0  # of the clips that published heads were trained on
+
+
 class HeadedTagger(AudioTagger):
     """A model and a head behind the face of a tagger: it embeds as the model does, and tags as the head does.
 
@@ -228,6 +232,12 @@ class HeadedTagger(AudioTagger):
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Tag clips: (B,S), own samples (B,) or None -> logits (B,C)."""
+        if self.head.padded:  # trained on clips filled up with zeros that count as sound
+            n_samples, least = waveform.shape[1], round(PADDED_SECONDS * self.sample_rate)
+            if lengths is not None:
+                behind = torch.arange(n_samples, device=waveform.device) >= lengths[:, None].to(waveform.device)
+                waveform, lengths = waveform.masked_fill(behind, 0.0), lengths.clamp(min=least)
+            waveform = F.pad(waveform, (0, max(least - n_samples, 0)))
         return self.head(self.model.embed(waveform, lengths)[0])
 
     def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """A model in one call: raw sound in, embeddings or classes out, as S-SONDO's package has it.
 
-Any model will do: the published students, a run's folder, a tagger. Clips are cut into segments of 10 s, the tail kept.
+Any model will do: the published students, a run's folder, a tagger. Clips are cut into segments of 10 s, or as long as
+those that a head was trained on, the tail kept.
 
 Letters: B batch, S samples, R segments of all clips, F mel bands, T frames, C classes, E embedding width, W width of
 a teacher's space.
@@ -33,15 +34,22 @@ class Ssondo(nn.Module):
         model: embeds.
         head: reads the mean embedding of a clip's segments; None for the embeddings themselves.
         return_logits: give (embeddings, projected) without a head, (logits, embeddings) with one.
-        pad: fill segments up to 10 s with zeros that count as sound, as published heads were trained. Else a segment
-            is as long as its sound.
+        pad: fill segments up with zeros that count as sound, as published heads were trained. Else a segment is as long
+            as its sound.
+        segment_seconds: length of a segment.
 
     Raises:
         UserError: the head is for another width, or projections are asked of a model that has none.
     """
 
     def __init__(
-        self, model: AudioTagger, head: Head | None = None, *, return_logits: bool = False, pad: bool = False
+        self,
+        model: AudioTagger,
+        head: Head | None = None,
+        *,
+        return_logits: bool = False,
+        pad: bool = False,
+        segment_seconds: float = SEGMENT_SECONDS,
     ) -> None:
         super().__init__()
         if head is not None:
@@ -53,7 +61,7 @@ class Ssondo(nn.Module):
             )
         self.model, self.head = model, head
         self.return_logits, self.pad = return_logits, pad
-        self.segment_samples = round(SEGMENT_SECONDS * model.sample_rate)
+        self.segment_samples = round(segment_seconds * model.sample_rate)
         self._at_rest: list[nn.Parameter] | None = None  # what was learning before the backbone was frozen
 
     @property
@@ -221,7 +229,8 @@ def get_ssondo(
         own_head = load_head(head, heads_folder)
     if pad is None:
         pad = own_head is not None and own_head.padded
-    return Ssondo(model, own_head, return_logits=return_logits, pad=pad).to(where).eval()
+    seconds = SEGMENT_SECONDS if own_head is None else own_head.facts.get("chunk_length", SEGMENT_SECONDS)
+    return Ssondo(model, own_head, return_logits=return_logits, pad=pad, segment_seconds=seconds).to(where).eval()
 
 
 def _projection_width(checkpoint: str | Path) -> int | None:

@@ -253,7 +253,8 @@ def _table(
     if model is None:
         return "\n".join([*lines, "these embeddings are of no model here: the head reads them, and cannot tag sounds"])
     weights = f" --weights {options.weights}" if options.weights else ""
-    lines.append(f"next: python inference.py FILES_OR_FOLDERS -m {model}{weights} --head {head}")
+    window = "" if facts["chunk_length"] == 10 else f" -c {facts['chunk_length']:g}"  # its own default
+    lines.append(f"next: python inference.py FILES_OR_FOLDERS -m {model}{weights} --head {head}{window}")
     if not weights:
         lines.append(f"in Python: models.get_ssondo({model!r}, head={head!r})")
     return "\n".join(lines)

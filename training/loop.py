@@ -32,7 +32,7 @@ from training.parallel import Ranks, mirrored_shares
 from training.precision import Precision
 from training.report import draw_curves, write_report
 from training.states import States
-from training.student import start_from_data
+from training.student import check_lengths, start_from_data
 from training.tally import Tally
 from training.teacher import Teacher
 from training.trainer import Learner, Trainer, stream_seed
@@ -84,6 +84,7 @@ class Run:
             mixup=config.mixup,
             seed=seed,
         )
+        check_lengths(model, data.source.n_reference[data.items], self.ranks.world_size)
         self.n_parts = self.ranks.world_size * config.accumulate
         self.batches = EpochBatches(
             data.items,
@@ -95,11 +96,6 @@ class Run:
         )
         self.epoch_steps = config.epoch_length or self.batches.batches_a_pass
         self.total_steps = self.epoch_steps * config.epochs
-        if self.ranks.world_size > 1 and not model.masks_padding and len(set(data.source.n_reference.tolist())) > 1:
-            raise UserError(
-                f"{config.model} runs every length of clip on its own, which several processes cannot do in step; give "
-                "clips of one length (chunk_length), or train in one process"
-            )
         frozen = list(config.freeze)
         if self.embeds and objective.wants is None:  # nothing is asked of its last layers
             frozen.append(f"{model.last_layer.split('.')[0]}.*")

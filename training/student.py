@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -74,6 +75,34 @@ def _start(model: AudioTagger, config: TrainConfig) -> None:
                 config.model,
                 error,
             )
+
+
+def check_lengths(model: AudioTagger, lengths: np.ndarray, world_size: int) -> None:
+    """See that a model can learn well from clips of several lengths.
+
+    Args:
+        model: the student.
+        lengths: (M,) of the clips.
+        world_size: processes that train together.
+
+    Raises:
+        UserError: several processes, and a model that runs each length on its own.
+    """
+    if model.masks_padding or len(lengths) == 0:
+        return
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if world_size > 1 and longest > shortest:
+        raise UserError(
+            f"{model.name} runs every length of clip on its own, which several processes cannot do in step; give clips "
+            "of one length (chunk_length), or train in one process"
+        )
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if norms and longest > 1.1 * shortest:  # a few samples more or less are all the same to it
+        logger.warning(
+            "%s runs every length of clip on its own, so that its batch norm learns with other statistics than it is "
+            "used with; cut the clips into chunks of one length: chunk_length, here or where the targets are saved",
+            model.name,
+        )
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def _draw_map(axis: "Axes", place: np.ndarray, own: np.ndarray, colours: np.ndar
     from matplotlib.patheffects import withStroke
 
     area = float(np.clip(20_000 / max(len(own), 1), 7, 40))  # square points
-    axis.scatter(*place.T, s=area, c=colours[own], alpha=0.8, linewidths=0)
+    axis.scatter(place[:, 0], place[:, 1], s=area, c=colours[own], alpha=0.8, linewidths=0)
     halo = [withStroke(linewidth=2.5, foreground="white")]
     for number, x, y, dx, dy in _numbers(place, own):
         axis.annotate(

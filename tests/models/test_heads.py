@@ -97,6 +97,19 @@ def test_a_model_with_a_head_tags_as_the_head_does(small, head, caplog):
     assert tagger.state_dict()[f"{tagger.last_layer}.weight"].shape == (3, 5)
 
 
+def test_a_padded_head_hears_short_clips_as_those_it_was_trained_on(small, head):
+    """Filled up with zeros that count as sound, whatever lies behind a clip in its batch."""
+    head.padded = True
+    tagger = attach_head(small, head)
+    waves = noise(32000).reshape(2, 16000)
+    whole = torch.zeros(2, 160000)
+    whole[0, :16000], whole[1, :9000] = waves[0], waves[1, :9000]
+    with torch.no_grad():
+        found = tagger(waves, torch.tensor([16000, 9000]))
+        torch.testing.assert_close(found, head(small.embed(whole)[0]), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(found, head(small.embed(waves, torch.tensor([16000, 9000]))[0]), atol=1e-2)
+
+
 def test_a_head_on_other_weights_is_told_and_on_another_width_refused(small, head, caplog):
     head.facts["weights_sha256"] = weights_sha256(small)
     with torch.no_grad():

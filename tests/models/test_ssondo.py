@@ -210,3 +210,16 @@ def test_the_projection_of_a_published_checkpoint_is_kept_where_it_is_asked_for(
     model = get_ssondo(path)
     assert model.backbone is model.model.model
     assert list(dict(model.backbone.named_children())) == ["features"]
+
+
+@torch.inference_mode()
+def test_segments_are_as_long_as_those_a_head_was_trained_on(student, tmp_path):
+    saved = Head(student.embed_dim, 3)
+    saved.facts = {"chunk_length": 1.0}
+    save_head(tmp_path / "short.pt", saved)
+    model = get_ssondo(student, head=tmp_path / "short.pt")
+    wave = noise(80000)
+    assert model.preprocess(wave).shape[1] == 3  # 2.5 s at 32 kHz
+    parts = [student.embed(part[None])[0] for part in wave.flatten().split(32000)]
+    mean = (parts[0] + parts[1] + 0.5 * parts[2]) / 2.5
+    torch.testing.assert_close(model.get_embeddings(wave), mean, atol=1e-4, rtol=1e-4)

@@ -23,7 +23,7 @@ from training.checkpoints import BestCheckpoints
 from training.mixup import mix_spectrograms, mix_targets, mix_waveforms
 from training.optim import create_optimizer, create_schedule, freeze, layer_depths, parameter_groups
 from training.precision import Precision
-from training.student import start_from_data
+from training.student import check_lengths, start_from_data
 
 
 def test_mixup_of_targets_equals_the_published_mixture_of_losses():
@@ -306,3 +306,15 @@ def test_a_model_started_from_data_answers_with_the_prior_and_knows_the_level():
     with torch.no_grad():
         model.outputlayer[1].weight.zero_()
     assert torch.allclose(model.eval().predict(waveform)[0], target[0], atol=1e-3)
+
+
+def test_batch_norm_on_clips_of_several_lengths_is_warned_of(caplog):
+    norms, masks = create_model("mn01_as", num_classes=2), create_model("audiotransformer_pico", num_classes=2, depth=1)
+    with caplog.at_level("WARNING"):
+        check_lengths(norms, np.array([16000, 16100]), 1)
+        check_lengths(masks, np.array([16000, 80000]), 1)
+        assert not caplog.records
+        check_lengths(norms, np.array([16000, 80000]), 1)
+    assert "its batch norm learns with other statistics than it is used with" in caplog.text
+    with pytest.raises(UserError, match="which several processes cannot do in step"):
+        check_lengths(norms, np.array([16000, 16100]), 2)
