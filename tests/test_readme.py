@@ -46,9 +46,10 @@ def checkout(tmp_path):
 def test_the_readers_own_sounds_go_all_the_way(checkout):
     lines = commands("Your own sounds, command by command")
     use = commands("From checkpoint to use")
-    assert (len(lines), len(use)) == (17, 11)
+    embed = commands("Embeddings alone: S-SONDO")
+    assert (len(lines), len(use), len(embed)) == (17, 11, 5)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for torchrun
-    for line in [*lines, *use]:
+    for line in [*lines, *use, *embed]:
         short = line.split("  #")[0].replace("arecord -f S16_LE -r 16000", "head -c 64000 /dev/urandom")
         if "trainconfig" in line or "logitconfig" in line:
             short += " --epochs 2 --num_workers 0"
@@ -74,6 +75,7 @@ def test_the_readers_own_sounds_go_all_the_way(checkout):
     with h5py.File(data / "embeddings.h5") as file:
         assert len(file["filename"]) == 21
     assert (data / "tagger.int8.onnx").stat().st_size < (data / "tagger.onnx").stat().st_size
+    assert {path.suffix for path in (checkout / "heads").iterdir()} == {".pt", ".json", ".png"}
     assert load_model(data / "my_tagger").labels == load_model(data / "tagger.pt").labels
 
 
