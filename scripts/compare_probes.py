@@ -1,0 +1,176 @@
+"""The table of a paper from probes: tasks side by side, their average, and how much of the teacher is left.
+
+    python scripts/compare_probes.py --tasks esc,words --teacher 'heads/teacher_{task}_s*.json' --output FOLDER
+        --rows 'MobileNetV3=heads/mn_{task}_s*.json,DyMN=heads/dymn_{task}_s*.json'
+
+Every row is a name and a pattern of the .json files that `run.py probe` wrote, `{task}` in it standing for each task in
+turn; several files for one task (seeds, folds) give a mean and a standard deviation. Averages are over the tasks of
+each seed, files of a task being taken in the order of their names. FOLDER gets probes.md, probes.csv and probes.png.
+"""
+
+import csv
+import glob
+import io
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fire
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.errors import Faults, did_you_mean, print_user_errors
+from common.files import whole_file, write_text
+from training.figures import COLOURS, INK, png, style
+
+if TYPE_CHECKING:  # takes a second to import
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the probes of one network found, in percent.
+
+    Attributes:
+        name: as given.
+        values: task → one value a seed.
+    """
+
+    name: str
+    values: dict[str, list[float]]
+
+    @property
+    def averages(self) -> list[float]:
+        """The mean over the tasks, one a seed."""
+        return [statistics.fmean(seed) for seed in zip(*self.values.values(), strict=True)]
+
+
+def read_row(name: str, pattern: str, tasks: list[str], faults: Faults) -> Row:
+    """Read the figures of a row; what is missing or cannot be read is noted."""
+    values: dict[str, list[float]] = {}
+    for task in tasks:
+        paths = sorted(glob.glob(pattern.replace("{task}", task)))
+        if not paths:
+            faults.add(f"{name}: no file is called {pattern.replace('{task}', task)}")
+        values[task] = []
+        for path in paths:
+            try:
+                values[task].append(100 * float(json.loads(Path(path).read_text(encoding="utf-8"))["value"]))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                faults.add(f"{path}: not what `run.py probe` writes beside a head ({error!r})")
+    counts = {len(found) for found in values.values()}
+    if len(counts) > 1:
+        told = ", ".join(f"{len(found)} of {task}" for task, found in values.items())
+        faults.add(f"{name}: the tasks have different numbers of files: {told}; wanted as many of each")
+    return Row(name, values)
+
+
+def _spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{deviation}"
+
+
+def markdown(rows: list[Row], teacher: Row | None) -> str:
+    """Lay out the rows, the teacher's last; % of teacher compares the averages."""
+    tasks = list(rows[0].values)
+    lines = [["", *tasks, "average", *(["% of teacher"] if teacher else [])]]
+    for row in [*rows, *([teacher] if teacher else [])]:
+        line = [row.name, *(_spread(row.values[task]) for task in tasks), _spread(row.averages)]
+        if teacher:
+            share = 100 * statistics.fmean(row.averages) / statistics.fmean(teacher.averages)
+            line.append("" if row is teacher else f"{share:.1f}")
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    cells = [
+        [f"{line[0]:<{widths[0]}}", *(f"{c:>{n}}" for c, n in zip(line[1:], widths[1:], strict=True))] for line in lines
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]])
+
+
+def table_csv(rows: list[Row], teacher: Row | None) -> str:
+    """Write one line a row, task and seed."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["row", "task", "seed", "value"])
+    for row in [*rows, *([teacher] if teacher else [])]:
+        for task, values in row.values.items():
+            writer.writerows([row.name, task, seed, f"{value:.6g}"] for seed, value in enumerate(values, 1))
+    return buffer.getvalue()
+
+
+def figure(rows: list[Row], teacher: Row | None) -> "Figure":
+    """Draw the tasks side by side, one bar a row, a point a seed, and the teacher as a line."""
+    from matplotlib.figure import Figure
+
+    tasks = [*rows[0].values, "average"]
+    drawn = Figure(figsize=(2.2 + 2.6 * len(tasks), 1.4 + 0.34 * len(rows)), layout="constrained")
+    axes = drawn.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axis, task, colour in zip(axes, tasks, COLOURS * len(tasks), strict=False):
+        style(axis)
+        for place, row in enumerate(rows):
+            values = row.averages if task == "average" else row.values[task]
+            axis.barh(place, statistics.fmean(values), color=colour, alpha=0.75, height=0.66)
+            axis.plot(values, [place] * len(values), "o", color=INK, markersize=3)
+        if teacher:
+            said = statistics.fmean(teacher.averages if task == "average" else teacher.values[task])
+            axis.axvline(said, color=INK, linewidth=1.2, linestyle="--")
+            axis.set_title(f"{task}   (dashed: {teacher.name}, {said:.1f})", fontsize=9, color=INK)
+        else:
+            axis.set_title(task, fontsize=9, color=INK)
+        axis.set_xlim(0, 100)
+        axis.set_xlabel("%")
+    axes[0].set_yticks(range(len(rows)), [row.name for row in rows])
+    axes[0].invert_yaxis()
+    return drawn
+
+
+@print_user_errors
+def compare(
+    *, rows: Any = None, tasks: Any = None, teacher: str | None = None, output: str = "heads/compared", **unknown: Any
+) -> None:
+    """Print the table of some probes, and write it as Markdown, CSV and a picture.
+
+    Args:
+        rows: NAME=PATTERN, several with commas between, see above.
+        tasks: what `{task}` stands for, several with commas between.
+        teacher: pattern of the teacher's own probes; `NAME=PATTERN` to call it something.
+        output: folder to write into.
+        unknown: anything else is refused, with the nearest option.
+    """
+    faults = Faults("the comparison")
+    for key in unknown:
+        faults.add(f"unknown option --{key}{did_you_mean(key, ('rows', 'tasks', 'teacher', 'output'))}")
+    named = _listed(tasks)
+    if not named or not rows:
+        faults.add("give --rows 'NAME=PATTERN,...' and --tasks A,B")
+    read = []
+    for given in _listed(rows):
+        name, equals, pattern = given.partition("=")
+        if equals:
+            read.append(read_row(name, pattern, named, faults))
+        else:
+            faults.add(f"--rows {given!r}; wanted NAME=PATTERN")
+    name, equals, pattern = (teacher or "").partition("=")
+    taught = read_row(name if equals else "teacher", pattern or name, named, faults) if teacher else None
+    faults.raise_if_any()
+    folder = Path(output)
+    text = markdown(read, taught)
+    write_text(folder / "probes.md", text + "\n")
+    write_text(folder / "probes.csv", table_csv(read, taught))
+    with whole_file(folder / "probes.png") as partial:
+        partial.write_bytes(png(figure(read, taught)))
+    print(f"{text}\n\nwritten: {folder / 'probes.md'}, probes.csv, probes.png")
+
+
+def _listed(given: Any) -> list[str]:
+    """Read `a,b` as a command line has it: text, or what fire made of it."""
+    parts = given if isinstance(given, list | tuple) else str(given or "").split(",")
+    return [text for part in parts if (text := str(part).strip())]
+
+
+if __name__ == "__main__":
+    fire.Fire(compare)
