@@ -298,7 +298,7 @@ def test_the_label_table_is_read_back_and_quotes_every_name(tmp_path):
     [
         ("audiotransformer_pico", {"pooling": "logit", "target_length": 200}, False),
         ("ast_pico", {"target_length": 128}, True),
-        ("passt_pico", {"target_length": 250}, True),
+        pytest.param("passt_pico", {"target_length": 250}, True, marks=pytest.mark.long),
     ],
 )
 def test_networks_that_merge_tokens_can_be_exported(name, arguments, waveform, tmp_path):

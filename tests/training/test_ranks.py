@@ -64,7 +64,10 @@ def train(path: Path, output: Path, *words: str | Path, launcher: tuple[str, ...
     [
         {"batch_size": 8, "epochs": 17},
         # batches of five, the last of a pass being one clip, which both ranks see at half its weight
-        {"batch_size": 5, "epochs": 10, "grad_clip": 1.0, "mixup_on": "waveform", "ema": None},
+        pytest.param(
+            {"batch_size": 5, "epochs": 10, "grad_clip": 1.0, "mixup_on": "waveform", "ema": None},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["plain", "uneven"],
 )

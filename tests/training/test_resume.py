@@ -62,7 +62,7 @@ def store(tone_pack, tmp_path_factory):
     return folder / "logits" / "teacher" / "tones" / "chunk_10"
 
 
-@pytest.fixture(params=["supervised", "distilled"])
+@pytest.fixture(params=[pytest.param("supervised", marks=pytest.mark.long), "distilled"])
 def config(request, tone_pack, tmp_path):
     """A configuration file."""
     data = {"train_data": str(tone_pack), "eval_data": str(tone_pack)}
