@@ -33,6 +33,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
             still, as published.
         mixup: alpha of the Beta distribution that each clip's weight in mixup is drawn from, or None for no mixup.
         seed: of the fresh masks and the mixup weights, pure functions of (seed, epoch, item).
+        fill_seconds: shorter items are filled up with silence to this length; None leaves them as they are.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         fresh_masks: bool = False,
         mixup: float | None = None,
         seed: int = 0,
+        fill_seconds: float | None = None,
     ) -> None:
         self.pack, self.source, self.sample_rates, self.labels = pack, source, tuple(sample_rates), labels
         self.clusters = clusters
         self.fresh_masks, self.mixup, self.seed = fresh_masks, mixup, seed
+        self.fill_seconds = fill_seconds
 
     def __len__(self) -> int:
         return len(self.source.bounds)
@@ -75,7 +78,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
             waveform = replay.transform_waveform(self.pack.read(clip, start, stop), draw, rate)
         shown = {
             "item": item,
-            "waveforms": {r: torch.from_numpy(resample(waveform, rate, r).copy()) for r in self.sample_rates},
+            "waveforms": {r: self._filled(resample(waveform, rate, r).copy(), r) for r in self.sample_rates},
             "value": value,
             "min_value": min_value,
             "n_reference": n_reference,
@@ -87,6 +90,13 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         if self.clusters is not None:
             shown["cluster"] = int(self.clusters[item])
         return shown
+
+    def _filled(self, waveform: np.ndarray, rate: int) -> Tensor:
+        wave = torch.from_numpy(waveform)
+        if self.fill_seconds is None:
+            return wave
+        wanted = round(self.fill_seconds * rate)  # what resampling rounds otherwise, by a sample, is cut
+        return torch.nn.functional.pad(wave[:wanted], (0, max(wanted - len(wave), 0)))
 
     def name(self, item: int) -> str:
         """Return the name of the clip that `item` is a chunk of."""

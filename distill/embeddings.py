@@ -8,6 +8,7 @@ Letters: N chunks, M items, E embedding width.
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import h5py
@@ -119,6 +120,9 @@ def clip_embeddings(store: EmbeddingStore, pack: Pack) -> np.ndarray:
     clips, seconds = items.bounds[:, 0], (items.bounds[:, 2] - items.bounds[:, 1]) / pack.sample_rate
     total = np.bincount(clips, seconds, len(pack))
     if not total.all():
+        if len(set(pack.names)) < len(pack):
+            twice = [name for name, count in Counter(pack.names).items() if count > 1]
+            raise UserError(f"{pack.manifest} lists {len(twice)} clips more than once: {some(twice)}; list each once")
         lacking = [pack.names[clip] for clip in np.flatnonzero(total == 0)]
         raise UserError(
             f"{store.folder} lacks the embeddings of {len(lacking)} of the {len(pack)} clips of {pack.manifest}: "

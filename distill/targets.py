@@ -5,10 +5,7 @@ A `distill.store.TargetStore` as published by CED: `logits_ep{E}_{R}.h5` with `t
 file name says. Published folders have a pickled `meta.pt` in place of `meta.json`, which is read, never executed.
 """
 
-from pathlib import Path
-
 import numpy as np
-import pandas as pd
 
 from audio.dataset import Pack
 from common.errors import UserError
@@ -64,23 +61,6 @@ class SoftTargetStore(TargetStore):
     def labels(self) -> list[str] | None:
         """The teacher's class names, where the store says them."""
         return self.meta.get("labels")
-
-
-def write_epoch(
-    folder: Path, epoch: int, rank: int, rows: pd.DataFrame, values: np.ndarray, indexes: np.ndarray, seeds: np.ndarray
-) -> None:
-    """Write one epoch of one rank, whole or not at all.
-
-    Args:
-        folder: of the store.
-        epoch: counts from 1.
-        rank: of the process that made it.
-        rows: `filename`, `start`, `end` (seconds), `n_reference` (samples) of the N chunks.
-        values: (N, K) probabilities, highest first.
-        indexes: (N, K) their classes.
-        seeds: (N,) augmentation seeds.
-    """
-    SoftTargetStore.write(folder, epoch, rank, rows, topk_values=values, topk_indexes=indexes, seeds=seeds)
 
 
 class StoredTargets(MatchedItems):

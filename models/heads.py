@@ -212,7 +212,7 @@ def _published_head(path: Path, name: str) -> Head:
     return head.eval()
 
 
-PADDED_SECONDS = 10.0  # of the clips that published heads were trained on
+SEGMENT_SECONDS = 10.0  # of what S-SONDO hears at once, and its published heads were trained on
 
 
 class HeadedTagger(AudioTagger):
@@ -233,7 +233,7 @@ class HeadedTagger(AudioTagger):
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Tag clips: (B,S), own samples (B,) or None -> logits (B,C)."""
         if self.head.padded:  # trained on clips filled up with zeros that count as sound
-            n_samples, least = waveform.shape[1], round(PADDED_SECONDS * self.sample_rate)
+            n_samples, least = waveform.shape[1], round(SEGMENT_SECONDS * self.sample_rate)
             if lengths is not None:
                 behind = torch.arange(n_samples, device=waveform.device) >= lengths[:, None].to(waveform.device)
                 waveform, lengths = waveform.masked_fill(behind, 0.0), lengths.clamp(min=least)

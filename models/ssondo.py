@@ -17,12 +17,11 @@ from torch.nn import functional as F
 from common.errors import UserError
 from models.base import AudioTagger
 from models.devices import choose_device
-from models.heads import FOLDER, Head, check_fit, load_head
+from models.heads import FOLDER, SEGMENT_SECONDS, Head, check_fit, load_head
 from models.loading import load_model, read_weights
 from models.registry import list_models, published_weights
 from models.ssondo_students import Student
 
-SEGMENT_SECONDS = 10.0
 _AT_ONCE = 32  # segments that go through the network together, so that hours of sound fit
 _NEW_HEADS = ("linear", "mlp")
 
@@ -218,6 +217,10 @@ def get_ssondo(
     else:
         width = _projection_width(checkpoint) if return_logits and head is None else None
         model = load_model(checkpoint, num_classes=width)
+    unread = [name for name, value in (("n_classes", n_classes), ("hidden_sizes", hidden_sizes)) if value is not None]
+    if unread and (head not in _NEW_HEADS or (head == "linear" and hidden_sizes is not None)):
+        which = "a new 'mlp'" if head == "linear" else "a new head, 'linear' or 'mlp'"
+        raise UserError(f"{' and '.join(unread)} can only be given for {which}, not with head {head!r}")
     if head is None:
         own_head = None
     elif head in _NEW_HEADS:

@@ -68,6 +68,8 @@ class ProbeOptions(BaseModel):
             faults.append(
                 "which clips? Give --data PACK.tsv, with a column of folds, or --train_data A.tsv and --test_data B.tsv"
             )
+        if self.name in ("linear", "mlp"):
+            faults.append(f"--name {self.name} means a new head in get_ssondo(head=...); give another name")
         if self.head == "linear" and (self.hidden_sizes or self.dropout):
             faults.append("--hidden_sizes and --dropout are of --head mlp; a linear head has no hidden layers")
         return faults

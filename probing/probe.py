@@ -249,7 +249,7 @@ def _table(
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     lines.append(f"head: {path} (figures: {path.with_suffix('.json')}, picture: {path.with_suffix('.png')})")
     head = options.name if Path(options.outputpath) == Path(FOLDER) else str(path)
-    model = source.name if source.model is not None else source.model_name
+    model = source.given
     if model is None:
         return "\n".join([*lines, "these embeddings are of no model here: the head reads them, and cannot tag sounds"])
     weights = f" --weights {options.weights}" if options.weights else ""

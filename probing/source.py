@@ -43,7 +43,18 @@ class Source:
         if self.model is not None:
             facts = {"model": self.model.name, "model_args": self.model.arguments}
             return json.loads(json.dumps(facts | {"weights_sha256": weights_sha256(self.model)}))
-        return {"teacher": self.stores[0].meta.get("teacher")}
+        kept = ("teacher", "weights_sha256", "mode")
+        told: list[dict[str, Any]] = [
+            {key: store.meta.get(key) for key in kept} | {"seconds": store.chunk_seconds} for store in self.stores
+        ]
+        return {"stores": told, "weights_sha256": told[0]["weights_sha256"]}
+
+    @property
+    def given(self) -> str | None:
+        """What the model was asked for by: a name, a file or a folder; None where it is no single model of ours."""
+        if self.model is not None:
+            return self.name
+        return self.stores[0].meta.get("config", {}).get("model") if self.model_name else None
 
     @property
     def model_name(self) -> str | None:
@@ -68,10 +79,10 @@ def open_source(options: ProbeOptions, faults: Faults) -> Source | None:
             stores.append(EmbeddingStore(folder))
     if options.model is not None or not stores or len(stores) < len(options.embeddings or []):
         return None
-    # Folders of .npz files differ from set to set where the teacher is the same.
     told = {json.dumps(store.meta.get("teacher"), sort_keys=True) for store in stores}
-    teachers = {teacher for teacher in told if '"npz"' not in teacher}
-    if len({store.width for store in stores}) > 1 or len(teachers) > 1:
+    # Folders of .npz files differ from set to set where the teacher is the same.
+    alike = len(told) == 1 or all('"npz"' in teacher for teacher in told)
+    if len({store.width for store in stores}) > 1 or not alike:
         faults.add(f"{', '.join(str(store.folder) for store in stores)} are of different teachers; give one's alone")
         return None
     return Source(None, stores, ",".join(options.embeddings or []))

@@ -53,6 +53,7 @@ class TrainConfig(_Config):
     num_classes: int | None = Field(None, ge=1)  # null = as many as the targets have
     num_workers: int = Field(4, ge=0)
     chunk_length: float = Field(10.0, gt=0)  # ours: seconds an item has at most, when training on labels
+    fill_chunks: bool = False  # ours: fill shorter items up with silence, for networks that want one length
     # balanced: each clip as often as the rarest of its labels is rare; clusters (ours): as its cluster is small
     sampler: Literal["balanced", "clusters"] | None = None
     clusters: str | None = None  # ours: file that scripts/cluster_embeddings.py wrote
@@ -183,6 +184,9 @@ class TrainConfig(_Config):
         return {k: _number(v) for k, v in value.items()}  # YAML reads 1e-3 as text
 
 
+_ASKED_OF = {"weights": "model", "model_args": "model", "callable_args": "callable", "sample_rate": "callable"}
+
+
 class SoftTargetConfig(_Config):
     """What `save_logits.py` reads."""
 
@@ -195,6 +199,7 @@ class SoftTargetConfig(_Config):
     callable: str | None = None
     callable_args: dict[str, Any] | None = None
     sample_rate: int | None = Field(None, ge=1)  # of the callable, in hertz; null = the pack's
+    keep_tails: bool = False  # ours: keep a last chunk that is shorter than half; CED leaves it out
     part_size: int = Field(8192, ge=1)  # ours: chunks whose embeddings are written at once: what a stop may cost
     weights: str | list[str] | None = None  # ours: weights for each of them, for files that do not say what they are
     model_args: dict[str, Any] = {}
@@ -237,6 +242,9 @@ class SoftTargetConfig(_Config):
             raise ValueError(
                 f"embeddings are asked of one: give model, npz or callable, not {' and '.join(named) or 'none'}"
             )
+        extra = [key for key in _ASKED_OF if getattr(self, key) and not getattr(self, _ASKED_OF[key])]
+        if extra:
+            raise ValueError(f"{' and '.join(extra)} can only be given with {_ASKED_OF[extra[0]]}; drop it")
         if self.npz and (self.wavtransforms or self.spectransforms or self.epochs > 1):
             raise ValueError("npz files hold what was said without augmentation, once: drop the transforms and epochs")
         if self.callable and self.spectransforms:

@@ -15,6 +15,7 @@ from distill.clusters import Clusters, balance
 from distill.embeddings import EmbeddingStore, StoredEmbeddings
 from distill.replay import Replay
 from distill.sources import LabelTargets, SeededItems, TargetSource
+from distill.store import MatchedItems
 from distill.targets import SoftTargetStore, StoredTargets
 from models.labels import labels_for, read_labels
 from models.registry import AUDIOSET_CLASSES
@@ -66,6 +67,7 @@ class TrainingData:
         selection: what chooses checkpoints, as a sentence.
         balance: how often to draw each of `items`, for a `sampler`; None for each once.
         clusters: (M,) the cluster of every item of `source`, where they are named.
+        chunk_seconds: what the items are at most.
     """
 
     pack: Pack
@@ -78,6 +80,7 @@ class TrainingData:
     selection: str
     balance: np.ndarray | None
     clusters: np.ndarray | None = None
+    chunk_seconds: float = 10.0
 
 
 def open_pack(path: str, faults: Faults, *, labelled: bool = False) -> Pack | None:
@@ -171,7 +174,10 @@ def open_training(
     if faults.sentences:
         return None
     selection = _selection(config, on_eval, valid)
-    return TrainingData(pack, source, labels, item_labels, items, valid, evaluation, selection, drawn, clusters)
+    seconds = source.chunk_seconds if isinstance(source, MatchedItems) else config.chunk_length
+    return TrainingData(
+        pack, source, labels, item_labels, items, valid, evaluation, selection, drawn, clusters, seconds
+    )
 
 
 def _held_out(names: list[str], fraction: float) -> np.ndarray:

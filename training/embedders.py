@@ -10,20 +10,25 @@ import importlib
 import inspect
 import os
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from audio.dataset import Pack, chunk_bounds
+from audio.manifest import NameIndex
 from common.errors import Faults, UserError, some
+from common.files import sha256
 from training.config import SoftTargetConfig
-from training.teacher import Hearing, load_teacher
+from training.teacher import Hearing, load_teacher, weights_hash
 
 NPZ_KEY = "embed"  # S-SONDO's
+MOST_TOLD = 3  # files that do not fit
 
 
 class Embedder(Protocol):
@@ -91,14 +96,20 @@ class FunctionEmbedder:
         return self
 
     def describe(self) -> Any:
-        """Return name, arguments, rate, and the SHA-256 of the source where there is one."""
+        """Return name, arguments, rate, and the SHA-256 of source, weights and files, as far as they can be seen."""
         try:
             source = inspect.getsource(self.function if inspect.isfunction(self.function) else type(self.function))
         except (OSError, TypeError):
             source = ""
-        digest = hashlib.sha256(source.encode()).hexdigest()
+        digest = hashlib.sha256(source.encode())
+        module = getattr(self.function, "__self__", self.function)  # of a method, the object that it belongs to
+        if isinstance(module, torch.nn.Module):
+            digest.update(weights_hash(module).encode())
+        for value in (self.arguments or {}).values():
+            if isinstance(value, str) and Path(value).is_file():
+                digest.update(sha256(value).encode())
         facts = {"callable": self.full_name, "arguments": self.arguments, "sample_rate": self.sample_rates[0]}
-        return [facts | {"sha256": digest}]
+        return [facts | {"sha256": digest.hexdigest()}]
 
     @torch.no_grad()
     def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
@@ -119,8 +130,9 @@ class FunctionEmbedder:
 class NpzEmbedder:
     """Embeddings that lie in a folder, one `.npz` file a clip, as S-SONDO keeps them; no model is needed.
 
-    A file is found by its name: NAME.npz, anywhere in the folder, is of the clip NAME.wav. Its array `embed` is (E,),
-    which serves all chunks of the clip, or (n, E), one row a chunk.
+    NAME.npz, anywhere in the folder, is of the clip NAME; names are matched as everywhere, folders where stems do not
+    tell clips apart. Its array `embed` is (E,), which serves all chunks of the clip, or (n, E), one row a chunk. Where
+    the last chunk, shorter than the others, has no row, as where S-SONDO drops tails, it is left out.
 
     Args:
         folder: with the files.
@@ -128,7 +140,7 @@ class NpzEmbedder:
         bounds: (M, 3) their chunks, see `distill.sources.TargetSource`.
 
     Raises:
-        UserError: the folder is not there, names are not unique, or clips have no file.
+        UserError: the folder is not there; clips without a file, or whose file does not fit, told at once.
     """
 
     sample_rates: list[int] = []  # noqa: RUF012
@@ -138,25 +150,46 @@ class NpzEmbedder:
         if not self.folder.is_dir():
             raise UserError(f"npz: {folder} is not a folder; wanted one with a .npz file a clip, array {NPZ_KEY!r}")
         self.name = self.folder.resolve().name
-        files: dict[str, Path] = {}
-        twice = []
-        for path in sorted(self.folder.rglob("*.npz")):
-            twice += [path.stem] if path.stem in files else []
-            files[path.stem] = path
+        files = sorted(self.folder.rglob("*.npz"))
+        index = NameIndex([str(path.relative_to(self.folder)).removesuffix(".npz") for path in files])
+        place = index.find_all(pack.names)
         faults = Faults(f"the folder of embeddings {folder}")
-        if twice:
-            faults.add(f"{len(twice)} names occur twice below it: {some(twice)}; keep one file a clip")
-        self.bounds, self.names = bounds, pack.names
-        stems = [_stem(name) for name in pack.names]
-        lacking = [name for name, stem in zip(pack.names, stems, strict=True) if stem not in files]
+        lacking = [name for name, position in zip(pack.names, place, strict=True) if position < 0]
         if lacking:
+            found = some((str(path.relative_to(self.folder)) for path in files), 3) or "none at all"
             faults.add(
-                f"{len(lacking)} of the {len(pack)} clips of {pack.manifest} have no .npz file: {some(lacking)} (found "
-                f"{some(files, 3) or 'none at all'}); add them, or take these clips out of the list"
+                f"{len(lacking)} of the {len(pack)} clips of {pack.manifest} have no .npz file of their own: "
+                f"{some(lacking)} (found {found}); add them, or take these clips out of the list"
             )
-        faults.raise_if_any()
-        self.files = [files[stem] for stem in stems]
+        self.bounds, self.names = bounds, pack.names
+        self.files = [files[position] for position in place]
         self.first = np.searchsorted(bounds[:, 0], np.arange(len(pack)))  # the first item of each clip
+        self.n_chunks = np.bincount(bounds[:, 0], minlength=len(pack))
+        self.lacking = np.zeros(len(bounds), bool)
+        misfits = Faults("chunks")
+        for clip in np.flatnonzero((self.n_chunks > 1) & (place >= 0)).tolist():
+            with misfits.noted():
+                self._check_chunks(clip)
+        faults.sentences += misfits.sentences[:MOST_TOLD]
+        if len(misfits.sentences) > MOST_TOLD:
+            faults.add(f"and {len(misfits.sentences) - MOST_TOLD} more like these")
+        faults.raise_if_any()
+
+    def _check_chunks(self, clip: int) -> None:
+        """See which chunks of a long clip have rows."""
+        n_rows, n_chunks = len(self._rows(clip)), int(self.n_chunks[clip])
+        last = int(self.first[clip]) + n_chunks - 1
+        length, whole = (int(stop - start) for _, start, stop in self.bounds[[last, last - 1]])
+        if n_rows == n_chunks - 1 and n_rows > 1 and length < whole:
+            self.lacking[last] = True
+        elif n_rows not in (1, n_chunks):
+            self._refuse(clip, n_rows)
+
+    def _refuse(self, clip: int, n_rows: int) -> NoReturn:
+        raise UserError(
+            f"{self.files[clip]}: {NPZ_KEY!r} has {n_rows} rows, but {self.names[clip]} has {self.n_chunks[clip]} "
+            "chunks; wanted (E,) for all of it or (n, E), a row a chunk: give the chunk_length that they were made with"
+        )
 
     def to(self, device: torch.device) -> "NpzEmbedder":
         """Stay where it is."""
@@ -167,7 +200,7 @@ class NpzEmbedder:
         digest = hashlib.sha256()
         for path in sorted(set(self.files)):
             facts = path.stat()
-            digest.update(f"{path.stem} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+            digest.update(f"{path.relative_to(self.folder)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
         return [{"npz": str(self.folder), "files": len(set(self.files)), "sha256": digest.hexdigest()}]
 
     def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
@@ -177,28 +210,27 @@ class NpzEmbedder:
 
     def _of(self, item: int) -> np.ndarray:
         clip = int(self.bounds[item, 0])
+        rows = self._rows(clip)
+        if len(rows) == 1:
+            return rows[0]
+        chunk = item - int(self.first[clip])
+        if chunk >= len(rows) or self.n_chunks[clip] == 1:
+            self._refuse(clip, len(rows))
+        return rows[chunk]
+
+    def _rows(self, clip: int) -> np.ndarray:
+        """Read a file: (n, E) float32."""
         path = self.files[clip]
         try:
             with np.load(path, allow_pickle=False) as file:
                 found = np.asarray(file[NPZ_KEY], np.float32)
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"{path}: wanted an array {NPZ_KEY!r} of numbers, and found none ({error})") from None
-        if found.ndim == 2 and len(found) == 1:
-            found = found[0]
-        if found.ndim == 1 and len(found):
-            return found
-        chunk = item - int(self.first[clip])
-        n_chunks = int(np.sum(self.bounds[:, 0] == clip))
-        if found.ndim != 2 or chunk >= len(found):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(
-                f"{path}: {NPZ_KEY!r} is {found.shape}, but {self.names[clip]} has {n_chunks} chunks; wanted (E,) for "
-                "all of it or (n, E), a row a chunk: give the chunk_length that the embeddings were made with"
-            )
-        return found[chunk]
-
-
-def _stem(name: str) -> str:
-    return Path(name).stem
+                f"{path}: wanted an array {NPZ_KEY!r} of numbers, and found none ({error}); mend or remove that file"
+            ) from None
+        if found.ndim not in (1, 2) or not found.size:
+            raise UserError(f"{path}: {NPZ_KEY!r} is {found.shape}; wanted (E,), or (n, E) with a row a chunk")
+        return np.atleast_2d(found)
 
 
 def open_embedder(config: SoftTargetConfig, pack: Pack) -> Embedder:
@@ -207,8 +239,9 @@ def open_embedder(config: SoftTargetConfig, pack: Pack) -> Embedder:
     Raises:
         UserError: it cannot be had.
     """
+    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
     if config.npz is not None:
-        return NpzEmbedder(config.npz, pack, chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length))
+        return NpzEmbedder(config.npz, pack, bounds)
     if config.callable is not None:
         return FunctionEmbedder(config.callable, config.callable_args, config.sample_rate or pack.sample_rate)
     assert config.model is not None

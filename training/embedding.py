@@ -22,7 +22,7 @@ def store_embeddings(
     device: str = "auto",
     mode: str | None = None,
 ) -> EmbeddingStore:
-    """Store a model's embeddings of a pack, or what is left of them to do; return the store.
+    """Store a model's embeddings of all of a pack's sound, or what is left of them to do; return the store.
 
     Args:
         model: whose.
@@ -38,6 +38,7 @@ def store_embeddings(
         UserError: the folder holds embeddings of another model, pack or setting.
     """
     settings: dict[str, Any] = {"train_data": str(pack.manifest), "model": model.name, "targets": "embeddings"}
+    settings["keep_tails"] = True
     settings |= {"chunk_length": chunk_length, "batch_size": batch_size, "num_workers": num_workers}
     settings |= {"device": device, "mode": mode}
     config = SoftTargetConfig.model_validate(settings)

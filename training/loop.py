@@ -83,8 +83,10 @@ class Run:
             fresh_masks=config.disable_consistency,
             mixup=config.mixup,
             seed=seed,
+            fill_seconds=data.chunk_seconds if config.fill_chunks else None,
         )
-        check_lengths(model, data.source.n_reference[data.items], self.ranks.world_size)
+        if not config.fill_chunks:
+            check_lengths(model, data.source.n_reference[data.items], self.ranks.world_size)
         self.n_parts = self.ranks.world_size * config.accumulate
         self.batches = EpochBatches(
             data.items,

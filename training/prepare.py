@@ -181,6 +181,7 @@ def _online_teacher(config: TrainConfig, objective: Objective | None) -> Teacher
     if getattr(objective, "needs_embedding", False):
         teacher.embed_dim  # noqa: B018 - tells that several models cannot be asked
         return teacher
+    teacher.check_classes()
     wanted = getattr(objective, "activation", None)
     if wanted and teacher.activations != {wanted}:
         raise UserError(

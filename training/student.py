@@ -94,13 +94,14 @@ def check_lengths(model: AudioTagger, lengths: np.ndarray, world_size: int) -> N
     if world_size > 1 and longest > shortest:
         raise UserError(
             f"{model.name} runs every length of clip on its own, which several processes cannot do in step; give clips "
-            "of one length (chunk_length), or train in one process"
+            "of one length (chunk_length), give fill_chunks: true, or train in one process"
         )
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if norms and longest > 1.1 * shortest:  # a few samples more or less are all the same to it
         logger.warning(
             "%s runs every length of clip on its own, so that its batch norm learns with other statistics than it is "
-            "used with; cut the clips into chunks of one length: chunk_length, here or where the targets are saved",
+            "used with; cut the clips into chunks of one length (chunk_length, here or where the targets are saved), "
+            "or give fill_chunks: true",
             model.name,
         )
 

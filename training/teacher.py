@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
 from models import AudioTagger, Ensemble, load_model
@@ -47,6 +47,17 @@ class Teacher:
     def activations(self) -> set[str]:
         """What turns the members' logits into probabilities: "sigmoid", "softmax", or both."""
         return {member.activation for member in self.members}
+
+    def check_classes(self) -> None:
+        """See that there are classes to ask for.
+
+        Raises:
+            UserError: a model that only embeds.
+        """
+        if not self.labels:
+            raise UserError(
+                f"{self.name} embeds and has no classes: ask it for embeddings (targets: embeddings, objective: cosine)"
+            )
 
     def to(self, device: torch.device) -> "Teacher":
         """Move the members to a device; return the teacher."""
@@ -102,7 +113,7 @@ class Teacher:
         return self.members[0].embed_dim
 
 
-def weights_hash(member: AudioTagger) -> str:
+def weights_hash(member: nn.Module) -> str:
     """Return the SHA-256 of a model's weights: names and values, in order."""
     digest = hashlib.sha256()
     for name, value in member.state_dict().items():

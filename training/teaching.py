@@ -24,6 +24,7 @@ from distill.sources import SeededItems
 from distill.store import TargetStore
 from distill.targets import SoftTargetStore
 from models.devices import choose_device
+from models.heads import weights_sha256
 from training.config import SoftTargetConfig
 from training.embedders import Embedder
 from training.precision import Precision
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 # What must stay as it is for files of another day to belong to the same store, beside what the question adds.
 IDENTITY = ("wavtransforms", "spectransforms", "mask_fill", "teacher", "manifest_sha256", "pack_rate", "seed", "mode")
+
+
+MOST_SHARED, LEAST_SHARED = 64, 256  # parts of a small store, and what makes another one worth while
 
 
 class Question(Protocol):
@@ -61,6 +65,9 @@ class Question(Protocol):
     def n_parts(self, n_items: int, world_size: int) -> int:
         """Return how many files an epoch of `n_items` goes to."""
 
+    def answerable(self, n_items: int) -> np.ndarray:
+        """Return which of `n_items` items there is an answer to, ascending."""
+
     def answers(self, batch: Mapping[str, Any], hear: Hearing) -> dict[str, Tensor]:
         """Return the datasets of the store but the seeds, (B, ...) each."""
 
@@ -76,6 +83,7 @@ class SoftTargets:
     store = SoftTargetStore
 
     def __init__(self, teacher: Teacher, topk: int) -> None:
+        teacher.check_classes()
         self.teacher, self.sample_rates = teacher, teacher.sample_rates
         self.topk = min(topk, len(teacher.labels))
         if self.topk < topk:
@@ -106,6 +114,10 @@ class SoftTargets:
     def n_parts(self, n_items: int, world_size: int) -> int:
         """Return one a process, as published; fewer only where there are fewer items."""
         return min(world_size, n_items)
+
+    def answerable(self, n_items: int) -> np.ndarray:
+        """Return all items."""
+        return np.arange(n_items)
 
     def answers(self, batch: Mapping[str, Any], hear: Hearing) -> dict[str, Tensor]:
         """Return the highest probabilities (B, K) and their classes (B, K)."""
@@ -138,16 +150,26 @@ class Embeddings:
         return self.embedder.describe()
 
     def facts(self) -> dict[str, Any]:
-        """Return what the values are."""
-        return {"values": "embeddings", "part_size": self.part_size}
+        """Return what the values are, and whose."""
+        facts: dict[str, Any] = {"values": "embeddings", "part_size": self.part_size}
+        if isinstance(self.embedder, Teacher):  # what a head on these embeddings is for
+            facts["weights_sha256"] = weights_sha256(self.embedder.members[0])
+        return facts
 
     def identity(self) -> tuple[str, ...]:
         """Return which facts must stay as they are: any number of processes may go on."""
         return ("values", "parts")
 
     def n_parts(self, n_items: int, world_size: int) -> int:
-        """Return one for each `part_size` items."""
-        return max(1, -(-n_items // self.part_size))
+        """Return one for each `part_size` items, and where there are few, enough for many processes to share."""
+        return max(1, -(-n_items // self.part_size), min(MOST_SHARED, n_items // LEAST_SHARED))
+
+    def answerable(self, n_items: int) -> np.ndarray:
+        """Return the items that have an embedding: all, but where files lack some."""
+        lacking = getattr(self.embedder, "lacking", np.zeros(n_items, bool))
+        if lacking.any():
+            logger.info("%d of %d chunks have no embedding and are left out", lacking.sum(), n_items)
+        return np.flatnonzero(~lacking)
 
     def answers(self, batch: Mapping[str, Any], hear: Hearing) -> dict[str, Tensor]:
         """Return the embeddings (B, E), which half precision must be able to hold."""
@@ -161,7 +183,7 @@ class _Unit(NamedTuple):
     Attributes:
         epoch: from 1.
         part: from 0.
-        items: (n,) those it holds, consecutive.
+        items: (n,) those it holds, ascending.
     """
 
     epoch: int
@@ -212,9 +234,10 @@ class Teaching:
         self.question = question
         question.to(self.device)
         self.replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
-        bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length)
+        bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
         self.items = SeededItems(bounds, pack.sample_rate, self.replay, config.seed)
-        self.parts = np.array_split(np.arange(len(bounds)), question.n_parts(len(bounds), world_size))
+        items = question.answerable(len(bounds))
+        self.parts = np.array_split(items, question.n_parts(len(items), world_size))
         self._claim_folder()
 
     def meta(self) -> dict[str, Any]:
@@ -241,14 +264,19 @@ class Teaching:
         if target.is_file():
             there = json.loads(target.read_text(encoding="utf-8"))
             other = [key for key in (*IDENTITY, *self.question.identity()) if there.get(key) != meta[key]]
-            if there.get("config", {}).get("chunk_length") != self.config.chunk_length:
+            was = there.get("config", {})
+            if was.get("chunk_length") != self.config.chunk_length:
                 other.append("chunk_length")
+            if was.get("keep_tails", False) != self.config.keep_tails:
+                other.append("keep_tails")
             if other:
                 raise UserError(
                     f"{self.folder} holds {what} made with another {', '.join(other)}; give another "
                     "outputpath or name, or delete the folder to make them anew"
                     + (f"; it was begun by {there['world_size']} processes" if "world_size" in other else "")
                 )
+            if was.get("epochs") == self.config.epochs:
+                return  # a run that was begun with this store knows it by its description
         elif any(self.folder.glob(f"{prefix}_ep*")):
             raise UserError(
                 f"{self.folder} holds {what} without a meta.json, so whether they fit is unknown; give another "
@@ -283,7 +311,7 @@ class Teaching:
                 done = 0
                 while done < len(unit.items):
                     batch = prepare_batch(next(stream), self.device)
-                    rows = batch["item"].cpu().numpy() - unit.items[0]
+                    rows = np.searchsorted(unit.items, batch["item"].cpu().numpy())
                     for name, answer in self._answers(dataset, batch).items():
                         if name not in arrays:
                             arrays[name] = np.empty((len(unit.items), *answer.shape[1:]), store.types[name])

@@ -8,7 +8,8 @@ import pytest
 from audio.dataset import Pack
 from audio.shards import ShardWriter
 from common.errors import UserError
-from distill.targets import SoftTargetStore, StoredTargets, dense_target, write_epoch
+from distill.targets import SoftTargetStore, StoredTargets, dense_target
+from tests.distill.stores import write_epoch
 
 V = np.array([0.8, 0.4, 0.2], np.float16)
 I = np.array([2, 0, 5], np.int16)  # noqa: E741

@@ -15,8 +15,9 @@ from distill.dataset import EpochBatches, ReplayDataset, collate, prepare_batch
 from distill.objectives import create_objective
 from distill.replay import Replay
 from distill.sources import SeededItems
-from distill.targets import SoftTargetStore, StoredTargets, dense_target, write_epoch
+from distill.targets import SoftTargetStore, StoredTargets, dense_target
 from models import create_model
+from tests.distill.stores import write_epoch
 from tests.distill.test_targets import pack_of, store_of
 from training.config import SoftTargetConfig, TrainConfig, read_config
 from training.optim import create_optimizer

@@ -17,7 +17,7 @@ from tests.conftest import run_command
 from training.config import SoftTargetConfig
 from training.embedders import FunctionEmbedder, NpzEmbedder, open_embedder
 from training.embedding import store_embeddings
-from training.teaching import Embeddings, Teaching
+from training.teaching import Embeddings, SoftTargets, Teaching
 
 
 @pytest.fixture
@@ -104,15 +104,51 @@ def test_npz_rows_are_the_chunks_of_their_clip(pack, tmp_path):
     found = NpzEmbedder(tmp_path / "t", pack, bounds).embeddings({"item": torch.tensor([4, 3, 83])}, None)
     assert found.tolist() == [[12, 13], [10, 11], [274, 275]]
     whole = chunk_bounds(pack.n_samples, pack.sample_rate, 0.2)
-    with pytest.raises(UserError, match=r"'embed' is \(3, 2\), but .*tone_000\.wav has 5 chunks"):
-        NpzEmbedder(tmp_path / "t", pack, whole).embeddings({"item": torch.tensor([3])}, None)
+    with pytest.raises(
+        UserError, match=r"'embed' has 3 rows, but .*tone_000\.wav has 5 chunks(?s:.*)and 25 more like these"
+    ):
+        NpzEmbedder(tmp_path / "t", pack, whole)
+    alone = chunk_bounds(pack.n_samples, pack.sample_rate, 10.0)
+    with pytest.raises(UserError, match=r"'embed' has 3 rows, but .* has 1 chunks"):
+        NpzEmbedder(tmp_path / "t", pack, alone).embeddings({"item": torch.tensor([0])}, None)
+
+
+def test_a_tail_without_a_row_is_left_out_of_the_store(pack, tmp_path):
+    write_npz(tmp_path / "t", pack, lambda n: np.arange(4).reshape(2, 2) + 10 * n)  # S-SONDO drops tails
+    settings = config(pack, npz=str(tmp_path / "t"), chunk_length=0.4)
+    store = EmbeddingStore(
+        Teaching(settings, pack, Embeddings(open_embedder(settings, pack), 5), tmp_path / "s").save()
+    )
+    assert store.rows(1)["start"].round(3).tolist() == [0.0, 0.4] * 28
+    np.testing.assert_array_equal(store.read(1)[2:4], [[10, 11], [12, 13]])
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(pack, tmp_path):
+    write_npz(tmp_path / "t", pack, lambda n: np.array([n, 0.0]))
+    for folder, value in (("sounds", 5.0), ("others", 7.0)):
+        (tmp_path / "t" / folder).mkdir()
+        np.savez(tmp_path / "t" / folder / "tone_003.npz", embed=np.array([value, value]))
+    (tmp_path / "t" / "tone_003.npz").unlink()
+    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, 10.0)
+    assert NpzEmbedder(tmp_path / "t", pack, bounds).embeddings({"item": torch.tensor([3])}, None).tolist() == [[5, 5]]
+
+
+def test_a_damaged_file_is_named(pack, tmp_path):
+    write_npz(tmp_path / "t", pack, lambda n: np.zeros(500))
+    path = tmp_path / "t" / "tone_002.npz"
+    path.write_bytes(path.read_bytes()[:1000])
+    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, 10.0)
+    with pytest.raises(UserError, match=r"tone_002\.npz: wanted an array 'embed' of numbers"):
+        NpzEmbedder(tmp_path / "t", pack, bounds).embeddings({"item": torch.tensor([2])}, None)
 
 
 def test_missing_files_and_arrays_are_named(pack, tmp_path):
     write_npz(tmp_path / "t", pack, lambda n: np.zeros(2))
     (tmp_path / "t" / "tone_005.npz").unlink()
     bounds = chunk_bounds(pack.n_samples, pack.sample_rate, 10.0)
-    with pytest.raises(UserError, match=r"1 of the 28 clips of .* have no \.npz file: sounds/tone_005\.wav"):
+    with pytest.raises(
+        UserError, match=r"1 of the 28 clips of .* have no \.npz file of their own: sounds/tone_005\.wav"
+    ):
         NpzEmbedder(tmp_path / "t", pack, bounds)
     np.savez(tmp_path / "t" / "tone_005.npz", embedding=np.zeros(2))
     with pytest.raises(UserError, match=r"tone_005\.npz: wanted an array 'embed'"):
@@ -155,6 +191,7 @@ def test_a_function_gets_waveforms_at_its_rate_and_lengths(pack, tmp_path, monke
         ({"model": "a", "npz": "x"}, "give model, npz or callable, not model and npz"),
         ({}, "give model, npz or callable, not none"),
         ({"npz": "x", "epochs": 2}, "npz files hold what was said without augmentation"),
+        ({"npz": "x", "sample_rate": 8000}, "sample_rate can only be given with callable"),
     ],
 )
 def test_one_is_asked(pack, changes, sentence):
@@ -167,3 +204,30 @@ def test_embeddings_that_half_precision_cannot_hold_are_told(pack, model, tmp_pa
     monkeypatch.setattr(asked.embedder, "embeddings", lambda batch, hear: torch.full((len(batch["item"]), 2), 1e6))
     with pytest.raises(UserError, match=r"answer to sounds/tone_\d+\.wav is not a number"):
         Teaching(config(pack, model="x"), pack, asked, tmp_path).save()
+
+
+def test_a_store_in_use_keeps_its_description_and_small_ones_are_shared(pack, model, tmp_path):
+    asked = Embeddings(open_of(model))
+    folder = Teaching(config(pack, model="x"), pack, asked, tmp_path).save()
+    before = (folder / "meta.json").read_bytes()
+    Teaching(config(pack, model="x", batch_size=3), pack, asked, tmp_path, 1, 2).save()
+    assert (folder / "meta.json").read_bytes() == before
+    assert [asked.n_parts(n, 1) for n in (0, 255, 2000, 2_000_000)] == [1, 1, 7, 245]
+
+
+def test_a_checkpoint_that_a_function_reads_is_part_of_what_it_is(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def make(checkpoint):\n    return lambda w, n: w[:, :2]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    told = []
+    for weights in (b"one", b"two"):
+        (tmp_path / "w.bin").write_bytes(weights)
+        told.append(FunctionEmbedder("mine:make", {"checkpoint": str(tmp_path / "w.bin")}, 16000).describe())
+    assert told[0] != told[1]
+
+
+def test_a_model_without_classes_is_not_asked_for_any():
+    embeds = create_model("audiotransformer_pico", num_classes=0, depth=1)
+    with pytest.raises(UserError, match="embeds and has no classes"):
+        SoftTargets(open_of(embeds), 5)

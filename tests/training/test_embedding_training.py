@@ -107,6 +107,15 @@ def test_an_online_teacher_embeds_what_the_student_hears(tone_pack, teacher, sto
     train(configure(tmp_path, tone_pack, store, **mixed), tmp_path / "mixed")
 
 
+def test_filled_chunks_are_of_one_length(tone_pack, store, tmp_path):
+    path = configure(tmp_path, tone_pack, store, model="mn01_as", model_args=None, fill_chunks=True)
+    run = prepare_run(str(path), {"outputpath": str(tmp_path / "runs")}, 0).run
+    wave = run.dataset[1, 3]["waveforms"][32000]
+    assert wave.shape == (320000,)  # the store's chunks are of 10 s
+    assert wave[:32000].abs().max() > 0.1
+    assert not wave[32000:].any()
+
+
 def test_small_clusters_are_drawn_as_often_as_large_ones(tone_pack, store, tmp_path):
     clusters = str(store / "clusters_k2.parquet")
     path = configure(tmp_path, tone_pack, store, sampler="clusters", clusters=clusters)
