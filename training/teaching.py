@@ -172,9 +172,18 @@ class Embeddings:
         return np.flatnonzero(~lacking)
 
     def answers(self, batch: Mapping[str, Any], hear: Hearing) -> dict[str, Tensor]:
-        """Return the embeddings (B, E), which half precision must be able to hold."""
+        """Return the embeddings (B, E), clipped with a warning where half precision cannot hold them."""
         found = self.embedder.embeddings(batch, hear)
-        return {"embedding": torch.where(found.abs() > torch.finfo(torch.float16).max, torch.inf, found)}
+        largest = torch.finfo(torch.float16).max
+        n_over = int((found.abs() > largest).any(dim=1).sum())
+        if n_over:
+            logger.warning(
+                "%d embeddings hold numbers beyond those of half precision, and are clipped at %g: the network has "
+                "diverged, or these clips are unlike all that it learnt from",
+                n_over,
+                largest,
+            )
+        return {"embedding": found.clamp(-largest, largest)}
 
 
 class _Unit(NamedTuple):
