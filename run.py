@@ -15,10 +15,10 @@ from typing import Any
 # Before torch loads OpenMP: threads that spin while they wait cost tenfold where loader workers share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import fire
 import torch
 import yaml
 
+from common.commands import run_commands
 from common.errors import Faults, fail, print_user_errors
 from probing.probe import probe
 from training.config import TrainConfig, read_config
@@ -143,4 +143,4 @@ class Runner:
 
 
 if __name__ == "__main__":
-    fire.Fire(Runner)
+    run_commands(Runner)

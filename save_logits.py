@@ -15,9 +15,9 @@ from typing import Any
 # Before torch loads OpenMP: threads that spin while they wait cost tenfold where loader workers share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import fire
 
 from audio.dataset import Pack
+from common.commands import run_commands
 from common.errors import Faults, print_user_errors
 from distill.replay import Replay
 from training.config import SoftTargetConfig, read_config
@@ -78,4 +78,4 @@ def save_logits(config_file: str, m: str | None = None, **overrides: Any) -> Non
 
 
 if __name__ == "__main__":
-    fire.Fire(save_logits)
+    run_commands(save_logits)

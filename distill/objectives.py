@@ -75,8 +75,10 @@ def create_objective(name: str, offered: Mapping[str, Any] | None = None, /, **a
     parameters = inspect.signature(factory).parameters
     known = {_spelt(argument): argument for argument in parameters}
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        for key in arguments.keys() - known.keys():
-            raise UserError(f"objective {name} has no argument {key!r}{did_you_mean(key, known)}")
+        unknown = sorted(arguments.keys() - known.keys())
+        if unknown:
+            told = (f"no argument {key!r}{did_you_mean(key, known)}" for key in unknown)
+            raise UserError(f"objective {name} has {', and '.join(told)}")
     taken = {key: value for key, value in (offered or {}).items() if key in known}
     try:
         return factory(**{known.get(key, key): value for key, value in (taken | arguments).items()})

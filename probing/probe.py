@@ -237,7 +237,7 @@ def _table(
     tested = facts["data"] + (f", {len(values)} folds" if len(values) > 1 else "")
     low, high = result.interval
     rows = [
-        ("embeddings", f"{source.name}, {facts['chunk_length']:g} s at once"),
+        ("embeddings", f"{source.name}, of chunks of {facts['chunk_length']:g} s"),
         ("head", f"{options.head}, {len(clips.labels)} classes"),
         ("tested on", f"{tested}, {result.metrics.n_clips} clips"),
         (result.metric, f"{result.value:.4f}, {COVERAGE:.0%} interval {low:.4f} to {high:.4f} ({N_DRAWS} draws)"),
@@ -252,7 +252,8 @@ def _table(
     model = source.given
     if model is None:
         return "\n".join([*lines, "these embeddings are of no model here: the head reads them, and cannot tag sounds"])
-    weights = f" --weights {options.weights}" if options.weights else ""
+    asked_with = options.weights or (source.stores[0].meta.get("config", {}).get("weights") if source.stores else None)
+    weights = f" --weights {asked_with}" if asked_with else ""
     window = "" if facts["chunk_length"] == 10 else f" -c {facts['chunk_length']:g}"  # its own default
     lines.append(f"next: python inference.py FILES_OR_FOLDERS -m {model}{weights} --head {head}{window}")
     if not weights:

@@ -109,7 +109,8 @@ def figure(rows: list[Row], teacher: Row | None) -> "Figure":
     tasks = [*rows[0].values, "average"]
     drawn = Figure(figsize=(2.2 + 2.6 * len(tasks), 1.4 + 0.34 * len(rows)), layout="constrained")
     axes = drawn.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    for axis, task, colour in zip(axes, tasks, COLOURS * len(tasks), strict=False):
+    for index, (axis, task) in enumerate(zip(axes, tasks, strict=True)):
+        colour = COLOURS[index % len(COLOURS)]
         style(axis)
         for place, row in enumerate(rows):
             values = row.averages if task == "average" else row.values[task]

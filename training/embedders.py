@@ -205,8 +205,16 @@ class NpzEmbedder:
 
     def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
         """Return (B, E), float32, of the batch's items."""
-        items = batch["item"].cpu().numpy()
-        return torch.from_numpy(np.stack([self._of(int(item)) for item in items])).to(batch["item"].device)
+        items = batch["item"].tolist()
+        found = [self._of(item) for item in items]
+        for item, embedding in zip(items, found, strict=True):
+            if len(embedding) != len(found[0]):
+                one, other = (self.files[int(self.bounds[i, 0])] for i in (item, items[0]))
+                raise UserError(
+                    f"{one}: {NPZ_KEY!r} is {len(embedding)} wide, that of {other} {len(found[0])}; wanted one width "
+                    "in all files"
+                )
+        return torch.from_numpy(np.stack(found)).to(batch["item"].device)
 
     def _of(self, item: int) -> np.ndarray:
         clip = int(self.bounds[item, 0])

@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # matplotlib takes a second to import, which only those who d
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NOT_LOSSES = ("kind", "step", "epoch", "best", "lr", "clips_per_second", "wait_share")
+NOT_LOSSES = ("kind", "step", "epoch", "best", "lr", "clips_per_second", "wait_share", "cosine")
 MOST_POINTS = 2000  # of a line; about as many as the picture has columns
 MOST_EPOCH_MARKS = 12
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # told apart also by the colour-blind
@@ -38,6 +38,8 @@ def curves_figure(entries: list[dict[str, Any]]) -> "Figure":
     panels = [(_draw_losses, 3.0)]
     if any("valid_mAP" in entry for entry in epochs):
         panels.append((_draw_validation, 2.2))
+    if any("cosine" in entry for entry in epochs):
+        panels.append((_draw_cosine, 1.8))
     if any("lr" in entry for entry in entries):
         panels.append((_draw_learning_rate, 1.3))
     if any("clips_per_second" in entry for entry in epochs):
@@ -151,6 +153,12 @@ def _log_scale_if_wide(axis: "Axes", values: np.ndarray) -> None:
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.yaxis.set_minor_locator(NullLocator())
+
+
+def _draw_cosine(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
+    x, y = _line(epochs, "cosine")
+    _plot(axis, x, y, color=COLOURS[2], linewidth=1.8, label="student and teacher")
+    axis.set_ylabel("cosine")
 
 
 def _draw_validation(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:

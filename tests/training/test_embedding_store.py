@@ -133,6 +133,15 @@ def test_files_of_one_name_are_told_apart_by_their_folders(pack, tmp_path):
     assert NpzEmbedder(tmp_path / "t", pack, bounds).embeddings({"item": torch.tensor([3])}, None).tolist() == [[5, 5]]
 
 
+def test_files_of_other_widths_are_named(pack, tmp_path):
+    write_npz(tmp_path / "t", pack, lambda n: np.zeros(2 + (n == 4)))
+    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, 10.0)
+    with pytest.raises(
+        UserError, match=r"tone_004\.npz: 'embed' is 3 wide, that of .*tone_003\.npz 2; wanted one width"
+    ):
+        NpzEmbedder(tmp_path / "t", pack, bounds).embeddings({"item": torch.tensor([3, 4])}, None)
+
+
 def test_a_damaged_file_is_named(pack, tmp_path):
     write_npz(tmp_path / "t", pack, lambda n: np.zeros(500))
     path = tmp_path / "t" / "tone_002.npz"
