@@ -11,4 +11,4 @@ if [ "${1:-}" = long ]; then selection=() && shift; fi
 "$bin/ruff" format --check .
 "$bin/mypy"
 # One test process a core; a file stays in one process, for what its tests share.
-"$bin/python" -m pytest -q --durations=15 -n auto --dist loadfile "${selection[@]}" "$@"
+"$bin/python" -m pytest -q --durations=15 -n auto --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"

@@ -16,6 +16,24 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the same sums in the same order, however many cores a machine has
 
 
+# Files that take a minute and more come first: one that is begun last would run alone.
+LONGEST = (
+    "test_readme",
+    "test_pipeline",
+    "test_ranks",
+    "test_resume",
+    "test_trainconfig",
+    "test_onnx",
+    "test_runtimes",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, and leave all else in its order."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference data beside a developer's checkout (or `CED_SHARED`); skips where it is absent."""
