@@ -297,7 +297,7 @@ def test_the_label_table_is_read_back_and_quotes_every_name(tmp_path):
     ("name", "arguments", "waveform"),
     [
         ("audiotransformer_pico", {"pooling": "logit", "target_length": 200}, False),
-        ("ast_pico", {"target_length": 128}, True),
+        pytest.param("ast_pico", {"target_length": 128}, True, marks=pytest.mark.long),
         pytest.param("passt_pico", {"target_length": 250}, True, marks=pytest.mark.long),
     ],
 )

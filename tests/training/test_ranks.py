@@ -87,6 +87,7 @@ def test_two_ranks_follow_the_curve_of_one_process_and_judge_alike(tone_pack, tm
     assert sorted(p.name for p in together.iterdir()) == sorted(p.name for p in alone.iterdir())
 
 
+@pytest.mark.long
 def test_gradients_in_parts_are_those_of_the_whole(tone_pack, tmp_path):
     """Without batch norm, whose statistics are those of a part."""
     arguments = {"pooling": "logit", "depth": 2, "init_bn": False}
@@ -120,6 +121,7 @@ def test_ranks_started_again_find_each_other_whichever_is_first(tmp_path):
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["[0, 1]", "[0, 1]"]
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_is_started_again_and_training_goes_on(tone_pack, tmp_path):
     path = configure(tmp_path, tone_pack, epochs=12, num_workers=1)
     whole = train(path, tmp_path / "whole", launcher=torchrun())
