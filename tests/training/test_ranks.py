@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from distill.dataset import EpochBatches
+from run import Runner
 from tests.conftest import ROOT, run_command, torchrun
 from tests.training.test_resume import LABELS_ONLY, SETTINGS, lines_of, the_run, weights_of
 from training.parallel import mirrored_shares
@@ -59,6 +60,12 @@ def train(path: Path, output: Path, *words: str | Path, launcher: tuple[str, ...
     return the_run(output)
 
 
+def train_here(path: Path, output: Path, **overrides) -> Path:
+    """As `train`, in this process."""
+    Runner().train(str(path), outputpath=str(output), **overrides)
+    return the_run(output)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -73,7 +80,7 @@ def train(path: Path, output: Path, *words: str | Path, launcher: tuple[str, ...
 )
 def test_two_ranks_follow_the_curve_of_one_process_and_judge_alike(tone_pack, tmp_path, changes):
     path = configure(tmp_path, tone_pack, valid_every=5, **changes)
-    alone = train(path, tmp_path / "one")
+    alone = train_here(path, tmp_path / "one")
     together = train(path, tmp_path / "two", launcher=torchrun())
     one, two = (
         np.array([line["loss"] for line in lines_of(folder) if line["kind"] == "step"]) for folder in (alone, together)
@@ -87,13 +94,12 @@ def test_two_ranks_follow_the_curve_of_one_process_and_judge_alike(tone_pack, tm
     assert sorted(p.name for p in together.iterdir()) == sorted(p.name for p in alone.iterdir())
 
 
-@pytest.mark.long
 def test_gradients_in_parts_are_those_of_the_whole(tone_pack, tmp_path):
     """Without batch norm, whose statistics are those of a part."""
     arguments = {"pooling": "logit", "depth": 2, "init_bn": False}
     path = configure(tmp_path, tone_pack, model_args=arguments, batch_size=7, epochs=6, optimizer_args={"lr": 0.001})
-    whole = train(path, tmp_path / "whole")
-    parts = train(path, tmp_path / "parts", "--accumulate", "3")
+    whole = train_here(path, tmp_path / "whole")
+    parts = train_here(path, tmp_path / "parts", accumulate=3)
     one, other = ([line["loss"] for line in lines_of(f) if line["kind"] == "step"] for f in (whole, parts))
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
