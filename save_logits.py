@@ -15,7 +15,6 @@ from typing import Any
 # Before torch loads OpenMP: threads that spin while they wait cost tenfold where loader workers share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-
 from audio.dataset import Pack
 from common.commands import run_commands
 from common.errors import Faults, print_user_errors

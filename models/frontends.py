@@ -111,15 +111,20 @@ class FrontEnd(nn.Module):
         arguments = inspect.signature(type(self)).parameters
         return {"class": type(self).__name__} | {name: getattr(self, name) for name in arguments}
 
+    def _keep(self, window: Tensor, mel_weights: Tensor) -> None:
+        """Hold the window (win_size,) and the filters (n_fft/2 + 1, F), which are no part of a checkpoint."""
+        self.register_buffer("_window", window, persistent=False)
+        self.register_buffer("_mel_weights", mel_weights, persistent=False)
+
     @property
     def window(self) -> Tensor:
         """Analysis window (win_size,)."""
-        raise NotImplementedError
+        return cast(Tensor, self.get_buffer("_window"))
 
     @property
     def mel_weights(self) -> Tensor:
         """Mel filters (n_fft/2 + 1, F)."""
-        raise NotImplementedError
+        return cast(Tensor, self.get_buffer("_mel_weights"))
 
     @property
     def mel_edges_hz(self) -> Tensor:
@@ -346,18 +351,7 @@ class EfficientAtMel(FrontEnd):
         self.min_frames = min_frames
         bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
         weights = triangles(kaldi_mel(bins), band_edges(kaldi_mel, f_min, f_max, n_mels))
-        self.register_buffer("_window", torch.hann_window(win_size, periodic=False), persistent=False)
-        self.register_buffer("_mel_weights", weights.float(), persistent=False)
-
-    @property
-    def window(self) -> Tensor:
-        """Analysis window (win_size,)."""
-        return cast(Tensor, self.get_buffer("_window"))
-
-    @property
-    def mel_weights(self) -> Tensor:
-        """Mel filters (n_fft/2 + 1, F)."""
-        return cast(Tensor, self.get_buffer("_mel_weights"))
+        self._keep(torch.hann_window(win_size, periodic=False), weights.float())
 
     @property
     def mel_edges_hz(self) -> Tensor:

@@ -5,7 +5,6 @@ A head's file is a `torch.save` of {"head": state dict, "config": dict} that hol
 Letters: B batch, S samples, F mel bands, T frames, C classes, E embedding width.
 """
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from common.errors import UserError, did_you_mean, some
 from common.files import whole_file
 from models.base import Activation, AudioTagger
 from models.labels import labels_for
-from models.loading import fetch, read_tensors
+from models.loading import fetch, read_tensors, weights_hash
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +100,7 @@ def weights_sha256(model: AudioTagger) -> str:
 
     What only its classes need (the last layer) and what its settings say (the front-end) do not count.
     """
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if not name.startswith(("front_end.", f"{model.last_layer}.")):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_hash(model, ("front_end.", f"{model.last_layer}."))
 
 
 def save_head(path: str | Path, head: Head) -> None:

@@ -8,7 +8,6 @@ Letters: B batch, S samples, F mel bands, T frames.
 """
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -68,18 +67,7 @@ class KaldiMel(FrontEnd):
         self._left = (n_fft - win_size) // 2  # the window lies in the middle of the transform, as everywhere here
         bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
         weights = triangles(kaldi_mel(bins), band_edges(kaldi_mel, f_min, f_max, n_mels))
-        self.register_buffer("_window", torch.hann_window(win_size, periodic=False), persistent=False)
-        self.register_buffer("_mel_weights", weights.float(), persistent=False)
-
-    @property
-    def window(self) -> Tensor:
-        """Analysis window (win_size,)."""
-        return cast(Tensor, self.get_buffer("_window"))
-
-    @property
-    def mel_weights(self) -> Tensor:
-        """Mel filters (n_fft/2 + 1, F)."""
-        return cast(Tensor, self.get_buffer("_mel_weights"))
+        self._keep(torch.hann_window(win_size, periodic=False), weights.float())
 
     @property
     def mel_edges_hz(self) -> Tensor:

@@ -1,14 +1,37 @@
-"""Transformer blocks on fused attention.
+"""Patches, and transformer blocks on fused attention.
 
 `Attention` returns its keys and takes a bias, and `Block` offers its two halves, so that what works between them (token
 merging, say) needs no block of its own.
 
-Letters: B batch, N tokens, D width, H heads, d width of a head.
+Letters: B batch, R rows of a batch, F mel bands, T frames, f and t rows and columns of patches, N tokens, D width, H
+heads, d width of a head.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class PatchEmbed(nn.Module):
+    """Project patches of the spectrogram: (R,F,T) -> (R,f,t,D).
+
+    The weights are a convolution's, as published. Patches that do not overlap are projected by a product of matrices,
+    which is faster than the convolution and leaves the tokens in one piece.
+    """
+
+    def __init__(self, width: int, patch_size: int, patch_stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(1, width, patch_size, patch_stride)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """(R,F,T) -> (R,f,t,D)."""
+        size, stride = self.proj.kernel_size[0], self.proj.stride[0]
+        if stride != size:
+            return self.proj(mel[:, None]).permute(0, 2, 3, 1).contiguous()
+        n_rows, n_columns = mel.shape[1] // size, mel.shape[2] // size
+        mel = mel[:, : n_rows * size, : n_columns * size]
+        patches = mel.unflatten(2, (n_columns, size)).unflatten(1, (n_rows, size)).transpose(2, 3)  # (R,f,t,size,size)
+        return F.linear(patches.flatten(3), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class DropPath(nn.Module):

@@ -4,6 +4,7 @@ A checkpoint of ours is a `torch.save` of {"model": state dict, "config": dict} 
 values; the keys "model" and "model_args" of its config are those of published configurations.
 """
 
+import hashlib
 import logging
 import pickle
 import re
@@ -16,7 +17,7 @@ from urllib.parse import urlparse
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import Faults, UserError, did_you_mean, some
 from common.files import whole_file
@@ -176,6 +177,16 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     if all(key.startswith("module.") for key in content):  # saved from within torch.nn.DataParallel
         content = {key.removeprefix("module."): value for key, value in content.items()}
     return dict(content), dict(config) if isinstance(config, Mapping) else {}
+
+
+def weights_hash(module: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
+    """Return the SHA-256 of a network's weights, names and values in order, but those whose names begin so."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        if not name.startswith(leave_out):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fetch(url: str, name: str | None = None) -> Path:

@@ -4,7 +4,6 @@ Letters: B batch, S samples, F mel bands, T frames.
 """
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -74,18 +73,7 @@ class SlaneyMel(FrontEnd):
         bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
         edges = self.mel_edges_hz
         weights = triangles(bins, edges) * 2 / (edges[2:] - edges[:-2])
-        self.register_buffer("_window", torch.hann_window(win_size), persistent=False)
-        self.register_buffer("_mel_weights", weights.float(), persistent=False)
-
-    @property
-    def window(self) -> Tensor:
-        """Analysis window (win_size,)."""
-        return cast(Tensor, self.get_buffer("_window"))
-
-    @property
-    def mel_weights(self) -> Tensor:
-        """Mel filters (n_fft/2 + 1, F)."""
-        return cast(Tensor, self.get_buffer("_mel_weights"))
+        self._keep(torch.hann_window(win_size), weights.float())
 
     @property
     def mel_edges_hz(self) -> Tensor:

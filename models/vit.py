@@ -18,30 +18,8 @@ from common.errors import Faults, UserError, some
 from models.base import AudioTagger, Outputs
 from models.chunks import Average, join, join_logits, split
 from models.frontends import SILENCE_DB, FrontEnd
-from models.layers import Block
+from models.layers import Block, PatchEmbed
 from models.token_merging import Schedule, TokenGroups, merging_schedule
-
-
-class PatchEmbed(nn.Module):
-    """Project patches of the spectrogram: (R,F,T) -> (R,f,t,D).
-
-    The weights are a convolution's, as published. Patches that do not overlap are projected by a product of matrices,
-    which is faster than the convolution and leaves the tokens in one piece.
-    """
-
-    def __init__(self, width: int, patch_size: int, patch_stride: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(1, width, patch_size, patch_stride)
-
-    def forward(self, mel: Tensor) -> Tensor:
-        """(R,F,T) -> (R,f,t,D)."""
-        size, stride = self.proj.kernel_size[0], self.proj.stride[0]
-        if stride != size:
-            return self.proj(mel[:, None]).permute(0, 2, 3, 1).contiguous()
-        n_rows, n_columns = mel.shape[1] // size, mel.shape[2] // size
-        mel = mel[:, : n_rows * size, : n_columns * size]
-        patches = mel.unflatten(2, (n_columns, size)).unflatten(1, (n_rows, size)).transpose(2, 3)  # (R,f,t,size,size)
-        return F.linear(patches.flatten(3), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Rows(NamedTuple):

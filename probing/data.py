@@ -14,7 +14,7 @@ from audio.manifest import parse_labels
 from common.errors import Faults, UserError, did_you_mean, some
 from models import read_labels
 from probing.options import ProbeOptions
-from training.data import open_pack
+from training.data import LabelledPack, open_pack
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +111,7 @@ def _read_classes(
             faults.add(f"{pack.manifest}: {error}")
     if len(indices) < len(packs):
         return None
-    targets = {}
-    for part, of_clips in indices.items():
-        targets[part] = np.zeros((len(of_clips), len(classes)), np.float32)
-        for row, own in zip(targets[part], of_clips, strict=True):
-            row[own] = 1
+    targets = {part: LabelledPack(pack, indices[part], len(classes)).multi_hot() for part, pack in packs.items()}
     occurs = np.any([table.any(axis=0) for table in targets.values()], axis=0)
     learned = targets["data" if "data" in targets else "train"].any(axis=0)
     if (occurs & ~learned).any():

@@ -5,7 +5,6 @@ Letters: B batch, S samples, C classes, E embedding width; T' time steps of an e
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -119,11 +118,9 @@ def describe_head(head: str | Path | None) -> dict[str, str]:
     if head is None:
         return {}
     from models.heads import load_head
+    from models.loading import weights_hash
 
-    digest = hashlib.sha256()
-    for tensor in load_head(head).state_dict().values():
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return {"head": str(head), "head_sha256": digest.hexdigest()[:16]}
+    return {"head": str(head), "head_sha256": weights_hash(load_head(head))[:16]}
 
 
 def open_engine(

@@ -108,6 +108,24 @@ def test_every_file_runs_from_start_to_end_without_data(path, tmp_path, monkeypa
     check_run(tmp_path / "runs", config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "n_classes"),
+    [
+        ({"model": "mobilenetv3", "pretrained": False}, 0),
+        ({"objective_args.lambda": 0.5}, 10),
+        ({"model": "mobilenetv3", "pretrained": False, "objective_args.lambda": 0.5, "loss": "BCEWithLogitsLoss"}, 10),
+    ],
+    ids=["student", "labels", "both"],
+)
+def test_the_variants_of_ones_own_embedder_run_as_its_head_says(changes, n_classes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "trainconfig" / "own_embedder.yaml"
+    Runner(seed=1).train(str(path), smoke=True, outputpath=str(tmp_path / "runs"), **changes)
+    (folder,) = (link.parent for link in tmp_path.rglob("finished.json") if link.parent.name != "latest")
+    model = load_model(folder)
+    assert (model.name, model.num_classes) == (changes.get("model", "audiotransformer_pico"), n_classes)
+
+
 def test_the_command_of_a_head_runs_with_smoke_as_a_user_types_it(tmp_path):
     """In a folder that looks like a fresh checkout, so that a developer's own data are not in it."""
     for name in ("run.py", "trainconfig"):

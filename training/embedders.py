@@ -24,15 +24,19 @@ from audio.dataset import Pack, chunk_bounds
 from audio.manifest import NameIndex
 from common.errors import Faults, UserError, some
 from common.files import sha256
+from models.loading import weights_hash
 from training.config import SoftTargetConfig
-from training.teacher import Hearing, load_teacher, weights_hash
+from training.teacher import Hearing, load_teacher
 
 NPZ_KEY = "embed"  # S-SONDO's
 MOST_TOLD = 3  # files that do not fit
 
 
 class Embedder(Protocol):
-    """Embeds the chunks of a batch."""
+    """Embeds the chunks of a batch.
+
+    One attribute may be left out: `lacking`, bool (M,), the items that have no embedding.
+    """
 
     @property
     def name(self) -> str:

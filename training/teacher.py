@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import UserError
 from models import AudioTagger, Ensemble, load_model
 from models.frontends import FrontEnd
+from models.loading import weights_hash
 
 # What a front-end makes of a batch: the spectrograms (B, F, T), and the frames of each clip (B,) or None.
 Hearing = Callable[[FrontEnd, Mapping[str, Any]], tuple[Tensor, Tensor | None]]
@@ -111,15 +112,6 @@ class Teacher:
         if len(self.members) > 1:
             raise UserError(f"{len(self.members)} models are given, but embeddings are taken from one: name it")
         return self.members[0].embed_dim
-
-
-def weights_hash(member: nn.Module) -> str:
-    """Return the SHA-256 of a model's weights: names and values, in order."""
-    digest = hashlib.sha256()
-    for name, value in member.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def load_teacher(
