@@ -2,15 +2,32 @@
 
 A writer gets a name beside the target; when it has finished, the file is flushed to disk and renamed. A reader that
 finds the target finds all of it, and an interrupted writer leaves the previous file as it was.
+
+What a killed writer leaves is removed by the next process that writes into the folder. While `.NAME.TOKEN.partial` is
+written, its process has a lock on `.TOKEN.partial.lock`, which holds the id of the machine's boot. The lock ends with
+the process, whatever its number and its container. Where a lock says nothing (another boot may be another machine, and
+the locks of some file systems reach no further than one; others have none), files are dead after `DEAD_AFTER`.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
+import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+DEAD_AFTER = 24 * 3600.0  # seconds since a partial file of another boot has changed
+
+_LOCK = re.compile(r"\.([0-9a-f]{8})\.partial\.lock")
+_WRITING: set[str] = set()  # tokens of this process, to which its own locks are no obstacle
+_CLEANED: set[Path] = set()  # folders; a listing for every file would take too long in a large one
 
 
 @contextmanager
@@ -21,18 +38,101 @@ def whole_file(target: str | Path) -> Iterator[Path]:
         target: the file wanted at the end; its folder is made where missing.
 
     Yields:
-        A path in the same folder (so that the rename cannot cross file systems), unique to this process.
+        A path in the same folder (so that the rename cannot cross file systems), unique to this call.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with reserve_partial(target) as partial:
         yield partial
         _flush(partial)
         os.replace(partial, target)
         _flush(target.parent)
+
+
+@contextmanager
+def reserve_partial(target: Path) -> Iterator[Path]:
+    """Give a path beside `target` for a file or a folder; what is there at the end, however it comes, is removed.
+
+    Args:
+        target: what the partial file is for; its folder is made where missing.
+
+    Yields:
+        `.NAME.TOKEN.partial` in the same folder, which does not exist.
+    """
+    folder = target.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.absolute() not in _CLEANED:
+        remove_dead_partials(folder)
+        _CLEANED.add(folder.absolute())
+    token = secrets.token_hex(4)
+    lock = folder / f".{token}.partial.lock"
+    _WRITING.add(token)
+    try:
+        with open(lock, "xb", buffering=0) as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.lockf(file, fcntl.LOCK_EX)  # not flock, which processes that are forked meanwhile hold on to
+                file.write(_boot_id())  # once it is locked: an empty file was never, or is not yet
+            partial = folder / f".{target.name}.{token}.partial"
+            try:
+                yield partial
+            finally:
+                _remove(partial)
+                lock.unlink(missing_ok=True)
     finally:
-        partial.unlink(missing_ok=True)
+        _WRITING.discard(token)
+
+
+def remove_dead_partials(folder: str | Path) -> None:
+    """Remove the partial files in a folder whose writers were killed; what cannot be removed stays."""
+    try:
+        names = os.listdir(folder)
+    except OSError:  # it does not exist, or may not be listed
+        return
+    for name in names:
+        found = _LOCK.fullmatch(name)
+        if found is None or found[1] in _WRITING:
+            continue
+        try:
+            with open(Path(folder, name), "r+b") as lock:
+                for path in _find_dead(lock, Path(folder), found[1]):
+                    _remove(path)
+        except OSError:
+            continue  # removed meanwhile, or of another user
+
+
+def _find_dead(lock: IO[bytes], folder: Path, token: str) -> list[Path]:
+    """Find what a writer has left, its lock last; nothing where the writer may be alive."""
+    boot_id = None
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        boot_id = lock.read()
+    except (BlockingIOError, PermissionError):
+        return []
+    except OSError:  # a file system without locks
+        pass
+    # Only now, when nothing is added. Libraries that write beside the name they are given add to its end.
+    found = sorted((path for path in folder.iterdir() if f".{token}.partial" in path.name), key=_is_lock)
+    is_dead = boot_id == _boot_id() or time.time() - max(path.stat().st_mtime for path in found) > DEAD_AFTER
+    return found if is_dead else []
+
+
+def _is_lock(path: Path) -> bool:
+    return _LOCK.fullmatch(path.name) is not None
+
+
+@cache
+def _boot_id() -> bytes:
+    """What the processes of one running kernel have in common, whatever container they are in."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+    except OSError:
+        return os.uname().nodename.encode()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

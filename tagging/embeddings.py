@@ -8,6 +8,7 @@ Letters: N files, W windows, M time steps of all windows, E embedding width.
 """
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,7 @@ import h5py
 import numpy as np
 
 from common.errors import UserError
-from common.files import whole_file
+from common.files import remove_dead_partials, whole_file
 from tagging.files import TaggedFile
 from tagging.parts import LastOne, Share, check_made_with
 from tagging.rows import as_text, from_text
@@ -46,6 +47,7 @@ class Embeddings:
         self.last_one = LastOne(path, share)
         self.folder = path.with_name(f"{path.name}.parts")
         self.folder.mkdir(exist_ok=True)
+        remove_dead_partials(self.folder)
         self.done: set[str] = set()
         self.faults: dict[str, str] = {}
         for source in self._sources():
@@ -190,6 +192,11 @@ def is_made(path: Path) -> bool:
             return "made_with" in file.attrs
     except OSError:
         return False
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file in TARGET.parts/ has such a name as a part has, or what was killed while it was written."""
+    return re.fullmatch(r"\.?\d+-of-\d+\..*|\.\w+\.partial\.lock", path.name) is not None
 
 
 def _opened(path: Path, settings: Mapping[str, Any]) -> h5py.File:

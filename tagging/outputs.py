@@ -6,15 +6,14 @@ Every output knows which files it holds already (`done`), so that a command give
 import errno
 import glob
 import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import UserError
-from common.files import write_text
-from tagging.embeddings import is_made
+from common.files import remove_dead_partials, write_text
+from tagging.embeddings import is_made, is_part
 from tagging.files import TaggedFile
 from tagging.parts import LastOne, Share, claim_folder, let_go, marks_of, take
 from tagging.rows import (
@@ -123,7 +122,7 @@ class SharedRows:
             self._note(target.done, everyones)
             for part in parts:
                 part.unlink()
-                meta_of(part).unlink()
+                meta_of(part).unlink(missing_ok=True)  # a process may have been killed before it was there
             for partial in self.path.parent.glob(f".{glob.escape(self.path.name)}.part-*.partial"):
                 partial.unlink()  # of processes that were killed
         return True
@@ -166,6 +165,8 @@ class FileEach:
         self.targets = beside(folder, paths, self.extension)
         self.last_one = LastOne(folder, share)
         claim_folder(folder, settings)
+        for parent in {folder, *(target.parent for target in self.targets.values())}:
+            remove_dead_partials(parent)
         self.done = {name for name, target in self.targets.items() if os.path.exists(target)}  # whatever its length
         self.faults: dict[str, str] = {}
 
@@ -276,7 +277,7 @@ def check_ours(path: Path) -> None:
         is_ours = not path.exists() or meta_of(path).exists() or is_hardly_begun(path, form_of(path)) or is_made(path)
     for is_fine, what in (
         (is_ours, path),
-        (not parts.is_dir() or all(re.fullmatch(r"\.?\d+-of-\d+\..*", file.name) for file in parts.iterdir()), parts),
+        (not parts.is_dir() or all(map(is_part, parts.iterdir())), parts),
     ):
         if not is_fine:
             raise UserError(f"{what} is or holds something else, which --overwrite does not touch: write elsewhere")

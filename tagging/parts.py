@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from common.errors import UserError
-from common.files import write_json, write_text
+from common.files import remove_dead_partials, write_json, write_text
 
 
 class Share(NamedTuple):
@@ -86,7 +86,8 @@ _TAKEN: dict[Path, IO[bytes]] = {}  # by this process; each file once, since clo
 def take(path: Path, share: Share) -> None:
     """Keep others from an output until `let_go` or the end of this process; may be done again.
 
-    Processes that share an output have a byte of the lock each, one that is alone has all of it.
+    Processes that share an output have a byte of the lock each, one that is alone has all of it. What processes that
+    were killed have been writing beside it is removed.
 
     Raises:
         UserError: another process has it.
@@ -100,6 +101,7 @@ def take(path: Path, share: Share) -> None:
         if path not in _TAKEN:
             _TAKEN[path] = open(lock, "ab")  # noqa: SIM115 - open as long as the output
         if _lock(_TAKEN[path], *place) and _is_at(_TAKEN[path], lock):
+            remove_dead_partials(path.parent)
             return
         _close(path)
         if time.monotonic() > latest:
@@ -144,9 +146,8 @@ def _close(path: Path) -> None:
 
 
 def marks_of(path: Path) -> list[Path]:
-    """Find what `LastOne` has left for an output, and what was killed while it was written."""
-    name = glob.escape(path.name)
-    return [mark for dots in (".", "..") for mark in path.parent.glob(f"{dots}{name}.end-*-of-*")]
+    """Find what `LastOne` has left for an output."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.end-*-of-*"))
 
 
 class LastOne:

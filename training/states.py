@@ -71,7 +71,7 @@ class States:
         """Remove all states, once the run is finished."""
         for path in self._paths():
             _remove(path)
-        for rest in self.folder.glob(".*.partial"):
+        for rest in self.folder.glob(".*.partial*"):  # nobody else writes here
             rest.unlink()
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()

@@ -347,7 +347,6 @@ def test_what_killed_processes_have_done_is_kept_however_many_go_on(tmp_path, fo
         for file in FILES[rank::2][:3]:
             output.write(file)  # and is killed, while it notes what is whole
         (tmp_path / f".{path.name}.part-{rank}-of-2.jsonl.meta.json.partial").write_text("{")
-        (tmp_path / f"..{path.name}.end-{rank}-of-2.77.partial").write_text("{")
     ranks = [open_output(path, None, PATHS, SETTINGS, Share(rank, n_next)) for rank in range(n_next)]
     for rank, output in enumerate(ranks):
         assert {str(path) for path in PATHS if str(path) in output.done} == {str(path) for path in PATHS[:6]}
@@ -358,6 +357,17 @@ def test_what_killed_processes_have_done_is_kept_however_many_go_on(tmp_path, fo
     reader = read_lines if form == "jsonl" else read_table
     assert reader(path) == reader(tmp_path / f"whole.{form}")
     assert not [p.name for p in tmp_path.iterdir() if "part" in p.name or ".end-" in p.name]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_part_that_was_hardly_begun_is_removed_when_parts_are_joined(tmp_path, form):
+    path = tmp_path / f"tags.{form}"
+    (tmp_path / f"{path.name}.part-1-of-2.jsonl").touch()  # and its process was killed before the first note
+    (tmp_path / f".{path.name}.part-1-of-2.jsonl.meta.json.partial").write_text("{")
+    output = open_output(path, None, PATHS, SETTINGS, ALONE)
+    output.write(FILES[0])
+    assert output.close(PATHS)
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, f"{path.name}.meta.json"}
 
 
 def test_a_process_of_an_earlier_start_does_not_count_as_finished(tmp_path):
