@@ -1,0 +1,137 @@
+"""What simple features and scikit-learn reach on a labelled pack: the figure that any network has to beat.
+
+    python scripts/baseline.py --train_data data/mine/labels/train.tsv --test_data data/mine/labels/test.tsv
+    python scripts/baseline.py --train_data T.tsv --valid_data V.tsv --test_data E.tsv --output baseline.json
+
+Mean and standard deviation over time of 40 log-mels or 20 MFCCs, of whole clips or of each quarter, and on them a
+logistic regression or an RBF SVM: eight variants. The one that is reported is chosen on the validation clips, or, where
+none are given, by cross-validation of the training clips (columns `group`, `speaker` or `fold` of the list keep clips
+together), never on the test clips. It is fitted to training and validation clips. Clips with one label each: accuracy;
+otherwise mAP. Large data are thinned out, and a line says so. It takes seconds and needs no GPU.
+"""
+
+import argparse
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
+
+from audio.dataset import Pack
+from audio.manifest import parse_labels
+from common.errors import Faults, did_you_mean, print_user_errors, some
+from common.files import write_json
+from probing.data import in_order
+from probing.scores import COVERAGE, Score, score
+from training.baseline import Baseline, fit_baseline
+from training.data import LabelledPack, open_pack
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = ("--train_data", "--test_data", "--valid_data", "--output", "--help")
+SEED = 0  # of the bootstrap
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--train_data", metavar="T.tsv", help="list of the pack to fit to, with a column `labels`")
+    parser.add_argument("--test_data", metavar="E.tsv", help="list of the pack to be judged on")
+    parser.add_argument("--valid_data", metavar="V.tsv", help="list of the pack to choose a variant by")
+    parser.add_argument("--output", metavar="FILE.json", help="gets everything that is printed, and more figures")
+    return parser
+
+
+@print_user_errors
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, fit, and print the table of the variants and what the chosen one reaches."""
+    options, unknown = _parser().parse_known_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    faults = Faults("the command")
+    names = [word.split("=")[0] for word in unknown if word.startswith("-")]
+    for name in names:
+        hint = did_you_mean(name, OPTIONS) or f"; wanted {', '.join(OPTIONS)}"
+        faults.add(f"unknown option {name}{hint}")
+    if unknown and not names:
+        faults.add(f"{some(map(repr, unknown))} belongs to no option; wanted {', '.join(OPTIONS)}")
+    given = {"train": options.train_data, "test": options.test_data, "valid": options.valid_data}
+    missing = [part for part in ("train", "test") if not given[part]]
+    for part in missing if not unknown else ():
+        faults.add(f"--{part}_data is missing, a list of packed clips with a column `labels`")
+    parts, labels = _open({part: path for part, path in given.items() if path}, faults)
+    faults.raise_if_any()
+    baseline = fit_baseline(parts["train"], parts["test"], parts.get("valid"))
+    test = parts["test"]
+    judged = score(baseline.scores, test.multi_hot(), labels, baseline.metric, SEED)
+    print(_report(baseline, judged))
+    if options.output:
+        write_json(options.output, _as_dict(baseline, judged) | {"data": given, "clips_tested": len(test.pack)})
+        print(f"written: {options.output}")
+
+
+def _open(paths: dict[str, str], faults: Faults) -> tuple[dict[str, LabelledPack], list[str]]:
+    """Open packs with the classes that occur in any of them; what is wrong is noted."""
+    packs: dict[str, Pack] = {}
+    for part, path in paths.items():
+        pack = open_pack(path, faults, labelled=True)
+        if pack is not None:
+            packs[part] = pack
+    cells = {str(cell) for pack in packs.values() for cell in pack.table["labels"].unique()}
+    labels = sorted({token.strip() for cell in cells for token in cell.split(";")} - {""}, key=in_order)
+    opened = {}
+    for part, pack in packs.items():
+        with faults.noted():
+            opened[part] = LabelledPack(pack, parse_labels(pack.table["labels"], labels, pack.names), len(labels))
+    for part in ("valid", "test"):
+        twice = set(packs[part].names) & set(packs["train"].names) if {part, "train"} <= set(packs) else set()
+        if twice:
+            logger.warning("%d clips are in train_data and in %s_data: %s", len(twice), part, some(sorted(twice)))
+    return opened, labels
+
+
+def _report(baseline: Baseline, judged: Score) -> str:
+    """Lay out the variants, and what the chosen one reaches on the test clips."""
+    rows = [("features", "statistics of", "model", f"{baseline.choice_metric} where chosen", "")]
+    for variant, value in baseline.choices:
+        where = "whole clip" if variant.parts == 1 else "each quarter"
+        mark = "chosen" if variant == baseline.variant else ""
+        rows.append((variant.spectrum, where, variant.model, _text(value, baseline.choice_metric), mark))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows]
+    low, high = (_text(value, judged.metric) for value in _interval(judged))
+    lines += [
+        "",
+        f"test: {judged.metric} {_text(judged.value, judged.metric)}, {100 * COVERAGE:.0f} % interval {low} to {high}; "
+        f"chance {_text(judged.chance, judged.metric)}; {judged.metrics.n_clips:,} clips",
+        baseline.sentence,
+    ]
+    return "\n".join(lines)
+
+
+def _interval(judged: Score) -> tuple[float, float]:
+    """Return the interval of a figure, around that figure.
+
+    A clip that a bootstrap draws twice helps to rank its class: mAP over classes of very few clips comes out too high
+    in every draw, and the interval may lie beside the figure. Its width is right then, its place is not.
+    """
+    low, high = judged.interval
+    if low <= judged.value <= high:
+        return low, high
+    return judged.value - (high - low) / 2, judged.value + (high - low) / 2
+
+
+def _text(value: float, metric: str) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.4f}"
+
+
+def _as_dict(baseline: Baseline, judged: Score) -> dict[str, Any]:
+    return baseline.as_dict() | {"interval": list(_interval(judged)), "chance": judged.chance}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Statistics of a clip's spectrogram over time: the features of the baseline.
+
+Letters: N clips, S samples, F mel bands, K cepstral coefficients, T frames, P parts.
+"""
+
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from audio.dataset import Pack
+from models.frontends import CedMel
+
+N_MELS = 40
+N_MFCCS = 20
+WINDOW_SECONDS, HOP_SECONDS = 0.032, 0.01  # at 16 kHz: 512 and 160 samples
+BLOCK_FRAMES = 1024  # computed at once, so that memory does not grow with a clip's length
+STRETCH_FRAMES = 100  # read in one piece from clips that are not read as a whole: a second
+FLOOR = 1e-6  # added to mel power: digital silence is -60 dB then, near the noise of recordings, not an outlier far off
+SPECTRA = ("log-mel", "MFCC")
+PARTS = (1, 4)
+FeatureTable = dict[tuple[str, int], np.ndarray]
+
+
+class LogMel(CedMel):
+    """Log-mel power that is the same whatever is computed with it: no decibel depends on the clip's peak.
+
+    Windows are 32 ms and hops 10 ms at any rate; a Fourier transform has the next power of two of samples.
+
+    Args:
+        sample_rate: hertz.
+    """
+
+    def __init__(self, sample_rate: int) -> None:
+        window = max(2, round(WINDOW_SECONDS * sample_rate))
+        super().__init__(
+            sample_rate=sample_rate,
+            n_mels=N_MELS,
+            n_fft=1 << (window - 1).bit_length(),
+            win_size=window,
+            hop_size=max(1, round(HOP_SECONDS * sample_rate)),
+            f_max=None,
+            center=False,  # blocks of a clip are framed by `log_mel`, which centres them
+        )
+
+    def compressed(self, mel: Tensor, alien: Tensor | None) -> Tensor:
+        """Bring mel power (B,F,T) to decibels."""
+        return 10 * (mel + FLOOR).log10()
+
+
+def frame_ranges(n_frames: int, most_frames: int) -> Iterator[tuple[int, int]]:
+    """Yield which frames of a clip are looked at, as (first, end): all, or stretches spread evenly over the clip.
+
+    Args:
+        n_frames: T of the whole clip.
+        most_frames: of a longer clip about so many are taken, in stretches of `STRETCH_FRAMES`.
+    """
+    if n_frames <= max(most_frames, STRETCH_FRAMES):
+        for first in range(0, n_frames, BLOCK_FRAMES):
+            yield first, min(first + BLOCK_FRAMES, n_frames)
+        return
+    n_stretches = max(1, most_frames // STRETCH_FRAMES)
+    for first in np.linspace(0, n_frames - STRETCH_FRAMES, n_stretches).round().astype(int).tolist():
+        yield first, first + STRETCH_FRAMES
+
+
+@torch.inference_mode()
+def log_mel(pack: Pack, clip: int, front_end: LogMel, most_seconds: float) -> np.ndarray:
+    """Return the log-mel spectrogram of a clip, (T, F) float64 in decibels.
+
+    Frames are centred on multiples of the hop and the clip is reflected at its ends, as in `CedMel`; shorter clips
+    than half a Fourier transform are extended with zeros.
+
+    Args:
+        pack: holds the clip.
+        clip: which one.
+        front_end: of the pack's sample rate.
+        most_seconds: longer clips are looked at in stretches from all over them, about so long together.
+    """
+    n_samples = int(pack.n_samples[clip])
+    reach = front_end.n_fft // 2
+    n_extended = max(n_samples, reach + 1)
+    n_frames = n_extended // front_end.hop_size + 1
+    blocks = []
+    for first, end in frame_ranges(n_frames, round(most_seconds / HOP_SECONDS)):
+        start = first * front_end.hop_size - reach
+        stop = (end - 1) * front_end.hop_size - reach + front_end.n_fft
+        position = np.abs(np.arange(start, stop))  # reflected at the beginning, then at the end
+        position = np.where(position >= n_extended, 2 * (n_extended - 1) - position, position)
+        low, high = int(position.min()), int(position.max()) + 1
+        samples = np.zeros(high - low, np.float32)
+        known = pack.read(clip, low, min(high, n_samples)) if low < n_samples else samples[:0]
+        samples[: len(known)] = known
+        blocks.append(front_end(torch.from_numpy(samples[position - low])[None])[0])  # (F, T of the block)
+    return torch.cat(blocks, dim=1).T.double().numpy()
+
+
+def cepstra(spectrogram: np.ndarray) -> np.ndarray:
+    """Return the first K coefficients of the orthonormal DCT-II over the mel bands: (T,F) -> (T,K)."""
+    from scipy.fft import dct
+
+    coefficients: np.ndarray = dct(spectrogram, axis=1, norm="ortho")[:, :N_MFCCS]
+    return coefficients
+
+
+def statistics(frames: np.ndarray, n_parts: int) -> np.ndarray:
+    """Return mean and standard deviation over time of each of P equal parts, one part after the other.
+
+    Args:
+        frames: (T,F), T at least 1.
+        n_parts: P; where there are fewer frames than parts, some serve in two.
+
+    Returns:
+        (P * 2F,) float64.
+    """
+    n_frames = len(frames)
+    found = []
+    for part in range(n_parts):
+        first = part * n_frames // n_parts
+        own = frames[first : max(first + 1, (part + 1) * n_frames // n_parts)]
+        found += [own.mean(axis=0), own.std(axis=0)]
+    return np.concatenate(found)
+
+
+def compute_features(pack: Pack, most_seconds: float, description: str = "baseline") -> FeatureTable:
+    """Compute all features of all clips.
+
+    Args:
+        pack: N clips of any sample rate and any lengths.
+        most_seconds: see `log_mel`.
+        description: of the progress bar, which large packs have.
+
+    Returns:
+        (spectrum, P) → float64 (N, width), for each spectrum of `SPECTRA` and P of `PARTS`. A feature of a clip depends
+        on that clip alone.
+    """
+    front_end = LogMel(pack.sample_rate)
+    rows: dict[tuple[str, int], list[np.ndarray]] = {(spectrum, parts): [] for spectrum in SPECTRA for parts in PARTS}
+    progress = tqdm(
+        range(len(pack)),
+        desc=description,
+        unit="clip",
+        leave=False,
+        disable=len(pack) < 2000,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+    )
+    for clip in progress:
+        spectrogram = log_mel(pack, clip, front_end, most_seconds)
+        for spectrum, frames in zip(SPECTRA, (spectrogram, cepstra(spectrogram)), strict=True):
+            for parts in PARTS:
+                rows[spectrum, parts].append(statistics(frames, parts))
+    return {key: np.stack(found) for key, found in rows.items()}
