@@ -6,7 +6,7 @@ with workers that outlive an epoch or read ahead into the next.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ class ReplayDataset(Dataset[dict[str, Any]]):
             still, as published.
         mixup: alpha of the Beta distribution that each clip's weight in mixup is drawn from, or None for no mixup.
         seed: of the fresh masks and the mixup weights, pure functions of (seed, epoch, item).
-        fill_seconds: shorter items are filled up with silence to this length; None leaves them as they are.
+        fill_seconds: shorter items are brought to this length; None leaves them as they are.
+        fill_by: "silence", or "repeat": the item itself, over and over.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         mixup: float | None = None,
         seed: int = 0,
         fill_seconds: float | None = None,
+        fill_by: Literal["silence", "repeat"] = "silence",
     ) -> None:
         self.pack, self.source, self.sample_rates, self.labels = pack, source, tuple(sample_rates), labels
         self.clusters = clusters
         self.fresh_masks, self.mixup, self.seed = fresh_masks, mixup, seed
-        self.fill_seconds = fill_seconds
+        self.fill_seconds, self.fill_by = fill_seconds, fill_by
 
     def __len__(self) -> int:
         return len(self.source.bounds)
@@ -96,6 +98,8 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         if self.fill_seconds is None:
             return wave
         wanted = round(self.fill_seconds * rate)  # what resampling rounds otherwise, by a sample, is cut
+        if self.fill_by == "repeat" and len(wave):
+            return wave.repeat(-(-wanted // len(wave)))[:wanted]
         return torch.nn.functional.pad(wave[:wanted], (0, max(wanted - len(wave), 0)))
 
     def name(self, item: int) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import Faults, UserError
-from distill.objectives import Objective, TargetLoss, register_objective
+from distill.objectives import Objective, TargetLoss, mean_entropy, register_objective
 
 KINDS = ("cosine", "mse", "l1", "kl", "contrastive", "cluster_contrastive")
 TEMPERATURES = {"kl": 1.0, "contrastive": 0.07, "cluster_contrastive": 0.07}  # by default
@@ -162,6 +162,37 @@ class EmbeddingDistillation(nn.Module):
                 loss = self.share * to_labels + (1 - self.share) * to_teacher
                 losses["loss_labels"] = to_labels
         return {"loss": loss, **losses}
+
+    def target_statistics(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the means over a batch that `constant_loss` needs; see `distill.objectives.Objective`."""
+        target = batch["target"].float()
+        means: dict[str, Tensor] = {}
+        if self.kind == "cosine":
+            means["direction"] = F.normalize(target, eps=_SHORTEST).mean(dim=0)
+        elif self.kind == "mse":
+            means |= {"embedding": target.mean(dim=0), "square": target.square().mean()}
+        elif self.kind == "kl":
+            share = (target / self.temperature).softmax(dim=1)
+            means |= {"share": share.mean(dim=0), "entropy": torch.special.entr(share).sum(dim=1).mean()}
+        if self.to_labels:
+            means |= self.to_labels.target_statistics({"target": batch["labels"]})
+        return means
+
+    def constant_loss(self, means: Mapping[str, Tensor]) -> float | None:
+        """Return the loss of one embedding, and one answer to the labels, for all clips.
+
+        It is known for `cosine` (1 - the length of the mean direction), `mse` (the variance) and `kl`.
+        """
+        to_labels = self.to_labels.constant_loss(means) if self.to_labels else 0.0
+        if self.kind == "cosine":
+            to_teacher = 1 - float(means["direction"].norm())
+        elif self.kind == "mse":
+            to_teacher = float(means["square"] - means["embedding"].square().mean())
+        elif self.kind == "kl":
+            to_teacher = (mean_entropy(means["share"], "softmax") - float(means["entropy"])) * self.temperature**2
+        else:
+            return None
+        return None if to_labels is None else self.share * to_labels + (1 - self.share) * to_teacher
 
     def _to_teacher(self, projected: Tensor, target: Tensor, batch: Mapping[str, Any], likeness: Tensor) -> Tensor:
         if self.kind == "cosine":

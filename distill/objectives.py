@@ -29,6 +29,10 @@ class Objective(Protocol):
     `needs_embedding`, true where `target` is a teacher's embedding (B, W) and the batch must hold the student's,
     `embedding` (B, E): such an objective has `attach(E, W)`, called once before training, and with `wants` None it is
     given no output at all; and `needs_clusters`, true where the batch must hold `cluster` (B,) of each clip.
+
+    Two methods that may be left out say what constant answers cost, which a network that learns nothing gives:
+    `target_statistics(batch)` returns means over the clips of a batch, tensors by name, and `constant_loss(means)` the
+    loss of the best constant answer, given these means over any number of clips; None where that is not known.
     """
 
     @property
@@ -131,7 +135,7 @@ class TargetLoss:
             raise UserError(f"unknown loss {loss!r}{did_you_mean(loss, LOSSES)}; known are {', '.join(LOSSES)}")
         factory, self.wants = LOSSES[loss]
         self.activation = "softmax" if loss == "CrossEntropyLoss" else "sigmoid"
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.loss_args = label_smoothing, dict(loss_args)
         try:
             self.loss = factory(**loss_args)
             self.loss(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))  # a wrong `reduction` is found when called
@@ -140,13 +144,43 @@ class TargetLoss:
 
     def __call__(self, output: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return {loss: scalar} for `output` (B, C) and `batch["target"]` (B, C)."""
-        target = batch["target"]
-        if self.label_smoothing:
-            if self.activation == "softmax":  # first to a distribution, of which a part is then spread evenly
-                target = target / target.sum(dim=1, keepdim=True).clamp_min(1e-8)
-            even = 1 / target.shape[1] if self.activation == "softmax" else 0.5
-            target = target + self.label_smoothing * (even - target)
-        return {"loss": self.loss(output, target).mean()}
+        return {"loss": self.loss(output, self._smoothed(batch["target"])).mean()}
+
+    def _smoothed(self, target: Tensor) -> Tensor:
+        if not self.label_smoothing:
+            return target
+        if self.activation == "softmax":  # first to a distribution, of which a part is then spread evenly
+            target = target / target.sum(dim=1, keepdim=True).clamp_min(1e-8)
+        even = 1 / target.shape[1] if self.activation == "softmax" else 0.5
+        return target + self.label_smoothing * (even - target)
+
+    def target_statistics(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the mean target (C,) as the loss compares it with; see `Objective`."""
+        target = self._smoothed(batch["target"].float())
+        if self.activation == "softmax":
+            target = target / target.sum(dim=1, keepdim=True).clamp_min(1e-8)
+        return {"target": target.mean(dim=0)}
+
+    def constant_loss(self, means: Mapping[str, Tensor]) -> float | None:
+        """Return the loss of answering the mean target: its entropy, by classes or as one distribution.
+
+        The loss is linear in the target, so that its mean over clips is that of the mean target. None where `loss_args`
+        weigh classes or add up what others average.
+        """
+        if self.loss_args.get("reduction", "mean") == "sum" or self.loss_args.keys() - {"reduction"}:
+            return None
+        return mean_entropy(means["target"].double(), self.activation)
+
+
+def mean_entropy(target: Tensor, activation: str) -> float:
+    """Return the entropy of a mean target (C,): the mean of its classes' under sigmoid, that of all under softmax.
+
+    Under softmax a mean target sums to less than one where clips have no label; what answers best is scaled to one.
+    """
+    if activation == "softmax":
+        total = target.sum()
+        return float(torch.special.entr(target).sum() + torch.special.xlogy(total, total))
+    return float((torch.special.entr(target) + torch.special.entr(1 - target)).mean())
 
 
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -218,6 +252,18 @@ class CrossModelDistillation:
             to_teacher = self.to_teacher(output.float(), {"target": target})["loss"] - self._entropy(target)
         loss = self.share * to_labels + (1 - self.share) * to_teacher
         return {"loss": loss, "loss_labels": to_labels, "loss_teacher": to_teacher}
+
+    def target_statistics(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the mean of labels and teacher, weighed as the losses are, and the teacher's mean entropy."""
+        labels = self.to_labels.target_statistics({"target": batch["labels"]})["target"]
+        teacher = self._warmed(batch["target"].float())
+        target = self.share * labels + (1 - self.share) * teacher.mean(dim=0)
+        return {"target": target, "teacher_entropy": self._entropy(teacher)}
+
+    def constant_loss(self, means: Mapping[str, Tensor]) -> float | None:
+        """Return the loss of one answer to all clips, that which suits labels and teacher together best."""
+        both = self.to_labels.constant_loss(means)
+        return None if both is None else both - (1 - self.share) * float(means["teacher_entropy"])
 
     def _warmed(self, target: Tensor) -> Tensor:
         """Return psi(Zt / tau) for psi(Zt), (B, C) each; a stored softmax answer is scaled to sum to one."""

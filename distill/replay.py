@@ -113,9 +113,16 @@ class Shift:
         return np.roll(waveform, round(seconds * sample_rate))
 
 
-def _mask(value: Tensor, min_value: Tensor, size: Tensor | int, param: int) -> tuple[Tensor, Tensor]:
-    """Return first and past-the-last masked index on the reference grid, in the published float32 arithmetic."""
-    width = value * param
+def _mask(value: Tensor, min_value: Tensor, size: Tensor | int, limit: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return first and past-the-last masked index on the reference grid, in the published float32 arithmetic.
+
+    Args:
+        value: (B,) float32, the width draws.
+        min_value: (B,) float32, the position draws.
+        size: frames of each clip (B,), or bands.
+        limit: the widest that a mask may be, in frames or bands; one number for all clips, or (B,).
+    """
+    width = value * limit
     start = (min_value * (size - width)).long()
     return start, start + width.long()
 
@@ -131,30 +138,60 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
-class TimeMasking:
-    """One masked stretch of time, at most `time_mask_param` reference frames (10 ms each) wide."""
+def _share(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"{name} is {value!r}; it is a share of the clip, from 0 to 1, or null for no limit")
+    return float(value)
 
-    def __init__(self, time_mask_param: int = 192) -> None:
+
+def reference_frames(n_reference: Any) -> Any:
+    """Return the frames (10 ms each) of clips of `n_reference` samples at the reference rate; a tensor or an array."""
+    return n_reference // round(REFERENCE_HOP_SECONDS * REFERENCE_RATE) + 1
+
+
+class TimeMasking:
+    """One masked stretch of time, at most `time_mask_param` reference frames (10 ms each) wide.
+
+    Args:
+        time_mask_param: the widest mask, in reference frames.
+        max_share: the widest mask as a share of each clip's own frames, where that is less; None, as published, lets
+            a mask be longer than a short clip, which then vanishes whole.
+    """
+
+    def __init__(self, time_mask_param: int = 192, max_share: float | None = None) -> None:
         self.param = _positive("TimeMasking: time_mask_param", time_mask_param)
+        self.max_share = _share("TimeMasking: max_share", max_share)
 
     def masked(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
         """Return (B, 1, T) booleans for frames centred on `seconds` (T,); see `SpecTransform`."""
-        n_frames = n_reference // round(REFERENCE_HOP_SECONDS * REFERENCE_RATE) + 1
-        start, stop = _mask(*draws, n_frames, self.param)
+        n_frames = reference_frames(n_reference)
+        limit: Tensor | int = self.param
+        if self.max_share is not None:
+            limit = (n_frames * self.max_share).clamp(max=self.param)
+        start, stop = _mask(*draws, n_frames, limit)
         # A frame is masked when its centre is; the corners lie half a frame before the centres.
         corners = ((index.double() - 0.5) * REFERENCE_HOP_SECONDS for index in (start, stop))
         return _inside(seconds, *corners)[:, None, :]
 
 
 class FrequencyMasking:
-    """One masked stretch of frequency, at most `freq_mask_param` reference bands (64 HTK mel to 8 kHz) wide."""
+    """One masked stretch of frequency, at most `freq_mask_param` reference bands (64 HTK mel to 8 kHz) wide.
 
-    def __init__(self, freq_mask_param: int = 24) -> None:
+    Args:
+        freq_mask_param: the widest mask, in reference bands.
+        max_share: the widest mask as a share of the 64 bands, where that is less; None, as published, for no limit.
+    """
+
+    def __init__(self, freq_mask_param: int = 24, max_share: float | None = None) -> None:
         self.param = _positive("FrequencyMasking: freq_mask_param", freq_mask_param)
+        self.max_share = _share("FrequencyMasking: max_share", max_share)
 
     def masked(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
         """Return (B, F, 1) booleans for bands centred on `hertz` (F,); see `SpecTransform`."""
-        start, stop = _mask(*draws, REFERENCE_BANDS, self.param)
+        limit = self.param if self.max_share is None else min(self.param, self.max_share * REFERENCE_BANDS)
+        start, stop = _mask(*draws, REFERENCE_BANDS, limit)
         # Band b is centred on (b + 1) / 65 of the mel range; the corners lie half a band below the centres.
         mel_step = _hz_to_mel(REFERENCE_F_MAX) / (REFERENCE_BANDS + 1)
         corners = (_mel_to_hz((index.double() + 0.5) * mel_step) for index in (start, stop))
@@ -221,6 +258,11 @@ class Replay:
             "spectransforms": [{n: dict(a or {}) for n, a in entry.items()} for entry in self.spectransforms],
             "mask_fill": self.mask_fill,
         }
+
+    @property
+    def masks(self) -> tuple[SpecTransform, ...]:
+        """The masks on the spectrogram, in their order."""
+        return self._spec
 
     def draw(self, seed: int, n_reference: int) -> Draw:
         """Return what `seed` says about a chunk of `n_reference` samples at the reference rate."""

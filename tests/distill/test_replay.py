@@ -179,6 +179,72 @@ def test_all_faults_of_an_augmentation_are_told_at_once():
 
 def test_transforms_have_the_published_defaults():
     assert (TimeMasking().param, FrequencyMasking().param, Shift().p) == (192, 24, 0.5)
+    assert TimeMasking().max_share is None
+    assert FrequencyMasking().max_share is None
+
+
+SHARED = {
+    "wavtransforms": CED["wavtransforms"],
+    "spectransforms": [
+        {"TimeMasking": {"time_mask_param": 192, "max_share": 0.2}},
+        {"FrequencyMasking": {"freq_mask_param": 24, "max_share": 0.25}},
+    ],
+}
+
+
+def test_with_a_share_the_same_draws_place_masks_that_leave_most_of_every_clip(ced_grid):
+    plain, shared_masks = Replay(**CED), Replay(**SHARED)
+    n_narrower = 0
+    for seed, n_samples in zip(range(300), np.linspace(2400, 240000, 300).astype(int).tolist(), strict=True):
+        assert plain.draw(seed, n_samples) == shared_masks.draw(seed, n_samples)
+        n_frames = n_samples // 160 + 1
+        draw = shared_masks.draw(seed, n_samples)
+        value, min_value = np.float32(draw.value), np.float32(draw.min_value)
+        expected = []
+        for size, limit in ((n_frames, min(192, 0.2 * n_frames)), (64, 16)):
+            width = value * np.float32(limit)
+            start = int(min_value * (np.float32(size) - width))
+            expected.append(inside((start, start + int(width)), size))
+        _, frames, bands = masked_ranges(shared_masks, ced_grid, seed, n_samples)
+        assert (frames, bands) == tuple(expected)
+        assert frames is None or frames[1] - frames[0] <= 0.2 * n_frames
+        n_narrower += 0.2 * n_frames < 192
+    assert n_narrower > 150
+
+
+def test_a_share_that_a_clip_does_not_reach_changes_no_bit(ced_grid):
+    seeds, n = range(200), 200 * [160000]  # 1001 frames, of which 192 are less than a fifth
+    wide = [{"TimeMasking": {"time_mask_param": 192, "max_share": 0.2}}, {"FrequencyMasking": {"max_share": 0.4}}]
+    plain, shared_masks = Replay({}, CED["spectransforms"]), Replay({}, wide)
+    draws = [plain.draw(seed, 160000) for seed in seeds]
+    args = [torch.tensor([getattr(d, name) for d in draws]) for name in ("value", "min_value")]
+    mel = torch.randn(1, 64, 1001).expand(200, 64, 1001)
+    one, other = (r.mask_spectrogram(mel, ced_grid, *args, torch.tensor(n)) for r in (plain, shared_masks))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, mel)
+
+
+def test_masks_limited_to_a_share_lie_in_the_same_seconds_and_hertz_for_every_front_end(ced_grid, efficientat_grid):
+    replay = Replay({}, SHARED["spectransforms"])
+    fill = (math.log(1 + 1e-5) + 4.5) / 5  # 0 dB in EfficientAT's scale
+    for seed in range(20):
+        draw = replay.draw(seed, 6880)  # 0.43 s, 44 frames of 10 ms at either rate
+        args = (torch.tensor([draw.value]), torch.tensor([draw.min_value]), torch.tensor([6880]))
+        ours = replay.mask_spectrogram(torch.full((1, 64, 44), 5.0), ced_grid, *args)[0] == 0
+        theirs = replay.mask_spectrogram(torch.full((1, 128, 44), 5.0), efficientat_grid, *args)[0]
+        theirs = torch.isclose(theirs, torch.tensor(fill))
+        assert torch.equal(ours.all(dim=0), theirs.all(dim=0))
+        assert ours.all(dim=0).sum() == int(np.float32(draw.value) * np.float32(8.8))
+        ours_hz = ced_grid.band_centers_hz[ours.all(dim=1)]
+        if len(ours_hz):
+            hertz = efficientat_grid.band_centers_hz
+            assert theirs.all(dim=1)[(hertz > ours_hz.min()) & (hertz < ours_hz.max())].all()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.2, "0.2", True, 20])
+def test_a_share_is_a_number_from_0_to_1(share):
+    with pytest.raises(UserError, match=r"2 faults(?s:.*)TimeMasking: max_share.*from 0 to 1(?s:.*)FrequencyMasking"):
+        Replay({}, [{"TimeMasking": {"max_share": share}}, {"FrequencyMasking": {"max_share": share}}])
 
 
 def test_seeds_are_a_function_of_item_and_epoch_whatever_the_split():
