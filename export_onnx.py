@@ -1,6 +1,7 @@
 """Export a model to ONNX files, with the labels that sherpa-onnx wants beside them.
 
     python3 export_onnx.py -m ced_tiny --max-frames 1012
+    python3 export_onnx.py -m experiments/mine/ --head birds --waveform
     python3 export_onnx.py -m experiments/mine/ --waveform --precision fp32,int8 --calibrate data/test.tsv
 
 Files take log-mel spectrograms (`feats`), as published exports do, or with --waveform the samples themselves, and give
@@ -19,7 +20,8 @@ import torch
 from audio.io import resample
 from common.errors import Faults, UserError, print_user_errors
 from common.numbers import read_numbers
-from models import AudioTagger, load_model
+from models import AudioTagger, load_tagger
+from models.heads import check_classes
 from models.onnx import PRECISIONS, Precision, export_onnx, label_table, with_chunks_of, write_label_table
 from tagging.engines import Engine, TorchEngine
 from tagging.onnx_engine import OnnxEngine
@@ -32,6 +34,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Export a model to ONNX.")
     parser.add_argument("-m", "--model", default="ced_mini", help="a model's name, a checkpoint, a run's folder, ...")
     parser.add_argument("--weights", help="file or address with the weights of the model named by -m")
+    parser.add_argument("--head", help="write this head's classes: a name in heads/, or a head's file")
     parser.add_argument("--output", type=Path, help="default: MODEL.onnx, and MODEL.int8.onnx for another precision")
     parser.add_argument(
         "--max-frames",
@@ -111,9 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("models").setLevel(logging.INFO)  # the exporter and the quantiser tell every step at that level
-    model = load_model(options.model, weights=options.weights)
-    if options.token_merging is not None:
-        model.merge_tokens(options.token_merging)
+    chosen = {name: getattr(options, name) for name in ("weights", "head", "token_merging")}
+    model = load_tagger(options.model, **chosen)
+    check_classes(model, options.model)
     if options.max_frames:
         model = with_chunks_of(model, options.max_frames)
     data = None
@@ -121,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         faults = Faults("--calibrate")
         data = open_labelled(options.calibrate, model.labels, faults)
         faults.raise_if_any()
-    output = options.output or Path(f"{model.name}.onnx")
+    output = options.output or Path(f"{model.full_name}.onnx")
     files = names(output, options.precision, options.output is not None)
     table = options.labels_output or output.with_name("class_labels_indices.csv")
     if options.labels_output is None and holds_other_labels(table, model.labels):

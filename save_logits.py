@@ -2,6 +2,7 @@
 
     python save_logits.py CONFIG.yaml [--key value ...]
     torchrun --nproc_per_node N save_logits.py CONFIG.yaml [--key value ...]
+    python save_logits.py CONFIG.yaml -m MODEL --head NAME
 
 Any key of the configuration can be overridden. The folder written is printed at the end; running the same command
 again goes on where it stopped.
@@ -15,15 +16,19 @@ from typing import Any
 # Before torch loads OpenMP: threads that spin while they wait cost tenfold where loader workers share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from audio.dataset import Pack
+from audio.dataset import Pack, chunk_bounds
 from common.commands import run_commands
 from common.errors import Faults, print_user_errors
+from distill.mask_check import check_masks
 from distill.replay import Replay
+from distill.sources import reference_lengths
 from training.config import SoftTargetConfig, read_config
 from training.data import open_pack
 from training.embedders import open_embedder
 from training.teacher import load_teacher
 from training.teaching import Embeddings, Question, SoftTargets, Teaching
+
+logger = logging.getLogger(__name__)
 
 
 def open_question(config: SoftTargetConfig, pack: Pack | None) -> tuple[Question | None, str]:
@@ -32,7 +37,7 @@ def open_question(config: SoftTargetConfig, pack: Pack | None) -> tuple[Question
         embedder = None if pack is None else open_embedder(config, pack)
         return (None, "") if embedder is None else (Embeddings(embedder, config.part_size), embedder.name)
     assert config.model is not None
-    teacher = load_teacher(config.model, config.weights, config.model_args)
+    teacher = load_teacher(config.model, config.weights, config.model_args, config.head)
     return SoftTargets(teacher, config.topk), teacher.name
 
 
@@ -46,6 +51,16 @@ def store_folder(config: SoftTargetConfig, name: str) -> Path:
     )
 
 
+def check_lengths(config: SoftTargetConfig, replay: Replay, pack: Pack, faults: Faults) -> None:
+    """Note in `faults` masks that leave too little of the pack's chunks; warn of what single chunks can lose."""
+    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
+    found = check_masks(replay, reference_lengths(bounds, pack.sample_rate))
+    if found.fault:
+        faults.add(found.fault)
+    if found.warning and int(os.environ.get("RANK", 0)) == 0:
+        logger.warning("%s", found.warning)
+
+
 @print_user_errors
 def save_logits(config_file: str, m: str | None = None, **overrides: Any) -> None:
     """Save soft targets or embeddings.
@@ -53,7 +68,7 @@ def save_logits(config_file: str, m: str | None = None, **overrides: Any) -> Non
     Args:
         config_file: a YAML file, see `logitconfig/`.
         m: short for --model.
-        overrides: key → value of the configuration.
+        overrides: key → value of the configuration; --head NAME: the classes of a head on the model's embeddings.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     overrides |= {} if m is None else {"model": m}
@@ -63,7 +78,9 @@ def save_logits(config_file: str, m: str | None = None, **overrides: Any) -> Non
     question, name = None, ""
     if config:
         with faults.noted():
-            Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
+            replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
+            if pack is not None:
+                check_lengths(config, replay, pack, faults)
         with faults.noted():
             question, name = open_question(config, pack)
     faults.raise_if_any()

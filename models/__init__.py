@@ -7,11 +7,12 @@ from models import (  # noqa: F401  (they register their models)
     efficientnet,
     mobilenetv3,
     passt,
+    resnet,
     ssondo_students,
 )
 from models.base import AudioTagger
 from models.ensemble import Ensemble
-from models.heads import attach_head, list_heads, load_head
+from models.heads import attach_head, list_heads, load_head, load_tagger
 from models.labels import audioset_labels, read_labels
 from models.loading import load_model, load_weights, save_checkpoint
 from models.registry import create_model, list_models, published_initialisation, published_weights, register_model
@@ -28,6 +29,7 @@ __all__ = [
     "list_models",
     "load_head",
     "load_model",
+    "load_tagger",
     "load_weights",
     "published_initialisation",
     "published_weights",

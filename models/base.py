@@ -71,6 +71,11 @@ class AudioTagger(nn.Module):
         self._labels = labels
 
     @property
+    def full_name(self) -> str:
+        """What tells it from other taggers made with the same network: `name`, and what was put onto it."""
+        return self.name
+
+    @property
     def sample_rate(self) -> int:
         """Hertz of the waveforms it takes."""
         return self.front_end.sample_rate
@@ -145,6 +150,13 @@ class AudioTagger(nn.Module):
         What an export holds. An architecture whose `forward_spectrogram` looks at values overrides it.
         """
         return self.probabilities(self.forward_spectrogram(mel))
+
+    def embedding_of(self, mel: Tensor) -> Tensor:
+        """Clip embeddings (B,E) of spectrograms (B,F,T) of one length, which a tracer can follow for any B and T.
+
+        What an export of a head holds below it. An architecture whose `embed_spectrogram` looks at values overrides it.
+        """
+        return self.embed_spectrogram(mel)[0]
 
     @torch.no_grad()
     def predict(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -1,25 +1,20 @@
-"""Small networks from embeddings to classes: built, saved, found again, and put onto a model.
+"""Heads on disk: saved, found again, and put onto a model.
 
 A head's file is a `torch.save` of {"head": state dict, "config": dict} that holds tensors and plain values only.
-
-Letters: B batch, S samples, F mel bands, T frames, C classes, E embedding width.
 """
 
-import itertools
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from common.errors import UserError, did_you_mean, some
 from common.files import whole_file
 from models.base import Activation, AudioTagger
-from models.labels import labels_for
-from models.loading import fetch, read_tensors, weights_hash
+from models.headed import Head, HeadedTagger, restore_head
+from models.loading import fetch, load_model, read_tensors, weights_hash
 
 logger = logging.getLogger(__name__)
 
@@ -40,66 +35,13 @@ PUBLISHED: dict[str, tuple[str, int, Activation]] = {
 }
 
 
-class Head(nn.Module):
-    """Classes from a clip's embedding: standardised, then one linear layer or several with ReLU between.
-
-    Args:
-        embed_dim: E.
-        num_classes: C.
-        hidden_sizes: widths of the hidden layers, none for a linear head.
-        labels: names of the classes, by default their numbers.
-        activation: "softmax" (exactly one class a clip) or "sigmoid" (any number).
-        dropout: after each hidden layer.
-
-    Attributes:
-        facts: plain values that go into its file. Read here: "model", "weights_sha256" (what `weights_sha256` of this
-            module says of the model), "metric", "value" and "data", of which `list_heads` makes a line.
-        padded: it was trained on clips that zeros fill up to 10 s.
-
-    Raises:
-        UserError: a width below 1, another number of labels, or no such activation.
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_classes: int,
-        *,
-        hidden_sizes: Sequence[int] = (),
-        labels: list[str] | None = None,
-        activation: Activation = "softmax",
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        sizes = [embed_dim, *hidden_sizes, num_classes]
-        if any(size < 1 for size in sizes):
-            raise UserError(f"a head from {sizes[0]} over {sizes[1:-1]} to {sizes[-1]}: every width must be at least 1")
-        if activation not in get_args(Activation):
-            raise UserError(f"activation must be one of {some(get_args(Activation))}, not {activation!r}")
-        self.embed_dim, self.num_classes, self.hidden_sizes = embed_dim, num_classes, tuple(hidden_sizes)
-        self.labels, self.activation, self.dropout = labels_for(num_classes, labels), activation, dropout
-        self.facts: dict[str, Any] = {}
-        self.padded = False
-        self.register_buffer("mean", torch.zeros(embed_dim))
-        self.register_buffer("scale", torch.ones(embed_dim))
-        layers: list[nn.Module] = []
-        for n_in, n_out in itertools.pairwise(sizes[:-1]):
-            layers += [nn.Linear(n_in, n_out), nn.ReLU(), nn.Dropout(dropout)]
-        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-2], num_classes))
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        """Clip embeddings (B,E) -> logits (B,C)."""
-        return self.layers((embedding - self.mean) / self.scale)
-
-
 def weights_sha256(model: AudioTagger) -> str:
     """Return the SHA-256 of the weights that a model's embeddings follow from.
 
-    What only its classes need (the last layer) and what its settings say (the front-end) do not count.
+    What only its classes need (the last layer, a head) and what its settings say (the front-end) do not count.
     """
+    if isinstance(model, HeadedTagger):
+        return weights_sha256(model.model)
     return weights_hash(model, ("front_end.", f"{model.last_layer}."))
 
 
@@ -109,17 +51,7 @@ def save_head(path: str | Path, head: Head) -> None:
     Raises:
         UserError: its facts hold what cannot be read back safely.
     """
-    config = {
-        "format_version": FORMAT_VERSION,
-        "embed_dim": head.embed_dim,
-        "num_classes": head.num_classes,
-        "hidden_sizes": list(head.hidden_sizes),
-        "labels": list(head.labels),
-        "activation": head.activation,
-        "dropout": head.dropout,
-        "padded": head.padded,
-        "facts": head.facts,
-    }
+    config = {"format_version": FORMAT_VERSION, **head.config()}
     with whole_file(path) as partial:
         torch.save({"head": head.state_dict(), "config": config}, partial)
         read_tensors(partial)
@@ -181,14 +113,7 @@ def _read_head(path: Path) -> Head:
     config, state = content.get("config"), content.get("head")
     if not isinstance(config, dict) or not isinstance(state, dict):
         raise UserError(f"{path}: found entries {some(map(str, content))}; wanted a head, with 'head' and 'config'")
-    try:
-        sizes = {name: config[name] for name in ("hidden_sizes", "labels", "activation", "dropout")}
-        head = Head(config["embed_dim"], config["num_classes"], **sizes)
-        head.load_state_dict(state, strict=True)
-        head.facts, head.padded = dict(config["facts"]), bool(config["padded"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: is no whole head ({error}): make it again with `run.py probe`") from error
-    return head.eval()
+    return restore_head(config, state, str(path))
 
 
 def _published_head(path: Path, name: str) -> Head:
@@ -204,64 +129,6 @@ def _published_head(path: Path, name: str) -> Head:
     head.padded = True
     head.facts = {"name": name, "model": _PUBLISHED_MODEL, "data": what}
     return head.eval()
-
-
-SEGMENT_SECONDS = 10.0  # of what S-SONDO hears at once, and its published heads were trained on
-
-
-class HeadedTagger(AudioTagger):
-    """A model and a head behind the face of a tagger: it embeds as the model does, and tags as the head does.
-
-    Args:
-        model: gives the embeddings, and the front-end.
-        head: reads them.
-    """
-
-    def __init__(self, model: AudioTagger, head: Head) -> None:
-        super().__init__(model.front_end, num_classes=head.num_classes, embed_dim=model.embed_dim)
-        self.model, self.head = model, head
-        self.name, self.arguments = model.name, dict(model.arguments)
-        self.labels, self.activation = list(head.labels), head.activation
-        self.last_layer = f"head.layers.{len(head.layers) - 1}"  # type: ignore[misc]  # depends on the head's depth
-
-    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Tag clips: (B,S), own samples (B,) or None -> logits (B,C)."""
-        if self.head.padded:  # trained on clips filled up with zeros that count as sound
-            n_samples, least = waveform.shape[1], round(SEGMENT_SECONDS * self.sample_rate)
-            if lengths is not None:
-                behind = torch.arange(n_samples, device=waveform.device) >= lengths[:, None].to(waveform.device)
-                waveform, lengths = waveform.masked_fill(behind, 0.0), lengths.clamp(min=least)
-            waveform = F.pad(waveform, (0, max(least - n_samples, 0)))
-        return self.head(self.model.embed(waveform, lengths)[0])
-
-    def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
-        """Tag spectrograms: (B,F,T), own frames (B,) or None -> logits (B,C)."""
-        return self.head(self.model.embed_spectrogram(mel, n_frames)[0])
-
-    def forward_features(self, mel: Tensor) -> Tensor:
-        """Compute what the model's own head reads."""
-        return self.model.forward_features(mel)
-
-    def embed(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embed clips as the model does."""
-        return self.model.embed(waveform, lengths)
-
-    def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embed spectrograms as the model does."""
-        return self.model.embed_spectrogram(mel, n_frames)
-
-    def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits (B,C) and clip embeddings (B,E) in one pass."""
-        clip = self.model.embed_spectrogram(mel, n_frames)[0]
-        return self.head(clip), clip
-
-    def n_steps(self, n_samples: int) -> int:
-        """Time steps that `embed` gives a clip of `n_samples` samples."""
-        return self.model.n_steps(n_samples)
-
-    def merge_tokens(self, setting: Any) -> None:
-        """Merge tokens of the model from now on."""
-        self.model.merge_tokens(setting)
 
 
 def check_fit(model: AudioTagger, head: Head) -> None:
@@ -283,7 +150,64 @@ def check_fit(model: AudioTagger, head: Head) -> None:
         logger.warning("the head was trained on %s, not on %s", made_for, model.name)
 
 
+def load_tagger(
+    source: str | Path,
+    *,
+    head: str | Path | None = None,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    token_merging: Any = None,
+    **arguments: Any,
+) -> AudioTagger:
+    """Load a model, with a head on it where one is given: what every command means by `-m MODEL --head NAME`.
+
+    Args:
+        source: see `models.load_model`.
+        head: see `load_head`; None for the model's own classes.
+        weights: see `models.load_model`.
+        device: where the model goes.
+        token_merging: see `models.token_merging.merging_schedule`; by default what the model says itself.
+        **arguments: settings that override those of the checkpoint.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UserError: a model or a head that cannot be had, or that do not go together.
+    """
+    if str(source).lower().endswith(".onnx"):
+        what = "gives no embeddings that --head could read" if head is not None else "runs in inference.py alone"
+        raise UserError(f"{source} {what}; give a model's name, a checkpoint or a folder")
+    found = None if head is None else load_head(head)
+    model = load_model(source, weights=weights, device=device, **arguments)
+    if token_merging is not None:
+        model.merge_tokens(token_merging)
+    return model if found is None else attach_head(model, found)
+
+
+def check_classes(model: AudioTagger, source: str | Path) -> None:
+    """See that a model has classes.
+
+    Args:
+        model: to be looked at.
+        source: how it was given.
+
+    Raises:
+        UserError: it embeds alone.
+    """
+    if not model.num_classes:
+        raise UserError(
+            f"{source}: {model.name} embeds sounds and has no classes; `python run.py probe {source} --data PACK.tsv "
+            "--name NAME` trains a head on its embeddings, which --head NAME puts onto it"
+        )
+
+
 def attach_head(model: AudioTagger, head: Head) -> HeadedTagger:
-    """Put a head onto a model, on the model's device and in evaluation mode; see `check_fit`."""
+    """Put a head onto a model, in place of one that it may have, on the model's device; see `check_fit`.
+
+    Returns:
+        Both, in evaluation mode.
+    """
+    model = model.model if isinstance(model, HeadedTagger) else model
     check_fit(model, head)
     return HeadedTagger(model, head.to(next(model.parameters()).device)).eval()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -18,7 +19,8 @@ from common.errors import UserError, some
 from common.files import whole_file, write_json
 from models import huggingface_ast
 from models.audiotransformer import ARGUMENTS, SIZES, AudioTransformer
-from models.base import Activation
+from models.base import Activation, AudioTagger
+from models.headed import HEAD, HeadedTagger
 from models.labels import audioset_labels
 from models.layers import Block
 
@@ -33,6 +35,8 @@ _PROBLEMS: dict[Activation, str] = {
     "sigmoid": "multi_label_classification",
     "softmax": "single_label_classification",
 }
+# of what a head says of itself; the rest names files of the machine that it was trained on
+_HEAD_FACTS = ("name", "model", "weights_sha256", "chunk_length", "data", "metric", "value")
 
 
 def is_huggingface_folder(folder: Path) -> bool:
@@ -66,15 +70,22 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     labels = _labels(given, folder)
     if labels is not None:
         config.update(labels=labels, num_classes=len(labels))
+    if given.get("head") is not None:
+        if labels is None or "activation" not in config or not isinstance(given["head"], dict):
+            raise UserError(f"{folder}: its config.json lacks id2label, problem_type or the settings of its head")
+        classes = {"labels": config.pop("labels"), "num_classes": len(labels), "activation": config["activation"]}
+        width = state["time_pos_embed"].shape[1]
+        config |= {"num_classes": 0, "head": {"padded": False, **given["head"], **classes, "embed_dim": width}}
     return state, config
 
 
-def write_huggingface(folder: str | Path, model: AudioTransformer, extra: Mapping[str, Any] | None = None) -> None:
+def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str, Any] | None = None) -> None:
     """Write config.json and model.safetensors of a model, each whole or not at all.
 
     Args:
         folder: made where missing.
-        model: what to write.
+        model: what to write; with a head on it, `head` of config.json tells it, and its tensors are those of
+            `outputlayer`.
         extra: more entries of config.json.
 
     Raises:
@@ -83,25 +94,53 @@ def write_huggingface(folder: str | Path, model: AudioTransformer, extra: Mappin
     if model.activation == "softmax" and model.num_classes == 1:
         raise UserError(f"{model.name} has one class and softmax, so that its only probability is always 1")
     folder = Path(folder)
+    network = network_of(model)
     config = {
         "architectures": ["CedForAudioClassification"],
         "model_type": "ced",
         **ARGUMENTS,
-        **model.arguments,
-        **{key: getattr(model.front_end, key) for key in _MEL},
-        **{key: getattr(model, key) for key in ("pooling", "target_length", "eval_avg", "embed_dim")},
-        "num_heads": cast(Block, model.blocks[0]).attn.num_heads,
-        "depth": len(model.blocks),
+        **network.arguments,
+        **{key: getattr(network.front_end, key) for key in _MEL},
+        **{key: getattr(network, key) for key in ("pooling", "target_length", "eval_avg", "embed_dim")},
+        "num_heads": cast(Block, network.blocks[0]).attn.num_heads,
+        "depth": len(network.blocks),
         "outputdim": model.num_classes,
         "problem_type": _PROBLEMS[model.activation],
         "id2label": {str(index): label for index, label in enumerate(model.labels)},
         "label2id": {label: index for index, label in enumerate(model.labels)},
         **(extra or {}),
     }
-    state = {key: value.contiguous() for key, value in to_huggingface(model.state_dict()).items()}
+    state = to_huggingface(network.state_dict())
+    if isinstance(model, HeadedTagger):
+        settings = model.head.config()
+        facts = {key: value for key, value in settings["facts"].items() if key in _HEAD_FACTS}
+        config["head"] = {key: settings[key] for key in ("hidden_sizes", "dropout")} | {"facts": facts}
+        state = {key: value for key, value in state.items() if not key.startswith("outputlayer.")}
+        state |= {f"outputlayer.{key}": value for key, value in model.head.state_dict().items()}
+    state = {key: value.contiguous() for key, value in state.items()}
     with whole_file(folder / "model.safetensors") as partial:
         partial.write_bytes(save(state, metadata={"format": "pt"}))  # `save_file` would let only its owner read it
     write_json(folder / "config.json", config)
+
+
+def network_of(model: AudioTagger) -> AudioTransformer:
+    """Return CED's network in a model.
+
+    Raises:
+        UserError: it is of another kind, or its head reads clips that are filled up.
+    """
+    network = model.model if isinstance(model, HeadedTagger) else model
+    if not isinstance(network, AudioTransformer):
+        raise UserError(
+            f"{network.name} is a {type(network).__name__}: only CED's audio transformers can be written for "
+            "transformers (ced_*, audiotransformer_*, and checkpoints trained from them)"
+        )
+    if isinstance(model, HeadedTagger) and model.head.padded:
+        raise UserError(
+            f"{model.full_name}: the head was trained on clips filled up with zeros, which code of transformers does "
+            "not do; train one with `run.py probe`"
+        )
+    return network
 
 
 def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,6 +167,11 @@ def _read_ced(
     if "time_pos_embed" not in renamed:
         raise UserError(f"{folder}: its tensors are {some(renamed)}; wanted those of CED")
     width = renamed["time_pos_embed"].shape[1]
+    if given.get("head") is not None:
+        renamed = {key.replace("outputlayer.", HEAD): value for key, value in renamed.items()}
+        # an output layer of the network's own, without classes
+        renamed |= {"outputlayer.0.weight": torch.ones(width), "outputlayer.0.bias": torch.zeros(width)}
+        renamed |= {"outputlayer.1.weight": torch.zeros(0, width), "outputlayer.1.bias": torch.zeros(0)}
     depth = len({key.split(".")[1] for key in renamed if key.startswith("blocks.")})
     dims = (width, given.get("num_heads") or width // 64, depth)
     arguments = {key: given[key] for key in ARGUMENTS if key not in _DIMENSIONS and given.get(key) is not None}

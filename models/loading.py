@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from common.errors import Faults, UserError, did_you_mean, some
 from common.files import whole_file
 from models.base import Activation, AudioTagger
+from models.headed import HEAD, Head, HeadedTagger, restore_head
 from models.huggingface import is_huggingface_folder, read_huggingface
 from models.registry import create_model, list_models, model_entry
 from models.ssondo_checkpoints import is_ssondo, read_ssondo
@@ -43,7 +44,7 @@ def load_model(
     device: str | torch.device = "cpu",
     **arguments: Any,
 ) -> AudioTagger:
-    """Build a model with its weights.
+    """Build a model with its weights, and the head that it may have been saved with; `load_tagger` puts one onto it.
 
     Args:
         source: a name from `list_models` (its published weights are fetched once and kept), or a file, URL, run's
@@ -67,6 +68,13 @@ def load_model(
     named = str(source) in list_models()
     origin = weights or (_weights_of(str(source)) if named else source)
     state, config = read_weights(origin)
+    head = None
+    if config.get("head"):
+        tensors, state = _part_from_head(state)
+        if num_classes is None and labels is None:  # else its last layer starts anew, and there is no use for a head
+            head = restore_head(
+                config["head"] | ({"activation": activation} if activation else {}), tensors, str(origin)
+            )
     name = str(source) if named else config.get("model") or _published_as(str(origin))
     if name not in list_models():
         what = f"names {name!r}, which is no model here" if name else "does not say which model it holds"
@@ -88,7 +96,8 @@ def load_model(
     if wanted is None and last is not None and len(last) != model.num_classes:
         model = create_model(name, num_classes=len(last), **settings)
     _fit(model, state, str(origin))
-    return model.to(device).eval()
+    tagger = model if head is None else HeadedTagger(model, head)
+    return tagger.to(device).eval()
 
 
 def load_weights(model: AudioTagger, source: str | Path, *, pre_training: bool = False) -> None:
@@ -105,7 +114,8 @@ def load_weights(model: AudioTagger, source: str | Path, *, pre_training: bool =
         UserError: the weights cannot be fetched or read, or do not fit.
     """
     origin = _weights_of(str(source)) if str(source) in list_models() else source
-    _fit(model, read_weights(origin)[0], str(origin), pre_training)
+    state, config = read_weights(origin)
+    _fit(model, _part_from_head(state)[1] if config.get("head") else state, str(origin), pre_training)
 
 
 def save_checkpoint(path: str | Path, model: AudioTagger, extra: Mapping[str, Any] | None = None) -> None:
@@ -113,13 +123,17 @@ def save_checkpoint(path: str | Path, model: AudioTagger, extra: Mapping[str, An
 
     Args:
         path: the file; its folder is made.
-        model: what to save.
+        model: what to save, with a head on it or without.
         extra: more entries of the file, of tensors and plain values; an entry "config" adds to the model's own.
 
     Raises:
         UserError: `extra` would replace what describes the model, or holds what cannot be read back safely.
     """
     extra = dict(extra or {})
+    head: Head | None = None
+    if isinstance(model, HeadedTagger):
+        head, model = model.head, model.model
+    state = model.state_dict()
     own = {
         "format_version": FORMAT_VERSION,
         "model": model.name,
@@ -129,12 +143,15 @@ def save_checkpoint(path: str | Path, model: AudioTagger, extra: Mapping[str, An
         "activation": model.activation,
         "sample_rate": model.sample_rate,
     }
+    if head is not None:
+        own["head"] = head.config()
+        state |= {f"{HEAD}{key}": value for key, value in head.state_dict().items()}
     more = dict(extra.pop("config", None) or {})
     taken = [key for key in more if key in own] + [key for key in extra if key == "model"]
     if taken:
         raise UserError(f"{path}: the entries {some(taken)} describe the model and cannot be given")
     with whole_file(path) as partial:
-        torch.save({"model": model.state_dict(), "config": {**more, **own}, **extra}, partial)
+        torch.save({"model": state, "config": {**more, **own}, **extra}, partial)
         read_tensors(partial)
 
 
@@ -145,7 +162,8 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         source: a file, a URL, a run's folder, a Hugging Face folder, or "timm:NAME".
 
     Returns:
-        The state dict, and the config, empty where there is none.
+        The state dict, and the config, empty where there is none. Where the config has an entry "head", which is what
+        `Head.config` returns, the state dict has that head's tensors under `HEAD`.
 
     Raises:
         UserError: it does not exist, cannot be fetched or read, or holds no state dict.
@@ -177,6 +195,12 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     if all(key.startswith("module.") for key in content):  # saved from within torch.nn.DataParallel
         content = {key.removeprefix("module."): value for key, value in content.items()}
     return dict(content), dict(config) if isinstance(config, Mapping) else {}
+
+
+def _part_from_head(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Part a state dict into that of its head and that of the model below."""
+    tensors = {key.removeprefix(HEAD): value for key, value in state.items() if key.startswith(HEAD)}
+    return tensors, {key: value for key, value in state.items() if not key.startswith(HEAD)}
 
 
 def weights_hash(module: nn.Module, leave_out: tuple[str, ...] = ()) -> str:

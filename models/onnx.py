@@ -39,6 +39,7 @@ from common.files import whole_file, write_text
 from models.audiotransformer import AudioTransformer
 from models.base import AudioTagger
 from models.fourier import PortableFrontEnd
+from models.headed import HeadedTagger
 from models.labels import AUDIOSET_LABELS
 from models.registry import create_model
 from models.vit import SpectrogramTransformer
@@ -75,6 +76,11 @@ def export_onnx(
     Raises:
         UserError: the model cannot be traced, or a file computes something else.
     """
+    if isinstance(model, HeadedTagger) and model.head.padded:
+        raise UserError(
+            f"{model.full_name}: the head was trained on clips filled up with zeros, which no exported file can do; "
+            "train one with `run.py probe`"
+        )
     model = copy.deepcopy(model).cpu().float().eval()
     takes: Input = "waveform" if waveform else "feats"
     wave = _sounds(2, model.sample_rate)
@@ -106,6 +112,8 @@ def with_chunks_of(model: AudioTagger, n_frames: int) -> AudioTagger:
     Raises:
         UserError: fewer frames than the network's smallest input.
     """
+    if isinstance(model, HeadedTagger):
+        return HeadedTagger(with_chunks_of(model.model, n_frames), model.head).eval()
     if not isinstance(model, SpectrogramTransformer) or model.target_length == n_frames:
         return model
     logger.warning(
@@ -271,15 +279,16 @@ _CONVERSIONS = {"fp32": _as_it_is, "fp16": _half, "int8": _eight_bit}
 
 def _describe(graph: onnx.ModelProto, model: AudioTagger, takes: Input, precision: Precision) -> None:
     """Write what a program must know into the file's metadata; all values are strings."""
-    architecture = "CED" if isinstance(model, AudioTransformer) else type(model).__name__
+    network = model.model if isinstance(model, HeadedTagger) else model
+    architecture = "CED" if isinstance(network, AudioTransformer) else type(network).__name__
     author, url = _AUTHORS.get(architecture, ("", ""))
     facts = {
         "model_type": architecture,  # this and the next three as in published exports
         "version": "1.0",
         "model_author": author,
         "url": url,
-        "comment": f"{model.name}: {takes} to the probabilities of {model.num_classes} classes",
-        "name": model.name,
+        "comment": f"{model.full_name}: {takes} to the probabilities of {model.num_classes} classes",
+        "name": model.full_name,
         "labels": json.dumps(model.labels, ensure_ascii=False),
         "activation": model.activation,
         "precision": precision,
@@ -292,7 +301,7 @@ def _describe(graph: onnx.ModelProto, model: AudioTagger, takes: Input, precisio
     for key, value in facts.items():
         graph.metadata_props.add(key=key, value=value)
     graph.producer_name, graph.doc_string = "export_onnx", facts["comment"]
-    graph.graph.name = model.name
+    graph.graph.name = model.full_name
 
 
 def _sounds(n_clips: int, n_samples: int, seed: int = 0) -> Tensor:
@@ -306,6 +315,7 @@ def _sounds(n_clips: int, n_samples: int, seed: int = 0) -> Tensor:
 
 def _grid(model: AudioTagger) -> list[tuple[int, int]]:
     """Numbers of clips and of samples that the tracer has not seen."""
+    model = model.model if isinstance(model, HeadedTagger) else model
     rate, hop = model.sample_rate, model.front_end.hop_size
     grid = [(1, 1), (5, round(0.37 * rate) | 1), (2, round(1.93 * rate) | 1)]
     if not isinstance(model, SpectrogramTransformer):

@@ -35,6 +35,11 @@ class ModelEntry:
         """Names of the arguments it takes, besides `num_classes`."""
         return [name for name in inspect.signature(self.factory).parameters if name != "num_classes"]
 
+    @property
+    def masks_padding(self) -> bool:
+        """Whether clips of several lengths share a batch, see `AudioTagger`."""
+        return bool(getattr(getattr(self.factory, "func", self.factory), "masks_padding", False))
+
 
 _MODELS: dict[str, ModelEntry] = {}
 

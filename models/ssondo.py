@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from common.errors import UserError
 from models.base import AudioTagger
 from models.devices import choose_device
-from models.heads import FOLDER, SEGMENT_SECONDS, Head, check_fit, load_head
+from models.headed import SEGMENT_SECONDS, Head
+from models.heads import FOLDER, check_fit, load_head
 from models.loading import load_model, read_weights
 from models.registry import list_models, published_weights
 from models.ssondo_students import Student
@@ -232,7 +233,7 @@ def get_ssondo(
         own_head = load_head(head, heads_folder)
     if pad is None:
         pad = own_head is not None and own_head.padded
-    seconds = SEGMENT_SECONDS if own_head is None else own_head.facts.get("chunk_length", SEGMENT_SECONDS)
+    seconds = SEGMENT_SECONDS if own_head is None else own_head.chunk_seconds
     return Ssondo(model, own_head, return_logits=return_logits, pad=pad, segment_seconds=seconds).to(where).eval()
 
 

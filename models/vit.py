@@ -277,6 +277,35 @@ class SpectrogramTransformer(AudioTagger):
 
         Chunks as in `forward_spectrogram`; fewer frames than one patch are followed by silence.
         """
+        tokens, inside = self._encode_shapes(mel)
+        # Sizes by `shape`: `len` would make a tracer take that of its example for all.
+        found = self.probabilities(self._classify(tokens)).unflatten(0, (mel.shape[0], inside.shape[0]))
+        return found.amax(1) if self.eval_avg == "max" else found.mean(1)
+
+    def embedding_of(self, mel: Tensor) -> Tensor:
+        """Clip embeddings of spectrograms of any length (B,F,T) -> (B,D), in shapes alone, as graphs want it.
+
+        Chunks as in `embed_spectrogram`; fewer frames than one patch are followed by silence.
+        """
+        tokens, inside = self._encode_shapes(mel)
+        clips = self._clip_embeddings(tokens)
+        by_clip = (mel.shape[0], inside.shape[0])
+        if clips is not None:
+            return clips.unflatten(0, by_clip).mean(1)
+        columns = tokens.grid.mean(1)  # (R,t,D)
+        # A column of a chunk counts where its first frame is the clip's own: all of those of a chunk that is full.
+        counted = inside[:, :: self.patch_stride][:, : columns.shape[1]].repeat(mel.shape[0], 1)  # (R,t)
+        if tokens.own is not None:
+            counted = counted * tokens.own
+        total = (columns * counted[..., None]).unflatten(0, by_clip).sum((1, 2))
+        return total / counted.unflatten(0, by_clip).sum((1, 2))[:, None]
+
+    def _encode_shapes(self, mel: Tensor) -> tuple[Tokens, Tensor]:
+        """Encode spectrograms of any length (B,F,T) as rows of B x chunks; and which frames of a chunk are its clip's.
+
+        Returns:
+            The tokens, and 1 or 0 for each frame of the chunks of a clip (chunks, frames).
+        """
         batch, _, n_frames = mel.shape
         if not self.fixed_length:
             silence = self.front_end.power_db_to_value(SILENCE_DB)
@@ -290,10 +319,11 @@ class SpectrogramTransformer(AudioTagger):
             # clips are padded, and masked as beside longer ones.
             columns = torch.full((batch * n_chunks,), self._n_patches(chunk), device=mel.device)
             chunk = self.target_length
-        mel = F.pad(self._normalise(mel, None), (0, n_chunks * chunk - n_frames), value=self.fill)
+        behind = (0, n_chunks * chunk - n_frames)
+        inside = F.pad(mel.new_ones(n_frames), behind).reshape(n_chunks, chunk)
+        mel = F.pad(self._normalise(mel, None), behind, value=self.fill)
         chunks = mel.transpose(1, 2).reshape(batch * n_chunks, chunk, mel.shape[1]).transpose(1, 2)  # (R,F,chunk)
-        found = self.probabilities(self._classify(self._encode(chunks, columns))).unflatten(0, (batch, n_chunks))
-        return found.amax(1) if self.eval_avg == "max" else found.mean(1)
+        return self._encode(chunks, columns), inside
 
     def n_steps(self, n_samples: int) -> int:
         """Patch columns that a clip of `n_samples` has, over all its chunks."""

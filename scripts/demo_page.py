@@ -1,7 +1,7 @@
 """A page on which to try a model: drop or record a sound, see its tags over time, take them away as CSV.
 
     python scripts/demo_page.py -m ced_tiny
-    python scripts/demo_page.py -m experiments/mine/averaged.pt -c 10 --hop 2 --host 0.0.0.0 --port 8000
+    python scripts/demo_page.py -m experiments/mine -c 10 --hop 2 --host 0.0.0.0 --port 8000
 
 It needs `pip install -r requirements-demo.txt`, and no network: nothing on it comes from elsewhere, and a sound leaves
 the machine that runs it at no time. Sounds and results are deleted after an hour, and when the page is stopped.
@@ -60,6 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("-m", "--model", default="ced_mini", help="a model's name, a checkpoint, a run's folder, or an .onnx file")
     add("--weights", help="file or address with the weights of the model named by -m")
+    add("--head", help="tag with this head on the model's embeddings: a name in heads/, or a file")
     add("-c", "--chunk_length", type=float, default=2.0, help="of a window at first, in seconds (default %(default)s)")
     add("--hop", type=float, help="seconds from window to window at first (default: the chunk length)")
     add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default %(default)s)")
@@ -323,7 +324,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError("the page wants gradio: pip install -r requirements-demo.txt") from None
         check_port(options.host, options.port)
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        engine = open_engine(options.model, engine=options.engine, weights=options.weights, device=options.device)
+        chosen = {name: getattr(options, name) for name in ("engine", "weights", "device", "head")}
+        engine = open_engine(options.model, **chosen)
         page = Page(engine, options.max_seconds)
         blocks = build(page, options, Path(folder))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files go then, too

@@ -2,6 +2,7 @@
 
     python scripts/export_hf.py -m experiments/mine/checkpoint.pt my_tagger/
     python scripts/export_hf.py -m ced_mini --weights ced_mini.pt hub/ced-mini/
+    python scripts/export_hf.py -m ced_mini --head birds hub/ced-mini-birds/
 
 The folder holds weights, settings, names of the classes, a model card, and the code of the model; with `transformers`
 and `torch` alone, and without a network, it is loaded by
@@ -20,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
 from common.errors import print_user_errors
-from models import load_model
+from models import load_tagger
+from models.heads import check_classes
 from scripts.hf.folder import export
 
 
@@ -31,14 +33,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", metavar="OUTPUT_FOLDER", type=Path, help="new or empty")
     parser.add_argument("-m", "--model", required=True, help="a model's name, a checkpoint, or a run's folder")
     parser.add_argument("--weights", help="file or address with the weights of the model named by -m")
+    parser.add_argument("--head", help="write this head's classes: a name in heads/, or a head's file")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an export that is there, but not its README.md"
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    model = load_model(options.model, weights=options.weights)
+    model = load_tagger(options.model, weights=options.weights, head=options.head)
+    check_classes(model, options.model)
     export(model, options.folder, overwrite=options.overwrite)
-    print(f"written     {options.folder} ({model.name}, {model.num_classes} classes, {model.sample_rate} Hz)")
+    print(f"written     {options.folder} ({model.full_name}, {model.num_classes} classes, {model.sample_rate} Hz)")
 
 
 if __name__ == "__main__":

@@ -165,14 +165,9 @@ def open_engine(
         from tagging.onnx_engine import OnnxEngine
 
         return OnnxEngine(source)
-    from models import load_model
+    from models import load_tagger
     from models.devices import choose_device
-    from models.heads import attach_head, load_head
 
     where = choose_device(device)
-    model = load_model(source, weights=weights, device=where)
-    if token_merging is not None:
-        model.merge_tokens(token_merging)
-    if head is not None:
-        model = attach_head(model, load_head(head))
+    model = load_tagger(source, head=head, weights=weights, device=where, token_merging=token_merging)
     return TorchEngine(model, where)

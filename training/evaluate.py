@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -12,11 +12,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
+from audio.dataset import ClipDataset, Pack, chunk_bounds, loader_workers, pad_batch
 from common.errors import Faults, UserError, did_you_mean
 from common.files import whole_file, write_json
-from models import AudioTagger, load_model
+from models import AudioTagger, load_tagger
 from models.devices import choose_device
+from models.headed import HeadedTagger
+from models.heads import check_classes
 from models.token_merging import Schedule
 from training.config import Mode
 from training.data import LabelledPack, open_labelled, open_pack
@@ -24,12 +26,18 @@ from training.metrics import Metrics, evaluate_scores
 from training.parallel import Ranks
 from training.precision import Precision
 
-OPTIONS = ["test_data", "weights", "mode", "batch_size", "num_workers", "token_merging", "device", "output"]
+OPTIONS = ["test_data", "weights", "head", "mode", "batch_size", "num_workers", "token_merging", "device", "output"]
 
 
 def _collate(items: list[dict[str, Any]], sample_rate: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     waveform, lengths = pad_batch([item["waveforms"][sample_rate] for item in items])
     return torch.tensor([item["index"] for item in items]), waveform, lengths
+
+
+def _embed_as_stored(model: HeadedTagger, waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Embed clips for a head: (B,S), own samples (B,) -> (B,E), rounded as `distill.embeddings.EmbeddingStore` does."""
+    largest = torch.finfo(torch.float16).max
+    return model.embed_for_head(waveform, lengths).clamp(-largest, largest).half()
 
 
 @torch.inference_mode()
@@ -45,37 +53,53 @@ def predict_pack(
 ) -> np.ndarray:
     """Return the probabilities (N, C) of every clip of `pack`, whole clips, in its order.
 
-    Each of several ranks computes its part of the batches, none of them twice, and all get all of the scores.
+    A model with a head on it is given the chunks that its head was trained on, and the head the mean embedding of a
+    clip's chunks, weighted by their lengths and in the precision of stored ones: what `run.py probe` gives it.
+
+    Each of several ranks computes its part of the batches, none of them twice, and all get all of the results.
     """
     ranks = ranks or Ranks()
+    compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    if isinstance(model, HeadedTagger):
+        bounds = chunk_bounds(pack.n_samples, pack.sample_rate, model.head.chunk_seconds, drop_short_tail=False)
+        compute, width = partial(_embed_as_stored, model), model.embed_dim
+    else:
+        bounds = np.stack([np.arange(len(pack)), np.zeros(len(pack), int), pack.n_samples], axis=1)  # (N,3)
+        compute, width = model.predict, model.num_classes
+    lengths = bounds[:, 2] - bounds[:, 1]
     # Clips of like length share a batch, so that little is padded.
-    order = np.argsort(pack.n_samples, kind="stable")
+    order = np.argsort(lengths, kind="stable")
     batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
     batches = batches[ranks.rank :: ranks.world_size]
     loader = DataLoader(
-        ClipDataset(pack, [model.sample_rate]),
+        ClipDataset(pack, [model.sample_rate], bounds),
         batch_sampler=batches,
         num_workers=loader_workers(num_workers),
         collate_fn=partial(_collate, sample_rate=model.sample_rate),
     )
     model.eval()
-    scores = np.zeros((len(pack), model.num_classes), np.float32)
+    share = lengths / np.bincount(bounds[:, 0], lengths, len(pack)).clip(min=1)[bounds[:, 0]]  # of its clip
+    means = np.zeros((len(pack), width))
     with tqdm(
         total=sum(map(len, batches)),
         desc=description,
-        unit="clip",
+        unit="clip" if len(bounds) == len(pack) else "chunk",
         leave=False,
         disable=not ranks.is_main,
         mininterval=0.1 if sys.stderr.isatty() else 30,
     ) as progress:
-        for index, waveform, lengths in loader:
+        for index, waveform, n_samples in loader:
+            rows = index.numpy()
             with precision.context():
-                probabilities = model.predict(waveform.to(precision.device), lengths.to(precision.device))
-            scores[index.numpy()] = probabilities.float().cpu().numpy()
-            progress.update(len(index))
-    if ranks.world_size > 1:  # every clip has one rank's scores and the others' zeros
-        scores = ranks.sum(torch.from_numpy(scores).to(precision.device)).cpu().numpy()
-    return scores
+                found = compute(waveform.to(precision.device), n_samples.to(precision.device))
+            np.add.at(means, bounds[rows, 0], found.float().cpu().numpy() * share[rows, None])
+            progress.update(len(rows))
+    results = torch.from_numpy(means.astype(np.float32))
+    if ranks.world_size > 1:  # a chunk is in one rank's sums, and zero in the others'
+        results = ranks.sum(results.to(precision.device)).cpu()
+    if isinstance(model, HeadedTagger):
+        results = model.tag_embedding(results.to(precision.device)).cpu()
+    return results.numpy()
 
 
 def evaluate(
@@ -95,7 +119,12 @@ def evaluate(
 
 
 def open_evaluation(
-    source: str, weights: str | None, test_data: str, device: torch.device, token_merging: Schedule = None
+    source: str,
+    weights: str | None,
+    test_data: str,
+    device: torch.device,
+    token_merging: Schedule = None,
+    head: str | None = None,
 ) -> tuple[AudioTagger, LabelledPack]:
     """Load a model and open the labelled pack to judge it on.
 
@@ -105,6 +134,7 @@ def open_evaluation(
         test_data: TSV of the pack.
         device: for the model.
         token_merging: see `models.token_merging.merging_schedule`; by default what the model says itself.
+        head: see `models.heads.load_tagger`.
 
     Raises:
         UserError: all that is wrong with either.
@@ -112,14 +142,8 @@ def open_evaluation(
     faults = Faults("the evaluation")
     model = data = None
     try:
-        model = load_model(source, weights=weights, device=device)
-        if not model.num_classes:
-            raise UserError(
-                f"{source}: {model.name} embeds sounds and has no classes to be judged by; `python run.py probe "
-                f"{source} --data PACK.tsv --name NAME` trains a head on its embeddings and judges that"
-            )
-        if token_merging is not None:
-            model.merge_tokens(token_merging)
+        model = load_tagger(source, head=head, weights=weights, device=device, token_merging=token_merging)
+        check_classes(model, source)
         data = open_labelled(test_data, model.labels, faults)
     except UserError as error:
         faults.add(str(error))
@@ -151,6 +175,7 @@ def judge(
     test_data: str | None,
     *,
     weights: str | None,
+    head: str | None = None,
     mode: str,
     batch_size: int,
     num_workers: int,
@@ -165,6 +190,7 @@ def judge(
         source: a run's folder, a checkpoint, or the name of a model.
         test_data: TSV of the pack.
         weights: for a model given by name.
+        head: see `models.heads.load_tagger`.
         mode: see `training.config.Mode`.
         batch_size: clips at once.
         num_workers: loader processes.
@@ -185,11 +211,13 @@ def judge(
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"batch_size is {batch_size} and num_workers {num_workers}; wanted at least 1 and 0")
     source, test_data, precision = str(source), str(test_data), Precision(mode, choose_device(device))
-    model, data = open_evaluation(source, weights, test_data, precision.device, token_merging)
+    head = None if head is None else str(head)  # a command line reads 50 as a number
+    model, data = open_evaluation(source, weights, test_data, precision.device, token_merging, head)
     metrics = evaluate(model, data, batch_size=batch_size, num_workers=num_workers, precision=precision)
     merging = "" if token_merging is None else "_merging_" + re.sub("[^0-9.-]+", "_", str(token_merging)).strip("_")
+    with_head = "" if head is None else f"_head_{Path(head).stem}"
     folder = Path(output) if output else _beside(source)
-    written = write_results(folder, f"evaluation_{Path(test_data).stem}{merging}", metrics, data)
+    written = write_results(folder, f"evaluation_{Path(test_data).stem}{with_head}{merging}", metrics, data)
     used = f"clips used: {len(data.pack)}, missing from the pack: {data.pack.n_missing}"
     return f"{metrics.summary()}\n{used}\nresults: {written}"
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from models import AudioTagger, Ensemble, load_model
+from models import AudioTagger, Ensemble, load_tagger
 from models.frontends import FrontEnd
+from models.headed import HeadedTagger
 from models.loading import weights_hash
 
 # What a front-end makes of a batch: the spectrograms (B, F, T), and the frames of each clip (B,) or None.
@@ -36,8 +37,8 @@ class Teacher:
 
     @property
     def name(self) -> str:
-        """The members' names, joined by `_`."""
-        return "_".join(member.name for member in self.members)
+        """The members' names, with those of their heads, joined by `_`."""
+        return "_".join(member.full_name for member in self.members)
 
     @property
     def sample_rates(self) -> list[int]:
@@ -67,11 +68,8 @@ class Teacher:
         return self
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return what decides its answers, as plain values: model, arguments and weights of each member."""
-        return [
-            {"model": member.name, "arguments": member.arguments, "sha256": weights_hash(member)}
-            for member in self.members
-        ]
+        """Return what decides its answers, as plain values: model, arguments, weights and head of each member."""
+        return [_describe(member) for member in self.members]
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of its description."""
@@ -114,8 +112,18 @@ class Teacher:
         return self.members[0].embed_dim
 
 
+def _describe(member: AudioTagger) -> dict[str, Any]:
+    if not isinstance(member, HeadedTagger):
+        return {"model": member.name, "arguments": member.arguments, "sha256": weights_hash(member)}
+    head = {"name": member.head.facts.get("name"), "sha256": weights_hash(member.head)}
+    return _describe(member.model) | {"head": head | {"labels": member.labels, "activation": member.activation}}
+
+
 def load_teacher(
-    models: str | Sequence[str], weights: str | Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
+    models: str | Sequence[str],
+    weights: str | Sequence[str] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    heads: str | Sequence[str | None] | None = None,
 ) -> Teacher:
     """Load the member or members of a teacher; draws nothing from the global random state.
 
@@ -123,14 +131,26 @@ def load_teacher(
         models: names, checkpoints or runs' folders, see `models.load_model`.
         weights: for each of them, in order, where they do not bring their own.
         arguments: for all of them, in place of those of their checkpoints.
+        heads: for each of them, in order, see `models.heads.load_tagger`; None for one that tags by itself.
 
     Raises:
-        UserError: a model that cannot be had; another number of weights than models; labels that differ.
+        UserError: a model or head that cannot be had; another number of weights or heads than models; labels that
+            differ.
     """
     names = [models] if isinstance(models, str) else list(models)
     given: Sequence[str | None] = [weights] if isinstance(weights, str) else weights or [None] * len(names)
     if len(given) != len(names):
         raise UserError(f"{len(names)} models and {len(given)} weights are given; give one file a model, in order")
+    on_top: Sequence[str | None] = [heads] if isinstance(heads, str) else heads or [None] * len(names)
+    if len(on_top) != len(names):
+        found = "one head is" if len(on_top) == 1 else f"{len(on_top)} heads are"
+        raise UserError(
+            f"{len(names)} model{'s' * (len(names) > 1)} and {found} given; give a list with a head for each model, in "
+            "order, null for one that tags by itself"
+        )
     with torch.random.fork_rng(devices=[]):
-        members = [load_model(n, weights=w, **arguments or {}) for n, w in zip(names, given, strict=True)]
+        members = [
+            load_tagger(name, weights=own, head=head, **arguments or {})
+            for name, own, head in zip(names, given, on_top, strict=True)
+        ]
     return Teacher(members)

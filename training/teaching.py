@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from audio.dataset import Pack, chunk_bounds, loader_workers
 from common.errors import UserError
-from common.files import sha256, write_json
+from common.files import remove_dead_partials, sha256, write_json
 from distill.dataset import ReplayDataset, collate, prepare_batch
 from distill.embeddings import EmbeddingStore
 from distill.replay import REFERENCE_RATE, Replay
@@ -268,6 +268,7 @@ class Teaching:
         }
 
     def _claim_folder(self) -> None:
+        remove_dead_partials(self.folder)
         target, meta = self.folder / "meta.json", json.loads(json.dumps(self.meta()))
         what, prefix = self.question.store.what, self.question.store.prefix
         if target.is_file():

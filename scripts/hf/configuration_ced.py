@@ -15,7 +15,8 @@ class CedConfig(PretrainedConfig):
             sample_rate, ...; what is not given is as in CED-base), and those of every config: `id2label`, `num_labels`,
             and `problem_type`, which says how logits become probabilities: "multi_label_classification" by the sigmoid,
             "single_label_classification" by the softmax. `outputdim`, CED's name for the number of classes, counts
-            where neither `id2label` nor `num_labels` is given.
+            where neither `id2label` nor `num_labels` is given. `head`: where the classes are those of a head on the
+            embeddings, its `hidden_sizes` and `dropout`; None for the network's own last layer.
     """
 
     model_type = "ced"
@@ -32,6 +33,7 @@ class CedConfig(PretrainedConfig):
             settings.setdefault("num_labels", outputdim)
         if settings.get("problem_type") is None:
             settings["problem_type"] = "multi_label_classification"
+        self.head = settings.pop("head", None)
         for name, default in ARGUMENTS.items():
             setattr(self, name, settings.pop(name, default))
         super().__init__(**settings)

@@ -8,7 +8,6 @@ import ast
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any
 import torch
 
 from common.errors import UserError, some
-from common.files import write_json, write_text
+from common.files import reserve_partial, write_json, write_text
 from models import AudioTagger, load_model
 from models.audiotransformer import AudioTransformer
-from models.huggingface import write_huggingface
+from models.headed import HeadedTagger
+from models.huggingface import network_of, write_huggingface
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +42,14 @@ def export(model: AudioTagger, folder: Path, *, overwrite: bool = False) -> None
     It is read back before it takes its place.
 
     Args:
-        model: an audio transformer.
+        model: an audio transformer, or one with a head on it.
         folder: what to write; it may exist if it is empty.
         overwrite: replace the files of an export in a folder that exists; README.md and other files in it stay.
 
     Raises:
         UserError: another kind of model, or a folder that is in use.
     """
-    if not isinstance(model, AudioTransformer):
-        raise UserError(
-            f"{model.name} is a {type(model).__name__}: only CED's audio transformers can be written for transformers "
-            "(ced_*, audiotransformer_*, and checkpoints trained from them)"
-        )
+    network = network_of(model)
     folder = folder.resolve()  # "." has no name
     if folder.is_file():
         raise UserError(f"{folder} is a file: give the name of a folder")
@@ -61,11 +57,11 @@ def export(model: AudioTagger, folder: Path, *, overwrite: bool = False) -> None
         raise UserError(f"{folder} is not empty: give another folder, or --overwrite to replace an export in it")
     with _whole_folder(folder) as partial:
         write_huggingface(partial, model, {"auto_map": _AUTO_MAP})
-        write_json(partial / "preprocessor_config.json", _preprocessor(model))
+        write_json(partial / "preprocessor_config.json", _preprocessor(network))
         for name, text in code_files().items():
             write_text(partial / name, text)
         write_text(partial / "LICENSE-CODE", (ROOT / "LICENSE").read_text(encoding="utf-8"))
-        write_text(partial / "README.md", _card(model, folder))
+        write_text(partial / "README.md", _card(model, network, folder))
         _check(partial, model)
 
 
@@ -127,30 +123,31 @@ def _preprocessor(model: AudioTransformer) -> dict[str, Any]:
     }
 
 
-def _card(model: AudioTransformer, folder: Path) -> str:
+def _card(model: AudioTagger, network: AudioTransformer, folder: Path) -> str:
     softmax = model.activation == "softmax"
+    head = ", and a head on its embeddings" if isinstance(model, HeadedTagger) else ""
     seconds_a_frame = model.front_end.hop_size / model.sample_rate
     return Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8")).substitute(
         title=folder.resolve().name,
         folder=folder.resolve().name,
         n_classes=model.num_classes,
         some_labels=some(model.labels),
-        architecture=f"{model.name}, {len(model.blocks)} blocks of width {model.embed_dim}",
+        architecture=f"{network.name}, {len(network.blocks)} blocks of width {network.embed_dim}{head}",
         parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         sample_rate=model.sample_rate,
         probabilities="exactly one of the classes" if softmax else "a probability for each class, independently",
         function="softmax" if softmax else "sigmoid",
         applied=".softmax(-1)" if softmax else ".sigmoid()",
         top_k=min(3, model.num_classes),
-        chunk_seconds=f"{model.target_length * seconds_a_frame:.2f}",
-        eval_avg=model.eval_avg,
+        chunk_seconds=f"{network.target_length * seconds_a_frame:.2f}",
+        joined="embeddings are averaged" if head else f"probabilities are joined ({network.eval_avg})",
         width=model.embed_dim,
-        step_ms=f"{model.patch_stride * seconds_a_frame * 1000:g}",
+        step_ms=f"{network.patch_stride * seconds_a_frame * 1000:g}",
     )
 
 
 @torch.inference_mode()
-def _check(folder: Path, model: AudioTransformer) -> None:
+def _check(folder: Path, model: AudioTagger) -> None:
     """Read a written folder back; it must give what the model gives."""
     again = load_model(folder).eval()
     was_training, device = model.training, next(model.parameters()).device
@@ -168,9 +165,8 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     Into a folder that holds files they are moved one by one, config.json last: until then it is no model's folder. A
     README.md that is there stays, with what its owner wrote into it.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with reserve_partial(target) as partial:
+        partial.mkdir()
         yield partial
         if target.is_dir() and any(target.iterdir()):
             (target / "config.json").unlink(missing_ok=True)
@@ -181,5 +177,3 @@ def _whole_folder(target: Path) -> Iterator[Path]:
                 os.replace(path, target / path.name)
         else:
             os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

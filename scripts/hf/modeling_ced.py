@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceCl
 
 from models.audiotransformer import AudioTransformer, _masked_mean
 from models.chunks import join_logits
+from models.headed import Head
 from models.layers import LayerScale
 from models.vit import Tokens
 from scripts.hf.configuration_ced import CedConfig
@@ -36,7 +37,11 @@ class CedPreTrainedModel(PreTrainedModel):
             network = AudioTransformer(num_classes=len(config.labels), **config.network())
         network.activation = "softmax" if config.problem_type == "single_label_classification" else "sigmoid"
         network.labels = config.labels
-        head = network.outputlayer
+        head: nn.Module = network.outputlayer
+        if config.head is not None:
+            sizes = {name: config.head[name] for name in ("hidden_sizes", "dropout")}
+            sizes |= {"labels": config.labels, "activation": network.activation}
+            head = Head(network.embed_dim, len(config.labels), **sizes)
         del network.outputlayer
         delattr(network.front_end, "0")  # the feature extractor has its tensors
         if network.init_bn is not None:
@@ -153,6 +158,8 @@ class CedForAudioClassification(CedPreTrainedModel):
 
     def _logits(self, mel: Tensor, n_frames: Tensor | None) -> Tensor:
         """(B,C) logits of the clips' probabilities."""
+        if self.config.head is not None:
+            return self.outputlayer(self.encoder.embed_spectrogram(mel, n_frames)[0])
         rows = self.encoder._rows(mel, n_frames)
         logits = self._logits_of_rows(self.encoder._encode(rows.mel, rows.columns))
         if rows.clip is None:

@@ -5,8 +5,18 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from models import attach_head, create_model, list_heads, load_head
-from models.heads import Head, save_head, weights_sha256
+from models import (
+    attach_head,
+    create_model,
+    list_heads,
+    load_head,
+    load_model,
+    load_tagger,
+    load_weights,
+    save_checkpoint,
+)
+from models.headed import Head
+from models.heads import check_classes, save_head, weights_sha256
 from tests.models.sounds import noise
 
 
@@ -130,3 +140,95 @@ def test_the_hash_of_a_models_weights_leaves_its_classes_out(small):
 
 def _without_last(model):
     return {key: value for key, value in model.state_dict().items() if not key.startswith(model.last_layer)}
+
+
+@pytest.fixture
+def saved(small, head, tmp_path, monkeypatch):
+    """A working folder with the model, as a checkpoint, and the head "mine"."""
+    monkeypatch.chdir(tmp_path)
+    head.facts |= {"weights_sha256": weights_sha256(small), "name": "mine"}
+    save_checkpoint("model.pt", small)
+    save_head("heads/mine.pt", head)
+    return tmp_path
+
+
+@torch.inference_mode()
+def test_a_model_and_a_head_are_loaded_as_one_tagger(saved, small, head, caplog):
+    tagger = load_tagger("model.pt", head="mine")
+    clips = noise(32000).reshape(2, -1)
+    torch.testing.assert_close(tagger.predict(clips), head(small.embed(clips)[0]).sigmoid())
+    assert (tagger.labels, tagger.name, tagger.full_name) == (head.labels, small.name, "audiotransformer_pico+mine")
+    assert not caplog.records  # these are the weights that the head was trained on
+    assert load_tagger("model.pt").full_name == "audiotransformer_pico"
+    merged = load_tagger("model.pt", head="mine", token_merging=4)
+    assert merged.arguments["token_merging"] == 4
+    small.merge_tokens(4)
+    torch.testing.assert_close(merged.predict(clips), head(small.embed(clips)[0]).sigmoid())
+
+
+def test_what_does_not_go_together_is_a_sentence(saved):
+    for source, name, sentence in (
+        ("gone.pt", "mime", r"no head is called 'mime' \(did you mean 'mine'\?\)"),  # before the model is read
+        ("tagger.onnx", "mine", r"tagger\.onnx gives no embeddings that --head could read"),
+        ("tagger.onnx", None, r"tagger\.onnx runs in inference\.py alone"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            load_tagger(source, head=name)
+    with pytest.raises(UserError, match=r"probe model\.pt --data PACK\.tsv"):
+        check_classes(load_tagger("model.pt"), "model.pt")
+    check_classes(load_tagger("model.pt", head="mine"), "model.pt")
+
+
+@torch.inference_mode()
+def test_a_checkpoint_holds_the_head_too(saved, small, head, caplog):
+    tagger = load_tagger("model.pt", head="mine")
+    save_checkpoint("both.pt", tagger)
+    again = load_model("both.pt")
+    clips = noise(32000).reshape(2, -1)
+    torch.testing.assert_close(again.predict(clips), tagger.predict(clips), atol=0, rtol=0)
+    assert (again.labels, again.activation, again.full_name) == (head.labels, "sigmoid", tagger.full_name)
+    assert weights_sha256(again) == weights_sha256(small)
+    other = Head(64, 2, labels=["a", "b"]).eval()
+    save_head("heads/other.pt", other)
+    replaced = load_tagger("both.pt", head="other")  # one head, not one on the other
+    torch.testing.assert_close(replaced.predict(clips), other(small.embed(clips)[0]).softmax(1))
+    fresh = create_model("audiotransformer_pico", num_classes=5, embed_dim=64, num_heads=1, depth=1).eval()
+    load_weights(fresh, "both.pt")
+    torch.testing.assert_close(fresh.embed(clips)[0], small.embed(clips)[0])
+    assert load_model("both.pt", num_classes=4).predict(clips).shape == (2, 4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("audiotransformer_pico", {"target_length": 248}),
+        ("audiotransformer_pico", {"target_length": 248, "pooling": "token"}),
+        ("audiotransformer_pico", {"target_length": 248, "patch_stride": 10, "token_merging": 8}),
+        ("ast_pico", {}),
+        ("passt_pico", {}),
+        ("mn01_as", {}),
+        ("eres2net", {}),
+        ("resnet10_small", {}),
+    ],
+)
+def test_embeddings_in_shapes_alone_are_those_of_the_model(name, arguments):
+    """What graphs hold below a head, also of clips of several chunks and of less than a patch."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=0, **arguments).eval()
+    for n_samples in (1, 4000, 33333, 80000, 210001):
+        clips = noise(2 * n_samples).reshape(2, -1)
+        expected = model.embed(clips)[0]
+        torch.testing.assert_close(model.embedding_of(model.front_end(clips)), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_spectrograms_of_short_clips_are_filled_up_for_a_padded_head(small, head):
+    """As waveforms are, but for the frames that hold both sound and zeros."""
+    head.padded = True
+    tagger = attach_head(small, head)
+    clips, lengths = noise(32000).reshape(2, 16000), torch.tensor([16000, 9000])
+    mel, n_frames = tagger.front_end(clips, lengths), tagger.front_end.n_frames(lengths)
+    found, expected = tagger.forward_spectrogram(mel, n_frames), tagger(clips, lengths)
+    unfilled = head(small.embed(clips, lengths)[0])
+    assert (found - expected).abs().max() < 0.05 * (unfilled - expected).abs().max()

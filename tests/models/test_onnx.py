@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from common.errors import UserError
-from models import create_model, load_model, save_checkpoint
+from models import attach_head, create_model, load_model, save_checkpoint
 from models.audiotransformer import AudioTransformer
+from models.headed import Head
 from models.labels import AUDIOSET_LABELS, audioset_labels, read_labels
 from models.onnx import _compare, export_onnx, with_chunks_of, write_label_table
 from tests.models.sounds import noise
@@ -199,6 +200,55 @@ def test_mobilenet_can_be_exported(tmp_path):
     operators = {node.op_type for node in onnx.load(targets["int8"]).graph.node}
     assert {"Conv", "MatMulInteger"} <= operators
     assert "ConvInteger" not in operators  # slower, and wrong
+
+
+def with_head(model, **settings):
+    """A model with a head that tells sounds apart, as one that was trained on its embeddings."""
+    torch.manual_seed(0)
+    head = Head(model.embed_dim, 3, labels=["dog, barking", "rain", "sea"], **settings).eval()
+    with torch.no_grad():
+        sounds = torch.stack([noise(20000, seed, 10.0**-seed) for seed in range(4)])
+        embeddings = model.embed(sounds)[0]
+        head.mean.copy_(embeddings.mean(0))
+        head.scale.copy_(embeddings.std(0).clamp(min=1e-3))
+    return attach_head(model, head)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "settings"),
+    [
+        ("audiotransformer_pico", {"target_length": 248}, {"hidden_sizes": [8]}),
+        ("mn01_as", {}, {"activation": "sigmoid"}),
+    ],
+)
+@torch.inference_mode()
+def test_a_model_with_a_head_is_exported_with_the_heads_classes(name, arguments, settings, tmp_path):
+    model = with_head(small(name, **arguments), **settings)
+    assert export_onnx(model, {"fp32": tmp_path / "x.onnx"})["fp32"] < 1e-5
+    found = []
+    for n_clips, n_frames in ((1, 40), (2, 333), (3, 700)):
+        mel = spectrograms(n_clips, n_frames, model.front_end.n_mels)
+        expected = model.probabilities(model.head(model.model.embed_spectrogram(mel)[0])).numpy()
+        np.testing.assert_allclose(run(tmp_path / "x.onnx", mel), expected, atol=1e-5)
+        found.append(expected)
+    assert np.concatenate(found).std(0).max() > 0.01
+    facts = metadata(tmp_path / "x.onnx")
+    assert json.loads(facts["labels"]) == model.labels
+    assert facts["activation"] == model.activation
+    assert facts["model_type"] == ("MobileNetV3" if name == "mn01_as" else "CED")
+
+
+def test_a_head_on_chunks_of_another_length_keeps_the_head():
+    model = with_head(small(target_length=248))
+    other = with_chunks_of(model, 96)
+    assert other.model.target_length == 96
+    assert other.labels == model.labels
+    clip = noise(16000 * 3)[None]
+    assert (other.predict(clip) - model.predict(clip)).abs().max() > 1e-5
+    padded = with_head(small())
+    padded.head.padded = True
+    with pytest.raises(UserError, match="trained on clips filled up with zeros"):
+        export_onnx(padded, {"fp32": "x.onnx"})
 
 
 def test_the_model_stays_as_it_was(ced, files):

@@ -10,7 +10,8 @@ from common.errors import UserError
 from models import create_model, get_ssondo, list_models, load_model, load_weights, save_checkpoint
 from models.fourier import PortableFrontEnd
 from models.frontends import described_front_end
-from models.heads import Head, save_head
+from models.headed import Head
+from models.heads import save_head
 from models.slaney_mel import SlaneyMel
 from tests.models.sounds import noise
 
