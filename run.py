@@ -3,7 +3,7 @@
     python run.py train CONFIG.yaml [--resume auto|never|RUN_FOLDER] [--key value ...]
     torchrun --nproc_per_node N run.py train CONFIG.yaml [--key value ...]
     python run.py config CONFIG.yaml [--key value ...]
-    python run.py evaluate RUN_FOLDER_OR_CHECKPOINT_OR_NAME --test_data X.tsv [--weights PATH] [--mode amp]
+    python run.py evaluate RUN_FOLDER_OR_CHECKPOINT_OR_NAME --test_data X.tsv [--head NAME] [--weights PATH]
     python run.py probe RUN_FOLDER_OR_CHECKPOINT_OR_NAME --data X.tsv --name NAME [--head mlp] [--key value ...]
 
 Any key of a configuration can be overridden on the command line, nested ones with a dot: `--optimizer_args.lr 3e-4`.
@@ -21,7 +21,8 @@ import yaml
 from common.commands import run_commands
 from common.errors import Faults, fail, print_user_errors
 from probing.probe import probe
-from training.config import TrainConfig, read_config
+from training.automatic import TIMED, read_train_config
+from training.config import AUTO, read_settings
 from training.evaluate import judge
 from training.parallel import joined_ranks
 from training.prepare import prepare_run
@@ -40,8 +41,7 @@ class Runner:
         if not isinstance(seed, int) or seed < 0:
             fail(f"--seed is {seed!r}; it is a whole number, 0 or more")
         self.seed = seed
-        if nthreads:
-            torch.set_num_threads(nthreads)
+        torch.set_num_threads(nthreads or torch.get_num_threads())
 
     @print_user_errors
     def train(
@@ -83,10 +83,13 @@ class Runner:
             overrides: key → value of the configuration.
         """
         faults = Faults(config_file)
-        settings = read_config(TrainConfig, config_file, overrides, faults)
+        given = read_settings(config_file, overrides, faults)
+        config = read_train_config(config_file, overrides, faults)
         faults.raise_if_any()
-        assert settings is not None
-        print(yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True), end="")
+        assert config is not None
+        assert given is not None
+        timed = {key: AUTO for key in TIMED if given.get(key) == AUTO}  # chosen when a run begins
+        print(yaml.safe_dump(config.model_dump() | timed, sort_keys=False, allow_unicode=True), end="")
 
     @print_user_errors
     def evaluate(
@@ -96,6 +99,7 @@ class Runner:
         *,
         m: str | None = None,
         weights: str | None = None,
+        head: str | None = None,
         mode: str = "fp32",
         batch_size: int = 32,
         num_workers: int = 4,
@@ -111,6 +115,7 @@ class Runner:
             test_data: TSV of a pack with a `labels` column.
             m: another way to give `experiment`.
             weights: weights for a model given by name.
+            head: judge this head on the model's embeddings, a name in heads/ or a file; `run.py probe` trains them.
             mode: fp32, tf32, bf16 or fp16; CED's names noamp, amp and amp_bf16 will do.
             batch_size: clips at once.
             num_workers: loader processes.
@@ -120,23 +125,22 @@ class Runner:
             unknown: anything else is refused, with the nearest option.
         """
         log_to(None)
-        how: dict[str, Any] = {"weights": weights, "mode": mode, "batch_size": batch_size, "num_workers": num_workers}
-        how |= {"token_merging": token_merging, "device": device, "output": output}
-        print(judge(experiment or m, test_data, **how, unknown=unknown))
+        how: dict[str, Any] = {"mode": mode, "batch_size": batch_size, "num_workers": num_workers, "device": device}
+        how |= {"weights": weights, "head": head, "token_merging": token_merging, "output": output, "unknown": unknown}
+        print(judge(experiment or m, test_data, **how))
 
     @print_user_errors
     def probe(self, model: str | None = None, *, m: str | None = None, **options: Any) -> None:
         """Train a head on a model's frozen embeddings and judge it: accuracy or mAP, with a 95 % interval.
 
-        Writes heads/NAME.pt, which inference.py takes as --head NAME, with its figures and a picture beside it.
+        Writes heads/NAME.pt, for --head NAME wherever there is -m MODEL, with its figures and a picture beside it.
 
         Args:
             model: a run's folder, a checkpoint, or the name of a model; --embeddings STORE[,STORE] in its place.
             m: another way to give `model`.
             options: --name NAME and --data PACK.tsv (tested by the folds of its column `fold`), or --train_data,
                 --valid_data and --test_data; --head linear or mlp, --hidden_sizes, --epochs, --lr, --weight_decay,
-                --batch_size, --patience, --valid_fraction, --chunk_length, --label_column, --fold_column and all
-                others of `probing.options.ProbeOptions`.
+                --patience, --valid_fraction, --chunk_length, --label_column and all of `probing.options.ProbeOptions`.
         """
         log_to(None)
         print(probe({"model": model or m, **options}, self.seed))

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from audio.io import AUDIO_EXTENSIONS, FOREIGN_EXTENSIONS
-from common.errors import Faults, UserError, did_you_mean
+from common.errors import Faults, UserError, did_you_mean, some
 
 _EXTENSIONS = AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS
 # "Y", an 11-character YouTube id, then nothing, or the start, or start and end of the segment in seconds.
@@ -114,14 +114,20 @@ def parse_labels(
     """
     num_classes = classes if isinstance(classes, int) else len(classes)
     index_of = {} if isinstance(classes, int) else {name: index for index, name in enumerate(classes)}
-    wanted = f"whole numbers from 0 to {num_classes - 1}" + (" or names of classes" if index_of else "")
+    # Where classes are called by numbers ("3", "5"), a number is a name and no index.
+    numbers_are_names = any(_index(name, 10**9) is not None for name in index_of)
+    if numbers_are_names:
+        wanted = f"one of the {num_classes} classes, which are called {some(index_of)}"
+    else:
+        wanted = f"whole numbers from 0 to {num_classes - 1}" + (" or names of classes" if index_of else "")
+    n_indices = 0 if numbers_are_names else num_classes
     faults = Faults(f"the column {column.name!r}")
     parsed: dict[str, np.ndarray] = {}  # rows share few distinct values
     labels, n_faulty = [], 0
     for row, value in enumerate(column.astype(str)):
         if value not in parsed:
             parts = [part.strip() for part in value.split(";") if part.strip()]
-            indexes = [index_of.get(part, _index(part, num_classes)) for part in parts]
+            indexes = [index_of.get(part, _index(part, n_indices)) for part in parts]
             wrong = [part for part, index in zip(parts, indexes, strict=True) if index is None]
             if wrong or not parts:
                 what = "no label" if not parts else f"{', '.join(map(repr, wrong))} is no class"

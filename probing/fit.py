@@ -6,7 +6,6 @@ Letters: N clips, E embedding width, C classes.
 """
 
 import copy
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.heads import Head
+from models.headed import Head
 
 FLAT = 1e-6  # a dimension that varies less than this, relative to the one that varies most, is left as it is
 
@@ -86,38 +85,6 @@ class Fitted:
     best_epoch: int
     n_epochs: int
     valid_loss: float | None
-
-
-def hold_out(names: list[str], targets: np.ndarray, fraction: float) -> np.ndarray:
-    """Choose clips to hold out: the same in every run, in whatever order they are listed, and of every class its share.
-
-    Clips are put in order of their rarest class, then of the hash of their names, and taken at even distances. A clip
-    stays where a class would have no other to learn from.
-
-    Args:
-        names: of N clips.
-        targets: (N,C) of 0 and 1.
-        fraction: of the clips to hold out.
-
-    Returns:
-        bool (N,).
-    """
-    n_clips = len(names)
-    held = np.zeros(n_clips, bool)
-    if fraction <= 0 or n_clips < 2:
-        return held
-    counts = targets.sum(axis=0)
-    rarest = np.where(targets > 0, counts, np.inf).argmin(axis=1)
-    hashes = [hashlib.sha256(name.encode()).hexdigest() for name in names]
-    order = np.array(sorted(range(n_clips), key=lambda row: (rarest[row], hashes[row])))
-    quota = np.floor(np.arange(n_clips + 1) * fraction + 0.5)
-    chosen = order[np.diff(quota) > 0]
-    left = counts.copy()
-    for row in chosen if len(chosen) else order[n_clips // 2 :][:1]:
-        if (left - targets[row])[targets[row] > 0].min(initial=1) >= 1:
-            held[row] = True
-            left -= targets[row]
-    return held
 
 
 def fit(

@@ -20,14 +20,16 @@ import torch
 from common.errors import Faults, UserError
 from common.files import sha256, whole_file, write_json
 from models.devices import choose_device
-from models.heads import FOLDER, Head, save_head
+from models.headed import Head
+from models.heads import FOLDER, save_head
 from probing.data import ProbeSet, in_order, open_clips
-from probing.fit import Examples, Fitted, Fitting, answer, fit, hold_out
+from probing.fit import Examples, Fitted, Fitting, answer, fit
 from probing.options import ProbeOptions, read_options
 from probing.pictures import probe_figure
 from probing.scores import COVERAGE, N_DRAWS, Metric, Score, score, value_of
 from probing.source import Source, embed, open_source
 from training.figures import png
+from training.holdout import hold_out
 from training.metrics import evaluate_scores
 
 logger = logging.getLogger(__name__)
@@ -108,7 +110,8 @@ def run_trials(
 
     def fitted(train: Examples, valid: Examples | None) -> Fitted:
         if valid is None:
-            held = hold_out(train.names, train.targets, valid_fraction)
+            labels = [np.flatnonzero(row) for row in train.targets]
+            held = hold_out(train.names, labels, train.targets.shape[1], valid_fraction)
             train, valid = train.take(~held), train.take(held)
         return fit(train, valid, clips.labels, clips.single, how, device)
 

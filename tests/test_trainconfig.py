@@ -12,7 +12,8 @@ from common.errors import Faults
 from models import load_model
 from run import Runner
 from tests.conftest import run_command
-from training.config import TrainConfig, read_config
+from training.automatic import read_train_config
+from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "trainconfig").glob("*.yaml"))
@@ -23,7 +24,7 @@ every_file = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem
 
 def read(path: Path) -> TrainConfig:
     faults = Faults(path.name)
-    config = read_config(TrainConfig, path, {}, faults)
+    config = read_train_config(path, {}, faults)
     faults.raise_if_any()
     assert config is not None
     return config

@@ -1,10 +1,11 @@
-"""Averages of weights: over the steps of a run, and over its best checkpoints."""
+"""Averages of weights: over the steps of a run, over its best checkpoints, and the batch-norm statistics they need."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class MovingAverage:
@@ -62,3 +63,37 @@ def average_states(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         if value.is_floating_point():
             mean[key] = torch.stack([state[key].double() for state in states]).mean(dim=0).to(value.dtype)
     return mean
+
+
+def norms_behind_weights(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norms whose statistics change with the weights and that are trained.
+
+    A single one normalises the input of a transformer: the sounds alone decide its statistics, which average well.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    trained = [
+        norm for norm in norms if not list(norm.parameters()) or any(p.requires_grad for p in norm.parameters(False))
+    ]
+    return trained if len(trained) > 1 else []
+
+
+@contextmanager
+def recomputed_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Give a model new batch-norm statistics: the mean of those of the batches that it computes inside the block.
+
+    As stochastic weight averaging does (Izmailov et al., UAI 2018; `torch.optim.swa_utils.update_bn`), but nothing else
+    than `norms_behind_weights` leaves evaluation mode, so that no dropout disturbs them, and frozen norms stay.
+    """
+    norms = norms_behind_weights(model)
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over all batches
+        norm.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

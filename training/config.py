@@ -4,6 +4,8 @@ Keys and defaults of CED's published files are kept, so that they run unchanged;
 """
 
 import inspect
+import logging
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,9 +22,14 @@ from pydantic import (
     model_validator,
 )
 
-from common.errors import Faults, did_you_mean
+from common.errors import Faults, did_you_mean, some
 from distill.objectives import LOSSES
 from distill.targets import LABEL_TYPES
+from models.registry import list_models, model_entry
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"  # in place of a value that `training.automatic` chooses from the data
 
 Mode = Literal["fp32", "tf32", "bf16", "fp16", "noamp", "amp", "amp_bf16"]  # the last three are CED's names
 Transforms = dict[str, dict[str, Any] | None]
@@ -49,11 +56,14 @@ class TrainConfig(_Config):
     # ours: name, checkpoint or run's folder of a model that is asked while the student learns; of a list, all vote
     teacher: str | list[str] | None = None
     teacher_weights: str | list[str] | None = None  # ours: weights for each, for files that do not say what they are
+    teacher_head: str | list[str | None] | None = None  # ours: a head on each (`run.py probe`); null = its own classes
     labels_csv: str | None = None  # ours: index,mid,display_name; null = what the store or the column says
     num_classes: int | None = Field(None, ge=1)  # null = as many as the targets have
     num_workers: int = Field(4, ge=0)
     chunk_length: float = Field(10.0, gt=0)  # ours: seconds an item has at most, when training on labels
-    fill_chunks: bool = False  # ours: fill shorter items up with silence, for networks that want one length
+    # ours: bring shorter items to that length, for networks that want one: true = with silence, repeat = with the clip
+    # itself, over and over, which leaves the statistics of batch norm as they are
+    fill_chunks: bool | Literal["repeat"] = False
     # balanced: each clip as often as the rarest of its labels is rare; clusters (ours): as its cluster is small
     sampler: Literal["balanced", "clusters"] | None = None
     clusters: str | None = None  # ours: file that scripts/cluster_embeddings.py wrote
@@ -89,6 +99,7 @@ class TrainConfig(_Config):
     accumulate: int = Field(1, ge=1)  # ours: forward and backward in so many parts of a batch, to save memory
     eval_batch_size: int | None = Field(None, ge=1)  # null = batch_size
     epochs: int = Field(120, ge=1)
+    budget: float | None = None  # ours: minutes on this machine that `epochs: auto` may fill: 10m, 2h, 90s
     epoch_length: int | None = Field(None, ge=1)  # iterations; null = a full pass
     optimizer: Literal["Adam8bit", "Adam", "AdamW", "SGD"] = "Adam8bit"
     optimizer_args: dict[str, Any] = {"lr": 0.001}
@@ -114,6 +125,8 @@ class TrainConfig(_Config):
     n_saved: int = Field(4, ge=1)
     checkpoint_every: int | None = Field(None, ge=1)  # ours: steps between checkpoints to go on from; null = an epoch
     log_every: int = Field(10, ge=1)  # ours: steps between readings of the loss, which wait for the device
+    # ours: at the end, what scikit-learn reaches with simple features on the same clips, where that takes seconds
+    baseline: bool = True
     smoke: bool = False  # ours: a minute on a CPU, to see that everything runs; sounds are made where data are missing
     outputpath: str = "experiments/"
     logfile: str = "train.log"
@@ -150,6 +163,8 @@ class TrainConfig(_Config):
             )
         if self.teacher_weights and not self.teacher:
             raise ValueError("teacher_weights are given without teacher, the model that they belong to; add it")
+        if self.teacher_head and not self.teacher:
+            raise ValueError("teacher_head is given without teacher, the model that it is put onto; add it")
         if self.teacher and self.disable_consistency:
             raise ValueError(
                 "disable_consistency concerns stored answers; the teacher of `teacher` hears what the student hears: "
@@ -160,6 +175,11 @@ class TrainConfig(_Config):
                 "objective cmkd learns from a teacher beside the labels; give teacher (a model to ask) or logitspath "
                 "(its stored answers), or drop objective"
             )
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _minutes(cls, value: Any) -> float | None:
+        return None if value is None else read_minutes(value)
 
     @field_validator("loss")
     @classmethod
@@ -184,7 +204,9 @@ class TrainConfig(_Config):
         return {k: _number(v) for k, v in value.items()}  # YAML reads 1e-3 as text
 
 
-_ASKED_OF = {"weights": "model", "model_args": "model", "callable_args": "callable", "sample_rate": "callable"}
+_ASKED_OF = {key: "model" for key in ("weights", "head", "model_args")} | {
+    key: "callable" for key in ("callable_args", "sample_rate")
+}
 
 
 class SoftTargetConfig(_Config):
@@ -202,6 +224,8 @@ class SoftTargetConfig(_Config):
     keep_tails: bool = False  # ours: keep a last chunk that is shorter than half; CED leaves it out
     part_size: int = Field(8192, ge=1)  # ours: chunks whose embeddings are written at once: what a stop may cost
     weights: str | list[str] | None = None  # ours: weights for each of them, for files that do not say what they are
+    # ours: a head on each of them (`run.py probe`), whose classes are stored; null = the model's own classes
+    head: str | list[str | None] | None = None
     model_args: dict[str, Any] = {}
     name: str | None = None  # ours: the folder's name; null = the models' names joined by "_"
     outputpath: str = "logits/"
@@ -245,6 +269,8 @@ class SoftTargetConfig(_Config):
         extra = [key for key in _ASKED_OF if getattr(self, key) and not getattr(self, _ASKED_OF[key])]
         if extra:
             raise ValueError(f"{' and '.join(extra)} can only be given with {_ASKED_OF[extra[0]]}; drop it")
+        if self.head and self.targets == "embeddings":
+            raise ValueError("head is for probabilities: embeddings are those of the model, with any head; drop it")
         if self.npz and (self.wavtransforms or self.spectransforms or self.epochs > 1):
             raise ValueError("npz files hold what was said without augmentation, once: drop the transforms and epochs")
         if self.callable and self.spectransforms:
@@ -265,21 +291,39 @@ def _number(value: Any) -> Any:
         return value
 
 
+def read_minutes(value: Any) -> float:
+    """Read a duration in minutes: 10, "10m", "2h", "90s".
+
+    Raises:
+        ValueError: it is none, or not above zero.
+    """
+    found = re.fullmatch(r"(\d*\.?\d+) ?(|s|sec|seconds?|m|min|minutes?|h|hours?)", str(value).strip().lower())
+    minutes = float(found[1]) * {"s": 1 / 60, "m": 1, "": 1, "h": 60}[found[2][:1]] if found else 0.0
+    if minutes <= 0:
+        raise ValueError("it is a time above zero: 10m, 2h or 90s")
+    return minutes
+
+
 ConfigT = TypeVar("ConfigT", TrainConfig, SoftTargetConfig)
 
 
 def read_config(kind: type[ConfigT], path: str | Path, overrides: dict[str, Any], faults: Faults) -> ConfigT | None:
-    """Read a YAML configuration and lay command-line values over it.
+    """Read a YAML configuration and lay command-line values over it: `read_settings`, then `check_settings`."""
+    settings = read_settings(path, overrides, faults)
+    return None if settings is None else check_settings(kind, settings, faults)
+
+
+def read_settings(path: str | Path, overrides: dict[str, Any], faults: Faults) -> dict[str, Any] | None:
+    """Read the keys and values of a YAML configuration and lay command-line values over them, unchecked.
 
     Args:
-        kind: `TrainConfig` or `SoftTargetConfig`.
         path: the YAML file.
         overrides: key → value; a dotted key (`optimizer_args.lr`) reaches into a mapping.
-        faults: gets every fault: an unknown key with the nearest valid one, a value of the wrong type, a missing key.
+        faults: gets what is wrong with the file, and dotted keys that reach into what is no mapping.
 
     Returns:
-        The configuration. Where there were faults: the configuration with the faulty keys at their defaults, so that
-        the data it names can be checked in the same go; None if that is not possible.
+        The settings; None if the file holds none. Arguments of the file's own `model` that another one, named in
+        `overrides`, does not take are left out, with a logged line.
     """
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -290,9 +334,26 @@ def read_config(kind: type[ConfigT], path: str | Path, overrides: dict[str, Any]
         faults.add(f"it holds {type(settings).__name__}, not a mapping of keys to values")
         return None
     settings = {str(key): value for key, value in settings.items()}  # YAML reads a key such as `on` as true
+    _drop_arguments_of_another_model(settings, overrides.get("model"))
     for key, value in overrides.items():
         if not _override(settings, key, value):
             faults.add(f"--{key} reaches into {key.split('.')[0]!r}, which is not a mapping")
+    return settings
+
+
+def check_settings(kind: type[ConfigT], settings: dict[str, Any], faults: Faults) -> ConfigT | None:
+    """Turn settings into a typed configuration.
+
+    Args:
+        kind: `TrainConfig` or `SoftTargetConfig`.
+        settings: key → value.
+        faults: gets every fault: an unknown key with the nearest valid one, a value of the wrong type, a missing key.
+
+    Returns:
+        The configuration. Where there were faults: the configuration with the faulty keys at their defaults, so that
+        the data it names can be checked in the same go; None if that is not possible.
+    """
+    settings = dict(settings)
     try:
         return kind(**settings)
     except ValidationError as error:
@@ -306,10 +367,23 @@ def read_config(kind: type[ConfigT], path: str | Path, overrides: dict[str, Any]
         return None
 
 
+def _drop_arguments_of_another_model(settings: dict[str, Any], model: Any) -> None:
+    """Leave out what the file's `model_args` say of its own model, where the command line names another one."""
+    arguments, own = settings.get("model_args"), settings.get("model")
+    if model in (None, own) or not isinstance(arguments, dict) or model not in list_models():
+        return
+    foreign = [name for name in arguments if name not in model_entry(str(model)).arguments]
+    if foreign:
+        logger.info("model_args of %s that %s does not take are left out: %s", own, model, some(foreign, 20))
+        settings["model_args"] = {name: value for name, value in arguments.items() if name not in foreign}
+
+
 def _override(settings: dict[str, Any], key: str, value: Any) -> bool:
     """Set a value; a dotted key reaches into mappings, and the answer is whether it could."""
     *parents, last = key.split(".")
     for parent in parents:
+        if settings.get(parent) == AUTO:  # the rest of the mapping stays automatic
+            settings[parent] = {AUTO: True}
         if settings.get(parent) is None:
             settings[parent] = {}
         settings = settings[parent]
@@ -331,6 +405,11 @@ def _sentence(kind: type[BaseModel], fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     if not key:  # of the configuration as a whole
         return fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden" and key == "head":
+        return (
+            "unknown key 'head': a run trains the student's own last layer. teacher_head is the head of its teacher; "
+            "`run.py probe` trains a head on a finished model"
+        )
     if fault["type"] == "extra_forbidden":
         return f"unknown key {key!r}{did_you_mean(key, kind.model_fields)}"
     if fault["type"] == "missing":

@@ -1,12 +1,10 @@
 """From the paths of a configuration to data: packs, label lists and target sources, with every fault noted."""
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from audio.dataset import Pack, chunk_bounds
 from audio.manifest import parse_labels
@@ -20,12 +18,13 @@ from distill.targets import SoftTargetStore, StoredTargets
 from models.labels import labels_for, read_labels
 from models.registry import AUDIOSET_CLASSES
 from training.config import TrainConfig
+from training.holdout import hold_out
 
 logger = logging.getLogger(__name__)
 
 NUMBERED = (
-    "{} labels its clips with numbers, so the number of classes must be said: give num_classes or labels_csv "
-    "(index,mid,display_name)"
+    "%s labels its clips with numbers: the %d that occur are taken for the names of the classes; if they are indices "
+    "into a longer list, give num_classes or labels_csv (index,mid,display_name)"
 )
 PACK_FIRST = "pack the sounds first: `python scripts/wavlist_to_hdf5.py LIST.tsv OUTDIR` writes OUTDIR/labels/LIST.tsv"
 
@@ -151,6 +150,9 @@ def open_training(
     if opened is None or faults.sentences:
         return None
     pack, source, labels = opened
+    for path, judge in packs.items():
+        if judge is not None:
+            _warn_of_overlap(pack, judge.pack, path)
     evaluation = packs[config.eval_data] if config.eval_data else None
     items, valid = np.arange(len(source.bounds)), None
     on_eval = config.select_on == "eval" or not (config.valid_data or config.valid_fraction)
@@ -159,11 +161,10 @@ def open_training(
     elif config.valid_data:
         valid = packs[config.valid_data]
     elif config.valid_fraction:
-        held = _held_out(pack.names, config.valid_fraction)
-        items = np.flatnonzero(~held[source.bounds[:, 0]])
-        valid = _held_out_pack(pack, held, labels, faults)
+        held, valid = _held_out(pack, config.valid_fraction, labels, faults)
         if valid is None:
             return None
+        items = np.flatnonzero(~held[source.bounds[:, 0]])
     clusters = _clusters(config.clusters, pack, source, faults) if config.clusters else None
     drawn = None
     if config.sampler == "balanced":
@@ -180,24 +181,33 @@ def open_training(
     )
 
 
-def _held_out(names: list[str], fraction: float) -> np.ndarray:
-    """Choose clips to hold out by the hash of their names: the same in every run, in whatever order they are listed."""
-    order = np.argsort([hashlib.sha256(name.encode()).hexdigest() for name in names], kind="stable")
-    held = np.zeros(len(names), bool)
-    held[order[: min(max(1, round(fraction * len(names))), len(names) - 1)]] = True
-    return held
+def _warn_of_overlap(pack: Pack, other: Pack, path: str) -> None:
+    """Say so where clips are learnt from and judged by."""
+    twice = sorted(set(pack.names) & set(other.names))
+    if twice:
+        logger.warning(
+            "%d clips are in %s and in %s, whose figures are then too good: %s",
+            len(twice),
+            pack.manifest,
+            path,
+            some(twice),
+        )
 
 
-def _held_out_pack(pack: Pack, held: np.ndarray, labels: list[str], faults: Faults) -> LabelledPack | None:
+def _held_out(pack: Pack, fraction: float, labels: list[str], faults: Faults) -> tuple[np.ndarray, LabelledPack | None]:
+    """Return which clips are held out, bool (N,), and the pack of these; None where something is wrong."""
     if "labels" not in pack.table:
         faults.add(
             f"valid_fraction holds out clips to be judged by, but {pack.manifest} has no `labels` column; add it, give "
             "valid_data, or set select_on: eval as published"
         )
-        return None
-    part = pack.subset(np.flatnonzero(held))
-    indices = _clip_labels(part, labels, faults)
-    return None if indices is None else LabelledPack(part, indices, len(labels))
+        return np.zeros(len(pack), bool), None
+    indices = _clip_labels(pack, labels, faults)
+    if indices is None:
+        return np.zeros(len(pack), bool), None
+    held = hold_out(pack.names, indices, len(labels), fraction)
+    rows = np.flatnonzero(held)
+    return held, LabelledPack(pack.subset(rows), [indices[row] for row in rows], len(labels))
 
 
 def _selection(config: TrainConfig, on_eval: bool, valid: LabelledPack | None) -> str:
@@ -305,10 +315,7 @@ def _embedded_source(
         replay = _own_replay(config, faults)
     if pack is None:
         return None
-    labels = (named or _vocabulary(pack.table["labels"])) if needs_labels else []
-    if labels is None:
-        faults.add(NUMBERED.format(config.train_data))
-        return None
+    labels = (named or vocabulary(pack)) if needs_labels else []
     if store is not None:
         with faults.noted():
             return pack, StoredEmbeddings(store, pack, config.max_aug_epochs), labels
@@ -338,21 +345,40 @@ def _label_source(config: TrainConfig, named: list[str] | None, seed: int, fault
     pack, replay = open_pack(config.train_data, faults, labelled=True), _own_replay(config, faults)
     if pack is None or replay is None:
         return None
-    labels = named or _vocabulary(pack.table["labels"])
-    if labels is None:
-        faults.add(NUMBERED.format(config.train_data))
-        return None
+    labels = named or vocabulary(pack)
     indices = _clip_labels(pack, labels, faults)
-    if indices is None:
+    if indices is None or not _suits_loss(config, pack, indices, faults):
+        return None
+    if len(labels) < 2:
+        faults.add(
+            f"{pack.manifest} labels every clip {labels[0]!r}: with one class nothing can be told apart; add "
+            'clips of another ("other", say)'
+        )
         return None
     bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length)
     return pack, LabelTargets(bounds, indices, len(labels), pack.sample_rate, replay, seed), labels
 
 
-def _vocabulary(column: pd.Series) -> list[str] | None:
-    """Return the sorted class names in a `labels` column, or None if it holds numbers."""
-    names = sorted({token.strip() for cell in column for token in str(cell).split(";")} - {""})
-    return None if all(name.isdigit() for name in names) else names
+def vocabulary(pack: Pack) -> list[str]:
+    """Return the class names in a pack's `labels` column: in alphabetical order, or by size where all are numbers."""
+    names = {token.strip() for cell in pack.table["labels"].unique() for token in str(cell).split(";")} - {""}
+    if not all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names)
+    logger.info(NUMBERED, pack.manifest, len(names))
+    return sorted(names, key=lambda name: (int(name), name))
+
+
+def _suits_loss(config: TrainConfig, pack: Pack, indices: list[np.ndarray], faults: Faults) -> bool:
+    """Note where a loss for exactly one class a clip meets clips with several; return whether there are none."""
+    several = [row for row, classes in enumerate(indices) if len(classes) > 1]
+    if config.loss != "CrossEntropyLoss" or not several:
+        return True
+    rows = some(f"row {row + 1} ({pack.names[row]}: {pack.table['labels'][row]})" for row in several)
+    faults.add(
+        f"loss CrossEntropyLoss is for exactly one label a clip, but {len(several)} of the {len(indices)} clips of "
+        f"{pack.manifest} have several: {rows}. Set loss: BCEWithLogitsLoss, or give each clip one label"
+    )
+    return False
 
 
 def _item_labels(
@@ -364,7 +390,7 @@ def _item_labels(
             "it, or set objective: target to learn from the teacher alone"
         )
         return None
-    unknown = set(_vocabulary(pack.table["labels"]) or ()) - set(labels)
+    unknown = [name for name in vocabulary(pack) if name not in set(labels) and not name.isdigit()]
     if unknown:
         faults.add(
             f"{pack.manifest} labels clips {some(sorted(unknown))}, which the teacher does not know: its classes are "
@@ -372,7 +398,7 @@ def _item_labels(
         )
         return None
     indices = _clip_labels(pack, labels, faults)
-    if indices is None:
+    if indices is None or not _suits_loss(config, pack, indices, faults):
         return None
     return LabelTargets(source.bounds, indices, len(labels), pack.sample_rate, source.replay, seed)
 

@@ -11,7 +11,18 @@ if TYPE_CHECKING:  # matplotlib takes a second to import, which only those who d
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NOT_LOSSES = ("kind", "step", "epoch", "best", "lr", "clips_per_second", "wait_share", "cosine")
+NOT_LOSSES: tuple[str, ...] = (
+    "kind",
+    "step",
+    "epoch",
+    "best",
+    "learns",
+    "lr",
+    "clips_per_second",
+    "wait_share",
+    "cosine",
+)
+NOT_LOSSES += ("constant_loss",)  # has a line of its own kind
 MOST_POINTS = 2000  # of a line; about as many as the picture has columns
 MOST_EPOCH_MARKS = 12
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # told apart also by the colour-blind
@@ -138,6 +149,9 @@ def _draw_losses(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[st
     if names:
         axis.plot([], [], color=INK, linewidth=2.2, label="mean of an epoch")
         axis.plot([], [], color=INK, linewidth=0.8, alpha=0.6, label="of a few steps")
+    x, y = _line(epochs, "constant_loss")
+    if len(x):
+        _plot(axis, x, y, color=INK, linewidth=1.2, linestyle=":", marker="", label="constant answers")
     _log_scale_if_wide(axis, np.concatenate([*values, np.empty(0)]))
     axis.set_ylabel("loss")
 
@@ -174,6 +188,9 @@ def _draw_validation(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dic
         linestyle="",
         label=f"best: {best['valid_mAP']:.4f}\n(epoch {best['epoch']})",
     )
+    x, y = _line(epochs, "valid_chance_mAP")
+    if len(x):
+        _plot(axis, x, y, color=INK, linewidth=1.2, linestyle=":", marker="", label="chance, at most")
     axis.set_ylabel("mAP")
     axis.margins(y=0.12)  # the star stays inside
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.errors import UserError
 
-NOT_FIGURES = ("kind", "step", "epoch", "best")  # of an entry; everything else is drawn
+NOT_FIGURES = ("kind", "step", "epoch", "best", "learns")  # of an entry; everything else is drawn
 
 
 class Journal:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -21,16 +22,20 @@ from distill.dataset import EpochBatches, ReplayDataset, collate, prepare_batch
 from distill.objectives import Objective
 from models import AudioTagger
 from training.averaging import MovingAverage
+from training.chance import Chance, chance_bounds
 from training.checkpoints import BestCheckpoints
 from training.config import TrainConfig
-from training.data import TrainingData
-from training.evaluate import evaluate, write_results
+from training.data import LabelledPack, TrainingData
+from training.evaluate import predict_pack
+from training.finish import finish_run
 from training.journal import Journal
-from training.metrics import Metrics
+from training.learning_causes import likely_causes
+from training.learning_check import LearningCheck
+from training.metrics import Metrics, evaluate_scores
 from training.optim import create_optimizer, create_schedule, freeze, parameter_groups
 from training.parallel import Ranks, mirrored_shares
 from training.precision import Precision
-from training.report import draw_curves, write_report
+from training.report import draw_curves
 from training.states import States
 from training.student import check_lengths, start_from_data
 from training.tally import Tally
@@ -39,7 +44,7 @@ from training.trainer import Learner, Trainer, stream_seed
 
 logger = logging.getLogger(__name__)
 
-ORDER_STREAM = 2  # keeps the order of the items apart from the run's other random streams
+ORDER_STREAM, CHANCE_STREAM = 2, 6  # keep the run's random streams apart
 START_BATCHES = 16  # looked at by init_from_data
 
 
@@ -84,6 +89,7 @@ class Run:
             mixup=config.mixup,
             seed=seed,
             fill_seconds=data.chunk_seconds if config.fill_chunks else None,
+            fill_by="repeat" if config.fill_chunks == "repeat" else "silence",
         )
         if not config.fill_chunks:
             check_lengths(model, data.source.n_reference[data.items], self.ranks.world_size)
@@ -104,6 +110,7 @@ class Run:
         self.resting = freeze(model, frozen) if frozen else []
         groups = parameter_groups(model, objective, config.optimizer_args.get("lr"), config.layer_decay)
         optimizer = create_optimizer(config.optimizer, groups, config.optimizer_args, device)
+        self.warmup = 0  # steps
         schedule = self._schedule(optimizer) if config.use_scheduler else None
         mixup_on = config.mixup_on if config.mixup is not None else None
         learner = Learner(model, objective, data.source.replay, mixup_on, config.compile, teacher)
@@ -113,6 +120,9 @@ class Run:
         self.states = States(folder / "states")
         self.best = BestCheckpoints(folder, config.n_saved, writes=self.ranks.is_main)
         self.window, self.epoch_tally = Tally(), Tally()
+        causes = partial(likely_causes, self)
+        learns = (learner.targets, self.total_steps, config.epochs, causes, self.ranks, not config.smoke)
+        self.learning = LearningCheck(*learns)
         self.step, self.stale, self.seconds = 0, 0, 0.0
         self._next_drawing = 0.0
         self._unread: list[tuple[Tensor, Tensor]] = []  # items and loss of each step since the last look
@@ -127,9 +137,11 @@ class Run:
         if warmup >= total:
             logger.warning("warm-up of %d iterations in a run of %d: shortened to %d", warmup, total, total // 10)
             warmup = total // 10
+        self.warmup = warmup
         return create_schedule(optimizer, config.schedule, warmup, total, config.decay_frac)
 
-    def _loader(self, batches: Any) -> DataLoader[dict[str, Any]]:
+    def loader(self, batches: Any) -> DataLoader[dict[str, Any]]:
+        """Return a loader of batches of (epoch, item)."""
         return DataLoader(
             self.dataset,
             batch_sampler=batches,
@@ -148,7 +160,7 @@ class Run:
         if state is None and self.config.init_from_data:
             first = [self.batches.batch(i) for i in range(min(START_BATCHES, self.epoch_steps))]
             classes = "target" if not self.embeds else "labels" if self.data.item_labels is not None else None
-            start_from_data(self.model, (self._with_target(batch) for batch in self._loader(first)), classes)
+            start_from_data(self.model, (self._with_target(batch) for batch in self.loader(first)), classes)
         self.trainer = self._make_trainer(
             grad_clip=self.config.grad_clip,
             average=MovingAverage(self.model, self.config.ema) if self.config.ema else None,
@@ -162,13 +174,43 @@ class Run:
             self._save()
         self.batches.start = self.step
         # One endless stream: workers read ahead into the next epoch, since each index says its epoch.
-        stream = iter(self._loader(self.batches))
+        stream = iter(self.loader(self.batches))
         self._train(stream)
         del stream  # ends the workers, which would read ahead for ever
-        result = self._finish()
+        result = finish_run(self)
         if self.journal is not None:
             self.journal.close()
         return result
+
+    def time_steps(self, most: int, most_seconds: float) -> float:
+        """Return the seconds a step takes, data included, without the first two; the model is trained meanwhile.
+
+        Args:
+            most: steps to time.
+            most_seconds: to spend on them, once one has been timed.
+        """
+        self.trainer = self._make_trainer(grad_clip=self.config.grad_clip, ranks=self.ranks, resting=self.resting)
+        self.trainer.train_mode()
+        stream, taken = iter(self.loader(self.batches)), []
+        self._began()
+        for step in range(2 + most):
+            began = time.perf_counter()
+            self._advance(stream)
+            self._stop_if_not_finite()  # waits for the device
+            taken += [time.perf_counter() - began] if step > 1 else []
+            if sum(taken) > most_seconds:
+                break
+        return sum(taken) / len(taken)
+
+    def time_validation(self, n_clips: int) -> float:
+        """Return about how long a validation takes in seconds, by that of `n_clips` of its clips."""
+        valid = self.data.valid
+        assert valid is not None
+        rows = np.unique(np.linspace(0, len(valid.pack) - 1, min(n_clips, len(valid.pack))).round().astype(int))
+        part = LabelledPack(valid.pack.subset(rows), [valid.labels[row] for row in rows], valid.num_classes)
+        began = time.perf_counter()
+        self._evaluate_on(part)
+        return (time.perf_counter() - began) * len(valid.pack) / len(part.pack)
 
     def _with_target(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Prepare a collated batch, and ask the teacher, where there is one, for the targets of its clips."""
@@ -238,6 +280,7 @@ class Run:
         losses = self.window.means(self.ranks)
         place = {"kind": "step", "step": self.step, "epoch": self.epoch}
         self._record(place | losses | {"lr": self.learning_rate})
+        self.learning.add_loss(losses["loss"])
         self.window.reset()
         seconds = time.perf_counter() - self.began
         return {
@@ -246,6 +289,7 @@ class Run:
             "lr": f"{self.learning_rate:.1e}",
             "clips_s": f"{self.clips / seconds:.0f}",
             "wait": f"{100 * self.waited / seconds:.0f}%",
+            **self.learning.mark,
         }
 
     def _stop_if_not_finite(self) -> None:
@@ -276,30 +320,47 @@ class Run:
         }
         self.epoch_tally.reset()
         judged = self.data.valid and (self.epoch % self.config.valid_every == 0 or self.step == self.total_steps)
+        metrics = chance = None
         if judged:
-            with self._averaged():
-                metrics = self.evaluate("valid")
+            with self.averaged():
+                metrics, chance = self._validate()
                 better = self.best.offer(self.model, metrics.mAP, self.epoch)
             self.stale = 0 if better else self.stale + 1
             entry |= {"valid_mAP": metrics.mAP, "best": better}
             logger.info(
                 "epoch %d: loss %.4f, mAP %.4f%s", self.epoch, entry["loss"], metrics.mAP, " (best)" if better else ""
             )
-        self._record(entry)
+        ends = self.step == self.total_steps or self.stale >= self.config.early_stop
+        self._record(entry | self.learning.end_epoch(entry, metrics, chance, last=ends))
         if judged and self.journal is not None and time.perf_counter() >= self._next_drawing:
             began = time.perf_counter()
             draw_curves(self.folder, self.journal.entries())
             # Where evaluations follow each other fast, drawing takes no more than a twentieth of the time.
             self._next_drawing = began + 20 * (time.perf_counter() - began)
 
-    def _averaged(self) -> Any:
+    def averaged(self) -> Any:
+        """Let the model hold the moving average inside a `with` block, where there is one."""
         return self.trainer.average.applied() if self.trainer.average else nullcontext()
 
     def evaluate(self, which: str) -> Metrics:
         """Judge the model as it is on the `valid` or `evaluation` pack."""
-        return evaluate(
+        return self._evaluate_on(getattr(self.data, which))
+
+    def _evaluate_on(self, data: LabelledPack) -> Metrics:
+        return evaluate_scores(self._scores_on(data), data.multi_hot(), self.model.labels)
+
+    def _validate(self) -> tuple[Metrics, Chance]:
+        """Judge the model on the validation pack, and return what chance would give there as well."""
+        assert self.data.valid is not None
+        scores, targets = self._scores_on(self.data.valid), self.data.valid.multi_hot()
+        chance = chance_bounds(scores, targets, stream_seed(self.seed, CHANCE_STREAM, self.epoch))
+        return evaluate_scores(scores, targets, self.model.labels), chance
+
+    def _scores_on(self, data: LabelledPack) -> np.ndarray:
+        """Return the probabilities (N, C) of every clip, the same on all ranks."""
+        return predict_pack(
             self.model,
-            getattr(self.data, which),
+            data.pack,
             batch_size=self.config.eval_batch_size or self.config.batch_size,
             num_workers=self.config.num_workers,
             precision=self.precision,
@@ -321,6 +382,7 @@ class Run:
                 "from before. Lower the learning rate or set grad_clip, which begins a new run"
             )
         tallies = [tally.state_dict(self.ranks) for tally in (self.window, self.epoch_tally)]
+        learning = self.learning.state_dict()
         if self.journal is not None:
             state = {
                 "step": self.step,
@@ -328,6 +390,7 @@ class Run:
                 "tallies": tallies,
                 "best": [list(entry) for entry in self.best.saved],
                 "stale": self.stale,
+                "learning": learning,
                 "seconds": self.seconds,
                 "journal": self.journal.position(),
             }
@@ -340,59 +403,6 @@ class Run:
             tally.load_state_dict(kept, self.ranks, self.device)
         self.best.saved = [(score, name) for score, name in state["best"]]
         self.best.needed = {path.name for path in self.folder.glob("best_epoch=*.pt")}
+        self.learning.load_state_dict(state.get("learning"), self.device)
         self.step, self.stale, self.seconds = state["step"], state["stale"], state["seconds"]
         logger.info("GOING ON after step %d of %d, in %s", self.step, self.total_steps, self.folder)
-
-    def _finish(self) -> dict[str, Any]:
-        with self._averaged():
-            if not self.best.saved:
-                self.best.offer(self.model, 0.0, self.epoch)
-            self.best.prune()
-        weights = None
-        if self.ranks.is_main:
-            weights = str(self.best.average(self.model) if self.config.average else self.best.restore_best(self.model))
-        if self.ranks.world_size > 1:
-            state = {name: value.cpu() for name, value in self.model.state_dict().items()} if weights else None
-            weights, state = self.ranks.from_main((weights, state))
-            self.model.load_state_dict(state)
-        assert weights is not None
-        result: dict[str, Any] = {"weights": weights}
-        metrics = self.evaluate("evaluation") if self.data.evaluation else None
-        if self.journal is not None:
-            if metrics is not None and self.data.evaluation:
-                write_results(self.folder, "results", metrics, self.data.evaluation)
-                logger.info("%s on %s:\n%s", Path(weights).name, self.config.eval_data, metrics.summary())
-            draw_curves(self.folder, self.journal.entries())
-            report = write_report(
-                self.folder,
-                title=f"{self.config.model} trained on {Path(self.config.train_data).name}",
-                facts=self._facts(weights),
-                config=self.config.model_dump(),
-                entries=self.journal.entries(),
-                results=metrics,
-                results_name=str(self.config.eval_data),
-                selection=self.data.selection,
-            )
-            logger.info("report: %s", report)
-        return result | (metrics.as_dict() if metrics else {})
-
-    def _facts(self, weights: str) -> dict[str, str]:
-        return {
-            "model": f"{self.config.model}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters",
-            "weights": Path(weights).name,
-            "training data": f"{self.config.train_data}: {len(self.data.items)} chunks of {len(self.data.pack)} clips",
-            "targets": self._targets(),
-            "steps": f"{self.step} of {self.total_steps}, {self.config.batch_size} clips each",
-            "time training": f"{self.seconds:.0f} s on {self.device}, {self.ranks.world_size} process(es)",
-            "seed": str(self.seed),
-            "command": " ".join(sys.argv),
-        }
-
-    def _targets(self) -> str:
-        taught = f"soft targets of {self.config.logitspath}" if self.config.logitspath else None
-        if self.config.embeddingspath:
-            taught = f"embeddings of {self.config.embeddingspath}"
-        if self.teacher is not None:
-            taught = f"{'embeddings' if self.embeds else 'answers'} of {self.teacher.name}, asked while training"
-        named = "labels" if taught is None or self.data.item_labels is not None else None
-        return " and ".join(filter(None, (named, taught)))

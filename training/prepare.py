@@ -13,14 +13,17 @@ from common.errors import Faults, UserError
 from common.files import sha256
 from distill import embedding_objectives  # noqa: F401  (it registers its objectives)
 from distill.embeddings import StoredEmbeddings
+from distill.mask_check import MaskFindings, check_masks
 from distill.objectives import Objective, create_objective
 from distill.store import MatchedItems
 from models.devices import choose_device
-from training.config import TrainConfig, read_config
+from training.automatic import Choice, automatic_keys, name_model, resolve, without_timed
+from training.budget import choose_epochs, choose_pace
+from training.config import AUTO, TrainConfig, check_settings, read_settings
 from training.data import TrainingData, open_training
 from training.loop import Run
 from training.parallel import Ranks
-from training.run_folder import RunFolder, choose_folder, log_to, run_identity
+from training.run_folder import RunFolder, choose_folder, log_to, recall_choices, run_identity
 from training.smoke import smoke
 from training.student import create_student
 from training.teacher import Teacher, load_teacher
@@ -71,13 +74,24 @@ def prepare_run(
         resume = "auto"  # torchrun repeats the command after a crash: on with what it has begun
     faults = Faults(config_file)
     stem = Path(config_file).stem
-    config = read_config(TrainConfig, config_file, overrides, faults)
+    given = read_settings(config_file, overrides, faults)
+    with faults.noted():
+        given = name_model(given) if given else None
+    if given and "budget" in overrides and given.get("epochs") != AUTO:
+        faults.add(
+            f"budget chooses the number of epochs, but epochs is {given.get('epochs', 120)}; drop one of them, or set "
+            "epochs: auto"
+        )
+    settings, chosen = _choose_settings(given, stem, seed, resume, ranks, faults) if given else (None, {})
+    config = check_settings(TrainConfig, settings, faults) if settings else None
+    train_data = config.train_data if config else None
     if config and config.smoke:
         faults.raise_if_any()
         stem = f"{stem}_smoke"  # beside the real runs, whose `latest` stays theirs
         config = ranks.from_main(smoke(config, Path(config.outputpath) / stem / "data") if ranks.is_main else None)
         assert config is not None
     objective = data = model = device = teacher = None
+    masks = MaskFindings()
     if config:
         with faults.noted():
             device = choose_device(config.device)
@@ -95,6 +109,8 @@ def prepare_run(
             needs_labels=getattr(objective, "needs_labels", False),
             embeds=getattr(objective, "needs_embedding", False),
         )
+        if data and config.train_data == train_data:  # sounds that stand in for missing ones are short
+            masks = _check_masks(config, data, faults)
         with faults.noted():
             if objective is not None:
                 model = create_student(config, data.labels if data else None, objective)
@@ -107,16 +123,26 @@ def prepare_run(
     if isinstance(objective, nn.Module):
         objective.to(device)
 
+    if given and given.get("epochs") == AUTO and "epochs" not in chosen and not config.smoke:
+        moved = teacher and teacher.to(device)
+        in_time = ranks.from_main(
+            choose_epochs(config, data, model, objective, device, seed, ranks.world_size, moved)
+            if ranks.is_main
+            else None
+        )
+        chosen |= {key: choice for key, choice in in_time.items() if given.get(key, AUTO) == AUTO}
+        config = config.model_copy(update={key: choice.value for key, choice in chosen.items() if key in in_time})
+
     identity = run_identity(config, seed, _data_identity(config, data, teacher))
     parent = Path(config.outputpath) / stem / config.model
-    chosen = choose_folder(parent, identity, resume) if ranks.is_main else None
-    path, state_path, there = ranks.from_main((chosen[0].path, chosen[1], chosen[2]) if chosen else None)
-    run_folder = chosen[0] if chosen else RunFolder(path)
+    found = choose_folder(parent, identity, resume) if ranks.is_main else None
+    path, state_path, there = ranks.from_main((found[0].path, found[1], found[2]) if found else None)
+    run_folder = found[0] if found else RunFolder(path)
     run = Run(config, data, model.to(device), objective, path, device, seed, ranks, teacher and teacher.to(device))
     state = None
     if ranks.is_main:
         if not there:
-            run_folder.make(config, data.labels, identity)
+            run_folder.make(config, data.labels, identity, given, chosen)
         log_to(path / config.logfile, debug=config.debug)
         state = run.states.load(state_path) if there else None
         if there and state is None and _has_learned(path):
@@ -125,12 +151,53 @@ def prepare_run(
                 "begin a new run with --resume never"
             )
         _describe(run, there, state)
+        for key, choice in chosen.items():
+            logger.info("chosen for these data: %s: %s (%s)", key, choice.value, choice.reason)
+        if masks.warning:
+            logger.warning("%s", masks.warning)
     return Prepared(run, run_folder, state)
+
+
+def _choose_settings(
+    given: dict[str, Any], stem: str, seed: int, resume: str, ranks: Ranks, faults: Faults
+) -> tuple[dict[str, Any], dict[str, Choice]]:
+    """Replace `auto` in settings: by what an unfinished run of the same settings chose, else by the data.
+
+    Those that wait for a timing (`epochs`, and what goes with it) get a value that only completes the configuration.
+    """
+    wanted = automatic_keys(given)
+    if not wanted:
+        return given, {}
+    chosen: dict[str, Choice] = {}
+    settings = dict(given)
+    if ranks.is_main:
+        earlier = recall_choices(Path(str(given.get("outputpath", "experiments/"))) / stem, given, seed, resume)
+        if earlier is not None:
+            chosen = earlier
+            settings |= {key: choice.value for key, choice in chosen.items()}
+        else:
+            settings, chosen = resolve(given, faults)
+    settings, chosen, sentences = ranks.from_main((settings, chosen, faults.sentences))
+    faults.sentences[:] = sentences
+    if isinstance(settings.get("epochs"), int):
+        pace = {key: choice for key, choice in choose_pace(settings["epochs"]).items() if settings.get(key) == AUTO}
+        chosen |= pace
+        settings |= {key: choice.value for key, choice in pace.items()}
+    return without_timed(settings), chosen
 
 
 def _has_learned(path: Path) -> bool:
     journal = path / "metrics.jsonl"
     return any(path.glob("best_epoch=*.pt")) or (journal.is_file() and journal.stat().st_size > 0)
+
+
+def _check_masks(config: TrainConfig, data: TrainingData, faults: Faults) -> MaskFindings:
+    """Look at the masks beside the clips' lengths; note in `faults` where too little would be left to learn from."""
+    store = config.logitspath or config.embeddingspath
+    found = check_masks(data.source.replay, data.source.n_reference[data.items], store)
+    if found.fault:
+        faults.add(found.fault)
+    return found
 
 
 def _check_embedding(config: TrainConfig, objective: Objective, faults: Faults) -> None:
@@ -175,10 +242,15 @@ def _online_teacher(config: TrainConfig, objective: Objective | None) -> Teacher
     """Load the teacher that a configuration wants to be asked while the student learns."""
     assert config.teacher
     try:
-        teacher = load_teacher(config.teacher, config.teacher_weights)
+        teacher = load_teacher(config.teacher, config.teacher_weights, heads=config.teacher_head)
     except UserError as error:
         raise UserError(f"teacher: {error}") from None
     if getattr(objective, "needs_embedding", False):
+        if config.teacher_head:
+            raise UserError(
+                f"teacher_head is for probabilities, but objective {config.objective} learns the teacher's embeddings, "
+                "which are the same with any head; drop it"
+            )
         teacher.embed_dim  # noqa: B018 - tells that several models cannot be asked
         return teacher
     teacher.check_classes()

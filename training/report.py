@@ -15,6 +15,7 @@ import pandas as pd
 import yaml
 
 from common.files import whole_file, write_text
+from training.baseline import Baseline, warning
 from training.figures import confusion_figure, curves_figure, png
 from training.metrics import Metrics
 
@@ -50,6 +51,8 @@ def write_report(
     results: Metrics | None,
     results_name: str,
     selection: str,
+    baseline: Baseline | None = None,
+    alert: str | None = None,
 ) -> Path:
     """Write `report.html`, which refers to no other file and no network.
 
@@ -62,6 +65,8 @@ def write_report(
         results: of the final model, or None when there is no evaluation data.
         results_name: what they were measured on.
         selection: a sentence on how the checkpoint was chosen.
+        baseline: what simple features reach on the same data, shown beside `results`.
+        alert: what is wrong with the run, shown on top; lines after the first are items of a list.
 
     Returns:
         The path of the page.
@@ -77,11 +82,13 @@ def write_report(
     )
     page = environment.get_template("report.html.jinja").render(
         title=title,
+        alert=None if alert is None else [line.removeprefix("  - ") for line in alert.splitlines()],
         facts=facts,
         selection=selection,
         curves=_data_uri(png(curves_figure(entries))) if entries else None,
         results_name=results_name,
         results=None if results is None else _results(results),
+        baseline=None if baseline is None or results is None else _baseline(baseline, results),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         versions=versions(),
         command=shlex.join(["python", *sys.argv]),
@@ -141,6 +148,19 @@ def _results(metrics: Metrics) -> dict[str, Any]:
         "worst": _rows(scored.tail(n_worst).iloc[::-1]),
         "per_class": _rows(table),
         "confusion": None if metrics.confusion is None else _confusion(metrics.confusion, table.label.tolist()),
+    }
+
+
+def _baseline(baseline: Baseline, results: Metrics) -> dict[str, Any]:
+    """Return what the template shows of a baseline: its figures by name, and sentences."""
+    return {
+        "figures": {
+            name: f"{value:.4f}"
+            for field, (name, _) in MEANINGS.items()
+            if (value := getattr(baseline.metrics, field)) is not None
+        },
+        "sentence": baseline.sentence,
+        "warning": warning(baseline, results),
     }
 
 

@@ -17,7 +17,8 @@ import yaml
 from tqdm import tqdm
 
 from common.errors import UserError, some
-from common.files import write_json, write_text
+from common.files import remove_dead_partials, reserve_partial, sha256, write_json, write_text
+from training.automatic import Choice
 from training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,17 @@ logger = logging.getLogger(__name__)
 FINISHED = "finished.json"
 CLAIM_SECONDS = 10.0  # how long to wait for a process that holds a run
 # What may differ when a run goes on: none of it changes what is learnt.
-FREE_KEYS = ("num_workers", "device", "outputpath", "logfile", "debug", "checkpoint_every", "log_every", "compile")
+FREE_KEYS = (
+    "num_workers",
+    "device",
+    "outputpath",
+    "logfile",
+    "debug",
+    "checkpoint_every",
+    "log_every",
+    "compile",
+    "baseline",
+)
 
 
 class RunFolder:
@@ -58,8 +69,8 @@ class RunFolder:
                     return False
                 time.sleep(0.1)
         self._lock = lock
-        for unfinished in [*self.path.glob(".*.partial"), *self.path.glob("states/.*.partial")]:
-            unfinished.unlink()  # of a writer that was killed
+        for folder in (self.path, self.path / "states"):
+            remove_dead_partials(folder)
         return True
 
     @property
@@ -72,8 +83,23 @@ class RunFolder:
         there = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["identity"]
         return [key for key in dict.fromkeys([*there, *identity]) if there.get(key) != identity.get(key)]
 
-    def make(self, config: TrainConfig, labels: list[str], identity: dict[str, Any]) -> None:
-        """Make the folder, claim it, and write into it what the run was given."""
+    def make(
+        self,
+        config: TrainConfig,
+        labels: list[str],
+        identity: dict[str, Any],
+        given: dict[str, Any] | None = None,
+        chosen: dict[str, Choice] | None = None,
+    ) -> None:
+        """Make the folder, claim it, and write into it what the run was given.
+
+        Args:
+            config: with what was chosen automatically.
+            labels: the class names.
+            identity: see `run_identity`.
+            given: the settings before that choice.
+            chosen: what it was, and why.
+        """
         if not self.claim():
             raise UserError(f"{self.path} is in use by another process; start again")
         write_text(self.path / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
@@ -82,16 +108,17 @@ class RunFolder:
         writer = csv.writer(table, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
         writer.writerows([index, "", label] for index, label in enumerate(labels))
         write_text(self.path / "class_labels_indices.csv", table.getvalue())
-        write_json(self.path / "run.json", {"identity": identity})
+        automatic = {key: {"value": choice.value, "reason": choice.reason} for key, choice in (chosen or {}).items()}
+        write_json(self.path / "run.json", {"identity": identity, "given": given, "automatic": automatic})
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write what came out, and make the link `latest` beside the folder lead to it."""
+        """Write what came out, and lead two links here: MODEL/latest, and `latest` beside the folders of models."""
         write_json(self.path / FINISHED, result)
-        link = self.path.parent / "latest"
-        fresh = link.with_name(f".latest.{os.getpid()}")
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(self.path.name)
-        os.replace(fresh, link)
+        run, of_model = self.path.name, self.path.parent
+        for link, goal in ((of_model / "latest", run), (of_model.parent / "latest", f"{of_model.name}/{run}")):
+            with reserve_partial(link) as fresh:
+                fresh.symlink_to(goal)
+                os.replace(fresh, link)
 
 
 def run_identity(config: TrainConfig, seed: int, data: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +126,37 @@ def run_identity(config: TrainConfig, seed: int, data: dict[str, Any]) -> dict[s
     settings = {key: value for key, value in config.model_dump().items() if key not in FREE_KEYS}
     identity: dict[str, Any] = json.loads(json.dumps(settings | {"seed": seed} | data))
     return identity
+
+
+def recall_choices(parent: Path, given: dict[str, Any], seed: int, resume: str) -> dict[str, Choice] | None:
+    """Return what an unfinished run chose automatically that was given the same settings, clips and seed.
+
+    Args:
+        parent: OUTPUTPATH/CONFIG_STEM, where the runs of a configuration are, a folder a model.
+        given: settings before any choice.
+        seed: of the run.
+        resume: as of `choose_folder`.
+
+    Returns:
+        Key → choice, or None where there is no such run: the newest, if there are several.
+    """
+    if resume == "never":
+        return None
+    named = Path(resume).parent.parent if Path(resume).is_file() else Path(resume)
+    folders = sorted(parent.glob("*/*/"), key=lambda folder: folder.name) if resume == "auto" else [named]
+    free = {*FREE_KEYS, "budget"} if resume != "auto" else set(FREE_KEYS)
+    for folder in reversed(folders):
+        if folder.is_symlink() or not (folder / "run.json").is_file() or (folder / FINISHED).is_file():
+            continue
+        there = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if not there.get("automatic"):
+            continue
+        was, now = ({k: v for k, v in of.items() if k not in free} for of in (there["given"], given))
+        train_data = Path(str(given.get("train_data")))
+        unchanged = train_data.is_file() and sha256(train_data) == there["identity"].get("train_data_sha256")
+        if json.loads(json.dumps(now)) == was and there["identity"].get("seed") == seed and unchanged:
+            return {key: Choice(entry["value"], entry["reason"]) for key, entry in there["automatic"].items()}
+    return None
 
 
 def choose_folder(parent: Path, identity: dict[str, Any], resume: str) -> tuple[RunFolder, Path | None, bool]:

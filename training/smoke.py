@@ -60,7 +60,7 @@ def smoke(config: TrainConfig, folder: Path) -> TrainConfig:
     taught = None
     if config.teacher and _has_teacher(config):
         try:
-            taught = load_teacher(config.teacher, config.teacher_weights).labels
+            taught = load_teacher(config.teacher, config.teacher_weights, heads=config.teacher_head).labels
         except UserError:  # told where the run loads it
             return config
     elif config.teacher:
@@ -108,6 +108,7 @@ def _little(config: TrainConfig) -> dict[str, object]:
         "log_every": 1,
         "device": "cpu",
         "compile": False,
+        "baseline": False,  # it would read up to hours of training clips
     }
 
 
@@ -157,12 +158,13 @@ def _teacher_stands_in(config: TrainConfig, folder: Path, *, made_up: bool) -> t
         folder: to write into.
         made_up: whether the training data will be, so that they say no class names.
     """
-    untaught = config.model_copy(update={"teacher": None, "teacher_weights": None, "objective": "target"})
+    none = {"teacher": None, "teacher_weights": None, "teacher_head": None}
+    untaught = config.model_copy(update={**none, "objective": "target"})
     labels = _said_labels(config) or (NAMES if made_up else _labels_of(untaught, None) or audioset_labels())
     path = folder / "teacher.pt"
     save_checkpoint(path, _untrained(labels, "softmax" if config.loss == "CrossEntropyLoss" else "sigmoid"))
     logger.warning("smoke: teacher %s is not there: a small, untrained one stands in", config.teacher)
-    return config.model_copy(update={"teacher": str(path), "teacher_weights": None}), labels
+    return config.model_copy(update={**none, "teacher": str(path)}), labels
 
 
 def _untrained(labels: list[str], activation: Activation) -> AudioTagger:

@@ -17,6 +17,7 @@ from training.averaging import MovingAverage
 from training.mixup import mix_spectrograms, mix_targets, mix_waveforms
 from training.parallel import Ranks, share_batch_norm
 from training.precision import Precision
+from training.target_tally import TargetTally
 from training.teacher import Teacher
 
 DROP_STREAM, DROPOUT_STREAM = 4, 5  # keep the run's random streams apart
@@ -63,6 +64,7 @@ class Learner(nn.Module):
         self.taught_to_embed = getattr(objective, "needs_embedding", False)
         network = _network(model, objective)
         self.network = torch.compile(network) if compiled else network
+        self.targets = TargetTally(objective)  # of the batches that were learnt from
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the losses, means over the clips of a prepared batch (see `distill.dataset.prepare_batch`)."""
@@ -73,8 +75,13 @@ class Learner(nn.Module):
         if self.teacher is not None:
             ask = self.teacher.embeddings if self.taught_to_embed else self.teacher.probabilities
             batch = batch | {"target": ask(batch, self._hear)}
+        self.targets.add(batch)
         output, embedding = self.network(*self._hear(self.model.front_end, batch))
         return self.objective(output, batch if embedding is None else batch | {"embedding": embedding})
+
+    def spectrogram(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Return the student's input for a prepared batch, augmented and mixed: (B, F, T), frames (B,) or None."""
+        return self._hear(self.model.front_end, mix_waveforms(batch) if self.mixup_on == "waveform" else batch)
 
     def _hear(self, front_end: FrontEnd, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Return what a front-end makes of the clips or their mixtures, masked: (B, F, T), frames (B,) or None."""

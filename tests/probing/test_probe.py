@@ -8,11 +8,12 @@ from torch.nn import functional as F
 
 from common.errors import Faults
 from probing.data import ProbeSet
-from probing.fit import Examples, Fitting, answer, fit, hold_out, standardisation
+from probing.fit import Examples, Fitting, answer, fit, standardisation
 from probing.options import read_options
 from probing.pictures import MOST_BARS, probe_figure
 from probing.probe import run_trials
 from probing.scores import bootstrap_interval, draws, score
+from training.holdout import hold_out
 from training.metrics import evaluate_scores
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def same(one, other):
 
 def test_a_linear_head_is_as_good_as_logistic_regression():
     train, test = clouds(400, 0), clouds(400, 1)
-    held = hold_out(train.names, train.targets, 0.2)
+    held = hold_out(train.names, [np.array([kind]) for kind in train.targets.argmax(1)], 4, 0.2)
     head = fitted(train.take(~held), train.take(held), Fitting(epochs=100, lr=1e-2, patience=10)).head
     kinds = test.targets.argmax(1)
     found = (answer(head, test.embeddings).argmax(1) == kinds).mean()
@@ -140,21 +141,6 @@ def test_a_test_part_influences_nothing_and_a_validation_part_only_when_to_stop(
     assert torch.equal(three.fitted.head.mean, one.fitted.head.mean)
     held_out, _ = run_trials({"train": train, "test": test}, clips, 0.2, how, CPU)
     assert (held_out[0].fitted.n_train, held_out[0].fitted.n_valid) == (48, 12)
-
-
-def test_clips_are_held_out_of_every_class_and_by_name_alone():
-    rng = np.random.default_rng(0)
-    kinds = np.repeat(np.arange(4), [50, 30, 20, 1])
-    names = [f"{index}.wav" for index in range(101)]
-    held = hold_out(names, np.eye(4)[kinds], 0.2)
-    assert np.bincount(kinds[held], minlength=4).tolist() == [10, 6, 4, 0]
-    order = rng.permutation(101)
-    again = hold_out([names[row] for row in order], np.eye(4)[kinds[order]], 0.2)
-    np.testing.assert_array_equal(again, held[order])
-    assert not hold_out(names, np.eye(4)[kinds], 0).any()
-    pairs = np.ones((2, 2)) - [[0, 0], [0, 1]]  # the second class has one clip alone
-    for fraction in (0.1, 0.9):
-        assert hold_out(["x", "y"], pairs, fraction)[0] == 0
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "mAP"])

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from common.errors import Faults, UserError
+from training.automatic import read_train_config
 from training.config import SoftTargetConfig, TrainConfig, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,7 +15,10 @@ PUBLISHED = [p for p in TRAINING if "nsemble5014" in p.name]
 
 def read(kind, path, **overrides):
     faults = Faults(str(path))
-    config = read_config(kind, path, overrides, faults)
+    if kind is TrainConfig:  # with what is automatic chosen
+        config = read_train_config(path, overrides, faults)
+    else:
+        config = read_config(kind, path, overrides, faults)
     faults.raise_if_any()
     return config
 

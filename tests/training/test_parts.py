@@ -19,7 +19,6 @@ from distill.sources import SeededItems
 from models import create_model
 from models.devices import choose_device
 from training.averaging import MovingAverage, average_states
-from training.checkpoints import BestCheckpoints
 from training.mixup import mix_spectrograms, mix_targets, mix_waveforms
 from training.optim import create_optimizer, create_schedule, freeze, layer_depths, parameter_groups
 from training.precision import Precision
@@ -217,28 +216,6 @@ def test_averaging_is_the_mean_of_floats_and_keeps_counters():
     assert mean["w"].tolist() == [2.0, 5.5]
     assert mean["scale"].item() == 3.0
     assert mean["n"].item() == 7
-
-
-def test_the_best_n_checkpoints_are_kept_and_averaged(tmp_path):
-    model = create_model("audiotransformer_pico", num_classes=2)
-    best = BestCheckpoints(tmp_path, 2)
-    answers = []
-    for epoch, score in enumerate([0.3, 0.5, 0.2, 0.4], 1):
-        nn.init.constant_(model.outputlayer[1].bias, epoch)
-        answers.append(best.offer(model, score, epoch))
-        best.prune()
-    assert len(list(tmp_path.glob("best*"))) == 3  # what the state before still speaks of
-    best.prune()
-    assert answers == [True, True, False, False]
-    assert sorted(p.name for p in tmp_path.glob("best*")) == [
-        "best_epoch=0002_mAP=0.5000.pt",
-        "best_epoch=0004_mAP=0.4000.pt",
-    ]
-    best.average(model)
-    assert model.outputlayer[1].bias.tolist() == [3.0, 3.0]
-    assert (tmp_path / "averaged.pt").is_file()
-    best.restore_best(model)
-    assert model.outputlayer[1].bias.tolist() == [2.0, 2.0]
 
 
 def test_a_pass_shows_each_item_once_and_the_next_pass_another_order():

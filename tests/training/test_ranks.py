@@ -13,11 +13,16 @@ import pytest
 import torch
 import yaml
 
+from common.errors import Faults
 from distill.dataset import EpochBatches
+from models import load_model
 from run import Runner
 from tests.conftest import ROOT, run_command, torchrun
 from tests.training.test_resume import LABELS_ONLY, SETTINGS, lines_of, the_run, weights_of
+from training.data import open_labelled
+from training.evaluate import evaluate
 from training.parallel import mirrored_shares
+from training.precision import Precision
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 7, 8, 31, 32])
@@ -153,3 +158,18 @@ def test_a_rank_that_dies_is_started_again_and_training_goes_on(tone_pack, tmp_p
     assert lines_of(folder) == lines_of(whole)
     a, b = weights_of(folder), weights_of(whole)
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.long
+def test_two_ranks_recompute_batch_norm_alike_and_choose_the_same_weights(tone_pack, tmp_path):
+    arguments = {"model": "mn01_as", "model_args": {}, "ema": None, "valid_fraction": None}
+    path = configure(tmp_path, tone_pack, valid_data=str(tone_pack), valid_every=1, batch_size=8, epochs=3, **arguments)
+    folder = train(path, tmp_path / "two", launcher=torchrun())
+    finished = json.loads((folder / "finished.json").read_text())
+    figures = [finished[f"valid_mAP_{name}"] for name in ("average", "best", "best_recomputed")]
+    model = load_model(folder)
+    data = open_labelled(str(tone_pack), model.labels, Faults("the test"))
+    precision = Precision("fp32", torch.device("cpu"))
+    alone = evaluate(model, data, batch_size=4, num_workers=0, precision=precision).mAP
+    assert finished["mAP"] == pytest.approx(max(figures), abs=1e-4)
+    assert alone == pytest.approx(max(figures), abs=1e-4)

@@ -56,6 +56,7 @@ def store(tone_pack, tmp_path_factory):
     )
     settings = {"train_data": str(tone_pack), "model": str(folder / "teacher.pt"), "epochs": 3, "topk": 5}
     settings |= {"outputpath": str(folder / "logits"), "name": "teacher", "num_workers": 0, "device": "cpu"}
+    settings |= {"spectransforms": [{"TimeMasking": {"max_share": 0.2}}, {"FrequencyMasking": {}}]}
     (folder / "soft.yaml").write_text(yaml.safe_dump(settings))
     result = run_command("save_logits.py", folder / "soft.yaml")
     assert result.returncode == 0, result.stderr
@@ -81,8 +82,15 @@ def the_run(output: Path) -> Path:
     return folder
 
 
+def final_weights(folder: Path) -> Path:
+    """The file of the weights that a finished run kept: averaged.pt or best.pt."""
+    path = folder / Path(json.loads((folder / "finished.json").read_text())["weights"]).name
+    assert [p.name for p in folder.glob("*.pt") if not p.name.startswith("best_epoch")] == [path.name]
+    return path
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "averaged.pt", weights_only=True)["model"]
+    return torch.load(final_weights(folder), weights_only=True)["model"]
 
 
 def lines_of(folder: Path) -> list[dict]:

@@ -28,6 +28,7 @@ CHANGED = {
     *("teacher", "teacher_weights"),
     *("epochs", "epoch_length", "batch_size", "eval_batch_size", "accumulate", "num_workers", "warmup_iters"),
     *("warmup_epochs", "max_aug_epochs", "valid_every", "n_saved", "checkpoint_every", "log_every", "compile"),
+    "baseline",
 }
 
 
@@ -315,8 +316,8 @@ def test_unlabelled_sounds_are_taught_audiosets_classes_where_nothing_says_other
 
 
 def test_a_small_run_with_a_stand_in_learns_from_it_and_from_labels(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.loop.draw_curves", lambda *_: None)
-    monkeypatch.setattr("training.loop.write_report", lambda *_, **__: None)
+    for name in ("loop.draw_curves", "finish.draw_curves", "finish.write_report"):
+        monkeypatch.setattr(f"training.{name}", lambda *_, **__: None)
     config = settings(
         teacher="gone.pt", objective="cmkd", smoke=True, mixup=0.5, outputpath=str(tmp_path / "runs"), num_workers=0,
         model_args={"pooling": "logit", "depth": 1}, warmup_iters=1,

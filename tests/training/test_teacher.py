@@ -13,10 +13,11 @@ from audio.dataset import Pack
 from common.errors import UserError
 from distill.dataset import collate, prepare_batch
 from models import create_model, load_model, save_checkpoint
-from tests.training.test_resume import StoppedError, lines_of, stop_after
+from tests.training.test_resume import StoppedError, final_weights, lines_of, stop_after, weights_of
 from training.config import SoftTargetConfig
 from training.mixup import mix_targets
 from training.prepare import prepare_run
+from training.run_facts import describe_targets
 from training.run_folder import RunFolder
 from training.teacher import Teacher, load_teacher
 from training.teaching import SoftTargets, Teaching
@@ -47,8 +48,8 @@ def teacher_model(kind: str, **arguments):
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """Curves and reports take longer than these runs."""
-    monkeypatch.setattr("training.loop.draw_curves", lambda *_: None)
-    monkeypatch.setattr("training.loop.write_report", lambda *_, **__: None)
+    for name in ("loop.draw_curves", "finish.draw_curves", "finish.write_report"):
+        monkeypatch.setattr(f"training.{name}", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,7 @@ def test_any_teacher_teaches_any_student_and_stays_as_it_is(configure, checkpoin
     trained = {id(parameter) for parameter in run.trainer.parameters}
     assert trained == {id(parameter) for parameter in run.model.parameters()}
     assert states[-1]["trainer"].keys() == {"model", "optimizer", "schedule", "scaler", "average"}
-    saved = torch.load(prepared.folder.path / "averaged.pt", weights_only=True)
+    saved = torch.load(final_weights(prepared.folder.path), weights_only=True)
     assert saved["model"].keys() == own.keys()
     assert saved["config"]["labels"] == LABELS
     (line, *_) = [line for line in lines_of(prepared.folder.path) if line["kind"] == "step"]
@@ -255,7 +256,7 @@ def test_a_teacher_alone_needs_no_labels(configure, checkpoints, tone_pack, tmp_
     assert prepared.run.data.labels == LABELS
     assert "labels" not in prepared.run.dataset[(1, 0)]
     assert 0 < prepared.fit()["mAP"] <= 1
-    assert prepared.run._facts("x")["targets"] == "answers of audiotransformer_pico, asked while training"
+    assert describe_targets(prepared.run) == "answers of audiotransformer_pico, asked while training"
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,7 @@ def test_a_stopped_run_goes_on_with_its_teacher_and_with_no_other(configure, che
         prepare_run(path, {}, 3, resume=str(folder))
     save_checkpoint(teacher, teacher_model("cnn"))
     prepare_run(path, {}, 3, resume=str(folder)).fit()
-    one, other = (torch.load(p / "averaged.pt", weights_only=True)["model"] for p in (whole.folder.path, folder))
+    one, other = (weights_of(path) for path in (whole.folder.path, folder))
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert lines_of(whole.folder.path) == lines_of(folder)
 

@@ -1,0 +1,114 @@
+"""How many epochs fit into a time: `epochs: auto` with `budget` minutes on this machine."""
+
+import copy
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from distill.objectives import Objective
+from models import AudioTagger
+from training.automatic import Choice
+from training.config import TrainConfig
+from training.data import TrainingData
+from training.loop import Run
+from training.parallel import Ranks
+from training.teacher import Teacher
+
+DEFAULT_MINUTES = 10.0
+TIMED_STEPS, TIMED_SECONDS = 12, 15.0  # at most, after two steps that are not counted
+TIMED_VALID_CLIPS = 64
+RESERVE = 0.85  # of the budget is planned: other programs run too, and checkpoints are written
+MOST_VALIDATIONS = 20
+# How long small networks went on gaining on sets of 50 to 3,000 clips: so many clips were seen, in so many passes.
+ENOUGH_CLIPS, FEWEST_PASSES, MOST_PASSES = 60_000, 20, 200
+FINE_TUNING = 0.2  # of that, where a run starts from weights
+WARMUP = 0.05  # share of a run
+SHORTEST_RUN = 10  # "epochs" of a run whose budget is smaller than a pass over its data
+
+
+def choose_epochs(
+    config: TrainConfig,
+    data: TrainingData,
+    model: AudioTagger,
+    objective: Objective,
+    device: torch.device,
+    seed: int,
+    world_size: int = 1,
+    teacher: Teacher | None = None,
+) -> dict[str, Choice]:
+    """Time a few steps and choose the number of epochs, how often to validate, and how long to warm up.
+
+    Nothing that is handed in changes, the global random state neither.
+
+    Args:
+        config: of the run, with any number of epochs.
+        data: what it learns from.
+        model: the student, on any device.
+        objective: of the run.
+        device: to be trained on.
+        seed: of the run.
+        world_size: processes that will train together; one alone is timed, with its share of a batch.
+        teacher: whose output is computed while the student learns, or None.
+
+    Returns:
+        `epochs`, `valid_every` and `warmup_epochs`, and `epoch_length` where the budget is less than a pass.
+    """
+    step_seconds, valid_seconds = _time(config, data, model, objective, device, seed, world_size, teacher)
+    minutes = config.budget or DEFAULT_MINUTES
+    seconds = RESERVE * 60 * minutes
+    pass_steps = config.epoch_length or math.ceil(len(data.items) / config.batch_size)
+    scale = 1.0 if config.pretrained is False else FINE_TUNING
+    passes = np.clip(ENOUGH_CLIPS / (pass_steps * config.batch_size), FEWEST_PASSES, MOST_PASSES)
+    enough = math.ceil(scale * passes)
+    n_validations = 0 if data.valid is None else min(MOST_VALIDATIONS, max(3, int(0.2 * seconds / valid_seconds)))
+    for_steps = max(seconds - n_validations * valid_seconds, 0.5 * seconds)
+    affordable = for_steps / (pass_steps * step_seconds)
+    measured = f"{minutes:g} minutes at {step_seconds:.3g} s a step"
+    chosen: dict[str, Choice] = {}
+    if affordable < 2:
+        length = max(1, int(for_steps / step_seconds / SHORTEST_RUN))
+        share = SHORTEST_RUN * length / pass_steps
+        chosen["epoch_length"] = Choice(length, f"{measured} are {share:.2g} passes over the data")
+        epochs, reason = SHORTEST_RUN, f"of {length} steps each, in which the budget is spent"
+    elif affordable < enough:
+        epochs, reason = int(affordable), f"{measured}, {pass_steps} steps a pass"
+    else:
+        took = enough * pass_steps * step_seconds / 60
+        epochs, reason = enough, f"more passes over these clips gain little; about {took:.1f} of {minutes:g} minutes"
+    chosen["epochs"] = Choice(epochs, reason)
+    return chosen | choose_pace(epochs, n_validations or 1)
+
+
+def choose_pace(epochs: int, n_validations: int = MOST_VALIDATIONS) -> dict[str, Choice]:
+    """Return `valid_every` and `warmup_epochs` for a number of epochs."""
+    every = max(1, math.ceil(epochs / n_validations))
+    return {
+        "valid_every": Choice(every, f"{math.ceil(epochs / every)} validations"),
+        "warmup_epochs": Choice(max(1, round(WARMUP * epochs)), f"{WARMUP:.0%} of the run"),
+    }
+
+
+def _time(
+    config: TrainConfig,
+    data: TrainingData,
+    model: AudioTagger,
+    objective: Objective,
+    device: torch.device,
+    seed: int,
+    world_size: int,
+    teacher: Teacher | None,
+) -> tuple[float, float]:
+    """Return the seconds of a step and of a validation, measured on copies."""
+    update = {"use_scheduler": False, "compile": False, "accumulate": 1, "init_from_data": False}
+    size = max(1, config.batch_size // world_size)
+    alone = config.model_copy(update=update | {"batch_size": size, "epochs": 1_000_000})
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), tempfile.TemporaryDirectory() as folder:
+        student = copy.deepcopy(model).to(device)
+        run = Run(alone, data, student, copy.deepcopy(objective), Path(folder), device, seed, Ranks(), teacher)
+        step_seconds = run.time_steps(TIMED_STEPS, TIMED_SECONDS)
+        valid_seconds = run.time_validation(TIMED_VALID_CLIPS) if data.valid is not None else 0.0
+    return step_seconds, max(valid_seconds, 1e-3)

@@ -1,0 +1,40 @@
+"""What a run's report says of it, by name: model, data, targets, duration."""
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from training.checkpoints import FinalWeights
+    from training.loop import Run
+
+
+def describe_run(run: "Run", weights: "FinalWeights") -> dict[str, str]:
+    """Return the facts of a finished run.
+
+    Args:
+        run: after its last step.
+        weights: that it ends with.
+    """
+    config, data = run.config, run.data
+    return {
+        "model": f"{config.model}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters",
+        "weights": f"{weights.path.name}: {weights.sentence}",
+        "training data": f"{config.train_data}: {len(data.items)} chunks of {len(data.pack)} clips",
+        "targets": describe_targets(run),
+        "steps": f"{run.step} of {run.total_steps}, {config.batch_size} clips each",
+        "time training": f"{run.seconds:.0f} s on {run.device}, {run.ranks.world_size} process(es)",
+        "seed": str(run.seed),
+        "command": " ".join(sys.argv),
+    }
+
+
+def describe_targets(run: "Run") -> str:
+    """Say what a run learns from: labels, a store, or a teacher."""
+    config = run.config
+    taught = f"soft targets of {config.logitspath}" if config.logitspath else None
+    if config.embeddingspath:
+        taught = f"embeddings of {config.embeddingspath}"
+    if run.teacher is not None:
+        taught = f"{'embeddings' if run.embeds else 'answers'} of {run.teacher.name}, asked while training"
+    named = "labels" if taught is None or run.data.item_labels is not None else None
+    return " and ".join(filter(None, (named, taught)))

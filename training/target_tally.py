@@ -1,0 +1,58 @@
+"""What constant answers would have cost: a running mean of the targets of an epoch, as they went into the loss."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.objectives import Objective
+from training.parallel import Ranks
+
+CLIPS = "clips"  # among the sums
+
+
+class TargetTally:
+    """Sums of an objective's target statistics over clips; they stay on the device until they are read.
+
+    Args:
+        objective: of the run; one without `target_statistics` (see `distill.objectives.Objective`) is not tallied.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective: Any = objective if hasattr(objective, "target_statistics") else None
+        self.sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Count the clips of a batch whose `target`, and `labels`, are those that the loss sees: mixed, for one."""
+        if self.objective is None:
+            return
+        n_clips = batch["target"].shape[0]
+        for name, mean in self.objective.target_statistics(batch).items():
+            self._add(name, mean.double() * n_clips)
+        self._add(CLIPS, torch.full((), float(n_clips), dtype=torch.float64, device=batch["target"].device))
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def constant_loss(self, ranks: Ranks) -> float | None:
+        """Return the loss of the best constant answer to the clips of all ranks; None where it is not known."""
+        if CLIPS not in self.sums:
+            return None
+        sums = {name: ranks.sum(value).cpu() for name, value in self.sums.items()}
+        n_clips = sums.pop(CLIPS)
+        loss: float | None = self.objective.constant_loss({name: value / n_clips for name, value in sums.items()})
+        return loss
+
+    def reset(self) -> None:
+        """Begin again."""
+        self.sums = {}
+
+    def state_dict(self, ranks: Ranks) -> dict[str, Tensor]:
+        """Return what `load_state_dict` takes: the sums over all ranks."""
+        return {name: ranks.sum(value).cpu() for name, value in self.sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], ranks: Ranks, device: torch.device) -> None:
+        """Go on from what `state_dict` returned; rank 0 carries the sums."""
+        self.sums = {name: value.to(device) * (1.0 if ranks.is_main else 0.0) for name, value in state.items()}
