@@ -1,8 +1,8 @@
 """Tag sound files or a stream: which classes are heard, window by window.
 
     python inference.py SOUND.wav FOLDER/ -m ced_mini -k 3 -c 10
-    python inference.py FOLDER/ -m experiments/mine/averaged.pt --output tags.csv --threshold 0.3 --hop 5
-    python inference.py FOLDER/ -m experiments/mine/averaged.pt --head birds --output tags.csv
+    python inference.py FOLDER/ -m experiments/mine --output tags.csv --threshold 0.3 --hop 5
+    python inference.py FOLDER/ -m experiments/mine --head birds --output tags.csv
     torchrun --nproc_per_node 2 inference.py FOLDER/ -m ced_tiny --output tags.parquet --embeddings embeddings.h5
     arecord -f S16_LE -r 16000 | python inference.py --stream -m ced_tiny -c 2 --hop 0.5
 

@@ -61,6 +61,11 @@ def figures(folder: Path) -> dict[str, float]:
     return json.loads((ROOT / folder / "results.json").read_text())
 
 
+def weights_of(folder: Path) -> Path:
+    """Return the file of the weights that a run ended with."""
+    return folder / Path(json.loads((ROOT / folder / "finished.json").read_text())["weights"]).name
+
+
 def table(rows: list[tuple[str, str]]) -> str:
     """Return two aligned columns."""
     width = max(len(left) for left, _ in rows)
@@ -150,8 +155,8 @@ def main() -> None:
                 ("sounds", str(work / "audio")),
                 ("packs", f"{packs}/*.tsv, {work / 'packs' / 'hdf5'}/*.h5"),
                 ("soft targets", str(store)),
-                ("teacher", str(teacher / "averaged.pt")),
-                ("student", str(student / "averaged.pt")),
+                ("teacher", str(weights_of(teacher))),
+                ("student", str(weights_of(student))),
                 ("per-class results", str(student / "results_per_class.csv")),
                 ("tags", str(tags)),
             ]
