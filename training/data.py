@@ -206,6 +206,8 @@ def _held_out(pack: Pack, fraction: float, labels: list[str], faults: Faults) ->
     if indices is None:
         return np.zeros(len(pack), bool), None
     held = hold_out(pack.names, indices, len(labels), fraction)
+    if not held.any():  # every class has one clip alone
+        held = hold_out(pack.names, indices, len(labels), fraction, spare_single_clips=False)
     rows = np.flatnonzero(held)
     return held, LabelledPack(pack.subset(rows), [indices[row] for row in rows], len(labels))
 

@@ -6,17 +6,25 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def hold_out(names: Sequence[str], labels: Sequence[np.ndarray], num_classes: int, fraction: float) -> np.ndarray:
+def hold_out(
+    names: Sequence[str],
+    labels: Sequence[np.ndarray],
+    num_classes: int,
+    fraction: float,
+    *,
+    spare_single_clips: bool = True,
+) -> np.ndarray:
     """Choose clips to hold out, in whatever order they are listed.
 
-    Clips are sorted by their rarest class, then by the hash of their names, and taken at even distances. A clip stays
-    where a class would have no other to learn from.
+    Clips are sorted by their rarest class, then by the hash of their names, and taken at even distances.
 
     Args:
         names: of N clips.
         labels: class indices of each clip, int; empty ones where there are no labels.
         num_classes: C.
         fraction: of the clips to hold out.
+        spare_single_clips: leave a clip where a class would have no other to learn from; then there may be none to
+            hold out.
 
     Returns:
         bool (N,).
@@ -32,7 +40,7 @@ def hold_out(names: Sequence[str], labels: Sequence[np.ndarray], num_classes: in
     quota = np.floor(np.arange(n_clips + 1) * fraction + 0.5)
     chosen = order[np.diff(quota) > 0]
     for row in chosen if len(chosen) else order[n_clips // 2 :][:1]:
-        if (remaining[labels[row]] > 1).all():
+        if not spare_single_clips or (remaining[labels[row]] > 1).all():
             held[row] = True
             remaining[labels[row]] -= 1
     return held

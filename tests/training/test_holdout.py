@@ -20,6 +20,9 @@ def test_a_clip_stays_where_a_class_would_have_no_other():
     pair = [np.array([0, 1]), np.array([0])]  # the second class has one clip alone
     for fraction in (0.1, 0.9):
         assert not hold_out(["x", "y"], pair, 2, fraction)[0]
+    single = [np.array([kind]) for kind in range(4)]
+    assert not hold_out(list("abcd"), single, 4, 0.5).any()
+    assert hold_out(list("abcd"), single, 4, 0.5, spare_single_clips=False).sum() == 2
 
 
 def test_clips_without_labels_are_held_out_by_name():
