@@ -29,6 +29,9 @@ from training.precision import Precision
 OPTIONS = ["test_data", "weights", "head", "mode", "batch_size", "num_workers", "token_merging", "device", "output"]
 
 
+LONG_SECONDS = 30.0  # batches hold fewer clips where these are longer
+
+
 def _collate(items: list[dict[str, Any]], sample_rate: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     waveform, lengths = pad_batch([item["waveforms"][sample_rate] for item in items])
     return torch.tensor([item["index"] for item in items]), waveform, lengths
@@ -38,6 +41,26 @@ def _embed_as_stored(model: HeadedTagger, waveform: torch.Tensor, lengths: torch
     """Embed clips for a head: (B,S), own samples (B,) -> (B,E), rounded as `distill.embeddings.EmbeddingStore` does."""
     largest = torch.finfo(torch.float16).max
     return model.embed_for_head(waveform, lengths).clamp(-largest, largest).half()
+
+
+def group_by_length(order: np.ndarray, n_samples: np.ndarray, batch_size: int, long: int) -> list[list[int]]:
+    """Cut an order of clips into batches, smaller ones where clips are long, so that memory does not grow with these.
+
+    Args:
+        order: clips by ascending length.
+        n_samples: of each clip.
+        batch_size: clips of a batch at most.
+        long: a batch of several clips holds no more samples than `batch_size` clips of so many.
+    """
+    batches: list[list[int]] = []
+    for clip in order.tolist():
+        last = batches[-1] if batches else []
+        fits = len(last) < batch_size and (len(last) + 1) * n_samples[clip] <= batch_size * long
+        if last and fits:
+            last.append(clip)
+        else:
+            batches.append([clip])
+    return batches
 
 
 @torch.inference_mode()
@@ -69,7 +92,7 @@ def predict_pack(
     lengths = bounds[:, 2] - bounds[:, 1]
     # Clips of like length share a batch, so that little is padded.
     order = np.argsort(lengths, kind="stable")
-    batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
+    batches = group_by_length(order, lengths, batch_size, round(LONG_SECONDS * pack.sample_rate))
     batches = batches[ranks.rank :: ranks.world_size]
     loader = DataLoader(
         ClipDataset(pack, [model.sample_rate], bounds),

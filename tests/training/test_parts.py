@@ -19,6 +19,7 @@ from distill.sources import SeededItems
 from models import create_model
 from models.devices import choose_device
 from training.averaging import MovingAverage, average_states
+from training.evaluate import group_by_length
 from training.mixup import mix_spectrograms, mix_targets, mix_waveforms
 from training.optim import create_optimizer, create_schedule, freeze, layer_depths, parameter_groups
 from training.precision import Precision
@@ -295,3 +296,10 @@ def test_batch_norm_on_clips_of_several_lengths_is_warned_of(caplog):
     assert "its batch norm learns with other statistics than it is used with" in caplog.text
     with pytest.raises(UserError, match="which several processes cannot do in step"):
         check_lengths(norms, np.array([16000, 16100]), 2)
+
+
+def test_batches_of_long_clips_are_smaller():
+    n_samples = np.array([5, 5, 5, 5, 5, 30, 40, 1000, 5000])
+    order = np.argsort(n_samples, kind="stable")
+    assert group_by_length(order, n_samples, 4, 30) == [[0, 1, 2, 3], [4, 5, 6], [7], [8]]
+    assert group_by_length(order[:5], n_samples, 2, 30) == [[0, 1], [2, 3], [4]]
