@@ -111,7 +111,9 @@ def _find_dead(lock: IO[bytes], folder: Path, token: str) -> list[Path]:
         pass
     # Only now, when nothing is added. Libraries that write beside the name they are given add to its end.
     found = sorted((path for path in folder.iterdir() if f".{token}.partial" in path.name), key=_is_lock)
-    is_dead = boot_id == _boot_id() or time.time() - max(path.stat().st_mtime for path in found) > DEAD_AFTER
+    is_dead = (
+        boot_id == _boot_id() or time.time() - max((path.stat().st_mtime for path in found), default=0) > DEAD_AFTER
+    )
     return found if is_dead else []
 
 

@@ -1,7 +1,7 @@
-"""Hugging Face folders: config.json and model.safetensors, of CED (`mispeech/ced-*`) both ways, of AST to read.
+"""Hugging Face folders: config.json and model.safetensors; CED (`mispeech/ced-*`), ResNet-10 both ways, AST to read.
 
 CED's state dict has no front-end, calls `init_bn.1.*` `init_bn.*`, and prefixes all but the output layer by `encoder.`.
-What is AST's own is in `models.huggingface_ast`.
+What is AST's own is in `models.huggingface_ast`, what is ResNet-10's in `models.huggingface_resnet`.
 """
 
 import json
@@ -17,14 +17,19 @@ from torch import Tensor
 
 from common.errors import UserError, some
 from common.files import whole_file, write_json
-from models import huggingface_ast
+from models import huggingface_ast, huggingface_resnet
 from models.audiotransformer import ARGUMENTS, SIZES, AudioTransformer
 from models.base import Activation, AudioTagger
 from models.headed import HEAD, HeadedTagger
 from models.labels import audioset_labels
 from models.layers import Block
+from models.resnet import ResNet10
 
 logger = logging.getLogger(__name__)
+
+MODEL_TYPE = "ced"
+# how the names of classes in transformers begin, for every model_type that is written
+CLASS_PREFIXES = {MODEL_TYPE: "Ced", huggingface_resnet.MODEL_TYPE: "ResNet10"}
 
 # keys of config.json that are arguments of the network; its dimensions are read from the tensors
 _DIMENSIONS = ("embed_dim", "num_heads", "depth")
@@ -45,7 +50,7 @@ def is_huggingface_folder(folder: Path) -> bool:
 
 
 def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a folder of CED or AST.
+    """Read a folder of CED, ResNet-10 or AST.
 
     Returns:
         The state dict in this project's names, and a config as in checkpoints of this project.
@@ -58,10 +63,18 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read as a Hugging Face folder ({error})") from error
-    readers = {"ced": _read_ced, huggingface_ast.MODEL_TYPE: huggingface_ast.read_ast}
+    readers = {
+        MODEL_TYPE: _read_ced,
+        huggingface_resnet.MODEL_TYPE: huggingface_resnet.read_resnet,
+        huggingface_ast.MODEL_TYPE: huggingface_ast.read_ast,
+    }
     if given.get("model_type") not in readers:
         kinds = " or ".join(map(repr, readers))
         raise UserError(f"{folder}: its config.json has model_type {given.get('model_type')!r}; wanted {kinds}")
+    if given.get("head") is not None:
+        state = {key.replace("outputlayer.", HEAD, 1): value for key, value in state.items()}
+        if f"{HEAD}mean" not in state:
+            raise UserError(f"{folder}: its tensors are {some(state)}; wanted those of a head as well (outputlayer.*)")
     state, name, arguments = readers[given["model_type"]](folder, given, state)
     config: dict[str, Any] = {"model": name, "model_args": arguments}
     activations = {problem: activation for activation, problem in _PROBLEMS.items()}
@@ -74,7 +87,7 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if labels is None or "activation" not in config or not isinstance(given["head"], dict):
             raise UserError(f"{folder}: its config.json lacks id2label, problem_type or the settings of its head")
         classes = {"labels": config.pop("labels"), "num_classes": len(labels), "activation": config["activation"]}
-        width = state["time_pos_embed"].shape[1]
+        width = len(state[f"{HEAD}mean"])
         config |= {"num_classes": 0, "head": {"padded": False, **given["head"], **classes, "embed_dim": width}}
     return state, config
 
@@ -95,26 +108,26 @@ def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str
         raise UserError(f"{model.name} has one class and softmax, so that its only probability is always 1")
     folder = Path(folder)
     network = network_of(model)
+    if isinstance(network, ResNet10):
+        settings = huggingface_resnet.resnet_settings(network)
+        state = huggingface_resnet.resnet_to_huggingface(network.state_dict())
+    else:
+        settings = _ced_settings(network) | {"outputdim": model.num_classes}
+        state = to_huggingface(network.state_dict())
+    kind = model_type(network)
     config = {
-        "architectures": ["CedForAudioClassification"],
-        "model_type": "ced",
-        **ARGUMENTS,
-        **network.arguments,
-        **{key: getattr(network.front_end, key) for key in _MEL},
-        **{key: getattr(network, key) for key in ("pooling", "target_length", "eval_avg", "embed_dim")},
-        "num_heads": cast(Block, network.blocks[0]).attn.num_heads,
-        "depth": len(network.blocks),
-        "outputdim": model.num_classes,
+        "architectures": [f"{CLASS_PREFIXES[kind]}ForAudioClassification"],
+        "model_type": kind,
+        **settings,
         "problem_type": _PROBLEMS[model.activation],
         "id2label": {str(index): label for index, label in enumerate(model.labels)},
         "label2id": {label: index for index, label in enumerate(model.labels)},
         **(extra or {}),
     }
-    state = to_huggingface(network.state_dict())
     if isinstance(model, HeadedTagger):
-        settings = model.head.config()
-        facts = {key: value for key, value in settings["facts"].items() if key in _HEAD_FACTS}
-        config["head"] = {key: settings[key] for key in ("hidden_sizes", "dropout")} | {"facts": facts}
+        described = model.head.config()
+        facts = {key: value for key, value in described["facts"].items() if key in _HEAD_FACTS}
+        config["head"] = {key: described[key] for key in ("hidden_sizes", "dropout")} | {"facts": facts}
         state = {key: value for key, value in state.items() if not key.startswith("outputlayer.")}
         state |= {f"outputlayer.{key}": value for key, value in model.head.state_dict().items()}
     state = {key: value.contiguous() for key, value in state.items()}
@@ -123,17 +136,17 @@ def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str
     write_json(folder / "config.json", config)
 
 
-def network_of(model: AudioTagger) -> AudioTransformer:
-    """Return CED's network in a model.
+def network_of(model: AudioTagger) -> AudioTransformer | ResNet10:
+    """Return the network in a model, CED's or ResNet-10.
 
     Raises:
         UserError: it is of another kind, or its head reads clips that are filled up.
     """
     network = model.model if isinstance(model, HeadedTagger) else model
-    if not isinstance(network, AudioTransformer):
+    if not isinstance(network, AudioTransformer | ResNet10):
         raise UserError(
-            f"{network.name} is a {type(network).__name__}: only CED's audio transformers can be written for "
-            "transformers (ced_*, audiotransformer_*, and checkpoints trained from them)"
+            f"{network.name} is a {type(network).__name__}: only CED's audio transformers (ced_*, audiotransformer_*) "
+            "and ResNet-10 (resnet10*), and checkpoints trained from them, can be written for transformers"
         )
     if isinstance(model, HeadedTagger) and model.head.padded:
         raise UserError(
@@ -143,8 +156,25 @@ def network_of(model: AudioTagger) -> AudioTransformer:
     return network
 
 
+def model_type(network: AudioTransformer | ResNet10) -> str:
+    """Return what `model_type` of config.json is for a network, a key of `CLASS_PREFIXES`."""
+    return huggingface_resnet.MODEL_TYPE if isinstance(network, ResNet10) else MODEL_TYPE
+
+
+def _ced_settings(network: AudioTransformer) -> dict[str, Any]:
+    """Entries of config.json that describe CED's network."""
+    return {
+        **ARGUMENTS,
+        **network.arguments,
+        **{key: getattr(network.front_end, key) for key in _MEL},
+        **{key: getattr(network, key) for key in ("pooling", "target_length", "eval_avg", "embed_dim")},
+        "num_heads": cast(Block, network.blocks[0]).attn.num_heads,
+        "depth": len(network.blocks),
+    }
+
+
 def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a state dict of this project to Hugging Face's names."""
+    """Rename a state dict of CED from this project's names to Hugging Face's."""
     renamed = {}
     for key, value in state.items():
         if key.startswith("outputlayer."):
@@ -155,7 +185,7 @@ def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a Hugging Face state dict to this project's names."""
+    """Rename a Hugging Face state dict of CED to this project's names."""
     return {key.removeprefix("encoder.").replace("init_bn.", "init_bn.1."): value for key, value in state.items()}
 
 
@@ -168,7 +198,6 @@ def _read_ced(
         raise UserError(f"{folder}: its tensors are {some(renamed)}; wanted those of CED")
     width = renamed["time_pos_embed"].shape[1]
     if given.get("head") is not None:
-        renamed = {key.replace("outputlayer.", HEAD): value for key, value in renamed.items()}
         # an output layer of the network's own, without classes
         renamed |= {"outputlayer.0.weight": torch.ones(width), "outputlayer.0.bias": torch.zeros(width)}
         renamed |= {"outputlayer.1.weight": torch.zeros(0, width), "outputlayer.1.bias": torch.zeros(0)}

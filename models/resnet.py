@@ -9,6 +9,7 @@ Letters: B batch, F mel bands, T frames, C classes, D channels, E embedding widt
 striding.
 """
 
+import inspect
 from functools import partial
 
 import torch
@@ -171,5 +172,13 @@ class ResNet10(AudioTagger):
         return self.probabilities(self.forward_spectrogram(mel))
 
 
-for _name, _width in {"resnet10_small": 8, "resnet10": 16, "resnet10_wide": 32}.items():
+# with their defaults, all that make a network but the number of its classes
+ARGUMENTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(ResNet10).parameters.items()
+    if name != "num_classes"
+}
+
+SIZES = {"resnet10_small": 8, "resnet10": 16, "resnet10_wide": 32}  # width of each
+for _name, _width in SIZES.items():
     register_model(_name)(partial(ResNet10, width=_width))

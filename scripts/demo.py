@@ -2,7 +2,7 @@
 
     python scripts/demo.py [--workdir data/demo] [--quick]
 
-Pack → train a small teacher on the labels → save its soft targets → distil a smaller CED student from them → evaluate
+Pack → train a small teacher on the labels → save its soft targets → distil a smaller student from them → evaluate
 both → tag a folder → print what was reached and where each file lies.
 """
 
@@ -100,7 +100,7 @@ def main() -> None:
         pack = "scripts/wavlist_to_hdf5.py", work / f"{split}.tsv", work / "packs"
         run(f"pack the {split} sounds", *pack, makes=packs / f"{split}.tsv")
     data = ["--eval_data", packs / "eval.tsv", "--valid_data", packs / "valid.tsv", "--outputpath", runs]
-    teacher = runs / "demo_teacher" / "mn02_as" / "latest"
+    teacher = runs / "demo_teacher" / "latest"
     seconds_teacher = run(
         "teach: train a small teacher on the labels",
         *("run.py", "train", "trainconfig/demo_teacher.yaml", "--train_data", packs / "train.tsv"),
@@ -115,7 +115,7 @@ def main() -> None:
         *("--outputpath", targets, "--name", name, *short),
         makes=store / "meta.json",
     )
-    student = runs / "demo_student" / "audiotransformer_pico" / "latest"
+    student = runs / "demo_student" / "latest"
     seconds_student = run(
         "distil: a smaller student learns from the soft targets alone",
         *("run.py", "train", "trainconfig/demo_student.yaml", "--train_data", packs / "train.tsv"),
@@ -130,18 +130,20 @@ def main() -> None:
 
     of_teacher, of_student = figures(teacher), figures(student)
     chance = json.loads((ROOT / student / "results.json").read_text())["chance_mAP"]
+    baseline = json.loads((ROOT / teacher / "baseline.json").read_text())
     print("\n=== reached, on sounds that neither has heard")
     print(
         table(
             [
                 ("", "mAP     mAUC    trained in"),
                 ("chance", f"{chance:.3f}   0.500"),
+                ("simple features", f"{baseline['value']:.3f}           {baseline['seconds']:.0f} s"),
                 (
-                    "teacher (mn02, labels)",
+                    "teacher (labels)",
                     f"{of_teacher['mAP']:.3f}   {of_teacher['mAUC']:.3f}   {seconds_teacher:.0f} s",
                 ),
                 (
-                    "student (pico, distilled)",
+                    "student (distilled)",
                     f"{of_student['mAP']:.3f}   {of_student['mAUC']:.3f}   {seconds_student:.0f} s",
                 ),
                 ("student / teacher", f"{100 * of_student['mAP'] / of_teacher['mAP']:.0f} %"),

@@ -1,4 +1,4 @@
-"""Write a CED model as a folder that Hugging Face's transformers loads.
+"""Write an audio transformer of CED, or a ResNet-10, as a folder that Hugging Face's transformers loads.
 
     python scripts/export_hf.py -m experiments/mine/checkpoint.pt my_tagger/
     python scripts/export_hf.py -m ced_mini --weights ced_mini.pt hub/ced-mini/

@@ -18,19 +18,22 @@ from typing import Any
 
 import numpy as np
 
-from audio.dataset import Pack
+from audio.dataset import Pack, chunk_bounds
 from common.errors import Faults, UserError
 from distill.targets import SoftTargetStore
 from models.loading import read_weights
 from models.registry import ModelEntry, list_models, model_entry
 from training.config import AUTO, TrainConfig, check_settings, read_settings
 from training.data import open_pack
+from training.student import starts_at_random
 from training.teacher import load_teacher
 
 logger = logging.getLogger(__name__)
 
-MOST_READ = 64  # clips whose spectrum is looked at
+MOST_READ = 256  # clips whose spectrum is looked at
 READ_SECONDS = 10.0  # of each
+# Of them, which may reach above a limit: 3 % of clips that were cut while loud, or clipped, were measured to.
+FULL_BAND_SHARE = 0.1
 # Upper edges in Hz of sounds that were recorded or coded at usual rates; a band limit that was measured is one of them.
 USUAL_LIMITS = (4000, 5512, 6000, 8000, 11025, 12000, 16000, 22050, 24000)
 N_FFT_LIMIT = 1024
@@ -46,7 +49,7 @@ class DataFacts:
         n_clips: to learn from.
         median_seconds: of the clips.
         longest_seconds: likewise.
-        equal_lengths: no clip is more than a tenth longer than another, once cut into chunks of 10 s.
+        equal_lengths: of their chunks of 10 s none is more than a tenth longer than another.
         sample_rate: of the pack, in Hz.
         band_limit: Hz above which the clips hold nothing but rounding noise; half the sample rate for most.
         single_label: every clip has exactly one; None where there are no labels.
@@ -80,7 +83,8 @@ def automatic_keys(settings: Mapping[str, Any]) -> list[str]:
 def measure_pack(pack: Pack, activation: str | None = None) -> DataFacts:
     """Look at lengths, labels and spectra of the clips to learn from."""
     seconds = pack.n_samples / pack.sample_rate
-    chunks = np.minimum(seconds, MOST_SECONDS)
+    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, MOST_SECONDS)
+    chunks = bounds[:, 2] - bounds[:, 1]
     single = None
     if "labels" in pack.table:
         single = not pack.table["labels"].str.strip().str.strip(";").str.contains(";").any()
@@ -100,8 +104,8 @@ def band_limit(pack: Pack) -> float:
     """Return the frequency in Hz above which clips hold nothing but the rounding of 16-bit samples.
 
     Sounds of 8 kHz that were resampled to 16 kHz, say, end at 4 kHz. What a front-end makes of the empty bands above
-    depends on the resampler, so no model should learn it. A band counts as empty where its power, in all but a
-    twentieth of the clips looked at, is within 10 dB of that of rounding (a uniform error of one step: 1/12 of its
+    depends on the resampler, so no model should learn it. A band counts as empty where its power, in all but a tenth
+    of the clips looked at, is within 10 dB of that of rounding (a uniform error of one step: 1/12 of its
     square).
     """
     nyquist = pack.sample_rate / 2
@@ -119,7 +123,7 @@ def band_limit(pack: Pack) -> float:
     if not filled:
         return nyquist
     share = np.mean(filled, axis=0)
-    highest = np.flatnonzero(share > 0.05).max(initial=0) * pack.sample_rate / N_FFT_LIMIT
+    highest = np.flatnonzero(share > FULL_BAND_SHARE).max(initial=0) * pack.sample_rate / N_FFT_LIMIT
     return next((float(limit) for limit in USUAL_LIMITS if 0.97 * highest <= limit < 0.95 * nyquist), nyquist)
 
 
@@ -169,7 +173,9 @@ def _pretrained(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
     for source in (name, twin):
         if source in list_models() and model_entry(source).weights:
             return Choice(source, "its published weights")
-    return Choice(None, "its published initialisation, where there is one")
+    if starts_at_random(name, None):
+        return Choice(None, "no weights of it are published, so it starts from random ones")
+    return Choice(None, "its published initialisation")
 
 
 def _entry(settings: Mapping[str, Any]) -> ModelEntry | None:
@@ -177,7 +183,7 @@ def _entry(settings: Mapping[str, Any]) -> ModelEntry | None:
 
 
 def _starts_random(settings: Mapping[str, Any]) -> bool:
-    return settings.get("pretrained") is False
+    return starts_at_random(str(settings.get("model")), settings.get("pretrained"))
 
 
 def _model_args(settings: Mapping[str, Any], facts: DataFacts) -> Choice:

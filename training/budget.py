@@ -15,6 +15,7 @@ from training.config import TrainConfig
 from training.data import TrainingData
 from training.loop import Run
 from training.parallel import Ranks
+from training.student import starts_at_random
 from training.teacher import Teacher
 
 DEFAULT_MINUTES = 10.0
@@ -26,7 +27,8 @@ MOST_VALIDATIONS = 20
 ENOUGH_CLIPS, FEWEST_PASSES, MOST_PASSES = 60_000, 20, 200
 FINE_TUNING = 0.2  # of that, where a run starts from weights
 WARMUP = 0.05  # share of a run
-SHORTEST_RUN = 10  # "epochs" of a run whose budget is smaller than a pass over its data
+# "Epochs" of a run that is over after fewer passes: in whole ones its warm-up of one epoch would be half of two passes.
+SHORTEST_RUN = 10
 
 
 def choose_epochs(
@@ -60,7 +62,7 @@ def choose_epochs(
     minutes = config.budget or DEFAULT_MINUTES
     seconds = RESERVE * 60 * minutes
     pass_steps = config.epoch_length or math.ceil(len(data.items) / config.batch_size)
-    scale = 1.0 if config.pretrained is False else FINE_TUNING
+    scale = 1.0 if starts_at_random(config.model, config.pretrained) else FINE_TUNING
     passes = np.clip(ENOUGH_CLIPS / (pass_steps * config.batch_size), FEWEST_PASSES, MOST_PASSES)
     enough = math.ceil(scale * passes)
     n_validations = 0 if data.valid is None else min(MOST_VALIDATIONS, max(3, int(0.2 * seconds / valid_seconds)))
@@ -68,13 +70,13 @@ def choose_epochs(
     affordable = for_steps / (pass_steps * step_seconds)
     measured = f"{minutes:g} minutes at {step_seconds:.3g} s a step"
     chosen: dict[str, Choice] = {}
-    if affordable < 2:
+    if affordable < min(enough, SHORTEST_RUN) and config.epoch_length is None:
         length = max(1, int(for_steps / step_seconds / SHORTEST_RUN))
         share = SHORTEST_RUN * length / pass_steps
         chosen["epoch_length"] = Choice(length, f"{measured} are {share:.2g} passes over the data")
         epochs, reason = SHORTEST_RUN, f"of {length} steps each, in which the budget is spent"
     elif affordable < enough:
-        epochs, reason = int(affordable), f"{measured}, {pass_steps} steps a pass"
+        epochs, reason = max(1, int(affordable)), f"{measured}, {pass_steps} steps a pass"
     else:
         took = enough * pass_steps * step_seconds / 60
         epochs, reason = enough, f"more passes over these clips gain little; about {took:.1f} of {minutes:g} minutes"

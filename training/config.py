@@ -121,7 +121,7 @@ class TrainConfig(_Config):
     select_on: Literal["valid", "eval"] | None = None
     valid_every: int = Field(1, ge=1)  # epochs
     early_stop: int = Field(10, ge=1)  # validations without a better mAP
-    average: bool = True  # average the weights of the best checkpoints
+    average: bool = True  # average the weights of the best checkpoints, where that validates better than the best one
     n_saved: int = Field(4, ge=1)
     checkpoint_every: int | None = Field(None, ge=1)  # ours: steps between checkpoints to go on from; null = an epoch
     log_every: int = Field(10, ge=1)  # ours: steps between readings of the loss, which wait for the device

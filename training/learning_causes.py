@@ -7,8 +7,8 @@ import numpy as np
 from distill.mask_check import masked_shares
 from distill.replay import REFERENCE_RATE
 from distill.sources import LabelTargets
-from models import published_initialisation
 from training.averaging import norms_behind_weights
+from training.student import starts_at_random
 
 if TYPE_CHECKING:
     from training.loop import Run
@@ -30,8 +30,8 @@ def likely_causes(run: "Run", constant: bool) -> list[str]:
         run: under way.
         constant: whether the loss, too, is that of constant answers; otherwise only its validation is bad.
     """
-    found = [*_of_data(run), *_of_rate_and_length(run), *_of_augmentation(run), *_of_network(run)]
-    found += [] if constant else _of_validation(run)
+    found = [] if constant else _of_validation(run)
+    found += [*_of_data(run), *_of_rate_and_length(run), *_of_augmentation(run), *_of_network(run)]
     return [*found, _settings(run)]
 
 
@@ -113,17 +113,13 @@ def _of_network(run: "Run") -> list[str]:
         )
     if n_trained < n_parameters / 2:
         found.append(f"frozen: only {n_trained / n_parameters:.0%} of the parameters are trained; see freeze")
-    if _starts_at_random(run) and n_parameters > max(LARGE_NETWORK, PARAMETERS_A_CLIP * n_items):
+    at_random = starts_at_random(config.model, config.pretrained)
+    if at_random and n_parameters > max(LARGE_NETWORK, PARAMETERS_A_CLIP * n_items):
         found.append(
             f"large network: {n_parameters / 1e6:.1f} M parameters from random weights, and {n_items} clips; give "
             "pretrained weights, or a smaller model"
         )
     return found
-
-
-def _starts_at_random(run: "Run") -> bool:
-    pretrained = run.config.pretrained
-    return pretrained is False or (pretrained is None and published_initialisation(run.config.model) is None)
 
 
 def _n_tokens(run: "Run", seconds: float) -> int | None:
@@ -140,12 +136,13 @@ def _of_validation(run: "Run") -> list[str]:
     """Causes of a bad validation beside a loss that falls."""
     found = []
     momenta = [norm.momentum for norm in norms_behind_weights(run.model) if norm.momentum]
-    lagging = (1 - min(momenta)) ** run.step if momenta and _starts_at_random(run) else 0.0
+    at_random = starts_at_random(run.config.model, run.config.pretrained)
+    lagging = (1 - min(momenta)) ** run.step if momenta and at_random else 0.0
     if lagging > LAGGING:
         found.append(
             f"batch norm: with a momentum of {min(momenta):g}, {lagging:.0%} of the statistics that validation uses "
-            f"are still those of the start after {run.step} steps; they follow with more steps, and a better start is "
-            "init_from_data: true"
+            f"are still those of the start after {run.step} steps, so that it may see less than was learnt; at the end "
+            "they are recomputed. Give more steps" + ("" if run.config.init_from_data else ", or init_from_data: true")
         )
     found.append(
         "validation clips: are their labels in the same order as their sounds, and do they come from the same kind of "

@@ -116,7 +116,7 @@ class LearningCheck:
     def explanation(self) -> str:
         """Say what is wrong and what the likely causes are, a line each."""
         if self.constant:
-            found = "the loss is that of answers which are the same for every clip"
+            found = "the loss is not clearly below that of answers which are the same for every clip"
         else:
             found = "the loss falls, but on the validation data the figures are those of chance"
         causes = "".join(f"\n  - {cause}" for cause in self.causes(bool(self.constant)))

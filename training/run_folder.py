@@ -129,7 +129,7 @@ def run_identity(config: TrainConfig, seed: int, data: dict[str, Any]) -> dict[s
 
 
 def recall_choices(parent: Path, given: dict[str, Any], seed: int, resume: str) -> dict[str, Choice] | None:
-    """Return what an unfinished run chose automatically that was given the same settings, clips and seed.
+    """Return what an unfinished run chose automatically that had the same settings, clips, soft targets and seed.
 
     Args:
         parent: OUTPUTPATH/CONFIG_STEM, where the runs of a configuration are, a folder a model.
@@ -152,8 +152,10 @@ def recall_choices(parent: Path, given: dict[str, Any], seed: int, resume: str) 
         if not there.get("automatic"):
             continue
         was, now = ({k: v for k, v in of.items() if k not in free} for of in (there["given"], given))
-        train_data = Path(str(given.get("train_data")))
+        train_data, store = Path(str(given.get("train_data"))), Path(str(given.get("logitspath") or "")) / "meta.json"
         unchanged = train_data.is_file() and sha256(train_data) == there["identity"].get("train_data_sha256")
+        targets = sha256(store) if given.get("logitspath") and store.is_file() else None
+        unchanged = unchanged and targets == there["identity"].get("soft_targets_sha256")
         if json.loads(json.dumps(now)) == was and there["identity"].get("seed") == seed and unchanged:
             return {key: Choice(entry["value"], entry["reason"]) for key, entry in there["automatic"].items()}
     return None

@@ -10,7 +10,7 @@ from torch import nn
 
 from common.errors import UserError
 from distill.objectives import Objective
-from models import AudioTagger, create_model, load_weights, published_initialisation
+from models import AudioTagger, create_model, list_models, load_weights, published_initialisation
 from training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,18 @@ def create_student(config: TrainConfig, labels: list[str] | None, objective: Obj
         )
     _start(model, config)
     return model
+
+
+def starts_at_random(model: str, pretrained: bool | str | None) -> bool:
+    """Whether a model has no weights to start from: none are wanted, or none were published for it.
+
+    Args:
+        model: its name.
+        pretrained: as in `TrainConfig`.
+    """
+    return pretrained is False or (
+        pretrained is None and model in list_models() and published_initialisation(model) is None
+    )
 
 
 def _start(model: AudioTagger, config: TrainConfig) -> None:

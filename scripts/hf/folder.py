@@ -1,7 +1,8 @@
 """Writes a model as a folder of Hugging Face's transformers, which carries the code of the model.
 
-The code is this project's own: the three files beside this one and all that they import, laid flat, with their imports
-made relative, as transformers' loader of custom code wants them.
+The code is this project's own: three of the files beside this one (configuration and model are each architecture's
+own) and all that they import, laid flat, with their imports made relative, as transformers' loader of custom code wants
+them.
 """
 
 import ast
@@ -21,19 +22,14 @@ from common.files import reserve_partial, write_json, write_text
 from models import AudioTagger, load_model
 from models.audiotransformer import AudioTransformer
 from models.headed import HeadedTagger
-from models.huggingface import network_of, write_huggingface
+from models.huggingface import CLASS_PREFIXES, model_type, network_of, write_huggingface
+from models.resnet import STRIDE, ResNet10
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-_TEMPLATES = list(Path(__file__).parent.glob("*_ced.py"))
 _OWN_IMPORT = re.compile(r"^from (?:common|models|scripts\.hf)\.(\w+) import", re.MULTILINE)
 _OWN = ("audio", "common", "distill", "models", "scripts", "tagging", "training")
-_AUTO_MAP = {
-    "AutoConfig": "configuration_ced.CedConfig",
-    "AutoModel": "modeling_ced.CedModel",
-    "AutoModelForAudioClassification": "modeling_ced.CedForAudioClassification",
-}
 
 
 def export(model: AudioTagger, folder: Path, *, overwrite: bool = False) -> None:
@@ -42,7 +38,7 @@ def export(model: AudioTagger, folder: Path, *, overwrite: bool = False) -> None
     It is read back before it takes its place.
 
     Args:
-        model: an audio transformer, or one with a head on it.
+        model: an audio transformer, a ResNet-10, or one of them with a head on it.
         folder: what to write; it may exist if it is empty.
         overwrite: replace the files of an export in a folder that exists; README.md and other files in it stay.
 
@@ -50,29 +46,44 @@ def export(model: AudioTagger, folder: Path, *, overwrite: bool = False) -> None
         UserError: another kind of model, or a folder that is in use.
     """
     network = network_of(model)
+    kind = model_type(network)
     folder = folder.resolve()  # "." has no name
     if folder.is_file():
         raise UserError(f"{folder} is a file: give the name of a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"{folder} is not empty: give another folder, or --overwrite to replace an export in it")
     with _whole_folder(folder) as partial:
-        write_huggingface(partial, model, {"auto_map": _AUTO_MAP})
+        write_huggingface(partial, model, {"auto_map": _auto_map(kind)})
         write_json(partial / "preprocessor_config.json", _preprocessor(network))
-        for name, text in code_files().items():
+        for name, text in code_files(kind).items():
             write_text(partial / name, text)
         write_text(partial / "LICENSE-CODE", (ROOT / "LICENSE").read_text(encoding="utf-8"))
         write_text(partial / "README.md", _card(model, network, folder))
         _check(partial, model)
 
 
-def code_files() -> dict[str, str]:
+def _auto_map(kind: str) -> dict[str, str]:
+    """The classes behind transformers' Auto classes."""
+    prefix = CLASS_PREFIXES[kind]
+    return {
+        "AutoConfig": f"configuration_{kind}.{prefix}Config",
+        "AutoModel": f"modeling_{kind}.{prefix}Model",
+        "AutoModelForAudioClassification": f"modeling_{kind}.{prefix}ForAudioClassification",
+    }
+
+
+def code_files(kind: str = "ced") -> dict[str, str]:
     """Return the code of an exported folder: file names and their text.
+
+    Args:
+        kind: the `model_type` of its network.
 
     Raises:
         ValueError: a file imports what cannot be laid flat (a fault of this project).
     """
     files: dict[str, str] = {}
-    for path in sorted(_TEMPLATES):
+    for name in (f"configuration_{kind}.py", "feature_extraction_ced.py", f"modeling_{kind}.py"):
+        path = Path(__file__).parent / name
         needed = _needed(path)
         for name, source in needed.items():
             files.setdefault(name, _OWN_IMPORT.sub(r"from .\1 import", source.read_text(encoding="utf-8")))
@@ -109,40 +120,57 @@ def _own_imports(path: Path) -> list[str]:
     return modules
 
 
-def _preprocessor(model: AudioTransformer) -> dict[str, Any]:
-    front_end = model.front_end
+def _preprocessor(network: AudioTransformer | ResNet10) -> dict[str, Any]:
+    front_end = network.front_end
     return {
         "auto_map": {"AutoFeatureExtractor": "feature_extraction_ced.CedFeatureExtractor"},
         "feature_extractor_type": "CedFeatureExtractor",
         "feature_size": front_end.n_mels,
         "sampling_rate": front_end.sample_rate,
-        **{key: getattr(front_end, key) for key in ("f_min", "f_max", "n_fft", "win_size", "hop_size", "center")},
-        "min_frames": model.patch_size,
+        **{
+            key: getattr(front_end, key)
+            for key in ("f_min", "f_max", "n_fft", "win_size", "hop_size", "center", "min_frames")
+        },
         "padding_side": "right",
         "return_attention_mask": True,
     }
 
 
-def _card(model: AudioTagger, network: AudioTransformer, folder: Path) -> str:
+def _card(model: AudioTagger, network: AudioTransformer | ResNet10, folder: Path) -> str:
     softmax = model.activation == "softmax"
     head = ", and a head on its embeddings" if isinstance(model, HeadedTagger) else ""
-    seconds_a_frame = model.front_end.hop_size / model.sample_rate
+    seconds_a_frame = network.front_end.hop_size / model.sample_rate
+    if isinstance(network, ResNet10):
+        kind, what = "ResNet-10 on CED's log-mels", f"{network.name}, embeddings of width {network.embed_dim}"
+        frames_a_step = STRIDE
+        long_clips = "Clips\nof any length are taken whole."
+    else:
+        kind, what = (
+            "CED audio transformer",
+            f"{network.name}, {len(network.blocks)} blocks of width {network.embed_dim}",
+        )
+        frames_a_step = network.patch_stride
+        joined = "embeddings are averaged" if head else f"probabilities are joined ({network.eval_avg})"
+        long_clips = (
+            f"Clips\nabove {network.target_length * seconds_a_frame:.2f} s are cut into chunks of that length, and the "
+            f"chunks' {joined}."
+        )
     return Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8")).substitute(
         title=folder.resolve().name,
         folder=folder.resolve().name,
+        tag=model_type(network),
         n_classes=model.num_classes,
         some_labels=some(model.labels),
-        architecture=f"{network.name}, {len(network.blocks)} blocks of width {network.embed_dim}{head}",
+        network=f"{kind} ({what}{head})",
         parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         sample_rate=model.sample_rate,
         probabilities="exactly one of the classes" if softmax else "a probability for each class, independently",
         function="softmax" if softmax else "sigmoid",
         applied=".softmax(-1)" if softmax else ".sigmoid()",
         top_k=min(3, model.num_classes),
-        chunk_seconds=f"{network.target_length * seconds_a_frame:.2f}",
-        joined="embeddings are averaged" if head else f"probabilities are joined ({network.eval_avg})",
+        long_clips=long_clips,
         width=model.embed_dim,
-        step_ms=f"{network.patch_stride * seconds_a_frame * 1000:g}",
+        step_ms=f"{frames_a_step * seconds_a_frame * 1000:g}",
     )
 
 

@@ -139,6 +139,19 @@ def test_where_a_lock_says_nothing_only_what_is_old_goes(tmp_path, writer, monke
     assert names(tmp_path) == []
 
 
+def test_a_writer_that_ends_meanwhile_is_no_fault_where_there_are_no_locks(tmp_path, writer, monkeypatch):
+    _, partial = writer()
+
+    def end(*unused):
+        partial.unlink()
+        lock_of(partial).unlink()
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", end)
+    remove_dead_partials(tmp_path)
+    assert names(tmp_path) == []
+
+
 def test_however_old_it_is_what_another_machine_has_locked_stays(tmp_path, writer):
     _, partial = writer()
     lock_of(partial).write_bytes(b"boot of another machine")

@@ -108,19 +108,22 @@ print("RESULT " + json.dumps(result))
 """
 
 
-@pytest.fixture(scope="module")
-def elsewhere(audioset_folder, tmp_path_factory):
+def use_elsewhere(folder, place):
     """What a user with transformers and torch, without this project and without a network, gets from a folder."""
-    place = tmp_path_factory.mktemp("elsewhere")
     np.savez(place / "sounds.npz", **{f"{i}": clip for i, clip in enumerate(clips(*SECONDS))})
     (place / "use.py").write_text(ELSEWHERE)
     environment = {"HF_HOME": str(place / "home"), "HF_MODULES_CACHE": str(place / "modules")}
     environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    words = ["use.py", audioset_folder, place / "again", "sounds.npz"]
+    words = ["use.py", folder, place / "again", "sounds.npz"]
     done = run_command(*words, cwd=place, env=environment)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     return json.loads(line.removeprefix("RESULT ")) | {"folder": place / "again"}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(audioset_folder, tmp_path_factory):
+    return use_elsewhere(audioset_folder, tmp_path_factory.mktemp("elsewhere"))
 
 
 def test_auto_classes_load_it_without_the_project_and_without_a_network(elsewhere, audioset_model):
@@ -416,23 +419,36 @@ def test_it_runs_in_half_precision(folder, model):
     assert difference.abs().max() < 0.05
 
 
-def test_the_commands_of_the_model_card_run(folder, monkeypatch, tmp_path):
+def run_card(folder, monkeypatch, cache):
+    """Run the commands of a folder's model card, and return it."""
     card = (folder / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(blocks) == 4
-    assert 'rain, dog, "barking", Ääni' in card
-    assert re.search(r"^# license:", card, re.MULTILINE)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # of another cache
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(folder.parent)
     for block in blocks:
         code = block.replace('"sound.wav"', "__import__('numpy').zeros(16000, 'float32')")
         exec(compile(code, "README.md", "exec"), {})
+    return card
 
 
-def test_the_code_needs_transformers_torch_and_numpy_alone():
-    files = code_files()
-    assert {"configuration_ced.py", "feature_extraction_ced.py", "modeling_ced.py", "frontends.py"} <= set(files)
+def test_the_commands_of_the_model_card_run(folder, monkeypatch, tmp_path):
+    card = run_card(folder, monkeypatch, tmp_path)
+    assert 'rain, dog, "barking", Ääni' in card
+    assert "CED audio transformer (audiotransformer_pico, 4 blocks of width 64)" in card
+    assert "above 10.12 s are cut into chunks of that length, and the chunks' probabilities are joined (mean)." in card
+    assert re.search(r"^# license:", card, re.MULTILINE)
+
+
+@pytest.mark.parametrize("kind", ["ced", "resnet10"])
+def test_the_code_needs_transformers_torch_and_numpy_alone(kind):
+    files = code_files(kind)
+    own = {f"configuration_{kind}.py", "feature_extraction_ced.py", f"modeling_{kind}.py", "frontends.py"}
+    assert own <= set(files)
+    assert ("resnet.py" in files, "vit.py" in files) == (kind == "resnet10", kind == "ced")
     for text in files.values():
         for node in ast.walk(ast.parse(text)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -456,7 +472,7 @@ def test_it_runs_as_a_command_from_a_checkpoint(model, tmp_path):
 
 
 def test_other_architectures_are_refused(tmp_path):
-    with pytest.raises(UserError, match="mn01_as is a MobileNetV3: only CED's audio transformers"):
+    with pytest.raises(UserError, match=r"mn01_as is a MobileNetV3: only CED's audio transformers .* and ResNet-10"):
         export(create_model("mn01_as", num_classes=2), tmp_path / "hf")
     with pytest.raises(UserError, match="one class and softmax"):
         export(tagger(num_classes=1, activation="softmax"), tmp_path / "hf")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ from models.headed import Head
 from models.heads import save_head, weights_sha256
 from scripts import export_hf
 from scripts.hf.folder import export
+from scripts.hf.modeling_ced import CedForAudioClassification
+from scripts.hf.modeling_resnet10 import ResNet10ForAudioClassification
 from tests.conftest import run_command, write_tones
 from tests.models.sounds import noise
 from tests.scripts.test_export_hf import clips, loaded, own_probabilities, tagger
+from tests.scripts.test_export_hf_resnet import resnet
 
 NAMES = ["rain", 'dog, "barking"', "Ääni", "sea"]
 
@@ -37,17 +41,23 @@ def headed(model, **settings):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "settings"),
+    ("network", "settings"),
     [
-        ({"target_length": 248}, {"activation": "softmax"}),
-        ({"target_length": 248, "pooling": "token"}, {"activation": "sigmoid", "hidden_sizes": [8, 6], "dropout": 0.5}),
+        (partial(tagger, target_length=248), {"activation": "softmax"}),
+        (
+            partial(tagger, target_length=248, pooling="token"),
+            {"activation": "sigmoid", "hidden_sizes": [8, 6], "dropout": 0.5},
+        ),
+        (resnet, {"activation": "softmax"}),
+        (resnet, {"activation": "sigmoid", "hidden_sizes": [8, 6], "dropout": 0.5}),
     ],
 )
 @torch.inference_mode()
-def test_the_folder_gives_the_heads_probabilities_here_and_in_transformers(arguments, settings, tmp_path):
-    own = headed(tagger(num_classes=7, **arguments), **settings)
+def test_the_folder_gives_the_heads_probabilities_here_and_in_transformers(network, settings, tmp_path):
+    own = headed(network(num_classes=7), **settings)
     export(own, tmp_path / "hf")
-    hf, extractor = loaded(tmp_path / "hf")
+    model_class = ResNet10ForAudioClassification if network is resnet else CedForAudioClassification
+    hf, extractor = loaded(tmp_path / "hf", model_class)
     sounds = clips(0.4, 1.0, 2.5, 9.3)  # of one chunk, and of several
     wanted = own_probabilities(own, sounds)
     assert wanted.std(0).max() > 0.03

@@ -13,6 +13,7 @@ from audio.dataset import Pack
 from audio.io import to_int16
 from audio.shards import ShardWriter
 from common.errors import Faults, UserError
+from common.files import sha256, write_json
 from distill.objectives import create_objective
 from models import create_model
 from tests.conftest import run_command
@@ -22,6 +23,7 @@ from training.budget import choose_epochs
 from training.config import TrainConfig, read_minutes
 from training.data import open_training
 from training.prepare import prepare_run
+from training.run_folder import recall_choices
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = sorted((ROOT / "trainconfig").glob("own_*.yaml"))
@@ -55,6 +57,20 @@ def test_the_band_limit_is_that_of_the_rate_the_sounds_were_recorded_at(
     sounds = [soxr.resample(noise(0.5, source_rate, i), source_rate, pack_rate, quality) for i in range(5)]
     pack = Pack.open(write_pack(tmp_path, [*sounds, np.zeros(pack_rate)], ["a"] * 6, pack_rate))
     assert band_limit(pack) == limit
+
+
+def test_a_few_clips_that_were_cut_while_loud_do_not_set_the_band_limit(tmp_path):
+    rng = np.random.default_rng(0)
+    sounds = [soxr.resample(noise(0.4, 8000, i), 8000, 16000) for i in range(100)]
+    for row in rng.choice(100, 6, replace=False):
+        sounds[row][3000:] = 0  # a step, which reaches up to half the sample rate
+    assert band_limit(Pack.open(write_pack(tmp_path, sounds, ["a"] * 100))) == 4000
+
+
+@pytest.mark.parametrize(("seconds", "equal"), [(16.0, False), (12.0, True), (20.0, True)])
+def test_lengths_are_those_of_chunks_with_their_tails(tmp_path, seconds, equal):
+    manifest = write_pack(tmp_path, [noise(seconds, 4000, i) for i in range(2)], ["a", "b"], 4000)
+    assert measure_pack(Pack.open(manifest)).equal_lengths is equal
 
 
 def test_silence_and_very_short_clips_have_the_limit_of_their_rate(tmp_path):
@@ -179,6 +195,24 @@ def test_the_budget_sets_the_epochs_and_timing_changes_nothing(tone_pack, monkey
     assert 1 <= found["warmup_epochs"].value <= max(1, found["epochs"].value // 10)
 
 
+@pytest.mark.parametrize("budget", ["2s", "3s"])
+def test_a_run_of_a_few_passes_is_cut_into_shorter_epochs_for_its_warm_up(tone_pack, monkeypatch, budget):
+    monkeypatch.setattr("training.budget._time", lambda *_: (0.2, 0.01))
+    config, data, model, objective = opened(tone_pack, budget=budget)  # 2 steps a pass, and 4 to 6 passes
+    found = choose_epochs(config.model_copy(update={"batch_size": 14}), data, model, objective, torch.device("cpu"), 1)
+    n_steps = found["epochs"].value * found["epoch_length"].value
+    assert 0.2 * n_steps <= 60 * config.budget or found["epoch_length"].value == 1
+    assert found["warmup_epochs"].value <= found["epochs"].value / 10
+
+
+def test_an_epoch_length_that_is_given_counts_in_the_budget(tone_pack, monkeypatch):
+    monkeypatch.setattr("training.budget._time", lambda *_: (0.2, 0.01))
+    config, data, model, objective = opened(tone_pack, budget="10s", epoch_length=30)
+    found = choose_epochs(config, data, model, objective, torch.device("cpu"), 1)
+    assert "epoch_length" not in found
+    assert found["epochs"].value == 1  # of 6 s
+
+
 def test_steps_are_timed_on_copies(tone_pack):
     config, data, model, objective = opened(tone_pack)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -198,6 +232,16 @@ def prepared(tone_pack, folder: Path, **changes):
     torch.manual_seed(1)
     overrides |= {"model_args.width": 4} | changes
     return prepare_run(str(TEACHER), {key: value for key, value in overrides.items() if value is not None}, 1)
+
+
+def test_a_model_without_published_weights_is_trained_as_one_from_random_weights():
+    facts = DataFacts(n_clips=300, median_seconds=0.5, longest_seconds=0.5, band_limit=4000.0)
+    finetune = next(path for path in OWN if path.stem == "own_finetune")
+    from_random = chosen(TEACHER, facts, model="resnet10")
+    for key, choice in chosen(finetune, facts, model="resnet10").items():
+        if key in ("model_args", "optimizer_args"):
+            assert choice.value == from_random[key].value
+    assert chosen(finetune, facts, model="mn02_as")["model_args"].value == {}  # as its weights were trained
 
 
 def test_choices_are_made_once_and_taken_again_by_a_run_that_goes_on(tone_pack, tmp_path, monkeypatch):
@@ -222,6 +266,21 @@ def test_choices_are_made_once_and_taken_again_by_a_run_that_goes_on(tone_pack, 
 
     other = prepared(tone_pack, tmp_path, budget="2m")  # asks for another run
     assert other.folder.path != first.folder.path
+
+
+def test_choices_for_other_soft_targets_are_not_taken_again(tmp_path):
+    train_data, store = tmp_path / "train.tsv", tmp_path / "store"
+    store.mkdir()
+    train_data.write_text("filename\n")
+    (store / "meta.json").write_text('{"activation": "softmax"}')
+    given = {"train_data": str(train_data), "logitspath": str(store), "loss": "auto"}
+    identity = {"seed": 1, "train_data_sha256": sha256(train_data), "soft_targets_sha256": sha256(store / "meta.json")}
+    automatic_keys = {"loss": {"value": "CrossEntropyLoss", "reason": "softmax"}}
+    noted = {"identity": identity, "given": given, "automatic": automatic_keys}
+    write_json(tmp_path / "runs" / "resnet10" / "2026" / "run.json", noted)
+    assert recall_choices(tmp_path / "runs", given, 1, "auto") == {"loss": Choice("CrossEntropyLoss", "softmax")}
+    (store / "meta.json").write_text('{"activation": "sigmoid"}')
+    assert recall_choices(tmp_path / "runs", given, 1, "auto") is None
 
 
 def test_a_folder_that_is_named_gives_its_choices(tone_pack, tmp_path, monkeypatch):

@@ -193,6 +193,18 @@ def test_a_path_goes_on_with_that_run_or_that_state(stopped):
     assert_same(the_run(output.parent / "whole"), the_run(output))
 
 
+def test_a_state_without_what_it_learns_is_gone_on_from_as_well(stopped):
+    """States that were written before the check of what is learnt have no such part."""
+    path, output, folder = stopped
+    state = torch.load(folder / "states" / "step=000000012.pt", weights_only=True)
+    del state["learning"]
+    States(folder / "states").save(12, state)
+    Runner(7).train(str(path), outputpath=str(output))
+    assert "GOING ON after step 12 of 20" in (folder / "train.log").read_text()
+    one, other = weights_of(the_run(output.parent / "whole")), weights_of(the_run(output))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_what_may_change_changes_nothing_and_what_may_not_is_named(stopped, capsys):
     path, output, folder = stopped
     with pytest.raises(SystemExit):
