@@ -72,7 +72,7 @@ MISTAKES = {
     "a budget beside a number of epochs": ({"budget": "10m", "epochs": 3}, ["budget chooses the number of epochs"]),
     "a budget for a file without auto": (
         {"config": str(ROOT / "trainconfig" / "demo_teacher.yaml"), "budget": "10m", "epochs": None},
-        ["budget chooses the number of epochs, but epochs is 14"],
+        ["budget chooses the number of epochs, but epochs is 25"],
     ),
     "two ways to validate": ({"valid_fraction": 0.1}, ["valid_data and valid_fraction are both given"]),
     "a model that is none": ({"model": "resnet11"}, ["no model is called 'resnet11' (did you mean 'resnet10'?)"]),

@@ -38,7 +38,7 @@ def teacher(tone_pack, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     data = tones_alone(tone_pack, runs)
     changes = ["--epochs", "20", "--num_workers", "1", "--optimizer_args.lr", "3e-3", "--batch_size", "8"]
-    changes += ["--model", "audiotransformer_nano", "--mixup", "null"]
+    changes += ["--model", "audiotransformer_nano", "--model_args", "{pooling: logit}", "--mixup", "null"]
     succeed("run.py", "train", "trainconfig/own_teacher.yaml", *data, *changes)
     return runs / "own_teacher" / "audiotransformer_nano" / "latest"
 
@@ -62,7 +62,7 @@ def student(tone_pack, store, tmp_path_factory):
     runs = tmp_path_factory.mktemp("student")
     data = tones_alone(tone_pack, runs)
     data += ["--logitspath", store]
-    data += ["--model", "audiotransformer_pico"]
+    data += ["--model", "audiotransformer_pico", "--model_args", "{pooling: logit}"]
     result = succeed("run.py", "train", "trainconfig/own_student.yaml", *data, *SHORT)
     folder = runs / "own_student" / "audiotransformer_pico" / "latest"
     assert str(folder.resolve()) in result.stdout
