@@ -26,6 +26,7 @@ NUMBERED = (
     "%s labels its clips with numbers: the %d that occur are taken for the names of the classes; if they are indices "
     "into a longer list, give num_classes or labels_csv (index,mid,display_name)"
 )
+COMPARED = 8  # clips of the same name in two lists: "1.wav" may be another sound in another folder
 PACK_FIRST = "pack the sounds first: `python scripts/wavlist_to_hdf5.py LIST.tsv OUTDIR` writes OUTDIR/labels/LIST.tsv"
 
 
@@ -182,15 +183,16 @@ def open_training(
 
 
 def _warn_of_overlap(pack: Pack, other: Pack, path: str) -> None:
-    """Say so where clips are learnt from and judged by."""
-    twice = sorted(set(pack.names) & set(other.names))
-    if twice:
+    """Say so where clips are learnt from and judged by: of the same name, and of the same samples in those compared."""
+    rows = {name: row for row, name in enumerate(pack.names)}
+    pairs = [(rows[name], row) for row, name in enumerate(other.names) if name in rows]
+    if any(np.array_equal(pack.read(own), other.read(row)) for own, row in pairs[:COMPARED]):
         logger.warning(
             "%d clips are in %s and in %s, whose figures are then too good: %s",
-            len(twice),
+            len(pairs),
             pack.manifest,
             path,
-            some(twice),
+            some(other.names[row] for _, row in pairs),
         )
 
 
@@ -258,6 +260,13 @@ def _stored_source(config: TrainConfig, named: list[str] | None, faults: Faults)
         return None
     if config.wavtransforms or config.spectransforms:
         faults.add("wavtransforms and spectransforms come with the soft targets of logitspath; drop them here")
+    if store.meta.get("activation") == "softmax" and config.loss != "CrossEntropyLoss":
+        logger.warning(
+            "the probabilities of %s sum to one (a softmax), but loss %s learns each class on its own: the student's "
+            "will not; set loss: CrossEntropyLoss",
+            store.folder,
+            config.loss,
+        )
     num_classes = said or (len(named) if named else AUDIOSET_CLASSES)
     labels = named if config.labels_csv and named else store.labels or labels_for(num_classes, None)
     if pack is None:

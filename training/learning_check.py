@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_SHARE = 0.2  # of the run, after which it is judged
 LEAST_FALL = 0.02  # of the constant loss, by which the loss must have fallen
+CLEARLY = 1.5  # times the mAP that chance may reach: a model with that has learnt, whatever mixup makes of its loss
 LEAST_WINDOWS = 4  # readings of the loss in an epoch that give it a standard error
 
 
@@ -23,7 +24,8 @@ class LearningCheck:
     """Says when a run learns nothing, from a fifth of it on: once, and once more when it does after all.
 
     It learns nothing while the mean loss of an epoch is less than 2 %, or less than two standard errors, below the loss
-    that the best constant answer has on the very targets of this epoch; or while the figures of a validation are within
+    that the best constant answer has on the very targets of this epoch, and the last validation is not far above chance
+    (mixtures of soft labels leave a loss little room); or while the figures of a validation are within
     what chance gives. Neither is judged where it is not known. Nothing here changes what is learnt.
 
     Args:
@@ -45,6 +47,7 @@ class LearningCheck:
     losses: list[float] = field(default_factory=list)  # means of a few steps each, of the epoch under way
     constant: bool | None = None  # whether the loss is still that of constant answers; None: not known yet
     by_chance: bool | None = None  # whether the last validation's figures are within chance
+    clear: bool = False  # whether they are far above it
     told: bool = False  # whether the last word was that nothing is learnt
     figures: str = ""  # of the last judgement
 
@@ -89,9 +92,11 @@ class LearningCheck:
         if not self.enabled or (entry["step"] < FIRST_SHARE * self.total_steps and not last):
             return more
         figures = []
+        if metrics is not None and chance is not None:
+            self.clear = metrics.mAP >= CLEARLY * chance.mAP
         if constant_loss is not None:
             margin = 0.0 if self.constant is False else _margin(constant_loss, losses)  # no back and forth at the edge
-            self.constant = entry["loss"] > constant_loss - margin
+            self.constant = entry["loss"] > constant_loss - margin and not self.clear
             figures.append(f"loss {entry['loss']:.4f}, that of constant answers {constant_loss:.4f}")
         if metrics is not None and chance is not None:
             self.by_chance = chance.holds(metrics.mAP, metrics.top1)
@@ -128,7 +133,7 @@ class LearningCheck:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` takes, of this rank and all."""
-        names = ("losses", "constant", "by_chance", "told", "figures")
+        names = ("losses", "constant", "by_chance", "clear", "told", "figures")
         return {name: getattr(self, name) for name in names} | {"targets": self.targets.state_dict(self.ranks)}
 
     def load_state_dict(self, state: Mapping[str, Any] | None, device: Any) -> None:

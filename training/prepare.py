@@ -130,7 +130,8 @@ def prepare_run(
             if ranks.is_main
             else None
         )
-        chosen |= {key: choice for key, choice in in_time.items() if given.get(key, AUTO) == AUTO}
+        absent = {"epoch_length": AUTO}  # a pass, unless the budget is shorter
+        chosen |= {key: choice for key, choice in in_time.items() if (absent | given).get(key) == AUTO}
         config = config.model_copy(update={key: choice.value for key, choice in chosen.items() if key in in_time})
 
     identity = run_identity(config, seed, _data_identity(config, data, teacher))
