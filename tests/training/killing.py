@@ -38,6 +38,11 @@ def start(config: str, output: str, workers: int) -> int:
         os._exit(70)
 
 
+def newest_step(output: str) -> int:
+    """Return the step of the newest state below `output`; 0 where there is none."""
+    return max((int(path.stem.split("=")[1]) for path in Path(output).glob("*/*/*/states/step=*.json")), default=0)
+
+
 def main() -> None:
     """See above."""
     config, output, kills, seed, *workers = sys.argv[1:]
@@ -45,12 +50,17 @@ def main() -> None:
     began = time.perf_counter()
     assert os.waitpid(start(config, output + "_whole", int(workers[0])), 0)[1] == 0, "the uninterrupted run failed"
     seconds = time.perf_counter() - began
+    total = max(json.loads(line)["step"] for line in next(Path(output + "_whole").glob("*/*/*/metrics.jsonl")).open())
     killed = 0
     for attempt in range(1000):
         child = start(config, output, int(workers[attempt % len(workers)]))
         if killed < int(kills):
             if killed:
-                time.sleep(draw.uniform(0, 0.6 * seconds))
+                latest = time.perf_counter() + draw.uniform(0, 0.6 * seconds)
+                # At the latest when it is ahead of its share, so that there is something left for the other kills.
+                share = total * (killed + 1) / (int(kills) + 1)
+                while time.perf_counter() < latest and newest_step(output) <= share:
+                    time.sleep(0.01)
             else:  # once there is something to go on with, however slow the machine is today
                 while not list(Path(output).glob("*/*/*/states/*.json")) and os.waitpid(child, os.WNOHANG) == (0, 0):
                     time.sleep(0.01)
