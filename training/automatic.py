@@ -133,7 +133,7 @@ def choose(settings: Mapping[str, Any], facts: DataFacts, faults: Faults) -> dic
     Args:
         settings: of a training configuration, see `training.config.read_settings`.
         facts: of its data.
-        faults: gets keys that can never be automatic, and a model that is unknown.
+        faults: gets keys that can never be automatic.
 
     Returns:
         Key → its value and the reason, in the order of the rules.
@@ -198,7 +198,8 @@ def _model_args(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
     if not _starts_random(settings):
         return Choice(arguments, "the front-end that its weights were trained with")
     seconds = min(facts.median_seconds, MOST_SECONDS)
-    rate = min(facts.sample_rate, MOST_RATE)
+    given = settings["model_args"] if isinstance(settings.get("model_args"), dict) else {}
+    rate = int(given.get("sample_rate", min(facts.sample_rate, MOST_RATE)))  # hops and windows follow from it
     limit = min(facts.band_limit, rate / 2)
     reason = f"clips of {seconds:.3g} s that reach up to {limit:g} Hz"
     if "sample_rate" in known and "hop_size" in known and "width" in known:  # networks of convolutions

@@ -138,6 +138,8 @@ def test_what_the_user_gives_stands_beside_what_is_chosen():
     assert arguments.value["n_mels"] == 40
     assert arguments.value["hop_size"] == 320
     assert "batch_size" not in chosen(TEACHER, DataFacts(), batch_size=7)
+    faster = chosen(TEACHER, DataFacts(), model="resnet10", model_args={"auto": True, "sample_rate": 32000})
+    assert (faster["model_args"].value["hop_size"], faster["model_args"].value["win_size"]) == (640, 800)
 
 
 def test_what_starts_from_weights_keeps_their_front_end():
