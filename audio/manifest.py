@@ -22,6 +22,8 @@ _EXTENSIONS = AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS
 # "Y", an 11-character YouTube id, then nothing, or the start, or start and end of the segment in seconds.
 _AUDIOSET_NAME = re.compile(r"Y([A-Za-z0-9_-]{11}(?:_\d+(?:\.\d+)?){0,2})")
 _MOST_FAULTS_TOLD = 20
+# Columns whose clips belong together: of one speaker, say, whom a model would recognise in another list.
+GROUP_COLUMNS = ("group", "speaker", "recording")
 
 
 def read_manifest(

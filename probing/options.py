@@ -25,7 +25,7 @@ class ProbeOptions(BaseModel):
     model: str | None = None  # a run's folder, a checkpoint, or the name of a model
     weights: str | None = None  # for a model given by name
     embeddings: Annotated[list[str] | None, BeforeValidator(_listed)] = None  # or stores of embeddings, without a model
-    chunk_length: float = Field(10.0, gt=0)  # seconds that the model hears at once; a clip is the mean over its chunks
+    chunk_length: float = Field(10.0, gt=0)  # seconds that are embedded at once; a clip is the mean over its chunks
     cache: str = "embeddings/"  # where the model's embeddings are kept
     num_workers: int = Field(4, ge=0)
     device: str = "auto"
@@ -40,6 +40,8 @@ class ProbeOptions(BaseModel):
     valid_fraction: float = Field(0.2, ge=0, lt=1)  # of the training clips, where there is no valid_data; 0 for none
     label_column: str = "labels"  # classes joined by ";"
     labels_csv: str | None = None  # index,mid,display_name, where the column holds numbers
+
+    baseline: bool = True  # what simple features reach on the same clips, where that takes seconds
 
     # --- the head
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$")  # of the head

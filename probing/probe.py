@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from audio.dataset import Pack
 from common.errors import Faults, UserError
 from common.files import sha256, whole_file, write_json
 from models.devices import choose_device
 from models.headed import Head
 from models.heads import FOLDER, save_head
+from probing.baseline import fit_baselines
 from probing.data import ProbeSet, in_order, open_clips
 from probing.fit import Examples, Fitted, Fitting, answer, fit
 from probing.options import ProbeOptions, read_options
@@ -29,7 +31,7 @@ from probing.pictures import probe_figure
 from probing.scores import COVERAGE, N_DRAWS, Metric, Score, score, value_of
 from probing.source import Source, embed, open_source
 from training.figures import png
-from training.holdout import hold_out
+from training.holdout import find_groups, hold_out
 from training.metrics import evaluate_scores
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,8 @@ def probe(given: dict[str, Any], seed: int) -> str:
     metric: Metric = "accuracy" if clips.single else "mAP"
     result = score(scores, tested.targets, clips.labels, metric, seed)
     values = [_value(trial, tested.targets, clips.labels, metric) for trial in trials]
-    facts = _facts(options, clips, source, kept, result)
+    baseline = fit_baselines(clips) if options.baseline else None
+    facts = _facts(options, clips, source, kept, result) | {"baseline": baseline}
     folds = [_told(trial, value) for trial, value in zip(trials, values, strict=True)]
     path = _write(options, kept.head, facts, folds, result, clips.labels, made_with)
     return _table(options, source, clips, result, values, facts, path)
@@ -107,11 +110,13 @@ def run_trials(
     Returns:
         A trial a fold, or the only one; and the head to keep: without folds that of the trial, else one more, of all.
     """
+    groups = _groups(clips.packs.get("data" if clips.folds is not None else "train"))
 
     def fitted(train: Examples, valid: Examples | None) -> Fitted:
         if valid is None:
             labels = [np.flatnonzero(row) for row in train.targets]
-            held = hold_out(train.names, labels, train.targets.shape[1], valid_fraction)
+            kept_together = None if groups is None else [groups[name] for name in train.names]
+            held = hold_out(train.names, labels, train.targets.shape[1], valid_fraction, kept_together)
             train, valid = train.take(~held), train.take(held)
         return fit(train, valid, clips.labels, clips.single, how, device)
 
@@ -126,6 +131,12 @@ def run_trials(
         trials.append(Trial(name, one, np.flatnonzero(tested), answer(one.head, data.embeddings[tested])))
         logger.info("fold %s: %d clips, best of %d epochs: %d", name, tested.sum(), one.n_epochs, one.best_epoch)
     return trials, fitted(data, None)
+
+
+def _groups(pack: Pack | None) -> dict[str, str] | None:
+    """Return the group of each clip by its name; None where no column names groups."""
+    column, groups = (None, np.empty(0)) if pack is None else find_groups(pack)
+    return None if pack is None or column is None else dict(zip(pack.names, groups.tolist(), strict=True))
 
 
 def _value(trial: Trial, targets: np.ndarray, labels: list[str], metric: Metric) -> float:
@@ -248,6 +259,9 @@ def _table(
     if len(values) > 1:
         rows.append(("of the folds", f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"))
     rows.append(("chance", f"{result.chance:.4f}"))
+    if facts["baseline"] is not None:
+        below = ", which is BETTER: fine-tune this model, or take another one" * (facts["baseline"] > result.value)
+        rows.append(("baseline", f"{facts['baseline']:.4f} by simple features (scripts/baseline.py){below}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     lines.append(f"head: {path} (figures: {path.with_suffix('.json')}, picture: {path.with_suffix('.png')})")

@@ -25,12 +25,13 @@ import numpy as np
 import torch
 
 from audio.dataset import Pack
-from audio.manifest import parse_labels
+from audio.manifest import GROUP_COLUMNS, parse_labels
 from common.errors import UserError
 from common.files import write_json
 from training.baseline_features import FeatureTable, compute_features
 from training.baseline_variants import VARIANTS, Variant, affordable_variants, class_scores
 from training.data import LabelledPack, TrainingData
+from training.holdout import find_groups
 from training.metrics import Metrics, evaluate_scores
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ TRAIN_HOURS = 10.0  # of sound that are read for training, so that clips of hour
 LEAST_SECONDS, MOST_SECONDS = 10.0, 600.0  # that are read of a longer clip, by how many there are
 FIT_CLIPS, FIT_HOURS = 40_000, 40.0  # `fits_in_seconds`: a core reads an hour at 16 kHz in about a second
 FEW_CLIPS = 1000  # up to here five folds, then three
-GROUP_COLUMNS = ("group", "speaker", "fold")  # clips that share a value are never on both sides of a split
+SPLIT_COLUMNS = (*GROUP_COLUMNS, "fold")  # clips that share a value are never on both sides of a split
 SEED = 0  # of the folds
 
 
@@ -173,7 +174,7 @@ def _fit_baseline(train: LabelledPack, test: LabelledPack, valid: LabelledPack |
         )
     features, targets = compute_features(train.pack, most_seconds), train.multi_hot()
     if valid is None:
-        column, groups = _groups(train)
+        column, groups = find_groups(train.pack, SPLIT_COLUMNS)
         splits = list(_folds(train, groups))
         how = f"by {len(splits)}-fold cross-validation of the training clips"
         how += f", each `{column}` in one fold" if column else ""
@@ -262,18 +263,6 @@ def thin_out(data: LabelledPack, most: int) -> LabelledPack:
     place[order] = np.arange(len(strata)) - (np.cumsum(sizes) - sizes)[strata[order]]
     rows = np.sort(np.lexsort((hashes, place / sizes[strata]))[:most])
     return LabelledPack(data.pack.subset(rows), [data.labels[row] for row in rows], data.num_classes)
-
-
-def _groups(data: LabelledPack) -> tuple[str | None, np.ndarray]:
-    """Return the first column that tells groups apart, and the group of each clip (N,); each its own without any."""
-    alone = np.array([f"row {row}" for row in range(len(data.pack))])
-    for column in GROUP_COLUMNS:
-        if column in data.pack.table:
-            cells = data.pack.table[column].astype(str).str.strip().to_numpy(dtype=str)
-            groups = np.where(cells == "", alone, cells)
-            if 1 < len(np.unique(groups)) < len(groups):
-                return column, groups
-    return None, alone
 
 
 def _folds(data: LabelledPack, groups: np.ndarray) -> Iterator[np.ndarray]:

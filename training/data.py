@@ -18,7 +18,7 @@ from distill.targets import SoftTargetStore, StoredTargets
 from models.labels import labels_for, read_labels
 from models.registry import AUDIOSET_CLASSES
 from training.config import TrainConfig
-from training.holdout import hold_out
+from training.holdout import find_groups, hold_out
 
 logger = logging.getLogger(__name__)
 
@@ -207,9 +207,13 @@ def _held_out(pack: Pack, fraction: float, labels: list[str], faults: Faults) ->
     indices = _clip_labels(pack, labels, faults)
     if indices is None:
         return np.zeros(len(pack), bool), None
-    held = hold_out(pack.names, indices, len(labels), fraction)
-    if not held.any():  # every class has one clip alone
-        held = hold_out(pack.names, indices, len(labels), fraction, spare_single_clips=False)
+    column, groups = find_groups(pack)
+    kept_together = None if column is None else groups.tolist()
+    held = hold_out(pack.names, indices, len(labels), fraction, kept_together)
+    if not held.any():  # every class has one clip, or one group, alone
+        held = hold_out(pack.names, indices, len(labels), fraction, kept_together, spare_single_clips=False)
+    if column is not None:
+        logger.info("%d clips of %d groups (%s) are held out", held.sum(), len(set(groups[held].tolist())), column)
     rows = np.flatnonzero(held)
     return held, LabelledPack(pack.subset(rows), [indices[row] for row in rows], len(labels))
 

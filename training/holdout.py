@@ -1,9 +1,25 @@
-"""Clips held out for validation: the same in every run, and of every class its share."""
+"""Clips held out for validation: the same in every run, of every class its share, no group on both sides."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+
+from audio.dataset import Pack
+from audio.manifest import GROUP_COLUMNS
+
+
+def find_groups(pack: Pack, columns: Sequence[str] = GROUP_COLUMNS) -> tuple[str | None, np.ndarray]:
+    """Return the first column that names groups, and the group of each clip, str (N,); each its own without any."""
+    alone = np.array([f"row {row}" for row in range(len(pack))])
+    for column in columns:
+        if column in pack.table:
+            cells = pack.table[column].astype(str).str.strip().to_numpy(dtype=str)
+            groups = np.where(cells == "", alone, cells)
+            if 1 < len(np.unique(groups)) < len(groups):
+                return column, groups
+    return None, alone
 
 
 def hold_out(
@@ -11,36 +27,63 @@ def hold_out(
     labels: Sequence[np.ndarray],
     num_classes: int,
     fraction: float,
+    groups: Sequence[str] | None = None,
     *,
     spare_single_clips: bool = True,
 ) -> np.ndarray:
     """Choose clips to hold out, in whatever order they are listed.
 
-    Clips are sorted by their rarest class, then by the hash of their names, and taken at even distances.
+    Groups are sorted by the rarest class of their clips, then by the hash of their names, and one is held out where
+    that brings the share of held clips nearest to `fraction`. Of few large groups, the smallest is.
 
     Args:
         names: of N clips.
         labels: class indices of each clip, int; empty ones where there are no labels.
         num_classes: C.
         fraction: of the clips to hold out.
-        spare_single_clips: leave a clip where a class would have no other to learn from; then there may be none to
-            hold out.
+        groups: of each clip, held out as a whole or not at all; None where each clip is its own.
+        spare_single_clips: leave a group where a class would have no other clip to learn from; then there may be none
+            to hold out.
 
     Returns:
         bool (N,).
     """
-    n_clips = len(names)
-    held = np.zeros(n_clips, bool)
-    if fraction <= 0 or n_clips < 2:
+    held = np.zeros(len(names), bool)
+    keys = names if groups is None else groups
+    members: dict[str, list[int]] = {}
+    for row, key in enumerate(keys):
+        members.setdefault(key, []).append(row)
+    if fraction <= 0 or len(members) < 2:
         return held
     remaining = np.bincount(np.concatenate([*labels, np.empty(0, np.int64)]).astype(np.int64), minlength=num_classes)
     rarest = [int(classes[remaining[classes].argmin()]) if len(classes) else -1 for classes in labels]
-    hashes = [hashlib.sha256(name.encode()).hexdigest() for name in names]
-    order = np.array(sorted(range(n_clips), key=lambda row: (rarest[row], hashes[row])))
-    quota = np.floor(np.arange(n_clips + 1) * fraction + 0.5)
-    chosen = order[np.diff(quota) > 0]
-    for row in chosen if len(chosen) else order[n_clips // 2 :][:1]:
-        if not spare_single_clips or (remaining[labels[row]] > 1).all():
-            held[row] = True
-            remaining[labels[row]] -= 1
+    first = {key: _most_frequent([rarest[row] for row in rows]) for key, rows in members.items()}
+    order = sorted(members, key=lambda key: (first[key], hashlib.sha256(key.encode()).hexdigest()))
+    n_seen = n_held = 0
+    for key in order:
+        n_seen += len(members[key])
+        nearer = n_held + len(members[key]) / 2 <= fraction * n_seen
+        if nearer and (not spare_single_clips or _deduct(members[key], labels, remaining)):
+            held[members[key]] = True
+            n_held += len(members[key])
+    if not n_held:
+        smallest = min(map(len, members.values()))
+        candidates = [key for key in order if len(members[key]) == smallest]
+        rows = members[candidates[len(candidates) // 2]]
+        held[rows] = not spare_single_clips or _deduct(rows, labels, remaining)
     return held
+
+
+def _most_frequent(classes: list[int]) -> int:
+    """Return the class that occurs most often, the lowest of several."""
+    return min(Counter(classes).items(), key=lambda entry: (-entry[1], entry[0]))[0]
+
+
+def _deduct(rows: list[int], labels: Sequence[np.ndarray], remaining: np.ndarray) -> bool:
+    """Take the labels of some clips from `remaining` (C,), unless a class would be left without any; return whether."""
+    counts = Counter(int(index) for row in rows for index in labels[row])
+    if any(remaining[index] <= count for index, count in counts.items()):
+        return False
+    for index, count in counts.items():
+        remaining[index] -= count
+    return True

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from audio.manifest import GROUP_COLUMNS
 from common.errors import UserError, did_you_mean, some
 
-GROUP_COLUMNS = ("group", "speaker", "recording")  # are groups by default
 FOLDER = "folder"
 
 

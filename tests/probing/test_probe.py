@@ -6,13 +6,16 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
+from audio.dataset import Pack
 from common.errors import Faults
+from probing.baseline import fit_baselines
 from probing.data import ProbeSet
 from probing.fit import Examples, Fitting, answer, fit, standardisation
 from probing.options import read_options
 from probing.pictures import MOST_BARS, probe_figure
 from probing.probe import run_trials
 from probing.scores import bootstrap_interval, draws, score
+from tests.training.test_automatic import noise, write_pack
 from training.holdout import hold_out
 from training.metrics import evaluate_scores
 
@@ -212,3 +215,41 @@ def test_every_fault_of_the_options_is_told_at_once():
         {"embeddings": "a,b", "head": "mlp", "hidden_sizes": (5, 6), "data": "x", "name": 7}, Faults("")
     )
     assert (mended.embeddings, mended.fitting(1).hidden_sizes, mended.name) == (["a", "b"], (5, 6), "7")
+
+
+def test_clips_that_stop_the_training_are_of_other_groups(tmp_path, monkeypatch):
+    pack = Pack.open(write_pack(tmp_path, [noise(0.1, 16000, i) for i in range(40)], ["a", "b"] * 20))
+    pack.table["speaker"] = [f"s{index // 4}" for index in range(40)]
+    targets = np.eye(2, dtype=np.float32)[np.arange(40) % 2]
+    seen = []
+
+    def spy(train, valid, *rest):
+        seen.append((train, valid))
+        return fit(train, valid, *rest)
+
+    monkeypatch.setattr("probing.probe.fit", spy)
+    clips = ProbeSet({"train": pack}, {"train": targets}, ["a", "b"], None)
+    few = np.arange(2)
+    whole = Examples(pack.names, targets, targets)
+    run_trials({"train": whole, "test": whole.take(few)}, clips, 0.2, QUICK, CPU)
+    ((train, valid),) = seen
+    speaker = dict(zip(pack.names, pack.table["speaker"], strict=True))
+    assert len(valid) == 8
+    assert not {speaker[name] for name in train.names} & {speaker[name] for name in valid.names}
+
+
+def test_the_baseline_of_a_probe_is_that_of_its_clips(tmp_path):
+    pitches = [300, 600, 1200]
+    sounds = [
+        np.sin(np.arange(4000) * 2 * np.pi * pitches[i % 3] / 16000) * 0.3 + noise(0.25, 16000, i) for i in range(36)
+    ]
+    pack = Pack.open(write_pack(tmp_path, sounds, ["a", "b", "c"] * 12))
+    targets = np.eye(3, dtype=np.float32)[np.arange(36) % 3]
+    folds = np.repeat(["1", "2", "3"], 12)
+    labels = ["a", "b", "c"]
+    assert fit_baselines(ProbeSet({"data": pack}, {"data": targets}, labels, folds)) == 1.0
+    shuffled = targets[np.random.default_rng(0).permutation(36)]
+    assert fit_baselines(ProbeSet({"data": pack}, {"data": shuffled}, labels, folds)) < 0.7
+    parts = {"train": pack.subset(np.arange(24)), "test": pack.subset(np.arange(24, 36))}
+    parted = {"train": targets[:24], "test": targets[24:]}
+    assert fit_baselines(ProbeSet(parts, parted, labels, None)) == 1.0

@@ -29,6 +29,7 @@ from training.baseline import (
 from training.baseline_features import LogMel, compute_features, frame_ranges, log_mel, statistics
 from training.baseline_variants import REGRESSION, SVM, VARIANTS, affordable_variants
 from training.data import LabelledPack
+from training.holdout import find_groups
 from training.metrics import evaluate_scores
 from training.report import write_report
 from training.run_folder import run_identity
@@ -335,7 +336,7 @@ def test_many_clips_are_thinned_out_class_by_class_whatever_their_order(tmp_path
 def test_clips_of_a_group_are_never_on_both_sides(tmp_path, column):
     groups = [f"g{index % 7}" for index in range(22)] + ["", ""]
     data = tones(tmp_path, SINGLE, "train", **{column: groups})
-    name, found = baseline_module._groups(data)
+    name, found = find_groups(data.pack, baseline_module.SPLIT_COLUMNS)
     folds = list(baseline_module._folds(data, found))
     assert name == column
     assert len(folds) == 5
@@ -346,7 +347,7 @@ def test_clips_of_a_group_are_never_on_both_sides(tmp_path, column):
 
 def test_folds_without_groups_hold_every_class(tmp_path):
     data = tones(tmp_path, SINGLE, "train", group=["same"] * 24)
-    name, groups = baseline_module._groups(data)
+    name, groups = find_groups(data.pack, baseline_module.SPLIT_COLUMNS)
     folds = list(baseline_module._folds(data, groups))
     assert name is None
     assert (np.sum(folds, axis=0) == 1).all()
