@@ -16,13 +16,11 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-import yaml
 
 from common.commands import run_commands
-from common.errors import Faults, fail, print_user_errors
+from common.errors import fail, print_user_errors
 from probing.probe import probe
-from training.automatic import TIMED, read_train_config
-from training.config import AUTO, read_settings
+from training.automatic import describe_train_config
 from training.evaluate import judge
 from training.parallel import joined_ranks
 from training.prepare import prepare_run
@@ -41,7 +39,8 @@ class Runner:
         if not isinstance(seed, int) or seed < 0:
             fail(f"--seed is {seed!r}; it is a whole number, 0 or more")
         self.seed = seed
-        torch.set_num_threads(nthreads or torch.get_num_threads())
+        if nthreads:
+            torch.set_num_threads(nthreads)
 
     @print_user_errors
     def train(
@@ -82,14 +81,7 @@ class Runner:
             config_file: a YAML file, see `trainconfig/`.
             overrides: key → value of the configuration.
         """
-        faults = Faults(config_file)
-        given = read_settings(config_file, overrides, faults)
-        config = read_train_config(config_file, overrides, faults)
-        faults.raise_if_any()
-        assert config is not None
-        assert given is not None
-        timed = {key: AUTO for key in TIMED if given.get(key) == AUTO}  # chosen when a run begins
-        print(yaml.safe_dump(config.model_dump() | timed, sort_keys=False, allow_unicode=True), end="")
+        print(describe_train_config(config_file, overrides), end="")
 
     @print_user_errors
     def evaluate(

@@ -360,8 +360,8 @@ class SpectrogramTransformer(AudioTagger):
         chunk = self.target_length
         if n_total <= chunk:
             frames = torch.full((len(mel),), n_total, device=mel.device) if n_frames is None else n_frames
-            alien = torch.arange(n_total, device=mel.device) >= frames[:, None]  # (B,T)
-            mel = F.pad(mel.masked_fill(alien[:, None], self.fill), (0, chunk - n_total), value=self.fill)
+            is_padding = torch.arange(n_total, device=mel.device) >= frames[:, None]  # (B,T)
+            mel = F.pad(mel.masked_fill(is_padding[:, None], self.fill), (0, chunk - n_total), value=self.fill)
             return Rows(mel, None, self._touched(frames), None)
         chunks, inside, clip = split(mel, n_frames, chunk, self.fill)
         touched = self._touched(inside)

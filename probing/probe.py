@@ -135,8 +135,10 @@ def run_trials(
 
 def _groups(pack: Pack | None) -> dict[str, str] | None:
     """Return the group of each clip by its name; None where no column names groups."""
-    column, groups = (None, np.empty(0)) if pack is None else find_groups(pack)
-    return None if pack is None or column is None else dict(zip(pack.names, groups.tolist(), strict=True))
+    if pack is None:
+        return None
+    column, groups = find_groups(pack)
+    return None if column is None else {name: str(group) for name, group in zip(pack.names, groups, strict=True)}
 
 
 def _value(trial: Trial, targets: np.ndarray, labels: list[str], metric: Metric) -> float:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from audio.dataset import Pack, chunk_bounds
 from common.errors import Faults, UserError
@@ -275,22 +276,17 @@ def _optimizer_args(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
     return Choice({"lr": lr, "weight_decay": 0.05 if transformer else 0.01}, reason)
 
 
-def resolve(settings: dict[str, Any], faults: Faults) -> tuple[dict[str, Any], dict[str, Choice]]:
-    """Look at the data of a configuration and replace every `auto` but those that take a timing (`TIMED`).
+def resolve(settings: dict[str, Any], faults: Faults) -> dict[str, Choice]:
+    """Look at the data of a configuration and choose for every `auto` but those that take a timing (`TIMED`).
 
     Args:
         settings: of a training configuration, see `training.config.read_settings`.
-        faults: gets keys that can never be automatic. What is wrong with the data is left to whoever opens them:
+        faults: gets keys that can never be automatic. What is wrong with the data is left to the code that opens them:
             where they cannot be opened, the choices are those for clips of 10 s.
-
-    Returns:
-        The settings, and what was chosen.
     """
     quiet = Faults("the data")
     pack = open_pack(str(settings["train_data"]), quiet) if settings.get("train_data") else None
-    facts = DataFacts() if pack is None else measure_pack(pack, _activation(settings))
-    chosen = choose(settings, facts, faults)
-    return settings | {key: choice.value for key, choice in chosen.items()}, chosen
+    return choose(settings, DataFacts() if pack is None else measure_pack(pack, _activation(settings)), faults)
 
 
 def _activation(settings: Mapping[str, Any]) -> str | None:
@@ -330,13 +326,33 @@ def read_train_config(path: str | Path, overrides: dict[str, Any], faults: Fault
 
     Arguments as of `training.config.read_config`.
     """
+    settings = _read_chosen(path, overrides, faults)
+    return None if settings is None else check_settings(TrainConfig, without_timed(settings), faults)
+
+
+def describe_train_config(path: str | Path, overrides: dict[str, Any]) -> str:
+    """Return a training configuration as YAML: every key, with what is chosen now; what takes a timing says `auto`.
+
+    Raises:
+        UserError: every fault of the configuration.
+    """
+    faults = Faults(str(path))
+    settings = _read_chosen(path, overrides, faults)
+    config = None if settings is None else check_settings(TrainConfig, without_timed(settings), faults)
+    faults.raise_if_any()
+    assert settings is not None
+    assert config is not None
+    timed = {key: AUTO for key in TIMED if settings.get(key) == AUTO}
+    return yaml.safe_dump(config.model_dump() | timed, sort_keys=False, allow_unicode=True)
+
+
+def _read_chosen(path: str | Path, overrides: dict[str, Any], faults: Faults) -> dict[str, Any] | None:
     settings = read_settings(path, overrides, faults)
     if settings is None:
         return None
     with faults.noted():
         settings = name_model(settings)
-    settings, _ = resolve(settings, faults)
-    return check_settings(TrainConfig, without_timed(settings), faults)
+    return settings | {key: choice.value for key, choice in resolve(settings, faults).items()}
 
 
 def without_timed(settings: dict[str, Any]) -> dict[str, Any]:

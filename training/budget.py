@@ -3,6 +3,8 @@
 import copy
 import math
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from distill.objectives import Objective
 from models import AudioTagger
 from training.automatic import Choice
 from training.config import TrainConfig
-from training.data import TrainingData
+from training.data import LabelledPack, TrainingData
 from training.loop import Run
 from training.parallel import Ranks
 from training.student import starts_at_random
@@ -31,7 +33,20 @@ WARMUP = 0.05  # share of a run
 SHORTEST_RUN = 10
 
 
-def choose_epochs(
+@dataclass(frozen=True)
+class Timing:
+    """How long the parts of a run take on this machine.
+
+    Attributes:
+        step_seconds: of one optimiser step, its data included.
+        valid_seconds: of one validation; 0 where there is none.
+    """
+
+    step_seconds: float
+    valid_seconds: float
+
+
+def time_run(
     config: TrainConfig,
     data: TrainingData,
     model: AudioTagger,
@@ -40,10 +55,8 @@ def choose_epochs(
     seed: int,
     world_size: int = 1,
     teacher: Teacher | None = None,
-) -> dict[str, Choice]:
-    """Time a few steps and choose the number of epochs, how often to validate, and how long to warm up.
-
-    Nothing that is handed in changes, the global random state neither.
+) -> Timing:
+    """Time a few steps and a validation on copies: nothing that is handed in changes, nor the global random state.
 
     Args:
         config: of the run, with any number of epochs.
@@ -54,18 +67,46 @@ def choose_epochs(
         seed: of the run.
         world_size: processes that will train together; one alone is timed, with its share of a batch.
         teacher: whose output is computed while the student learns, or None.
+    """
+    update = {"use_scheduler": False, "compile": False, "accumulate": 1, "init_from_data": False}
+    size = max(1, config.batch_size // world_size)
+    alone = config.model_copy(update=update | {"batch_size": size, "epochs": 1_000_000})
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), tempfile.TemporaryDirectory() as folder:
+        student = copy.deepcopy(model).to(device)
+        run = Run(alone, data, student, copy.deepcopy(objective), Path(folder), device, seed, Ranks(), teacher)
+        step_seconds = run.time_steps(TIMED_STEPS, TIMED_SECONDS)
+        return Timing(step_seconds, 0.0 if data.valid is None else _time_validation(run, data.valid))
+
+
+def _time_validation(run: Run, valid: LabelledPack) -> float:
+    """Return about how long a validation takes in seconds, by that of some of its clips."""
+    rows = np.unique(np.linspace(0, len(valid.pack) - 1, min(TIMED_VALID_CLIPS, len(valid.pack))).round().astype(int))
+    part = LabelledPack(valid.pack.subset(rows), [valid.labels[row] for row in rows], valid.num_classes)
+    began = time.perf_counter()
+    run.evaluate_on(part)
+    return (time.perf_counter() - began) * len(valid.pack) / len(rows)
+
+
+def choose_epochs(config: TrainConfig, n_items: int, timing: Timing) -> dict[str, Choice]:
+    """Choose the number of epochs, how often to validate, and how long to warm up.
+
+    Args:
+        config: of the run, with any number of epochs.
+        n_items: chunks to learn from.
+        timing: see `time_run`.
 
     Returns:
-        `epochs`, `valid_every` and `warmup_epochs`, and `epoch_length` where the budget is less than a pass.
+        `epochs`, `valid_every` and `warmup_epochs`, and `epoch_length` where the budget is less than a few passes.
     """
-    step_seconds, valid_seconds = _time(config, data, model, objective, device, seed, world_size, teacher)
+    step_seconds, valid_seconds = timing.step_seconds, timing.valid_seconds
     minutes = config.budget or DEFAULT_MINUTES
     seconds = RESERVE * 60 * minutes
-    pass_steps = config.epoch_length or math.ceil(len(data.items) / config.batch_size)
+    pass_steps = config.epoch_length or math.ceil(n_items / config.batch_size)
     scale = 1.0 if starts_at_random(config.model, config.pretrained) else FINE_TUNING
     passes = np.clip(ENOUGH_CLIPS / (pass_steps * config.batch_size), FEWEST_PASSES, MOST_PASSES)
     enough = math.ceil(scale * passes)
-    n_validations = 0 if data.valid is None else min(MOST_VALIDATIONS, max(3, int(0.2 * seconds / valid_seconds)))
+    n_validations = min(MOST_VALIDATIONS, max(3, int(0.2 * seconds / max(valid_seconds, 1e-3))))
     for_steps = max(seconds - n_validations * valid_seconds, 0.5 * seconds)
     affordable = for_steps / (pass_steps * step_seconds)
     measured = f"{minutes:g} minutes at {step_seconds:.3g} s a step"
@@ -81,7 +122,7 @@ def choose_epochs(
         took = enough * pass_steps * step_seconds / 60
         epochs, reason = enough, f"more passes over these clips gain little; about {took:.1f} of {minutes:g} minutes"
     chosen["epochs"] = Choice(epochs, reason)
-    return chosen | choose_pace(epochs, n_validations or 1)
+    return chosen | choose_pace(epochs, n_validations)
 
 
 def choose_pace(epochs: int, n_validations: int = MOST_VALIDATIONS) -> dict[str, Choice]:
@@ -91,26 +132,3 @@ def choose_pace(epochs: int, n_validations: int = MOST_VALIDATIONS) -> dict[str,
         "valid_every": Choice(every, f"{math.ceil(epochs / every)} validations"),
         "warmup_epochs": Choice(max(1, round(WARMUP * epochs)), f"{WARMUP:.0%} of the run"),
     }
-
-
-def _time(
-    config: TrainConfig,
-    data: TrainingData,
-    model: AudioTagger,
-    objective: Objective,
-    device: torch.device,
-    seed: int,
-    world_size: int,
-    teacher: Teacher | None,
-) -> tuple[float, float]:
-    """Return the seconds of a step and of a validation, measured on copies."""
-    update = {"use_scheduler": False, "compile": False, "accumulate": 1, "init_from_data": False}
-    size = max(1, config.batch_size // world_size)
-    alone = config.model_copy(update=update | {"batch_size": size, "epochs": 1_000_000})
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), tempfile.TemporaryDirectory() as folder:
-        student = copy.deepcopy(model).to(device)
-        run = Run(alone, data, student, copy.deepcopy(objective), Path(folder), device, seed, Ranks(), teacher)
-        step_seconds = run.time_steps(TIMED_STEPS, TIMED_SECONDS)
-        valid_seconds = run.time_validation(TIMED_VALID_CLIPS) if data.valid is not None else 0.0
-    return step_seconds, max(valid_seconds, 1e-3)

@@ -1,4 +1,4 @@
-"""The end of a run: the weights it keeps, their results, the report, and the verdict on whether anything was learnt."""
+"""The end of a run: the weights it keeps, their results, the report, and whether anything was learnt."""
 
 import logging
 from pathlib import Path
@@ -45,7 +45,7 @@ def finish_run(run: "Run") -> dict[str, Any]:
             write_results(run.folder, "results", metrics, data.evaluation)
             logger.info("%s on %s:\n%s", weights.path.name, config.eval_data, metrics.summary())
             baseline = add_baseline(data, metrics, run.folder) if config.baseline else None
-        verdict = run.learning.verdict()
+        summary = run.learning.summary()
         draw_curves(run.folder, run.journal.entries())
         report = write_report(
             run.folder,
@@ -57,11 +57,11 @@ def finish_run(run: "Run") -> dict[str, Any]:
             results_name=str(config.eval_data),
             selection=data.selection,
             baseline=baseline,
-            alert=verdict,
+            alert=summary,
         )
         logger.info("report: %s", report)
-        if verdict:
-            logger.warning("%s", verdict)
+        if summary:
+            logger.warning("%s", summary)
     return result | (metrics.as_dict() if metrics else {})
 
 

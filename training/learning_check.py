@@ -48,7 +48,7 @@ class LearningCheck:
     constant: bool | None = None  # whether the loss is still that of constant answers; None: not known yet
     by_chance: bool | None = None  # whether the last validation's figures are within chance
     clear: bool = False  # whether they are far above it
-    told: bool = False  # whether the last word was that nothing is learnt
+    alarmed: bool = False  # whether the last logged change was that nothing is learnt
     figures: str = ""  # of the last judgement
 
     @property
@@ -58,9 +58,9 @@ class LearningCheck:
         return not any(known) if known else None
 
     @property
-    def mark(self) -> dict[str, str]:
+    def postfix(self) -> dict[str, str]:
         """What the progress bar shows beside the loss."""
-        return {"learnt": "NOTHING"} if self.told else {}
+        return {"learnt": "NOTHING"} if self.alarmed else {}
 
     def add_loss(self, loss: float) -> None:
         """Take in the mean loss of a few steps."""
@@ -104,13 +104,13 @@ class LearningCheck:
             if "valid_top1" in more:
                 figures.append(f"accuracy {metrics.top1:.1%}, by chance up to {chance.top1:.1%}")
         self.figures = "; ".join(figures) or self.figures
-        self._tell(entry["epoch"])
+        self._log_change(entry["epoch"])
         return more if self.learns is None else more | {"learns": self.learns}
 
-    def _tell(self, epoch: int) -> None:
-        if self.learns is None or self.learns is not self.told:
+    def _log_change(self, epoch: int) -> None:
+        if self.learns is None or self.learns is not self.alarmed:
             return
-        self.told = not self.learns
+        self.alarmed = not self.learns
         if not self.ranks.is_main:
             return
         if self.learns:
@@ -127,13 +127,13 @@ class LearningCheck:
         causes = "".join(f"\n  - {cause}" for cause in self.causes(bool(self.constant)))
         return f"{found} ({self.figures}). Likely causes in this run:{causes}"
 
-    def verdict(self) -> str | None:
+    def summary(self) -> str | None:
         """Return what the end of the log and the top of the report say; None where something was learnt."""
-        return f"NOTHING WAS LEARNT: {self.explanation()}" if self.told else None
+        return f"NOTHING WAS LEARNT: {self.explanation()}" if self.alarmed else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` takes, of this rank and all."""
-        names = ("losses", "constant", "by_chance", "clear", "told", "figures")
+        names = ("losses", "constant", "by_chance", "clear", "alarmed", "figures")
         return {name: getattr(self, name) for name in names} | {"targets": self.targets.state_dict(self.ranks)}
 
     def load_state_dict(self, state: Mapping[str, Any] | None, device: Any) -> None:

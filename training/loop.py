@@ -202,16 +202,6 @@ class Run:
                 break
         return sum(taken) / len(taken)
 
-    def time_validation(self, n_clips: int) -> float:
-        """Return about how long a validation takes in seconds, by that of `n_clips` of its clips."""
-        valid = self.data.valid
-        assert valid is not None
-        rows = np.unique(np.linspace(0, len(valid.pack) - 1, min(n_clips, len(valid.pack))).round().astype(int))
-        part = LabelledPack(valid.pack.subset(rows), [valid.labels[row] for row in rows], valid.num_classes)
-        began = time.perf_counter()
-        self._evaluate_on(part)
-        return (time.perf_counter() - began) * len(valid.pack) / len(part.pack)
-
     def _with_target(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Prepare a collated batch, and ask the teacher, where there is one, for the targets of its clips."""
         batch = prepare_batch(batch, self.device)
@@ -289,7 +279,7 @@ class Run:
             "lr": f"{self.learning_rate:.1e}",
             "clips_s": f"{self.clips / seconds:.0f}",
             "wait": f"{100 * self.waited / seconds:.0f}%",
-            **self.learning.mark,
+            **self.learning.postfix,
         }
 
     def _stop_if_not_finite(self) -> None:
@@ -344,9 +334,10 @@ class Run:
 
     def evaluate(self, which: str) -> Metrics:
         """Judge the model as it is on the `valid` or `evaluation` pack."""
-        return self._evaluate_on(getattr(self.data, which))
+        return self.evaluate_on(getattr(self.data, which))
 
-    def _evaluate_on(self, data: LabelledPack) -> Metrics:
+    def evaluate_on(self, data: LabelledPack) -> Metrics:
+        """Judge the model as it is on a labelled pack."""
         return evaluate_scores(self._scores_on(data), data.multi_hot(), self.model.labels)
 
     def _validate(self) -> tuple[Metrics, Chance]:

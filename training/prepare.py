@@ -18,7 +18,7 @@ from distill.objectives import Objective, create_objective
 from distill.store import MatchedItems
 from models.devices import choose_device
 from training.automatic import Choice, automatic_keys, name_model, resolve, without_timed
-from training.budget import choose_epochs, choose_pace
+from training.budget import choose_epochs, choose_pace, time_run
 from training.config import AUTO, TrainConfig, check_settings, read_settings
 from training.data import TrainingData, open_training
 from training.loop import Run
@@ -74,16 +74,7 @@ def prepare_run(
         resume = "auto"  # torchrun repeats the command after a crash: on with what it has begun
     faults = Faults(config_file)
     stem = Path(config_file).stem
-    given = read_settings(config_file, overrides, faults)
-    with faults.noted():
-        given = name_model(given) if given else None
-    if given and "budget" in overrides and given.get("epochs") != AUTO:
-        faults.add(
-            f"budget chooses the number of epochs, but epochs is {given.get('epochs', 120)}; drop one of them, or set "
-            "epochs: auto"
-        )
-    settings, chosen = _choose_settings(given, stem, seed, resume, ranks, faults) if given else (None, {})
-    config = check_settings(TrainConfig, settings, faults) if settings else None
+    given, config, chosen = _read(config_file, overrides, seed, resume, ranks, faults)
     train_data = config.train_data if config else None
     if config and config.smoke:
         faults.raise_if_any()
@@ -124,15 +115,13 @@ def prepare_run(
         objective.to(device)
 
     if given and given.get("epochs") == AUTO and "epochs" not in chosen and not config.smoke:
-        moved = teacher and teacher.to(device)
-        in_time = ranks.from_main(
-            choose_epochs(config, data, model, objective, device, seed, ranks.world_size, moved)
-            if ranks.is_main
-            else None
-        )
+        timed = (config, data, model, objective, device, seed, ranks.world_size, teacher and teacher.to(device))
+        timing = ranks.from_main(time_run(*timed) if ranks.is_main else None)
         absent = {"epoch_length": AUTO}  # a pass, unless the budget is shorter
-        chosen |= {key: choice for key, choice in in_time.items() if (absent | given).get(key) == AUTO}
-        config = config.model_copy(update={key: choice.value for key, choice in chosen.items() if key in in_time})
+        fitting = choose_epochs(config, len(data.items), timing)
+        fitting = {key: choice for key, choice in fitting.items() if (absent | given).get(key) == AUTO}
+        chosen |= fitting
+        config = config.model_copy(update={key: choice.value for key, choice in fitting.items()})
 
     identity = run_identity(config, seed, _data_identity(config, data, teacher))
     parent = Path(config.outputpath) / stem / config.model
@@ -159,32 +148,38 @@ def prepare_run(
     return Prepared(run, run_folder, state)
 
 
-def _choose_settings(
-    given: dict[str, Any], stem: str, seed: int, resume: str, ranks: Ranks, faults: Faults
-) -> tuple[dict[str, Any], dict[str, Choice]]:
-    """Replace `auto` in settings: by what an unfinished run of the same settings chose, else by the data.
+def _read(
+    config_file: str, overrides: dict[str, Any], seed: int, resume: str, ranks: Ranks, faults: Faults
+) -> tuple[dict[str, Any] | None, TrainConfig | None, dict[str, Choice]]:
+    """Read a configuration and replace `auto`: by what an unfinished run of the same settings chose, else by the data.
 
-    Those that wait for a timing (`epochs`, and what goes with it) get a value that only completes the configuration.
+    Returns:
+        The settings as they were given, the configuration, and what was chosen. What waits for a timing (`epochs`, and
+        what goes with it) has a value that only completes the configuration.
     """
-    wanted = automatic_keys(given)
-    if not wanted:
-        return given, {}
-    chosen: dict[str, Choice] = {}
-    settings = dict(given)
-    if ranks.is_main:
-        earlier = recall_choices(Path(str(given.get("outputpath", "experiments/"))) / stem, given, seed, resume)
-        if earlier is not None:
-            chosen = earlier
-            settings |= {key: choice.value for key, choice in chosen.items()}
-        else:
-            settings, chosen = resolve(given, faults)
-    settings, chosen, sentences = ranks.from_main((settings, chosen, faults.sentences))
-    faults.sentences[:] = sentences
+    given = read_settings(config_file, overrides, faults)
+    if given is None:
+        return None, None, {}
+    with faults.noted():
+        given = name_model(given)
+    if "budget" in overrides and given.get("epochs") != AUTO:
+        faults.add(
+            f"budget chooses the number of epochs, but epochs is {given.get('epochs', 120)}; drop one of them, or set "
+            "epochs: auto"
+        )
+    settings, chosen = dict(given), {}
+    if automatic_keys(given):
+        if ranks.is_main:
+            folder = Path(str(given.get("outputpath", "experiments/"))) / Path(config_file).stem
+            recalled = recall_choices(folder, given, seed, resume)
+            chosen = resolve(given, faults) if recalled is None else recalled
+        chosen, faults.sentences[:] = ranks.from_main((chosen, faults.sentences))
+        settings |= {key: choice.value for key, choice in chosen.items()}
     if isinstance(settings.get("epochs"), int):
         pace = {key: choice for key, choice in choose_pace(settings["epochs"]).items() if settings.get(key) == AUTO}
         chosen |= pace
         settings |= {key: choice.value for key, choice in pace.items()}
-    return without_timed(settings), chosen
+    return given, check_settings(TrainConfig, without_timed(settings), faults), chosen
 
 
 def _has_learned(path: Path) -> bool:

@@ -31,10 +31,10 @@ def describe_run(run: "Run", weights: "FinalWeights") -> dict[str, str]:
 def describe_targets(run: "Run") -> str:
     """Say what a run learns from: labels, a store, or a teacher."""
     config = run.config
-    taught = f"soft targets of {config.logitspath}" if config.logitspath else None
+    targets = f"soft targets of {config.logitspath}" if config.logitspath else None
     if config.embeddingspath:
-        taught = f"embeddings of {config.embeddingspath}"
+        targets = f"embeddings of {config.embeddingspath}"
     if run.teacher is not None:
-        taught = f"{'embeddings' if run.embeds else 'answers'} of {run.teacher.name}, asked while training"
-    named = "labels" if taught is None or run.data.item_labels is not None else None
-    return " and ".join(filter(None, (named, taught)))
+        targets = f"{'embeddings' if run.embeds else 'probabilities'} of {run.teacher.name}, computed while training"
+    labels = "labels" if targets is None or run.data.item_labels is not None else None
+    return " and ".join(filter(None, (labels, targets)))

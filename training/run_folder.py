@@ -144,14 +144,13 @@ def recall_choices(parent: Path, given: dict[str, Any], seed: int, resume: str) 
         return None
     named = Path(resume).parent.parent if Path(resume).is_file() else Path(resume)
     folders = sorted(parent.glob("*/*/"), key=lambda folder: folder.name) if resume == "auto" else [named]
-    free = {*FREE_KEYS, "budget"} if resume != "auto" else set(FREE_KEYS)
     for folder in reversed(folders):
         if folder.is_symlink() or not (folder / "run.json").is_file() or (folder / FINISHED).is_file():
             continue
         there = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if not there.get("automatic"):
             continue
-        was, now = ({k: v for k, v in of.items() if k not in free} for of in (there["given"], given))
+        was, now = ({k: v for k, v in of.items() if k not in FREE_KEYS} for of in (there["given"], given))
         train_data, store = Path(str(given.get("train_data"))), Path(str(given.get("logitspath") or "")) / "meta.json"
         unchanged = train_data.is_file() and sha256(train_data) == there["identity"].get("train_data_sha256")
         targets = sha256(store) if given.get("logitspath") and store.is_file() else None

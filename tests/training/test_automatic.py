@@ -19,7 +19,7 @@ from models import create_model
 from tests.conftest import run_command
 from training import automatic, prepare
 from training.automatic import Choice, DataFacts, band_limit, choose, measure_pack, read_train_config
-from training.budget import choose_epochs
+from training.budget import Timing, choose_epochs, time_run
 from training.config import TrainConfig, read_minutes
 from training.data import open_training
 from training.prepare import prepare_run
@@ -186,10 +186,9 @@ def opened(tone_pack, **changes):
 
 
 @pytest.mark.parametrize(("budget", "passes"), [("1s", None), ("30s", (2, 199)), ("100h", (200, 200))])
-def test_the_budget_sets_the_epochs_and_timing_changes_nothing(tone_pack, monkeypatch, budget, passes):
-    monkeypatch.setattr("training.budget._time", lambda *_: (0.2, 0.1))
-    config, data, model, objective = opened(tone_pack, budget=budget)
-    found = choose_epochs(config, data, model, objective, torch.device("cpu"), 1)
+def test_the_budget_sets_the_epochs(tone_pack, budget, passes):
+    config, data, *_ = opened(tone_pack, budget=budget)
+    found = choose_epochs(config, len(data.items), Timing(0.2, 0.1))
     steps = found["epochs"].value * (found["epoch_length"].value if "epoch_length" in found else 2)
     assert steps * 0.2 <= config.budget * 60 or steps <= 10
     if passes:
@@ -198,19 +197,17 @@ def test_the_budget_sets_the_epochs_and_timing_changes_nothing(tone_pack, monkey
 
 
 @pytest.mark.parametrize("budget", ["2s", "3s"])
-def test_a_run_of_a_few_passes_is_cut_into_shorter_epochs_for_its_warm_up(tone_pack, monkeypatch, budget):
-    monkeypatch.setattr("training.budget._time", lambda *_: (0.2, 0.01))
-    config, data, model, objective = opened(tone_pack, budget=budget)  # 2 steps a pass, and 4 to 6 passes
-    found = choose_epochs(config.model_copy(update={"batch_size": 14}), data, model, objective, torch.device("cpu"), 1)
+def test_a_run_of_a_few_passes_is_cut_into_shorter_epochs_for_its_warm_up(tone_pack, budget):
+    config, data, *_ = opened(tone_pack, budget=budget)  # 2 steps a pass, and 4 to 6 passes
+    found = choose_epochs(config.model_copy(update={"batch_size": 14}), len(data.items), Timing(0.2, 0.01))
     n_steps = found["epochs"].value * found["epoch_length"].value
     assert 0.2 * n_steps <= 60 * config.budget or found["epoch_length"].value == 1
     assert found["warmup_epochs"].value <= found["epochs"].value / 10
 
 
-def test_an_epoch_length_that_is_given_counts_in_the_budget(tone_pack, monkeypatch):
-    monkeypatch.setattr("training.budget._time", lambda *_: (0.2, 0.01))
-    config, data, model, objective = opened(tone_pack, budget="10s", epoch_length=30)
-    found = choose_epochs(config, data, model, objective, torch.device("cpu"), 1)
+def test_an_epoch_length_that_is_given_counts_in_the_budget(tone_pack):
+    config, data, *_ = opened(tone_pack, budget="10s", epoch_length=30)
+    found = choose_epochs(config, len(data.items), Timing(0.2, 0.01))
     assert "epoch_length" not in found
     assert found["epochs"].value == 1  # of 6 s
 
@@ -219,8 +216,9 @@ def test_steps_are_timed_on_copies(tone_pack):
     config, data, model, objective = opened(tone_pack)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(5)
-    found = choose_epochs(config, data, model, objective, torch.device("cpu"), 1)
-    assert found["epochs"].value >= 1
+    timing = time_run(config, data, model, objective, torch.device("cpu"), 1)
+    assert 0 < timing.step_seconds < 60
+    assert 0 < timing.valid_seconds < 60
     drawn = torch.rand(3)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(3))
@@ -248,7 +246,7 @@ def test_a_model_without_published_weights_is_trained_as_one_from_random_weights
 
 def test_choices_are_made_once_and_taken_again_by_a_run_that_goes_on(tone_pack, tmp_path, monkeypatch):
     times = iter([0.05, 0.4, 0.7])
-    monkeypatch.setattr("training.budget._time", lambda *_: (next(times), 0.1))
+    monkeypatch.setattr("training.prepare.time_run", lambda *_: Timing(next(times), 0.1))
     first = prepared(tone_pack, tmp_path)
     written = yaml.safe_load((first.folder.path / "config.yaml").read_text())
     assert "auto" not in written.values()
@@ -287,7 +285,7 @@ def test_choices_for_other_soft_targets_are_not_taken_again(tmp_path):
 
 def test_a_folder_that_is_named_gives_its_choices(tone_pack, tmp_path, monkeypatch):
     times = iter([0.05])
-    monkeypatch.setattr("training.budget._time", lambda *_: (next(times), 0.1))
+    monkeypatch.setattr("training.prepare.time_run", lambda *_: Timing(next(times), 0.1))
     first = prepared(tone_pack, tmp_path)
     first.folder._lock.close()
     overrides = {"train_data": str(tone_pack), "eval_data": str(tone_pack), "valid_data": str(tone_pack)}
@@ -341,7 +339,7 @@ def test_arguments_of_the_files_own_model_are_left_out_for_another(tmp_path, cap
 
 
 def test_prepared_configurations_carry_no_auto(tone_pack, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.budget._time", lambda *_: (0.1, 0.1))
+    monkeypatch.setattr("training.prepare.time_run", lambda *_: Timing(0.1, 0.1))
     for key in ("epochs", "valid_every", "warmup_epochs"):
         changes = {"budget": None} if key == "epochs" else {}
         run = prepared(tone_pack, tmp_path / key, **{key: 3}, **changes).run

@@ -106,7 +106,7 @@ def test_what_is_not_known_is_not_judged():
         assert tally.constant_loss(Ranks()) is None
     check = checked(None)
     assert check.end_epoch({"step": 90, "epoch": 9, "loss": 1.0}, None, None) == {}
-    assert check.learns is check.verdict() is None
+    assert check.learns is check.summary() is None
 
 
 @pytest.mark.parametrize("n_clips", [40, 300])
@@ -167,21 +167,21 @@ def test_it_is_said_once_that_nothing_is_learnt_and_once_that_something_is(caplo
     with caplog.at_level("INFO"):
         assert check.end_epoch(entry(1, 2.1), None, None) == {"constant_loss": 2.0}  # early: not judged
         assert not caplog.records
-        assert check.mark == {}
+        assert check.postfix == {}
         for epoch in (2, 3, 4):
             assert check.end_epoch(entry(epoch, 1.97), None, None)["learns"] is False
         assert len(caplog.records) == 1
         assert caplog.records[0].levelname == "WARNING"
         for part in ("NOTHING IS LEARNT after epoch 2 of 10", "loss 1.9700", "constant answers 2.0000", "- a cause"):
             assert part in caplog.text
-        assert check.mark
-        assert "NOTHING WAS LEARNT" in check.verdict()
+        assert check.postfix
+        assert "NOTHING WAS LEARNT" in check.summary()
         for epoch in (5, 6):
             assert check.end_epoch(entry(epoch, 1.9), None, None)["learns"] is True
         assert len(caplog.records) == 2
         assert "something is learnt from epoch 5 on" in caplog.records[1].getMessage()
-        assert check.mark == {}
-        assert check.verdict() is None
+        assert check.postfix == {}
+        assert check.summary() is None
         check.end_epoch(entry(7, 1.99), None, None)  # at the edge: no back and forth
         assert len(caplog.records) == 2
         check.end_epoch(entry(8, 2.01), None, None)
@@ -194,7 +194,7 @@ def test_its_state_goes_on_where_it_was(caplog):
     batches = [batch_of("softmax", seed=seed) for seed in range(4)]
     one.targets.add(batches[0])
     one.end_epoch(entry(5, 9.0), None, None)
-    assert one.told
+    assert one.alarmed
     one.targets.add(batches[1])
     one.add_loss(3.0)
     state = one.state_dict()
@@ -207,7 +207,7 @@ def test_its_state_goes_on_where_it_was(caplog):
     results = [check.end_epoch(entry(6, 9.0), None, None) for check in (one, other)]
     assert results[0] == results[1]
     assert not caplog.records  # it was said before
-    assert one.verdict() == other.verdict()
+    assert one.summary() == other.summary()
 
 
 def test_a_fall_within_the_noise_of_the_epoch_is_none():
@@ -259,7 +259,7 @@ def test_a_run_that_learns_raises_no_alarm(tone_pack, tmp_path, caplog):
     assert [line["constant_loss"] for line in lines(tmp_path)] == pytest.approx(10 * [entropy])
     page = Page((tmp_path / "report.html").read_text())
     assert "NOTHING WAS LEARNT" not in page.text
-    assert run.learning.verdict() is None
+    assert run.learning.summary() is None
 
 
 def told(folder, caplog, *parts):
@@ -282,7 +282,7 @@ def test_without_a_learning_rate_nothing_is_learnt_and_it_is_named(tone_pack, tm
         result, run = train(tmp_path, settings(tone_pack, **changes))
     assert result["learns"] is False
     told(tmp_path, caplog, "learning rate: it is 0", "few clips: 28 for 7 classes, 4 a class", "with 0.3 every clip")
-    assert run.learning.mark == {"learnt": "NOTHING"}
+    assert run.learning.postfix == {"learnt": "NOTHING"}
 
 
 def test_labels_that_do_not_belong_to_the_clips_are_not_learnt(tone_pack, tmp_path, caplog):

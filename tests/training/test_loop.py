@@ -171,3 +171,29 @@ def test_fresh_masks_replace_the_replayed_ones_but_not_the_shift(tone_pack):
     assert (one["value"], one["min_value"]) != (other["value"], other["min_value"])
     assert fresh[(1, 0)]["value"] == other["value"]
     assert fresh[(2, 0)]["value"] != other["value"]
+
+
+@pytest.mark.parametrize(("fill_by", "tail"), [("silence", "zeros"), ("repeat", "the clip again")])
+def test_short_items_are_brought_to_one_length(tone_pack, fill_by, tail):
+    pack = Pack.open(tone_pack)
+    bounds = np.array([[0, 0, 3000], [1, 0, 16000]])
+    source = SeededItems(bounds, pack.sample_rate, Replay(), 1)
+    rates = [16000, 8000]
+    plain = ReplayDataset(pack, source, rates)
+    filled = ReplayDataset(pack, source, rates, fill_seconds=0.5, fill_by=fill_by)
+    for rate in rates:
+        clip, wanted = plain[(1, 0)]["waveforms"][rate], rate // 2
+        expected = torch.zeros(wanted)
+        for index in range(wanted):  # slow and obvious
+            expected[index] = clip[index % len(clip)] if tail != "zeros" or index < len(clip) else 0.0
+        assert torch.equal(filled[(1, 0)]["waveforms"][rate], expected)
+        assert torch.equal(filled[(1, 1)]["waveforms"][rate], plain[(1, 1)]["waveforms"][rate][:wanted])
+
+
+def test_repeated_clips_train_a_network_that_cannot_mask_padding(tone_pack, tmp_path, caplog):
+    changes = {"model": "mn01_as", "model_args": {"width": 0.1}, "epochs": 1, "valid_every": 1}
+    changes |= {"chunk_length": 1.0, "fill_chunks": "repeat"}
+    _, run = train(tmp_path, settings(tone_pack, **changes))
+    lengths = {len(run.dataset[(1, item)]["waveforms"][run.model.sample_rate]) for item in range(28)}
+    assert lengths == {run.model.sample_rate}
+    assert "batch norm learns with other statistics" not in caplog.text

@@ -256,7 +256,7 @@ def test_a_teacher_alone_needs_no_labels(configure, checkpoints, tone_pack, tmp_
     assert prepared.run.data.labels == LABELS
     assert "labels" not in prepared.run.dataset[(1, 0)]
     assert 0 < prepared.fit()["mAP"] <= 1
-    assert describe_targets(prepared.run) == "answers of audiotransformer_pico, asked while training"
+    assert describe_targets(prepared.run) == "probabilities of audiotransformer_pico, computed while training"
 
 
 @pytest.mark.parametrize(
