@@ -22,9 +22,10 @@ from common.errors import Faults, print_user_errors
 from distill.mask_check import check_masks
 from distill.replay import Replay
 from distill.sources import reference_lengths
-from training.config import SoftTargetConfig, read_config
-from training.data import open_pack
+from training.config import SoftTargetConfig
 from training.embedders import open_embedder
+from training.labelled import open_pack
+from training.settings import read_config
 from training.teacher import load_teacher
 from training.teaching import Embeddings, Question, SoftTargets, Teaching
 

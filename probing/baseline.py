@@ -8,7 +8,7 @@ from audio.dataset import Pack
 from common.errors import UserError
 from probing.data import ProbeSet
 from training.baseline import MOST_CLIPS, fit_baseline, fits_in_seconds
-from training.data import LabelledPack
+from training.labelled import LabelledPack
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from audio.manifest import parse_labels
 from common.errors import Faults, UserError, did_you_mean, some
 from models import read_labels
 from probing.options import ProbeOptions
-from training.data import LabelledPack, open_pack
+from training.labelled import LabelledPack, open_pack
 
 logger = logging.getLogger(__name__)
 

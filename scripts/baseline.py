@@ -26,7 +26,7 @@ from common.files import write_json
 from probing.data import in_order
 from probing.scores import COVERAGE, Score, score
 from training.baseline import Baseline, fit_baseline
-from training.data import LabelledPack, open_pack
+from training.labelled import LabelledPack, open_pack
 
 logger = logging.getLogger(__name__)
 

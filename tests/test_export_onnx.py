@@ -16,7 +16,7 @@ from models.onnx import write_label_table
 from tagging.onnx_engine import OnnxEngine
 from tests.conftest import run_command
 from tests.models.sounds import noise
-from training.data import open_labelled
+from training.labelled import open_labelled
 from training.metrics import evaluate_scores
 
 logging.getLogger("torch.__trace").propagate = False  # of interest to no reader of a failure

@@ -14,7 +14,7 @@ from audio.io import read_audio
 from common.numbers import read_numbers
 from models import create_model, load_model, save_checkpoint
 from run import Runner
-from training.data import open_labelled
+from training.labelled import open_labelled
 from training.metrics import evaluate_scores
 
 LABELS = [f"tone {index}" for index in range(7)]

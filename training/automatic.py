@@ -24,8 +24,9 @@ from common.errors import Faults, UserError
 from distill.targets import SoftTargetStore
 from models.loading import read_weights
 from models.registry import ModelEntry, list_models, model_entry
-from training.config import AUTO, TrainConfig, check_settings, read_settings
-from training.data import open_pack
+from training.config import AUTO, TrainConfig
+from training.labelled import open_pack
+from training.settings import check_settings, read_settings
 from training.student import starts_at_random
 from training.teacher import load_teacher
 
@@ -132,7 +133,7 @@ def choose(settings: Mapping[str, Any], facts: DataFacts, faults: Faults) -> dic
     """Choose a value for every key that says `auto` but those that take a timing (`TIMED`, see `training.budget`).
 
     Args:
-        settings: of a training configuration, see `training.config.read_settings`.
+        settings: of a training configuration, see `training.settings.read_settings`.
         facts: of its data.
         faults: gets keys that can never be automatic.
 
@@ -280,7 +281,7 @@ def resolve(settings: dict[str, Any], faults: Faults) -> dict[str, Choice]:
     """Look at the data of a configuration and choose for every `auto` but those that take a timing (`TIMED`).
 
     Args:
-        settings: of a training configuration, see `training.config.read_settings`.
+        settings: of a training configuration, see `training.settings.read_settings`.
         faults: gets keys that can never be automatic. What is wrong with the data is left to the code that opens them:
             where they cannot be opened, the choices are those for clips of 10 s.
     """
@@ -324,7 +325,7 @@ def name_model(settings: dict[str, Any]) -> dict[str, Any]:
 def read_train_config(path: str | Path, overrides: dict[str, Any], faults: Faults) -> TrainConfig | None:
     """Read a training configuration with every `auto` chosen but those of `TIMED`, which get 1.
 
-    Arguments as of `training.config.read_config`.
+    Arguments as of `training.settings.read_config`.
     """
     settings = _read_chosen(path, overrides, faults)
     return None if settings is None else check_settings(TrainConfig, without_timed(settings), faults)

@@ -30,8 +30,9 @@ from common.errors import UserError
 from common.files import write_json
 from training.baseline_features import FeatureTable, compute_features
 from training.baseline_variants import VARIANTS, Variant, affordable_variants, class_scores
-from training.data import LabelledPack, TrainingData
+from training.data import TrainingData
 from training.holdout import find_groups
+from training.labelled import LabelledPack
 from training.metrics import Metrics, evaluate_scores
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from distill.objectives import Objective
 from models import AudioTagger
 from training.automatic import Choice
 from training.config import TrainConfig
-from training.data import LabelledPack, TrainingData
+from training.data import TrainingData
+from training.labelled import LabelledPack
 from training.loop import Run
 from training.parallel import Ranks
 from training.student import starts_at_random

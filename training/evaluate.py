@@ -21,7 +21,7 @@ from models.headed import HeadedTagger
 from models.heads import check_classes
 from models.token_merging import Schedule
 from training.config import Mode
-from training.data import LabelledPack, open_labelled, open_pack
+from training.labelled import LabelledPack, open_labelled, open_pack
 from training.metrics import Metrics, evaluate_scores
 from training.parallel import Ranks
 from training.precision import Precision

@@ -25,10 +25,11 @@ from training.averaging import MovingAverage
 from training.chance import Chance, chance_bounds
 from training.checkpoints import BestCheckpoints
 from training.config import TrainConfig
-from training.data import LabelledPack, TrainingData
+from training.data import TrainingData
 from training.evaluate import predict_pack
 from training.finish import finish_run
 from training.journal import Journal
+from training.labelled import LabelledPack
 from training.learning_causes import likely_causes
 from training.learning_check import LearningCheck
 from training.metrics import Metrics, evaluate_scores

@@ -19,11 +19,12 @@ from distill.store import MatchedItems
 from models.devices import choose_device
 from training.automatic import Choice, automatic_keys, name_model, resolve, without_timed
 from training.budget import choose_epochs, choose_pace, time_run
-from training.config import AUTO, TrainConfig, check_settings, read_settings
+from training.config import AUTO, TrainConfig
 from training.data import TrainingData, open_training
 from training.loop import Run
 from training.parallel import Ranks
 from training.run_folder import RunFolder, choose_folder, log_to, recall_choices, run_identity
+from training.settings import check_settings, read_settings
 from training.smoke import smoke
 from training.student import create_student
 from training.teacher import Teacher, load_teacher

@@ -24,8 +24,9 @@ from models import AudioTagger, create_model, published_initialisation, save_che
 from models.base import Activation
 from models.labels import audioset_labels, labels_for, read_labels
 from training.config import SoftTargetConfig, TrainConfig
-from training.data import open_labelled, open_pack, open_training
+from training.data import open_training
 from training.embedding import store_embeddings
+from training.labelled import open_labelled, open_pack
 from training.teacher import Teacher, load_teacher
 from training.teaching import SoftTargets, Teaching
 

@@ -18,8 +18,8 @@ from common.errors import Faults, UserError, did_you_mean, some
 from models import AudioTagger, load_model
 from models.vit import SpectrogramTransformer
 from scripts.benchmarks.turns import take_turns
-from training.data import LabelledPack, open_labelled
 from training.evaluate import evaluate
+from training.labelled import LabelledPack, open_labelled
 from training.precision import Precision
 
 logger = logging.getLogger(__name__)

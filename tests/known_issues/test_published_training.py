@@ -19,9 +19,10 @@ from distill.targets import SoftTargetStore, StoredTargets, dense_target
 from models import create_model
 from tests.distill.stores import write_epoch
 from tests.distill.test_targets import pack_of, store_of
-from training.config import SoftTargetConfig, TrainConfig, read_config
+from training.config import SoftTargetConfig, TrainConfig
 from training.optim import create_optimizer
 from training.precision import Precision
+from training.settings import read_config
 from training.teacher import Teacher
 from training.teaching import SoftTargets, Teaching
 from training.trainer import Learner, Trainer

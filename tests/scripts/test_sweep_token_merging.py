@@ -14,7 +14,7 @@ from scripts.sweeps import token_merging
 from scripts.sweeps.results import figure, markdown, rows_csv
 from scripts.sweeps.token_merging import Point, Row, Spread, Sweep, batch_of, rows_of
 from tests.conftest import run_command
-from training.data import open_labelled
+from training.labelled import open_labelled
 from training.metrics import evaluate_scores
 
 LABELS = [f"tone {index}" for index in range(7)]

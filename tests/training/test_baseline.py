@@ -28,8 +28,8 @@ from training.baseline import (
 )
 from training.baseline_features import LogMel, compute_features, frame_ranges, log_mel, statistics
 from training.baseline_variants import REGRESSION, SVM, VARIANTS, affordable_variants
-from training.data import LabelledPack
 from training.holdout import find_groups
+from training.labelled import LabelledPack
 from training.metrics import evaluate_scores
 from training.report import write_report
 from training.run_folder import run_identity

@@ -13,8 +13,8 @@ from run import Runner
 from tests.training.test_resume import LABELS_ONLY, SETTINGS, StoppedError, final_weights, the_run, weights_of
 from training.averaging import norms_behind_weights, recomputed_batch_norm
 from training.checkpoints import BestCheckpoints, choose_final_weights, restore_best
-from training.data import open_labelled
 from training.evaluate import evaluate
+from training.labelled import open_labelled
 from training.parallel import Ranks
 from training.precision import Precision
 

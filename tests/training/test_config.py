@@ -5,7 +5,8 @@ import yaml
 
 from common.errors import Faults, UserError
 from training.automatic import read_train_config
-from training.config import SoftTargetConfig, TrainConfig, read_config
+from training.config import SoftTargetConfig, TrainConfig
+from training.settings import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = sorted((ROOT / "trainconfig").glob("*.yaml"))

@@ -19,8 +19,8 @@ from models import load_model
 from run import Runner
 from tests.conftest import ROOT, run_command, torchrun
 from tests.training.test_resume import LABELS_ONLY, SETTINGS, lines_of, the_run, weights_of
-from training.data import open_labelled
 from training.evaluate import evaluate
+from training.labelled import open_labelled
 from training.parallel import mirrored_shares
 from training.precision import Precision
 

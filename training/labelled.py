@@ -1,0 +1,119 @@
+"""Labelled packs: opened with every fault noted, their classes, clips held out of them or shared by two of them."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from audio.dataset import Pack
+from audio.manifest import parse_labels
+from common.errors import Faults, UserError, some
+from training.holdout import find_groups, hold_out
+
+logger = logging.getLogger(__name__)
+
+NUMBERED = (
+    "%s labels its clips with numbers: the %d that occur are taken for the names of the classes; if they are indices "
+    "into a longer list, give num_classes or labels_csv (index,mid,display_name)"
+)
+COMPARED = 8  # clips of the same name in two lists: "1.wav" may be another sound in another folder
+PACK_FIRST = "pack the sounds first: `python scripts/wavlist_to_hdf5.py LIST.tsv OUTDIR` writes OUTDIR/labels/LIST.tsv"
+
+
+@dataclass
+class LabelledPack:
+    """A pack and what each of its clips is labelled with.
+
+    Attributes:
+        pack: N clips.
+        labels: class indices of each clip.
+        num_classes: C.
+    """
+
+    pack: Pack
+    labels: list[np.ndarray]
+    num_classes: int
+
+    def multi_hot(self) -> np.ndarray:
+        """Return the labels as (N, C) of 0 and 1."""
+        targets = np.zeros((len(self.labels), self.num_classes), np.float32)
+        for row, indices in zip(targets, self.labels, strict=True):
+            row[indices] = 1.0
+        return targets
+
+
+def open_pack(path: str, faults: Faults, *, labelled: bool = False) -> Pack | None:
+    """Open a pack; what is wrong with it is noted in `faults`."""
+    required = ("filename", "hdf5path", "labels") if labelled else ("filename", "hdf5path")
+    if not Path(path).is_file():
+        faults.add(f"{path} does not exist; {PACK_FIRST}")
+        return None
+    try:
+        return Pack.open(path, required=required)
+    except UserError as error:
+        faults.add(str(error))
+        return None
+
+
+def open_labelled(path: str, labels: list[str], faults: Faults) -> LabelledPack | None:
+    """Open a pack with a `labels` column of indices into `labels`, or of names in it."""
+    pack = open_pack(path, faults, labelled=True)
+    indices = None if pack is None else read_clip_labels(pack, labels, faults)
+    return None if pack is None or indices is None else LabelledPack(pack, indices, len(labels))
+
+
+def read_clip_labels(pack: Pack, labels: list[str], faults: Faults) -> list[np.ndarray] | None:
+    """Return the class indices of each clip of a pack; what is wrong with its `labels` column is noted in `faults`."""
+    try:
+        return parse_labels(pack.table["labels"], labels, pack.names)
+    except UserError as error:
+        faults.add(f"{pack.manifest}: {error}")
+        return None
+
+
+def vocabulary(pack: Pack) -> list[str]:
+    """Return the class names in a pack's `labels` column: in alphabetical order, or by size where all are numbers."""
+    names = {token.strip() for cell in pack.table["labels"].unique() for token in str(cell).split(";")} - {""}
+    if not all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names)
+    logger.info(NUMBERED, pack.manifest, len(names))
+    return sorted(names, key=lambda name: (int(name), name))
+
+
+def hold_out_clips(
+    pack: Pack, fraction: float, labels: list[str], faults: Faults
+) -> tuple[np.ndarray, LabelledPack | None]:
+    """Return which clips are held out, bool (N,), and the pack of these; None where something is wrong."""
+    if "labels" not in pack.table:
+        faults.add(
+            f"valid_fraction holds out clips to be judged by, but {pack.manifest} has no `labels` column; add it, give "
+            "valid_data, or set select_on: eval as published"
+        )
+        return np.zeros(len(pack), bool), None
+    indices = read_clip_labels(pack, labels, faults)
+    if indices is None:
+        return np.zeros(len(pack), bool), None
+    column, groups = find_groups(pack)
+    kept_together = None if column is None else groups.tolist()
+    held = hold_out(pack.names, indices, len(labels), fraction, kept_together)
+    if not held.any():  # every class has one clip, or one group, alone
+        held = hold_out(pack.names, indices, len(labels), fraction, kept_together, spare_single_clips=False)
+    if column is not None:
+        logger.info("%d clips of %d groups (%s) are held out", held.sum(), len(set(groups[held].tolist())), column)
+    rows = np.flatnonzero(held)
+    return held, LabelledPack(pack.subset(rows), [indices[row] for row in rows], len(labels))
+
+
+def warn_of_overlap(pack: Pack, other: Pack, path: str) -> None:
+    """Say so where clips are learnt from and judged by: of the same name, and of the same samples in those compared."""
+    rows = {name: row for row, name in enumerate(pack.names)}
+    pairs = [(rows[name], row) for row, name in enumerate(other.names) if name in rows]
+    if any(np.array_equal(pack.read(own), other.read(row)) for own, row in pairs[:COMPARED]):
+        logger.warning(
+            "%d clips are in %s and in %s, whose figures are then too good: %s",
+            len(pairs),
+            pack.manifest,
+            path,
+            some(other.names[row] for _, row in pairs),
+        )
