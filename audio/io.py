@@ -3,57 +3,54 @@
 S samples. Waveforms are float32 with full scale at 1.0.
 """
 
-import math
 import os
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import soxr
 
+from audio.channels import Downmixer
+from audio.decoders import LARGEST_SAMPLE, LOWEST_RATE, FileDecoder
+from audio.errors import AudioReadError
 from common.errors import UserError
 
-# What libsndfile decodes without being told a format; lower case, with the dot.
+__all__ = [
+    "AUDIO_EXTENSIONS",
+    "FOREIGN_EXTENSIONS",
+    "LARGEST_SAMPLE",
+    "LOSSES",
+    "LOWEST_RATE",
+    "WARNINGS",
+    "AudioBlocks",
+    "AudioReadError",
+    "Decoded",
+    "decode",
+    "find_audio_files",
+    "from_int16",
+    "read_audio",
+    "resample",
+    "to_int16",
+]
+
+# What is looked for in folders; lower case, with the dot. A file that is named is read whatever its name.
 AUDIO_EXTENSIONS = frozenset(
     f".{name}"
     for name in (
-        *("wav", "wave", "flac", "ogg", "oga", "opus", "mp3", "mp2", "aiff", "aif", "aifc"),
-        *("au", "snd", "caf", "w64", "rf64", "sph", "nist", "voc", "avr", "8svx"),
+        *("wav", "wave", "flac", "ogg", "oga", "opus", "mp3", "mp2", "mpga", "aiff", "aif", "aifc"),
+        *("au", "snd", "caf", "w64", "rf64", "bw64", "sph", "nist", "voc", "avr", "8svx", "svx"),
+        *("m4a", "m4b", "mp4", "aac", "wma", "webm", "mka", "mkv", "wv", "ape", "3gp", "3g2", "amr", "awb", "ac3"),
+        *("eac3", "tta", "tak", "spx", "mov", "avi", "flv", "asf", "mts", "m2ts", "mpg", "mpeg", "ogv", "ogx"),
+        *("mpc", "dsf", "ra", "rm", "shn", "qoa", "m4v", "wmv", "f4v", "vob"),
     )
 )
-# Known to be sound, though libsndfile cannot decode them: names in published stores carry these too.
-FOREIGN_EXTENSIONS = frozenset((".m4a", ".mp4", ".aac", ".wma", ".webm", ".mkv", ".wv", ".ape"))
+# Known to be sound, though not decoded: names in published stores carry these too.
+FOREIGN_EXTENSIONS = frozenset((".mid", ".midi", ".m4p", ".aax", ".aa"))
 
-LOWEST_RATE = 100  # Hz
-LARGEST_SAMPLE = 1e10  # whole numbers of 32 bits pass; what is far beyond them overflows in any spectrum
-
-# The most that is read at once: frames, seconds (headers may announce any rate), samples of all channels.
-_BLOCK_FRAMES, _BLOCK_SECONDS, _BLOCK_SAMPLES = 1 << 18, 10, 1 << 22
-_SHORT_BODY = re.compile(r"\b(?:data|SSND) *: *(\d+) \(should be (\d+)\)")
-# Lengths that a program writing to a pipe puts into a header because it cannot know better.
-UNKNOWN_LENGTHS = {0, 0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0xFFFFFFFF}
-
-
-class AudioReadError(UserError):
-    """A sound file that cannot be used.
-
-    Attributes:
-        path: the file, as given.
-        reason: what is wrong with it, in a few words.
-        kind: "unreadable", "empty" (no samples) or "nan" (samples that are not finite numbers).
-    """
-
-    def __init__(self, path: str | Path, reason: str, kind: str = "unreadable") -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
-        self.kind = kind
-
-    def __reduce__(self) -> tuple[type, tuple[str | Path, str, str]]:
-        return type(self), (self.path, self.reason, self.kind)  # else it cannot cross from a worker process
+# Kinds of warnings that mean that sound is missing; the others say what was done about something odd.
+LOSSES = frozenset(("truncated", "damaged"))
+WARNINGS = ("truncated", "damaged", "repaired", "joined", "rescaled", "out_of_phase")
 
 
 @dataclass(frozen=True)
@@ -64,29 +61,36 @@ class Decoded:
         waveform: float32 (S,) when mixed down, else (S, channels); full scale is 1.0.
         sample_rate: of `waveform`, in Hz.
         source_rate: of the file, in Hz.
-        truncated: the file ends before the length that its header announces.
+        warnings: what is odd about the file, see `AudioBlocks`.
     """
 
     waveform: np.ndarray
     sample_rate: int
     source_rate: int
-    truncated: bool
+    warnings: dict[str, str] = field(default_factory=dict)
 
 
 class AudioBlocks:
     """A sound file, decoded block by block: the memory it takes does not depend on the file's length.
 
-    Iterating gives float32 blocks (S,), or (S, channels) without mixing down; full scale is 1.0.
+    Iterating, once, gives float32 blocks (S,), or (S, channels) without mixing down; full scale is 1.0. Where the
+    file's rate or channels change, everything gets the wanted rate, or that of the beginning, and its channels.
+
+    WAV, FLAC and whatever else libsndfile reads whole are decoded by it; everything else, and what it breaks off in, by
+    FFmpeg.
 
     Args:
-        path: any file that libsndfile reads.
+        path: a sound file of any kind.
         sample_rate: rate wanted in Hz; the file's own when None.
-        mix_down: average the channels.
+        mix_down: average the channels (see `audio.channels.Downmixer` for those of opposite polarity).
 
     Attributes:
         sample_rate: of the blocks, in Hz, known once the first block was read.
         source_rate: of the file, in Hz, likewise.
-        truncated: the file ends before the length that its header announces; known at the end.
+        warnings: kind → what is odd, a sentence without its subject; known at the end. Kinds: "truncated" (it ends
+            early), "damaged" (something in it cannot be decoded), "repaired" (its header is wrong, nothing is lost),
+            "joined" (its rate or channels change), "rescaled" (integers stored as floating-point values),
+            "out_of_phase" (channels of opposite polarity).
 
     Raises:
         AudioReadError: while iterating: missing, unreadable, empty, or with samples that are not finite.
@@ -97,71 +101,104 @@ class AudioBlocks:
         self.wanted_rate = sample_rate
         self.mix_down = mix_down
         self.sample_rate = self.source_rate = 0
-        self.truncated = False
+        self.warnings: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        path = self.path
-        try:
-            if not path.exists():
-                raise AudioReadError(path, "there is no such file")
-            if path.is_dir():
-                raise AudioReadError(path, "is a folder, not a sound file")
-            if path.stat().st_size == 0:
-                raise AudioReadError(path, "the file has no content (0 bytes)", kind="empty")
-            with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be text
-                yield from self._blocks(file)
-        except (soundfile.SoundFileError, TypeError, OSError) as error:
-            # TypeError: header-less formats (.raw), for which soundfile wants a rate.
-            message = (getattr(error, "error_string", None) or str(error)).strip().rstrip(".")
-            if "does not exist" in message:  # libsndfile says so of an .mp3 without a sound frame, too
-                message = "no sound found in it"
-            if path.suffix.lower() in FOREIGN_EXTENSIONS:
-                message += f"; convert {path.suffix} to .flac or .wav first"
-            raise AudioReadError(path, f"cannot be decoded ({message})") from None
+        decoder = FileDecoder(self.path)
+        yield from self._converted(decoder)
+        self.warnings = decoder.warnings | self.warnings
 
-    def _blocks(self, file: soundfile.SoundFile) -> Iterator[np.ndarray]:
-        if file.samplerate < LOWEST_RATE:
-            raise AudioReadError(
-                self.path, f"its header announces {file.samplerate} Hz; below {LOWEST_RATE} is no sound"
-            )
-        n_block = min(_BLOCK_FRAMES, _BLOCK_SECONDS * file.samplerate, _BLOCK_SAMPLES // file.channels)
-        self.source_rate = file.samplerate
-        self.sample_rate = self.wanted_rate or self.source_rate
-        n_channels = 1 if self.mix_down else file.channels
-        stream = None
-        if self.sample_rate != self.source_rate:
-            stream = soxr.ResampleStream(self.source_rate, self.sample_rate, n_channels, dtype="float32", quality="HQ")
-        n_read = n_given = 0
-        last = False
-        while not last:
-            block = file.read(n_block, dtype="float32", always_2d=True)  # (S, channels)
-            peak = max(-float(block.min()), float(block.max())) if len(block) else 0.0
-            if not math.isfinite(peak):
-                reason = "has samples that are not finite numbers (NaN or infinite)"
-                raise AudioReadError(self.path, reason, kind="nan")
-            if peak > LARGEST_SAMPLE:
-                raise AudioReadError(self.path, f"has samples of {peak:.1e}, where full scale is 1: is it damaged?")
-            n_read += len(block)
-            last = len(block) < n_block
-            if n_read == 0:
-                raise AudioReadError(self.path, "has no samples", kind="empty")
-            if self.mix_down:
-                block = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
-            if stream is not None:
-                block = stream.resample_chunk(block, last=last)
-            if last and n_given + len(block) == 0:  # a handful of samples, resampled to none
-                block = np.zeros((1, *block.shape[1:]), np.float32)
+    def _converted(self, blocks: Iterable[tuple[np.ndarray, int]]) -> Iterator[np.ndarray]:
+        """Mix down and resample; each stretch of one rate and as many channels has a resampler of its own."""
+        n_given = 0
+        n_opposite = n_mixed = 0.0  # seconds
+        shapes: dict[tuple[int, int], None] = {}
+        converter: Converter | None = None
+        for block, rate, is_last in _with_ends(blocks):
+            shape = rate, block.shape[1]
+            if converter is None:
+                if not shapes:
+                    self.source_rate, self.sample_rate = rate, self.wanted_rate or rate
+                shapes[shape] = None
+                converter = Converter(*shape, self.sample_rate, None if self.mix_down else next(iter(shapes))[1])
+            block = converter.push(block, is_last)
             n_given += len(block)
             if len(block):
-                yield np.ascontiguousarray(block, dtype=np.float32)
-        self.truncated = n_read < file.frames or _body_is_short(file.extra_info)
+                yield block
+            if is_last:
+                if converter.mixer is not None:
+                    n_opposite += converter.mixer.n_opposite / rate
+                    n_mixed += converter.mixer.n_samples / rate
+                converter = None
+        if not shapes:
+            raise AudioReadError(self.path, "has no samples", kind="empty")
+        if n_given == 0:  # a handful of samples, resampled to none
+            yield np.zeros(1 if self.mix_down else (1, next(iter(shapes))[1]), np.float32)
+        if len(shapes) > 1:
+            self.warnings["joined"] = describe_joined(list(shapes), self.sample_rate)
+        if n_opposite:
+            self.warnings["out_of_phase"] = describe_opposite(n_opposite, n_mixed)
+
+
+def _with_ends(blocks: Iterable[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int, bool]]:
+    """Give with each block whether it is the last one of its rate and number of channels."""
+    held: tuple[np.ndarray, int] | None = None
+    for block, rate in blocks:
+        if held is not None:
+            yield *held, (held[1], held[0].shape[1]) != (rate, block.shape[1])
+        held = block, rate
+    if held is not None:
+        yield *held, True
+
+
+class Converter:
+    """Mixes down, or makes channels alike, and resamples: blocks of one rate and as many channels.
+
+    Args:
+        rate: of the blocks, in Hz.
+        n_channels: of the blocks.
+        wanted: rate wanted, in Hz.
+        n_wanted: channels; None: mix down.
+    """
+
+    def __init__(self, rate: int, n_channels: int, wanted: int, n_wanted: int | None) -> None:
+        self.rate, self.n_channels, self.n_wanted = rate, n_channels, n_wanted
+        self.mixer = Downmixer(rate) if n_wanted is None else None
+        self.stream = None
+        if rate != wanted:
+            self.stream = soxr.ResampleStream(rate, wanted, n_wanted or 1, dtype="float32", quality="HQ")
+
+    def push(self, block: np.ndarray, is_last: bool) -> np.ndarray:
+        """Take float32 (S, channels), give (S',) or (S', channels wanted); with the last block all that remains."""
+        if self.mixer is not None:
+            block = self.mixer.push(block, is_last)
+        elif self.n_channels != self.n_wanted:
+            block = block.mean(axis=1, keepdims=True).repeat(self.n_wanted or 1, axis=1)
+        if self.stream is not None:
+            block = self.stream.resample_chunk(block, last=is_last)
+        return np.ascontiguousarray(block, dtype=np.float32)
+
+
+def describe_joined(shapes: list[tuple[int, int]], sample_rate: int) -> str:
+    """Say that rates or channels change: the (rate, channels) that occur, and the rate of what is given."""
+    each = " and ".join(f"{rate} Hz with {n} channel{'s' * (n > 1)}" for rate, n in shapes[:3])
+    more = f" and {len(shapes) - 3} others" if len(shapes) > 3 else ""
+    return f"holds streams of different kinds one behind the other ({each}{more}), all given at {sample_rate} Hz"
+
+
+def describe_opposite(n_opposite: float, n_seconds: float) -> str:
+    """Say for how many of a sound's seconds its channels are of opposite polarity."""
+    return (
+        f"has stereo channels of opposite polarity in {n_opposite:.2f} of {n_seconds:.2f} s, where half their "
+        "difference was taken, since their mean is near silence"
+    )
 
 
 def decode(path: str | Path, sample_rate: int | None = None, *, mix_down: bool = True) -> Decoded:
     """Decode a whole sound file; only the wanted rate and channels are ever held whole.
 
     Args:
-        path: any file that libsndfile reads.
+        path: a sound file of any kind.
         sample_rate: rate wanted in Hz; the file's own when None.
         mix_down: average the channels.
 
@@ -171,23 +208,14 @@ def decode(path: str | Path, sample_rate: int | None = None, *, mix_down: bool =
     blocks = AudioBlocks(path, sample_rate, mix_down=mix_down)
     parts = list(blocks)
     waveform = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return Decoded(waveform, blocks.sample_rate, blocks.source_rate, blocks.truncated)
-
-
-def _body_is_short(header_log: str) -> bool:
-    """Whether libsndfile noted that the samples end before the length in the header."""
-    found = _SHORT_BODY.search(header_log)
-    if not found:
-        return False
-    announced, present = int(found[1]), int(found[2])
-    return announced > present and announced not in UNKNOWN_LENGTHS
+    return Decoded(waveform, blocks.sample_rate, blocks.source_rate, blocks.warnings)
 
 
 def read_audio(path: str | Path, sample_rate: int | None = None) -> tuple[np.ndarray, int]:
     """Read a sound file as one channel.
 
     Args:
-        path: any file that libsndfile reads (wav, flac, ogg, mp3, aiff, ...).
+        path: a sound file of any kind.
         sample_rate: rate wanted in Hz; the file's own when None.
 
     Returns:
@@ -236,8 +264,9 @@ def find_audio_files(paths: Iterable[str | Path]) -> list[Path]:
     """List the sound files that a command line means.
 
     Args:
-        paths: files, which are kept whatever their name, and folders, which are searched with all below them for the
-            extensions of sound, in any case: also of those that libsndfile does not read, so that they are told of.
+        paths: files, which are kept whatever their name, and folders, which are searched with all below them, also
+            behind links, for the extensions of sound, in any case: also of those that are not decoded, and links that
+            lead nowhere, so that they are told of.
 
     Returns:
         Files in the order of `paths`, each folder's sorted, none twice.
@@ -253,7 +282,7 @@ def find_audio_files(paths: Iterable[str | Path]) -> list[Path]:
                 known = " ".join(sorted(AUDIO_EXTENSIONS))
                 raise UserError(f"{path}: the folder holds no sound file (looked, also below it, for {known})")
             found.update(dict.fromkeys(inside))
-        elif path.exists():
+        elif path.exists() or path.is_symlink():
             found[path] = None
         else:
             raise UserError(f"{path}: there is no such file or folder")
@@ -264,8 +293,47 @@ def _sounds_below(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be searched ({error.strerror})")
 
-    for parent, _, names in os.walk(folder, onerror=refuse):
+    wanted = AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS
+    for parent, _, names in walk_folders(folder, refuse):
         for name in names:
             # ._NAME is what macOS keeps beside a file on foreign disks
-            if os.path.splitext(name)[1].lower() in AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS and not name.startswith("._"):
-                yield Path(parent, name)
+            if os.path.splitext(name)[1].lower() in wanted:
+                if not name.startswith("._"):
+                    yield Path(parent, name)
+            elif os.path.islink(path := os.path.join(parent, name)) and not os.path.exists(path):
+                yield Path(path)  # perhaps of a folder of sounds, which is gone
+
+
+def walk_folders(
+    folder: str | Path, on_error: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk a folder as `os.walk` does, also through links to folders, each folder once.
+
+    A folder that lies below `folder` itself and is linked to as well is walked where it lies; one that is linked to
+    twice, where the first link is, in the order of names; one above `folder` not at all.
+
+    Args:
+        folder: where to begin.
+        on_error: called with what keeps a folder from being read.
+    """
+    links: list[str] = []
+    seen: set[tuple[int, int]] = set()
+
+    def walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
+        for parent, folders, names in os.walk(top, onerror=on_error):
+            status = os.stat(parent)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            links.extend(path for name in folders if os.path.islink(path := os.path.join(parent, name)))
+            yield parent, folders, names
+
+    root = os.path.realpath(folder)
+    yield from walk(os.fspath(folder))
+    while links:  # behind all that lies in the folder itself
+        links.sort(reverse=True)
+        link = links.pop()
+        target = os.path.realpath(link)
+        if not root.startswith(os.path.join(target, "")):  # a folder above would bring everything that lies there
+            yield from walk(link)

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,17 +16,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from audio.io import AudioReadError, decode, to_int16
-from audio.manifest import normalise, resolve
-from audio.shards import ShardWriter
+from audio.manifest import name_fault, normalise, resolve
+from audio.pack_report import Report
+from audio.shards import LAYOUTS, ShardWriter
 from common.errors import UserError, some
 from common.files import whole_file, write_json
+
+PUBLISHED = "published"  # the clips layout with base names for keys, which is all that CED's own tools read
+PACK_LAYOUTS = (*LAYOUTS, PUBLISHED)
+PUBLISHED_RATE = 16000  # Hz, which these tools take every pack for
 
 _CLIPS_IN_FLIGHT = 8  # for each worker
 _CLIPPED_RUN = 3  # neighbours at full scale
@@ -44,7 +48,7 @@ class Clip:
         source_rate: of the file, in Hz.
         silent: every sample is zero.
         clipped: the sound passes full scale, or stays at it.
-        truncated: the file ends before its header says.
+        warnings: what else is odd about the file, see `audio.io.AudioBlocks`.
     """
 
     samples: np.ndarray | None = None
@@ -53,91 +57,7 @@ class Clip:
     source_rate: int = 0
     silent: bool = False
     clipped: bool = False
-    truncated: bool = False
-
-
-@dataclass
-class Report:
-    """What became of every row of a list; names are as listed.
-
-    Attributes:
-        sample_rate: of the pack, in Hz.
-        n_listed: rows of the list.
-        n_packed: clips that were packed.
-        n_samples: their length together.
-        source_rates: how many packed files had which rate in Hz.
-        left_out: for each of "unreadable", "empty", "nan", "duplicate": name and reason.
-        noted: for each of "silent", "clipped", "truncated": names, which are packed nevertheless.
-        files: what was written.
-    """
-
-    sample_rate: int
-    n_listed: int
-    n_packed: int = 0
-    n_samples: int = 0
-    source_rates: Counter[int] = field(default_factory=Counter)
-    left_out: dict[str, list[tuple[str, str]]] = field(
-        default_factory=lambda: {fault: [] for fault in ("unreadable", "empty", "nan", "duplicate")}
-    )
-    noted: dict[str, list[str]] = field(
-        default_factory=lambda: {note: [] for note in ("silent", "clipped", "truncated")}
-    )
-    files: list[str] = field(default_factory=list)
-
-    @property
-    def hours(self) -> float:
-        """Length of all packed clips."""
-        return self.n_samples / self.sample_rate / 3600
-
-    @property
-    def n_resampled(self) -> int:
-        """How many packed clips had another rate in their file."""
-        return self.n_packed - self.source_rates[self.sample_rate]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the counts first, then every name."""
-        left_out = {
-            fault: [{"filename": name, "reason": reason} for name, reason in rows]
-            for fault, rows in self.left_out.items()
-        }
-        return {
-            "sample_rate": self.sample_rate,
-            "listed": self.n_listed,
-            "packed": self.n_packed,
-            "hours": round(self.hours, 4),
-            "resampled": self.n_resampled,
-            "source_rates": {str(rate): n for rate, n in sorted(self.source_rates.items())},
-            "left_out": {fault: len(rows) for fault, rows in left_out.items()},
-            "noted": {note: len(names) for note, names in self.noted.items()},
-            "files": self.files,
-            "left_out_clips": left_out,
-            "noted_clips": self.noted,
-        }
-
-    def summary(self) -> str:
-        """Return a few lines for a person."""
-        rates = ", ".join(
-            f"{n} from {rate} Hz" for rate, n in sorted(self.source_rates.items()) if rate != self.sample_rate
-        )
-        lines = [
-            f"packed      {self.n_packed} of {self.n_listed} clips, {_duration(self.n_samples / self.sample_rate)} "
-            f"at {self.sample_rate} Hz",
-            f"resampled   {self.n_resampled}" + (f" ({rates})" if rates else ""),
-        ]
-        for fault, rows in self.left_out.items():
-            first = f"   left out, e.g. {rows[0][0]}: {rows[0][1]}" if rows else ""
-            lines.append(f"{_TITLES[fault]:<11} {len(rows)}{first}")
-        for note, names in self.noted.items():
-            first = f"   packed all the same, e.g. {some(names, 2)}" if names else ""
-            lines.append(f"{note:<11} {len(names)}{first}")
-        return "\n".join(lines)
-
-
-_TITLES = {"unreadable": "unreadable", "empty": "empty", "nan": "NaN", "duplicate": "duplicate"}
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.1f} seconds"
+    warnings: dict[str, str] = field(default_factory=dict)
 
 
 def load_clip(path: str | Path, sample_rate: int, stereo: bool = False) -> Clip:
@@ -157,7 +77,7 @@ def load_clip(path: str | Path, sample_rate: int, stereo: bool = False) -> Clip:
         source_rate=decoded.source_rate,
         silent=not samples.any(),
         clipped=_is_clipped(waveform, samples),
-        truncated=decoded.truncated,
+        warnings=decoded.warnings,
     )
 
 
@@ -248,6 +168,7 @@ def pack(
     *,
     sample_rate: int = 16000,
     layout: str = "flat",
+    fullname: bool = False,
     stereo: bool = False,
     size_per_file: int = 50_000,
     n_workers: int = 4,
@@ -264,7 +185,8 @@ def pack(
         output: folder to write to; as given, it becomes part of the column `hdf5path`.
         name: of the pack.
         sample_rate: of the pack in Hz; every clip is resampled to it.
-        layout: of the shards, "flat" or "clips".
+        layout: of the shards, "flat" or "clips"; or "published": clips under their base names, without folders.
+        fullname: in the published layout keep whole names as listed, as CED's own script does with --fullname.
         stereo: keep two channels (clips layout only).
         size_per_file: clips a shard.
         n_workers: decoding processes; 0 decodes in this one.
@@ -284,6 +206,9 @@ def pack(
     _check_arguments(list_path, manifest, sample_rate, layout, stereo, size_per_file, n_workers)
     report = Report(sample_rate, len(table))
     rows = _rows_to_pack(table, report)
+    is_base = layout == PUBLISHED and not fullname
+    if is_base:
+        _refuse_equal_base_names([str(table["filename"].iat[row]) for row in rows], list_path)
     paths = [resolve(str(table["filename"].iat[row]), list_path) for row in rows]
     load = partial(load_clip, sample_rate=sample_rate, stereo=stereo)
     clips = load_clips(paths, load, min(n_workers, len(paths)))
@@ -304,9 +229,11 @@ def pack(
                 if writer is not None:
                     writer.finish()
                 shard_paths.append(output / hdf5_folder / f"{name}_{len(shard_paths)}.h5")
-                writer = until_all_are_written.enter_context(ShardWriter(shard_paths[-1], sample_rate, layout))
+                writer = until_all_are_written.enter_context(
+                    ShardWriter(shard_paths[-1], sample_rate, "clips" if layout == PUBLISHED else layout)
+                )
             try:
-                writer.append(clip_name, clip.samples)
+                writer.append(Path(clip_name).name if is_base else clip_name, clip.samples)
             except ValueError as error:
                 reason = f"the name cannot stand beside the others in the clips layout ({error})"
                 report.left_out["duplicate"].append((clip_name, reason))
@@ -343,7 +270,12 @@ def _check_arguments(
             f"found sample_rate {sample_rate}, size_per_file {size_per_file}, n_workers {n_workers}; wanted the first "
             "two above 0 and the last not below"
         )
-    if stereo and layout != "clips":
+    if layout == PUBLISHED and sample_rate != PUBLISHED_RATE:
+        raise UserError(
+            f"--layout {PUBLISHED} is for CED's own tools, which take every pack for {PUBLISHED_RATE} Hz; found "
+            f"--sample_rate {sample_rate}: leave it out, or choose another layout"
+        )
+    if stereo and layout == "flat":
         raise UserError("two channels can be kept in the clips layout only: add --layout clips, or leave --stereo out")
     if manifest.resolve() == Path(list_path).resolve():
         raise UserError(
@@ -357,6 +289,8 @@ def _rows_to_pack(table: pd.DataFrame, report: Report) -> list[int]:
     for row, name in enumerate(table["filename"]):
         if not name:
             report.left_out["unreadable"].append((name, f"row {row + 1} has no filename"))
+        elif fault := name_fault(name):
+            report.left_out["unreadable"].append((name, fault))
         elif normalise(name) in seen:
             report.left_out["duplicate"].append((name, f"listed again in row {row + 1}; the first was kept"))
         else:
@@ -365,13 +299,28 @@ def _rows_to_pack(table: pd.DataFrame, report: Report) -> list[int]:
     return rows
 
 
+def _refuse_equal_base_names(names: Sequence[str], list_path: str | Path) -> None:
+    by_base: dict[str, list[str]] = {}
+    for name in names:
+        by_base.setdefault(Path(name).name, []).append(name)
+    twice = [" and ".join(paths[:2]) for paths in by_base.values() if len(paths) > 1]
+    if twice:
+        raise UserError(
+            f"{list_path}: --layout {PUBLISHED} knows clips by their base names, which several share: {some(twice)}; "
+            "rename these files, or choose --layout clips or flat, which keep folders apart"
+        )
+
+
 def _note(report: Report, name: str, clip: Clip) -> None:
     report.n_packed += 1
     report.n_samples += clip.samples.shape[-1] if clip.samples is not None else 0
     report.source_rates[clip.source_rate] += 1
-    for note, holds in (("silent", clip.silent), ("clipped", clip.clipped), ("truncated", clip.truncated)):
+    for note, holds in (("silent", clip.silent), ("clipped", clip.clipped)):
         if holds:
             report.noted[note].append(name)
+    for kind, text in clip.warnings.items():
+        report.noted[kind].append(name)
+        report.warnings.append((name, kind, text))
 
 
 def _nothing_packed(list_path: str | Path, report: Report) -> str:

@@ -30,6 +30,7 @@ import numpy as np
 
 from audio.io import AudioBlocks, AudioReadError
 from common.errors import UserError, print_user_errors
+from common.parser import Parser
 from tagging.engines import Engine, open_engine
 from tagging.events import merge_events
 from tagging.files import TaggedFile, TaggedWindow, Wanted, tag_files
@@ -56,7 +57,7 @@ BUSY = '<p class="hint">&nbsp;</p>'  # room for the progress bar
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Serve a page on which to try a model.")
+    parser = Parser(description="Serve a page on which to try a model.")
     add = parser.add_argument
     add("-m", "--model", default="ced_mini", help="a model's name, a checkpoint, a run's folder, or an .onnx file")
     add("--weights", help="file or address with the weights of the model named by -m")
@@ -161,7 +162,7 @@ class Page:
         except AudioReadError as error:
             raise UserError(
                 f"{path.name} is not a sound that can be read here: {error.reason}. Wanted: wav, flac, ogg, opus, mp3, "
-                "aiff and other formats of libsndfile."
+                "m4a, webm, wma, aiff or any other format of libsndfile or FFmpeg."
             ) from None
         return np.concatenate(blocks)
 
@@ -235,8 +236,8 @@ def build(page: Page, options: argparse.Namespace, folder: Path) -> Any:
             except Exception:
                 logging.exception("a fault of the page")
                 raise stop("Something went wrong that should not have: the server's console tells what.") from None
-            if file.note is not None:
-                gr.Warning(html.escape(f"{path.name} {file.note}.", quote=False))
+            for sentence in file.warnings.values():
+                gr.Warning(html.escape(f"{path.name} {sentence}.", quote=False), duration=None)
             download = gr.DownloadButton(value=rows, interactive=True)
             yield (
                 gr.Image(value=str(picture), visible=True),

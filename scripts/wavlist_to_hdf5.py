@@ -1,14 +1,17 @@
 r"""Pack a list of sound files into HDF5.
 
-The list is a table with a header and a column `filename`; all other columns (labels ...) are kept. A plain list
-will do:
+The list is a table with a header and a column `filename`; all other columns (labels ...) are kept. AudioSet's own
+lists (balanced_train_segments.csv) are read as they are: put one beside or above the sounds. A plain list will do:
 
     find my_sounds -name '*.wav' | awk 'BEGIN{print "filename"}{print}' > my_sounds.tsv
     python scripts/wavlist_to_hdf5.py my_sounds.tsv data/my_sounds
 
 writes data/my_sounds/hdf5/my_sounds_0.h5 ..., data/my_sounds/labels/my_sounds.tsv (give this one to training) and
 data/my_sounds/labels/my_sounds.report.json (what was packed, and what not, and why). Relative names are looked for
-beside the list, then in the working directory. Whatever libsndfile reads is mixed down to one channel and resampled.
+beside the list, then in the working directory. Sound of any format is mixed down to one channel and resampled.
+
+All files are written in any case; the exit status is 1 where clips were left out because they could not be read, or
+packed with sound missing (truncated, damaged).
 """
 
 import argparse
@@ -18,13 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
 from audio.manifest import read_manifest
-from audio.pack import pack
-from audio.shards import LAYOUTS
+from audio.pack import PACK_LAYOUTS, pack
 from common.errors import UserError, print_user_errors
+from common.parser import Parser
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", metavar="LIST", help="table of sound files, tab-separated, with a header")
     parser.add_argument("output", metavar="OUTDIR", help="folder to write to")
     parser.add_argument("--sample_rate", type=int, default=16000, help="of the pack, in Hz (default: 16000)")
@@ -35,15 +38,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hdf5_dirname", default="hdf5", help="folder of the shards in OUTDIR (default: hdf5)")
     parser.add_argument("--index_dirname", default="labels", help="folder of the manifest in OUTDIR (default: labels)")
     parser.add_argument("--filename_column", default="filename", help="column of names in LIST (default: filename)")
-    parser.add_argument("--fullname", action="store_true", help="always so: a clip's name is its path as listed")
+    parser.add_argument(
+        "--fullname",
+        action="store_true",
+        help="with --layout published: keys are paths as listed, in place of base names (other layouts do so always)",
+    )
     parser.add_argument("--stereo", action="store_true", help="keep two channels (with --layout clips only)")
     parser.add_argument("-d", "--delim", default="\t", help="between the columns of LIST (default: tab)")
     parser.add_argument("--dtype", default="int16", help="int16 is the only one (default: int16)")
     parser.add_argument(
         "--layout",
-        choices=LAYOUTS,
+        choices=PACK_LAYOUTS,
         default="flat",
-        help="flat: fast to read; clips: one dataset a clip, as CED's tools read it (default: flat)",
+        help="flat: fast to read; clips: one dataset a clip under its name as listed; published: one dataset a clip "
+        "under its base name, as CED's own tools read it (default: flat)",
     )
     return parser
 
@@ -65,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.name or Path(options.list).stem,
         sample_rate=options.sample_rate,
         layout=options.layout,
+        fullname=options.fullname,
         stereo=options.stereo,
         size_per_file=options.size_per_file,
         n_workers=options.n_workers,
@@ -74,6 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print(report.summary())
     print("written     " + "\n            ".join(report.files))
+    if not report.is_complete:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

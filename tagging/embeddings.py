@@ -50,6 +50,7 @@ class Embeddings:
         remove_dead_partials(self.folder)
         self.done: set[str] = set()
         self.faults: dict[str, str] = {}
+        self.warnings: dict[str, str] = {}
         for source in self._sources():
             with _opened(source, settings) as file:
                 self.done |= set(from_text(_names(file)))

@@ -48,13 +48,13 @@ class TaggedFile:
         path: as it was given.
         windows: none where there is a fault.
         fault: why it could not be read, None where it could.
-        note: what is odd about it although it could be read, or None.
+        warnings: what is odd about it although it could be read, see `audio.io.AudioBlocks`.
     """
 
     path: Path
     windows: list[TaggedWindow] = field(default_factory=list)
     fault: str | None = None
-    note: str | None = None
+    warnings: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,10 @@ class _Shop:
             self.changed.notify_all()
             return not self.stopped
 
-    def end(self, file: _Begun, fault: str | None, note: str | None) -> None:
+    def end(self, file: _Begun, fault: str | None, warnings: dict[str, str]) -> None:
         """A decoder is through with a file."""
         with self.changed:
-            file.decoded, file.tagged.fault, file.tagged.note = True, fault, note
+            file.decoded, file.tagged.fault, file.tagged.warnings = True, fault, warnings
             if fault is not None:  # also one that shows only after hours
                 self.pool = [waiting for waiting in self.pool if waiting.file is not file]
                 file.tagged.windows, file.n_left = [], 0
@@ -240,18 +240,16 @@ def tag_files(
 
     def decode() -> None:
         while (file := shop.begin()) is not None:
-            fault = note = None
+            fault = None
+            blocks = AudioBlocks(file.tagged.path, engine.sample_rate)
             try:
-                blocks = AudioBlocks(file.tagged.path, engine.sample_rate)
                 for start, samples in cut(blocks, copy.copy(windows)):
                     times = start / engine.sample_rate, (start + len(samples)) / engine.sample_rate
                     if not shop.put(_Waiting(file, TaggedWindow(*times), samples)):
                         break
-                if blocks.truncated:
-                    note = "ends before the length that its header announces; what there is was tagged"
             except AudioReadError as error:
                 fault = error.reason
-            shop.end(file, fault, note)
+            shop.end(file, fault, {} if fault else blocks.warnings)
 
     def compute() -> None:
         while batch := shop.fetch(batch_size):

@@ -14,6 +14,7 @@ import numpy as np
 
 from audio.io import AudioBlocks, AudioReadError, find_audio_files
 from common.errors import UserError
+from common.parser import Parser
 from tagging.files import TaggedWindow, Wanted, create_windows, cut
 from tagging.onnx_engine import OnnxEngine
 from tagging.session import lines
@@ -24,7 +25,7 @@ Features = Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]
 
 def parse(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line of either program."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("wavs", nargs="+", type=Path, metavar="WAV", help="sound files or folders")
     parser.add_argument("-m", "--model", type=Path, required=True, help="an .onnx file of export_onnx.py")
     parser.add_argument("--chunk", type=float, default=5.0, help="seconds tagged at a time (default %(default)s)")
@@ -51,9 +52,20 @@ def open_for_features(path: Path) -> OnnxEngine:
 
 
 def tag_chunks(
-    engine: OnnxEngine, features: Features, path: Path, chunk_seconds: float
+    engine: OnnxEngine,
+    features: Features,
+    path: Path,
+    chunk_seconds: float,
+    warnings: dict[str, str] | None = None,
 ) -> Iterator[tuple[float, float, np.ndarray]]:
     """Tag a sound file chunk by chunk: start and end in seconds, probabilities (C,).
+
+    Args:
+        engine: computes.
+        features: of the samples of a chunk.
+        path: any sound file.
+        chunk_seconds: length of a chunk.
+        warnings: gets at the end what is odd about the file, see `audio.io.AudioBlocks`.
 
     Raises:
         AudioReadError: the file cannot be read.
@@ -62,9 +74,12 @@ def tag_chunks(
 
     settings = described_front_end(engine.front_end).description
     rate = engine.sample_rate
-    for start, chunk in cut(AudioBlocks(path, rate), create_windows(engine, chunk_seconds, None)):
+    blocks = AudioBlocks(path, rate)
+    for start, chunk in cut(blocks, create_windows(engine, chunk_seconds, None)):
         mel = features(chunk, settings)
         yield start / rate, (start + len(chunk)) / rate, engine.predict_spectrogram(mel[None])[0]
+    if warnings is not None:
+        warnings.update(blocks.warnings)
 
 
 def report(
@@ -79,12 +94,14 @@ def report(
     faults: list[str] = []
     for path in files:
         yield str(path)
+        odd: dict[str, str] = {}
         try:
-            for start, end, probabilities in tag_chunks(engine, features, path, chunk_seconds):
+            for start, end, probabilities in tag_chunks(engine, features, path, chunk_seconds, odd):
                 yield from lines([TaggedWindow(start, end, Wanted(top_k).tags(probabilities, engine.labels))])
         except AudioReadError as error:
             faults.append(str(error))
             yield f"  cannot be read: {error.reason}"
+        yield from (f"  {kind}: {sentence}" for kind, sentence in odd.items())
     if faults:
         listed = "".join(f"\n  - {fault}" for fault in faults)
         raise UserError(f"{len(faults)} of {len(files)} sound files could not be tagged:{listed}")

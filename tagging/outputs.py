@@ -38,10 +38,12 @@ class Output(Protocol):
     Attributes:
         done: names of the files that it, or another process's part of it, holds.
         faults: name → reason of those that could not be read.
+        warnings: name → what is odd about those that are, see `tagging.rows.describe_warnings`; rows alone keep it.
     """
 
     done: set[str]
     faults: dict[str, str]
+    warnings: dict[str, str]
 
     def write(self, file: TaggedFile) -> None:
         """Add a file, unless it is there."""
@@ -90,9 +92,11 @@ class SharedRows:
         self.last_one = LastOne(path, share)
         self.done: set[str] = set()
         self.faults: dict[str, str] = {}
+        self.warnings: dict[str, str] = {}
         if path.suffix.lower() == ".parquet":
             table = ParquetTable(path, settings)
             self._note(table.done, table.faults)
+            self.warnings |= table.warnings
         elif path.exists() and not is_hardly_begun(path, form_of(path)):
             self._note_places(find_rows(path, form_of(path), settings)[0])
         for part in self._parts():
@@ -104,6 +108,7 @@ class SharedRows:
         if str(file.path) not in self.done:
             self.part.write(file)
             self._note({str(file.path)}, {str(file.path): file.fault} if file.fault else {})
+            self.warnings |= self.part.warnings
 
     def flush(self) -> None:
         """Nothing is held."""
@@ -120,6 +125,7 @@ class SharedRows:
             order = (name for name in dict.fromkeys([*map(str, paths), *there]) if name in there)
             target.extend(read_file(part, name, place) for name in order for part, place in [there[name]])
             self._note(target.done, everyones)
+            self.warnings |= {name: place.warning for name, (_, place) in there.items() if place.warning}
             for part in parts:
                 part.unlink()
                 meta_of(part).unlink(missing_ok=True)  # a process may have been killed before it was there
@@ -133,6 +139,7 @@ class SharedRows:
 
     def _note_places(self, places: Mapping[str, Place]) -> None:
         self._note(set(places), {name: place.fault for name, place in places.items() if place.fault})
+        self.warnings |= {name: place.warning for name, place in places.items() if place.warning}
 
     def _parts(self) -> list[Path]:
         return parts_of(self.path)
@@ -169,6 +176,7 @@ class FileEach:
             remove_dead_partials(parent)
         self.done = {name for name, target in self.targets.items() if os.path.exists(target)}  # whatever its length
         self.faults: dict[str, str] = {}
+        self.warnings: dict[str, str] = {}
 
     def write(self, file: TaggedFile) -> None:
         """Make a sound's file, unless it is there or the sound cannot be read."""

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
+from audio.io import LOSSES
 from common.errors import UserError
 from common.files import whole_file, write_json
 from tagging.files import TaggedFile, TaggedWindow
 from tagging.parts import check_made_with
 
-COLUMNS = ("filename", "start", "end", "label", "probability", "error")
+COLUMNS = ("filename", "start", "end", "label", "probability", "error", "warning")
 GROUP = 1 << 16  # rows that are held, of a parquet file
 
 
@@ -33,13 +34,16 @@ class Rows(Protocol):
         """All rows of a file."""
         ...
 
-    def names(self, lines: Iterator[str]) -> Iterator[tuple[str, str | None]]:
-        """Name of each row's file, and why it could not be read; takes no more lines than rows so far have."""
+    def names(self, lines: Iterator[str]) -> Iterator[tuple[str, str | None, str | None]]:
+        """Name of each row's file, why it could not be read, what is odd; takes no more lines than rows so far have."""
         ...
 
 
 class CsvRows:
-    """`COLUMNS`: a row a label, best first within its window; of a file that cannot be read, the reason for error."""
+    """`COLUMNS`: a row a label, best first within its window; of a file that cannot be read, the reason for error.
+
+    What is odd about a file, `describe_warnings`, is in each of its rows.
+    """
 
     def header(self) -> str:
         """The line of column names."""
@@ -52,14 +56,18 @@ class CsvRows:
         csv.writer(stream, lineterminator=end).writerows(table_rows(file))
         return stream.getvalue()
 
-    def names(self, lines: Iterator[str]) -> Iterator[tuple[str, str | None]]:
-        """Name of each row's file, and why it could not be read."""
+    def names(self, lines: Iterator[str]) -> Iterator[tuple[str, str | None, str | None]]:
+        """Name of each row's file, why it could not be read, and what is odd."""
         for row in csv.reader(lines, strict=True):
-            yield row[0], row[-1] or None
+            fault, odd = (*row, *COLUMNS)[5:7] if len(row) == len(COLUMNS) else ("", "")  # else it is cut
+            yield row[0], fault or None, odd or None
 
 
 class JsonRows:
-    """A line a window: filename, start, end and the list of its tags; or filename and error."""
+    """A line a window: filename, start, end and the list of its tags; or filename and error.
+
+    The first line of a file that is odd has its warnings, too: kind → sentence.
+    """
 
     def header(self) -> str:
         """Nothing."""
@@ -69,38 +77,52 @@ class JsonRows:
         """All lines of a file."""
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(file))
 
-    def names(self, lines: Iterator[str]) -> Iterator[tuple[str, str | None]]:
-        """Name of each line's file, and why it could not be read."""
+    def names(self, lines: Iterator[str]) -> Iterator[tuple[str, str | None, str | None]]:
+        """Name of each line's file, why it could not be read, and what is odd."""
         for row in map(json.loads, lines):
-            yield row["filename"], row.get("error")
+            yield row["filename"], row.get("error"), describe_warnings(row.get("warnings", {}))
+
+
+def describe_warnings(warnings: Mapping[str, str]) -> str | None:
+    """Put warnings into one text, each with its kind in front; None where there are none."""
+    return "; ".join(f"{kind}: {sentence}" for kind, sentence in warnings.items()) or None
+
+
+def has_lost_sound(text: str) -> bool:
+    """Whether warnings, as `describe_warnings` has put them, mean that sound is missing."""
+    return any(part.split(":")[0] in LOSSES for part in text.split("; "))
 
 
 def table_rows(file: TaggedFile) -> Iterator[tuple[Any, ...]]:
-    """The rows of a file, in `COLUMNS`; a file without tags has one row with nothing but its name."""
+    """The rows of a file, in `COLUMNS`; a file without tags has one row without any."""
+    odd = describe_warnings(file.warnings)
     if file.fault is not None or not any(window.tags for window in file.windows):
-        yield str(file.path), None, None, None, None, file.fault
+        yield str(file.path), None, None, None, None, file.fault, odd
     for window in file.windows:
         for label, value in window.tags:
-            yield str(file.path), round(window.start, 4), round(window.end, 4), label, round(value, 6), None
+            yield str(file.path), round(window.start, 4), round(window.end, 4), label, round(value, 6), None, odd
 
 
 def _lines(file: TaggedFile) -> Iterator[dict[str, Any]]:
+    odd: dict[str, Any] = {"warnings": file.warnings} if file.warnings else {}
     if file.fault is not None:
         yield {"filename": str(file.path), "error": file.fault}
     elif not file.windows:
-        yield {"filename": str(file.path), "tags": []}
+        yield {"filename": str(file.path), "tags": [], **odd}
     for window in file.windows:
         tags = [{"label": label, "probability": round(value, 6)} for label, value in window.tags]
         times = {"start": round(window.start, 4), "end": round(window.end, 4)}
-        yield {"filename": str(file.path), **times, "tags": tags}
+        yield {"filename": str(file.path), **times, "tags": tags, **odd}
+        odd = {}
 
 
 class Place(NamedTuple):
-    """Where the rows of a sound file are: bytes from `first` to `stop`; and why it could not be read."""
+    """Where the rows of a sound file are: bytes from `first` to `stop`; why it could not be read; what is odd."""
 
     first: int
     stop: int
     fault: str | None
+    warning: str | None = None
 
 
 def read_file(path: Path, name: str, place: Place) -> TaggedFile:
@@ -111,6 +133,7 @@ def read_file(path: Path, name: str, place: Place) -> TaggedFile:
     tagged = TaggedFile(Path(name), fault=place.fault)
     for line in text.split("\n")[:-1]:  # splitlines would split at U+2028, too
         row = json.loads(line)
+        tagged.warnings |= row.get("warnings", {})
         if "start" in row:
             tags = [(tag["label"], tag["probability"]) for tag in row["tags"]]
             tagged.windows.append(TaggedWindow(row["start"], row["end"], tags))
@@ -133,12 +156,14 @@ class AppendedRows:
         self.path, self.rows, self.settings = path, rows, dict(settings)
         self.done: set[str] = set()
         self.faults: dict[str, str] = {}
+        self.warnings: dict[str, str] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self.n_whole = 0
         if path.exists() and not is_hardly_begun(path, rows):
             places, self.n_whole = find_rows(path, rows, settings)
             self.done |= places.keys()
             self.faults |= {name: place.fault for name, place in places.items() if place.fault}
+            self.warnings |= {name: place.warning for name, place in places.items() if place.warning}
             self._note()  # first: it never says more than there is
             os.truncate(path, self.n_whole)
         self.file = open(path, "ab" if self.n_whole else "wb")  # noqa: SIM115 - open as long as the output
@@ -154,6 +179,8 @@ class AppendedRows:
         self.done.add(name)
         if file.fault is not None:
             self.faults[name] = file.fault
+        if odd := describe_warnings(file.warnings):
+            self.warnings[name] = odd
 
     def extend(self, files: Iterable[TaggedFile]) -> None:
         """Add files that are not there, and close."""
@@ -218,14 +245,18 @@ def find_rows(path: Path, rows: Rows, settings: Mapping[str, Any]) -> tuple[dict
     header = _bytes(rows.header())
     stop = len(header)
     with open(path, "rb") as file:
-        if file.read(stop) != header and is_short:
-            return {}, 0
+        if file.read(stop) != header:
+            if is_short:
+                return {}, 0
+            raise UserError(f"{path} has other columns than are written now: write elsewhere, or give --overwrite")
         lines = _Lines(file, stop, n_whole)
         try:
-            for name, fault in rows.names(lines):
+            for name, fault, odd in rows.names(lines):
                 if lines.is_cut:
                     break
-                places[name] = Place(places[name].first if name in places else stop, lines.position, fault)
+                before = places.get(name)
+                first, odd = (before.first, odd or before.warning) if before else (stop, odd)
+                places[name] = Place(first, lines.position, fault, odd)
                 stop = lines.position
         except (csv.Error, ValueError):
             if not is_short:
@@ -269,16 +300,21 @@ class ParquetTable:
         self.path, self.settings = path, dict(settings)
         self.done: set[str] = set()
         self.faults: dict[str, str] = {}
+        self.warnings: dict[str, str] = {}
         if path.exists():
             try:
                 made_with = json.loads(meta_of(path).read_text(encoding="utf-8"))
                 check_made_with(path, made_with, settings)
                 with pyarrow.parquet.ParquetFile(path) as held:
-                    for batch in held.iter_batches(columns=["filename", "error"]):
+                    if missing := set(COLUMNS) - set(held.schema_arrow.names):
+                        raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+                    for batch in held.iter_batches(columns=["filename", "error", "warning"]):
                         for row in batch.to_pylist():
                             self.done.add(row["filename"])
                             if row["error"] is not None:
                                 self.faults[row["filename"]] = row["error"]
+                            if row["warning"] is not None:
+                                self.warnings[row["filename"]] = row["warning"]
             except (OSError, ValueError, pyarrow.ArrowException) as error:
                 raise UserError(
                     f"{path} exists and cannot be added to ({error}): write elsewhere, or remove it"
@@ -290,7 +326,7 @@ class ParquetTable:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        kinds = (pa.string(), pa.float64(), pa.float64(), pa.string(), pa.float64(), pa.string())
+        kinds = (pa.string(), pa.float64(), pa.float64(), pa.string(), pa.float64(), pa.string(), pa.string())
         schema = pa.schema(zip(COLUMNS, kinds, strict=True))
         rows: list[tuple[Any, ...]] = []
         write_json(meta_of(self.path), self.settings)  # first: a table without it could not be added to

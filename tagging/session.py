@@ -21,7 +21,7 @@ from tagging.files import TaggedWindow, Wanted, create_windows, embedding_engine
 from tagging.outputs import Output, check_form, check_ours, open_output, remove_output
 from tagging.parts import ALONE, Share, let_go, take
 from tagging.pictures import Pictures
-from tagging.rows import as_text
+from tagging.rows import as_text, describe_warnings, has_lost_sound
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,14 @@ class Session:
             quiet: do not print tags.
 
         Returns:
-            Whether all went well; False where files could not be read. Of several processes, the last one tells.
+            Whether all went well; False where files could not be read, or have lost sound (truncated, damaged). Of
+            several processes, the last one tells.
         """
         mine = paths[self.share.rank :: self.share.world_size]
         left = [path for path in mine if not outputs or any(str(path) not in output.done for output in outputs)]
         if len(left) < len(mine):
             print(f"{len(mine) - len(left)} of {len(mine)} files are done already", file=sys.stderr)
-        notes: dict[str, str] = {}
+        warnings: dict[str, str] = {}
         faults: dict[str, str] = {}
         with _flushed(outputs), _Progress(len(left)) as progress:
             files = tag_files(
@@ -108,8 +109,8 @@ class Session:
             for file in files:
                 if file.fault is not None:
                     faults[str(file.path)] = file.fault
-                elif file.note is not None:
-                    notes[str(file.path)] = file.note
+                elif file.warnings:
+                    warnings[str(file.path)] = describe_warnings(file.warnings) or ""
                 shown = file if self.wanted.threshold is None else replace(file, windows=merge_events(file.windows))
                 for output in outputs:
                     output.write(file if isinstance(output, Embeddings) else shown)
@@ -120,9 +121,10 @@ class Session:
         is_last = all(closed[-1:])  # who is last there finds all others through with everything, and knows their faults
         for output in outputs:
             faults |= output.faults
-        _tell(notes, f"{len(notes)} of {len(paths)} files are odd")
+            warnings |= output.warnings
+        _tell(warnings, f"{len(warnings)} of {len(paths)} files are odd")
         _tell(faults, f"{len(faults)} of {len(paths)} files could not be read")
-        return not faults or not is_last
+        return not (faults or any(map(has_lost_sound, warnings.values()))) or not is_last
 
 
 def open_outputs(

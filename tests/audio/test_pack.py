@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 from audio.dataset import Pack
+from audio.io import WARNINGS
 from audio.manifest import read_manifest
 from audio.pack import Clip, load_clip, load_clips, pack
 from audio.shards import Shard
@@ -96,12 +97,16 @@ def test_the_report_counts_and_names_every_kind_of_clip(tmp_path: Path) -> None:
     told = report.as_json()
     assert (told["listed"], told["packed"], told["resampled"]) == (11, 5, 1)
     assert told["left_out"] == {"unreadable": 2, "empty": 2, "nan": 1, "duplicate": 1}
-    assert told["noted"] == {"silent": 1, "clipped": 1, "truncated": 1}
+    noted = {"silent": ["silent.wav"], "clipped": ["clipped.wav"], "truncated": ["cut.wav"]}
+    assert told["noted"] == dict.fromkeys(WARNINGS, 0) | dict.fromkeys(noted, 1)
     assert told["source_rates"] == {"16000": 4, "44100": 1}
     assert report.hours == pytest.approx((3 + 0.1 + 0.1) / 3600)
     assert [row["filename"] for row in told["left_out_clips"]["empty"]] == ["0 bytes.wav", "no samples.wav"]
     assert told["left_out_clips"]["duplicate"][0]["reason"] == "listed again in row 11; the first was kept"
-    assert told["noted_clips"] == {"silent": ["silent.wav"], "clipped": ["clipped.wav"], "truncated": ["cut.wav"]}
+    assert told["noted_clips"] == {kind: [] for kind in WARNINGS} | noted
+    (warning,) = told["warnings"]
+    assert (warning["filename"], warning["kind"]) == ("cut.wav", "truncated")
+    assert warning["what"] == "ends before the length that its header announces (0.10 of 1.00 s)"
     manifest = read_manifest(tmp_path / "out" / "labels" / "x.tsv")
     assert manifest["labels"].tolist() == ["0", "5", "6", "7", "9"]
     assert manifest["duration"].tolist() == ["1", "0.1", "1", "1", "0.1"]

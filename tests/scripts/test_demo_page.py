@@ -24,6 +24,7 @@ from models import create_model, save_checkpoint
 from scripts import demo_page
 from tagging.engines import open_engine
 from tagging.files import TaggedWindow, Wanted, tag_files
+from tests.audio.odd_files import ODD_FILES
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = ["Speech", "Chirp, tweet", "Bell", "Siren", "Rain", "Bow & arrow", "<i>Wind</i>", "Music"]
@@ -56,6 +57,8 @@ def sounds(tmp_path_factory):
     soundfile.write(folder / "schräger chirp.wav", np.stack([left, right], axis=1), 44100)
     soundfile.write(folder / "long.wav", np.zeros(6 * 8000), 8000)
     (folder / "words.wav").write_text("these are words")
+    soundfile.write(folder / "cut.wav", 0.4 * np.sin(np.arange(4 * 8000)), 8000)
+    (folder / "cut.wav").write_bytes((folder / "cut.wav").read_bytes()[: 44 + 2 * 2 * 8000])
     (folder / "big.wav").write_bytes(bytes(1_200_000))
     return folder
 
@@ -264,6 +267,14 @@ def test_what_cannot_be_tagged_is_refused_with_a_sentence(page, sounds):
     assert page.table()
 
 
+def test_what_is_odd_about_a_sound_is_shown_beside_its_tags(page, sounds):
+    page.upload(sounds / "cut.wav")
+    page.tag()
+    sentence = "cut.wav ends before the length that its header announces (2.00 of 4.00 s)."
+    assert sentence in page.complaint()
+    assert page.table()
+
+
 def test_the_server_too_refuses_a_file_that_is_too_large(page):
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.wav"\r\n\r\n%b\r\n--x--\r\n'
     for n_bytes, status in ((1_000_000, 200), (1_200_000, 413)):
@@ -304,6 +315,19 @@ class Counting:
         self.n_now -= 1
         loud = np.array([np.abs(clip).max() for clip in clips], np.float32)
         return np.stack([loud, 1 - loud], axis=1)
+
+
+@pytest.mark.parametrize("row", ODD_FILES[::3], ids=lambda row: row.name)
+def test_every_kind_of_file_is_tagged_with_its_warnings_or_refused(tmp_path, row):
+    page = demo_page.Page(Counting(), 20.0)
+    (tmp_path / row.name).write_bytes(row.data)
+    if row.seconds is None:
+        with pytest.raises(UserError, match=f"{row.name} is not a sound that can be read here: .*{row.refusal}"):
+            page.tag(tmp_path / row.name, 20.0, 20.0, Wanted(1), lambda share: None)
+        return
+    file, waveform = page.tag(tmp_path / row.name, 20.0, 20.0, Wanted(1), lambda share: None)
+    assert len(waveform) / 8000 == pytest.approx(row.seconds, abs=0.1)
+    assert tuple(file.warnings) == row.warnings
 
 
 def test_one_sound_is_computed_at_a_time(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-import audio.io
+import audio.decoders
 import tagging.files
 from common.errors import UserError
 from models import AudioTagger
@@ -81,7 +81,7 @@ def test_windows_overlap_or_leave_gaps_as_asked(tmp_path):
 
 
 def test_files_of_several_blocks_are_cut_as_if_they_were_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio.io, "_BLOCK_FRAMES", 1000)
+    monkeypatch.setattr(audio.decoders, "_BLOCK_FRAMES", 1000)
     soundfile.write(tmp_path / "a.wav", humming(1, 1.7), RATE, subtype="FLOAT")
     meter = Meter()
     list(tag_files(meter, [tmp_path / "a.wav"], chunk_seconds=0.5, batch_size=1))
@@ -193,7 +193,7 @@ def test_unreadable_files_keep_their_place_and_say_why(tmp_path):
 
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_a_file_whose_fault_shows_late_gives_no_windows(tmp_path, monkeypatch, n_threads):
-    monkeypatch.setattr(audio.io, "_BLOCK_FRAMES", 4000)
+    monkeypatch.setattr(audio.decoders, "_BLOCK_FRAMES", 4000)
     good = steady(tmp_path / "good.wav", [0.25])
     bad = tmp_path / "bad.wav"
     samples = np.full(40 * RATE, 0.75, np.float32)
@@ -213,8 +213,9 @@ def test_a_file_that_ends_early_is_tagged_and_noted(tmp_path):
     cut.write_bytes(whole.read_bytes()[: 44 + 2 * 2 * RATE])
     files = list(tag_files(Meter(), [whole, cut], chunk_seconds=1.0))
     assert [len(file.windows) for file in files] == [3, 2]
-    assert files[0].note is files[0].fault is files[1].fault is None
-    assert "ends before the length that its header announces" in str(files[1].note)
+    assert files[0].fault is files[1].fault is None
+    assert files[0].warnings == {}
+    assert files[1].warnings == {"truncated": "ends before the length that its header announces (2.00 of 3.00 s)"}
 
 
 class Failing(Meter):

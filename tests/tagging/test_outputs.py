@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -49,6 +50,8 @@ FILES = [tagged(name, 0.01 * i) for i, name in enumerate(NAMES)]
 FILES.insert(3, TaggedFile(Path("broken, really.wav"), fault='cannot be decoded ("no, it can\'t")'))
 FILES.insert(5, TaggedFile(Path("silent.wav"), [TaggedWindow(0.0, 10.0)]))
 FILES.insert(6, TaggedFile(Path("no events.wav")))
+ODD = {"truncated": 'ends early, "really"', "joined": "is joined"}
+FILES.insert(7, replace(tagged("odd.wav", 0.02), warnings=ODD))
 PATHS = [file.path for file in FILES]
 WINDOWS = {"silent.wav": 1, "no events.wav": 0}
 
@@ -65,8 +68,9 @@ def read_table(path):
         head, *rows = csv.reader(stream)
     assert tuple(head) == COLUMNS
     return [
-        [name, *(float(n) if n else None for n in times), label or None, float(value) if value else None, error or None]
-        for name, *times, label, value, error in rows
+        [name, *(float(n) if n else None for n in (start, end)), label or None, float(value) if value else None]
+        + [text or None for text in told]
+        for name, start, end, label, value, *told in rows
     ]
 
 
@@ -89,14 +93,38 @@ def test_tables_have_a_row_a_label_and_one_of_every_file(tmp_path, form):
     expected = []
     for file in FILES:
         name = str(file.path)
+        odd = 'truncated: ends early, "really"; joined: is joined' if file.warnings else None
         if file.fault or name in WINDOWS:
-            expected.append([name, None, None, None, None, file.fault])
+            expected.append([name, None, None, None, None, file.fault, odd])
         else:
             value = file.windows[0].tags[0][1]
-            expected.append([name, 0.0, 10.0, "Chirp, tweet", pytest.approx(value, abs=1e-6), None])
-            expected.append([name, 0.0, 10.0, "Bell", 0.125, None])
-            expected.append([name, 20.0, 22.0001, "Bell", 0.5, None])
+            expected.append([name, 0.0, 10.0, "Chirp, tweet", pytest.approx(value, abs=1e-6), None, odd])
+            expected.append([name, 0.0, 10.0, "Bell", 0.125, None, odd])
+            expected.append([name, 20.0, 22.0001, "Bell", 0.5, None, odd])
     assert read_table(tmp_path / f"tags.{form}") == expected
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("shares", [[ALONE], [Share(0, 2), Share(1, 2)]])
+def test_what_is_odd_is_known_to_the_last_process_and_when_the_command_is_given_again(tmp_path, form, shares):
+    path = tmp_path / f"tags.{form}"
+    outputs = [open_output(path, None, PATHS, SETTINGS, share) for share in shares]
+    for number, file in enumerate(FILES):
+        outputs[number % len(outputs)].write(file)
+    told = {"odd.wav": 'truncated: ends early, "really"; joined: is joined'}
+    assert [output.close(PATHS) for output in outputs][-1]
+    assert outputs[-1].warnings == told
+    again = open_output(path, None, PATHS, SETTINGS, ALONE)
+    assert again.warnings == told
+    again.close(PATHS)
+
+
+def test_rows_with_other_columns_are_not_added_to(tmp_path):
+    write(tmp_path / "tags.csv")
+    data = (tmp_path / "tags.csv").read_bytes()
+    (tmp_path / "tags.csv").write_bytes(data.replace(b",warning\n", b",warnings\n", 1))
+    with pytest.raises(UserError, match="has other columns than are written now"):
+        open_output(tmp_path / "tags.csv", None, PATHS, SETTINGS, ALONE)
 
 
 def test_jsonl_has_a_line_a_window_and_one_of_every_file(tmp_path):
@@ -109,6 +137,7 @@ def test_jsonl_has_a_line_a_window_and_one_of_every_file(tmp_path):
         elif not file.windows:
             assert own == [{"filename": str(file.path), "tags": []}]
         else:
+            assert [line.get("warnings", {}) for line in own] == [file.warnings] + [{}] * (len(own) - 1)
             times = [(line["start"], line["end"]) for line in own]
             assert times == [(round(w.start, 4), round(w.end, 4)) for w in file.windows]
             for line, window in zip(own, file.windows, strict=True):
@@ -319,7 +348,7 @@ def test_a_form_that_is_not_known_or_not_the_names_is_a_sentence(tmp_path, name,
 
 def test_the_ending_may_be_in_capitals_and_the_folder_new(tmp_path):
     write(tmp_path / "new" / "TAGS.CSV")
-    assert len(read_table(tmp_path / "new" / "TAGS.CSV")) == 3 * len(NAMES) + 3
+    assert len(read_table(tmp_path / "new" / "TAGS.CSV")) == 3 * (len(NAMES) + 1) + 3
 
 
 @pytest.mark.parametrize("form", FORMS)

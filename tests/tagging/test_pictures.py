@@ -3,7 +3,7 @@ import pytest
 import soundfile
 from matplotlib.image import imread
 
-import audio.io
+import audio.decoders
 from audio.io import AudioReadError
 from tagging.files import TaggedFile, TaggedWindow, Wanted, tag_files
 from tagging.parts import ALONE
@@ -35,7 +35,7 @@ def slow_spectrogram(samples, n_columns):
 @pytest.mark.parametrize("n_columns", [3, 50, 1200])
 @pytest.mark.parametrize("block", [1000, 1 << 20])
 def test_a_spectrogram_is_the_mean_power_of_its_columns(tmp_path, monkeypatch, n_columns, block):
-    monkeypatch.setattr(audio.io, "_BLOCK_FRAMES", block)
+    monkeypatch.setattr(audio.decoders, "_BLOCK_FRAMES", block)
     samples = np.random.default_rng(0).standard_normal(70000).astype(np.float32) * np.linspace(0, 0.3, 70000)
     soundfile.write(tmp_path / "a.wav", samples.astype(np.float32), RATE, subtype="FLOAT")
     found, seconds = spectrogram(tmp_path / "a.wav", n_columns)

@@ -62,8 +62,8 @@ def rows(path):
             line = json.loads(line)
             place = line["filename"], line.get("start"), line.get("end")
             if "error" in line:
-                found.append((*place, None, None, line["error"]))
-            found += [(*place, tag["label"], tag["probability"], None) for tag in line.get("tags", [])]
+                found.append((*place, None, None, line["error"], None))
+            found += [(*place, tag["label"], tag["probability"], None, None) for tag in line.get("tags", [])]
         return found
     frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     return [*frame.astype(object).where(frame.notna(), None).itertuples(index=False, name=None)]

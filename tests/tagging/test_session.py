@@ -17,8 +17,8 @@ from tests.tagging.sounds import RATE, Meter, humming, steady
 class Kept:
     """An output that keeps what it gets."""
 
-    def __init__(self, is_last=True, done=(), faults=None):
-        self.is_last, self.done, self.faults = is_last, set(done), faults or {}
+    def __init__(self, is_last=True, done=(), faults=None, warnings=None):
+        self.is_last, self.done, self.faults, self.warnings = is_last, set(done), faults or {}, warnings or {}
         self.files = []
 
     def write(self, file):
@@ -126,3 +126,16 @@ def test_an_engine_that_cannot_embed_leaves_what_it_should_overwrite(tmp_path, m
         inference.main([str(paths[0]), "--embeddings", str(target), "--overwrite"])
     assert "embeddings want a checkpoint" in capsys.readouterr().err
     assert target.exists()
+
+
+@pytest.mark.parametrize(
+    ("warning", "all_is_well"),
+    [("truncated: ends early", False), ("joined: x; damaged: y", False), ("repaired: is_truncated; joined: z", True)],
+)
+def test_sound_that_is_missing_makes_the_status_1_also_where_another_process_or_start_found_it(
+    tmp_path, capsys, warning, all_is_well
+):
+    path = steady(tmp_path / "a.wav", [0.5])
+    output = Kept(done=[str(path)], warnings={str(path): warning})
+    assert Session(Meter(), Wanted(1)).run([path], [output], quiet=True) is all_is_well
+    assert f"1 of 1 files are odd:\n  {path}: {warning}" in capsys.readouterr().err

@@ -7,14 +7,19 @@ import sys
 import threading
 import time
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 
+import inference
 from common.errors import UserError
 from tagging.files import Wanted, tag_files
-from tagging.stream import FORMATS, Encoding, StreamTagger, read_stream
+from tagging.stream import FORMATS, Encoding, StreamDecoder, StreamTagger
+from tests.audio.odd_files import ODD_FILES
+from tests.audio.sound_bytes import encoded, id3, tones, without_xing, written
+from tests.audio.test_streams import Pipe
 from tests.conftest import ROOT
 from tests.tagging.sounds import RATE, Meter, humming, steady
 
@@ -31,9 +36,9 @@ SUBTYPES = {
 
 
 def tag_bytes(engine, data, raw=RAW, block_seconds=0.1, **times):
-    encoding, blocks = read_stream(io.BytesIO(data), raw, block_seconds)
-    tagger = StreamTagger(engine, EVERY, sample_rate=encoding.sample_rate, **times)
-    return [window for block in blocks for window in tagger.push(block)] + tagger.finish()
+    decoder = StreamDecoder(io.BytesIO(data), raw, block_seconds=block_seconds)
+    tagger = StreamTagger(engine, EVERY, **times)
+    return [window for block in decoder for window in tagger.push_block(*block)] + tagger.finish()
 
 
 def check_same(found, expected):
@@ -133,16 +138,17 @@ def test_extensible_headers_and_other_chunks_before_the_samples_are_read(tmp_pat
     check_same(tag_bytes(pico, path.read_bytes(), chunk_seconds=1.0), file.windows)
 
 
-def test_a_stream_that_ends_within_a_sample_or_at_once_is_no_fault():
+def test_a_stream_may_end_within_a_sample_but_not_before_the_first():
     meter = Meter()
-    assert tag_bytes(meter, b"") == []
+    with pytest.raises(UserError, match="standard input: has no samples"):  # a recorder that failed, say
+        tag_bytes(meter, b"")
     ones = np.full(RATE, 8192, "<i2").tobytes()
     for n_more in (0, 1):
         (window,) = tag_bytes(meter, ones + b"\x00" * n_more)
         assert (window.start, window.end, dict(window.tags)["level"]) == (0, 1, 0.25)
     (window,) = tag_bytes(meter, ones[:2])
     assert window.end == 1 / RATE
-    (window,) = tag_bytes(Meter(sample_rate=40), bytes([192] * 100), Encoding(40, 1, "u8"))
+    (window,) = tag_bytes(Meter(sample_rate=400), bytes([192] * 1000), Encoding(400, 1, "u8"))
     assert (window.end, dict(window.tags)["level"]) == (2.5, 0.5)
 
 
@@ -152,29 +158,33 @@ FMT = b"RIFF\x00\x00\x00\x00WAVEfmt "
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        (b"RIFF", "no wav"),
-        (b"RIFF\x00\x00\x00\x00AVI LIST", "no wav"),
+        (b"RIFF", "no sound found in it"),
+        (b"RIFF\x00\x00\x00\x00AVI LIST", "cannot be decoded"),
         (b"RIFF\x00\x00\x00\x00WAVE", "ends within its header"),
         (FMT + struct.pack("<I", 16) + b"\x01\x00", "ends within its header"),
-        (FMT + struct.pack("<I", 4) + b"\x01\x00\x01\x00" + b"data\x00\x00\x00\x00", "too little of its format"),
-        (FMT + struct.pack("<IHHIIHH", 16, 7, 1, 8000, 8000, 1, 8) + b"data1234", "format 7 with 8 bits"),
-        (FMT + struct.pack("<IHHIIHH", 16, 1, 0, 8000, 8000, 1, 16) + b"data1234", "format 1 with 16 bits"),
-        (b"RIFF\x00\x00\x00\x00WAVEdata\x00\x00\x00\x00", "no format before its samples"),
-        (b"fLaC\x00\x00", "file of format FLAC"),
-        (b"OggS\x00\x00", "file of format Ogg"),
-        (b"ID3\x04\x00\x00", "file of format MP3"),
+        (FMT + struct.pack("<I", 4) + b"\x01\x00\x01\x00" + b"data\x00\x00\x00\x00", "cannot be decoded"),
+        (FMT + struct.pack("<IHHIIHH", 16, 9, 1, 8000, 8000, 1, 8) + b"data1234", "cannot be decoded"),
+        (FMT + struct.pack("<IHHIIHH", 16, 1, 0, 8000, 8000, 1, 16) + b"data1234", "cannot be decoded"),
+        (b"RIFF\x00\x00\x00\x00WAVEdata\x00\x00\x00\x00", "cannot be decoded"),
+        (b"fLaC\x00\x00", "cannot be decoded"),
+        (b"OggS\x00\x00", "no sound found in it"),
+        (b"ID3\x04\x00\x00", "no sound found in it"),
     ],
 )
 def test_bad_headers_are_sentences(data, sentence):
     with pytest.raises(UserError, match=sentence):
-        read_stream(io.BytesIO(data), RAW)
+        tag_bytes(Meter(), data)
 
 
 def test_samples_that_are_no_numbers_and_formats_that_are_none_are_sentences():
-    with pytest.raises(UserError, match=r"not finite numbers after 1\.00 s"):
+    with pytest.raises(UserError, match="standard input: has samples that are not finite numbers"):
         tag_bytes(Meter(), np.append(np.zeros(RATE), np.nan).astype("<f4").tobytes(), Encoding(RATE, 1, "f32le"))
+    tagger = StreamTagger(Meter())
+    tagger.push(np.zeros(RATE))
+    with pytest.raises(UserError, match=r"not finite numbers after 1\.00 s"):
+        tagger.push(np.array([np.nan]))
     with pytest.raises(UserError, match=r"'s8'.*wanted one of u8, s16le"):
-        read_stream(io.BytesIO(b""), Encoding(RATE, 1, "s8"))
+        StreamDecoder(io.BytesIO(b""), Encoding(RATE, 1, "s8"))
     meter = Meter()
     meter.max_samples = RATE
     with pytest.raises(UserError, match="takes at most"):
@@ -217,12 +227,14 @@ def command(*words, **more):
     )
 
 
-def test_as_a_command_it_tells_of_each_window_before_the_stream_ends(tmp_path, checkpoint, pico):
+@pytest.mark.parametrize("channels", [1, 2])
+def test_as_a_command_it_tells_of_each_window_before_the_stream_ends(tmp_path, checkpoint, pico, channels):
     path = tmp_path / "a.wav"
-    soundfile.write(path, humming(5, 3.3, 44100, 2), 44100)
+    soundfile.write(path, humming(5, 5.3, 44100, channels), 44100)
     data = path.read_bytes()
     (file,) = tag_files(pico, [path], chunk_seconds=1.0)
-    n_bytes = round(1.25 * 44100) * 4  # what a window needs, a block and the resampler's delay
+    # What a window needs, a block and the resampler's delay; stereo is mixed down in whole seconds.
+    n_bytes = round((1.25 if channels == 1 else 2.1) * 44100) * 2 * channels
     with command("-m", checkpoint, "-c", "1", stdin=subprocess.PIPE) as process:
         watchdog = threading.Timer(60, process.kill)
         watchdog.daemon = True
@@ -280,3 +292,130 @@ def test_samples_of_the_wrong_kind_and_after_the_end_are_refused(pico):
     assert tagger.finish() == []
     with pytest.raises(UserError, match="was finished"):
         tagger.push(np.zeros(100))
+
+
+@pytest.mark.parametrize("shape", [(2, RATE), (6, 100), (1, 2), (RATE, 2, 1), ()])
+def test_channels_first_and_other_shapes_are_refused(shape):
+    tagger = StreamTagger(Meter(), chunk_seconds=0.5)
+    with pytest.raises(UserError, match=r"samples have shape .* wanted \(S,\) or \(S, channels\)"):
+        tagger.push(np.zeros(shape))
+    assert len(tagger.push(np.full((RATE, 2), 0.5))) == 2
+    with pytest.raises(UserError, match="transpose them"):
+        tagger.push(np.zeros((3, RATE)))
+    assert tagger.push(np.full((1, 2), 0.5)) == []  # a single sample of the channels that have come
+    assert tagger.push(np.zeros((0, 2))) == []
+    assert tagger.push(np.full((RATE // 5 - 1, 2), 0.5)) == []
+    assert [(window.start, window.end) for window in tagger.finish()] == [(1.0, 1.2)]
+
+
+def test_rate_and_channels_may_change_on_the_way(tmp_path):
+    sounds = [(np.full(RATE, 0.25), RATE), (np.full((2 * 44100, 2), 0.5), 44100), (np.full((8000, 3), 0.75), 8000)]
+    tagger = StreamTagger(Meter(), EVERY, chunk_seconds=1.0)
+    found = []
+    for sound, rate in sounds:
+        for first in range(0, len(sound), 3000):
+            found += tagger.push(sound[first : first + 3000].astype(np.float32), rate)
+    found += tagger.finish()
+    assert [(window.start, window.end) for window in found] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert [dict(w.tags)["level"] for w in found] == pytest.approx([0.25, 0.5, 0.5, 0.75], abs=0.003)
+    assert "16000 Hz with 1 channel and 44100 Hz with 2 channels and 8000 Hz with 3" in tagger.warnings["joined"]
+
+
+def test_channels_of_opposite_polarity_are_mixed_as_in_a_file(tmp_path, pico):
+    sound = humming(5, 3.6, RATE)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.stack([sound, -sound], axis=1), RATE, subtype="FLOAT")
+    (file,) = tag_files(pico, [path], EVERY, chunk_seconds=1.0)
+    tagger = StreamTagger(pico, EVERY, chunk_seconds=1.0)
+    found = [window for block in np.array_split(np.stack([sound, -sound], axis=1), 50) for window in tagger.push(block)]
+    check_same(found + tagger.finish(), file.windows)
+    assert tagger.warnings == file.warnings
+    assert "3.60 of 3.60 s" in tagger.warnings["out_of_phase"]
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("mp3", lambda: without_xing(written("MP3"))),
+        ("id3.mp3", lambda: id3(3000) + written("MP3")),
+        ("w64", lambda: written("W64", channels=2)),
+        ("au", lambda: written("AU", "FLOAT")),
+        ("flac", lambda: written("FLAC")),
+        ("m4a", lambda: encoded("mp4", "aac", options={"movflags": "+faststart"})),
+        ("ogg", lambda: written("OGG", "VORBIS") * 2),
+        ("webm", lambda: encoded("webm", "libopus", rate=48000)),
+        ("wma", lambda: encoded("asf", "wmav2", rate=44100, bit_rate=64000)),
+    ],
+)
+def test_other_formats_are_tagged_as_the_file(name, make, tmp_path, pico):
+    path = tmp_path / f"a.{name}"
+    path.write_bytes(make())
+    (file,) = tag_files(pico, [path], EVERY, chunk_seconds=2.5)
+    found = tag_bytes(pico, path.read_bytes(), chunk_seconds=2.5)
+    assert [(w.start, w.end) for w in found] == [(w.start, pytest.approx(w.end, abs=0.02)) for w in file.windows]
+    for one, other in zip(found, file.windows, strict=True):
+        assert dict(one.tags) == pytest.approx(dict(other.tags), abs=3e-4)  # two decoders
+
+
+def test_an_mp3_without_a_tag_is_no_noise_for_the_command(checkpoint, pico, tmp_path):
+    path = tmp_path / "a.mp3"
+    path.write_bytes(without_xing(written("MP3")))
+    (file,) = tag_files(pico, [path], EVERY, chunk_seconds=3.0)
+    with command("-m", checkpoint, "-c", "3", stdin=subprocess.PIPE) as process:
+        output, error = process.communicate(path.read_bytes())
+    assert (process.returncode, error) == (0, b"")
+    lines = output.decode().splitlines()
+    assert len(lines) == len(file.windows) == 2
+    for line, window in zip(lines, file.windows, strict=True):
+        assert [float(value) for value in re.findall(r" (0\.\d{3})", line)] == pytest.approx(
+            [value for _, value in window.tags[:3]], abs=2e-3
+        )
+
+
+def run_with(monkeypatch, capsys, data, *words):
+    """Exit status, lines, and what is said on standard error, of the command in this process."""
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Pipe(data)))
+    status = 0
+    try:
+        inference.main(["--stream", *map(str, words)])
+    except SystemExit as stopped:
+        status = stopped.code
+    printed = capsys.readouterr()
+    return status, printed.out.splitlines(), printed.err
+
+
+def test_a_cut_stream_is_told_and_a_bad_one_is_a_sentence(checkpoint, monkeypatch, capsys):
+    words = "-m", checkpoint, "-c", "2"
+    cut = written("FLAC")
+    status, lines, error = run_with(monkeypatch, capsys, cut[: len(cut) // 2], *words)
+    assert (status, len(lines)) == (1, 2)
+    assert re.match(r"standard input ends before the length that its header announces \(3\.\d\d of 6\.00 s\)", error)
+    status, lines, error = run_with(monkeypatch, capsys, encoded("ipod", "aac"), *words)
+    assert (status, lines) == (1, [])
+    assert "error: standard input: cannot be decoded (the index of this MP4 lies behind its sound" in error
+    status, lines, error = run_with(monkeypatch, capsys, b"<html><body>404 Not Found</body></html>", *words)
+    assert (status, lines) == (1, [])
+    assert "no sound found in it: it is text" in error
+    whole = np.rint(tones([300, 400]) * 32767).astype("<f4").tobytes()
+    status, lines, error = run_with(monkeypatch, capsys, whole, *words, "--encoding", "f32le", "--rate", "16000")
+    assert (status, len(lines)) == (0, 1)
+    assert "standard input holds integers of 16 bits as floating-point values" in error
+    mp3 = without_xing(written("MP3"))
+    for raw in (("--encoding", "s16le"), ("--rate", "16000"), ("--channels", "1")):  # what is said to be raw is raw
+        status, lines, error = run_with(monkeypatch, capsys, mp3, *words, *raw)
+        assert (status, len(lines), error) == (0, -(-len(mp3) // 64000), "")
+
+
+def test_every_kind_of_odd_file_is_tagged_or_told():
+    for row in ODD_FILES:
+        tagger = StreamTagger(Meter(), chunk_seconds=20.0)
+        decoder = StreamDecoder(io.BytesIO(row.data), RAW)
+        if row.seconds is None and row.name not in ("zeros.mp3", "noise.wav"):  # they begin as any samples might
+            with pytest.raises(UserError, match="standard input: "):
+                list(decoder)
+            continue
+        (window,) = [window for block in decoder for window in tagger.push_block(*block)] + tagger.finish()
+        if row.seconds is not None:
+            assert window.end == pytest.approx(row.seconds, abs=0.1), row.name
+            told = set(decoder.warnings | tagger.warnings)
+            assert set(row.warnings) - told <= {"repaired"} | ({"truncated"} if "8svx" in row.name else set()), row.name

@@ -1,0 +1,50 @@
+"""What a sound file holds, by its own bytes: parts to be decoded one after the other, and what is odd about them.
+
+Decoders trust lengths in headers, and stop at the first end of a stream. Here lengths are compared with the bytes that
+are there, and streams that lie one behind the other are found. Only headers are read.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from audio.chunks import find_aiff, find_au, find_caf, find_w64, find_wav
+from audio.flac import find_flac
+from audio.mpeg import find_mpeg
+from audio.ogg import find_links
+from audio.parts import Contents, Part
+
+_HEAD_BYTES = 4096
+_FINDERS: dict[bytes, Callable[[int, int, bytes], Contents]] = {
+    b"RIFF": find_wav,
+    b"RIFX": find_wav,
+    b"RF64": find_wav,
+    b"BW64": find_wav,
+    b"riff": find_w64,
+    b"FORM": find_aiff,
+    b"caff": find_caf,
+    b".snd": find_au,
+    b"fLaC": find_flac,
+    b"OggS": find_links,
+}
+_FFMPEG_ALONE = (b"\x1aE\xdf\xa3", b"0&\xb2u")  # Matroska and WebM, WMA
+
+
+def inspect(descriptor: int, size: int, path: str | Path = "") -> Contents:
+    """Find what a file holds.
+
+    Args:
+        descriptor: of the open file; where it stands does not matter and does not change.
+        size: of the file, in bytes.
+        path: its name: MP3s may begin with anything.
+    """
+    head = os.pread(descriptor, _HEAD_BYTES, 0)
+    find = _FINDERS.get(head[:4])
+    if find is not None:
+        return find(descriptor, size, head)
+    if head[:4] in _FFMPEG_ALONE or head[4:8] == b"ftyp":
+        return Contents([Part(0, size, decoder="ffmpeg")], "mp4" if head[4:8] == b"ftyp" else "")
+    is_mpeg = head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0")
+    if is_mpeg or Path(path).suffix.lower() in (".mp3", ".mp2", ".mpga"):
+        return find_mpeg(descriptor, size, head)
+    return Contents()
