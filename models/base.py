@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common.errors import UserError, some
 from models.frontends import FrontEnd
 from models.labels import labels_for
+from models.waveforms import as_waveform
 
 Activation = Literal["sigmoid", "softmax"]
 Outputs = Literal["logits", "probabilities"]
@@ -105,22 +106,30 @@ class AudioTagger(nn.Module):
         """Compute what the head reads: (B,F,T) -> tokens (B,N,D) or maps (B,D,F',T')."""
         raise NotImplementedError
 
-    def embed(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def embed(self, waveform: Any, lengths: Any = None) -> tuple[Tensor, Tensor]:
         """Embed clips.
 
         Args:
-            waveform: (B,S) in [-1, 1] at `sample_rate`.
+            waveform: (B,S) or (S,) at `sample_rate`, or a list of clips (S,): tensors or arrays of floats with full
+                scale 1.0, or of int16. A sound of several channels would be several clips: average them first.
             lengths: (B,) samples of each clip, None where all of S belong to it.
 
         Returns:
             One vector a clip (B,E), and one vector a time step (B,T',E), zero behind a clip's `n_steps`.
+
+        Raises:
+            UserError: no such waveform, see `models.waveforms.as_waveform`.
         """
+        return self.embed_waveform(*as_waveform(waveform, lengths, device=self._device))
+
+    def embed_waveform(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Embed clips without a look at what is given: float32 (B,S) on the model's device; as `embed`."""
         waveform, lengths = _without_common_padding(waveform, lengths)
         if lengths is None:
             return self.embed_spectrogram(self.front_end(waveform))
         if self.masks_padding:
             return self.embed_spectrogram(self.front_end(waveform, lengths), self.front_end.n_frames(lengths))
-        clip, frames = run_by_length(self.embed, waveform, lengths)
+        clip, frames = run_by_length(self.embed_waveform, waveform, lengths)
         return clip, frames
 
     def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -158,12 +167,25 @@ class AudioTagger(nn.Module):
         """
         return self.embed_spectrogram(mel)[0]
 
-    @torch.no_grad()
-    def predict(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Probabilities (B,C) of clips, without gradients; arguments as in `forward`.
+    def predict(self, waveform: Any, lengths: Any = None) -> Tensor:
+        """Probabilities (B,C) of clips, without gradients.
+
+        Args:
+            waveform: (B,S) or (S,) at `sample_rate`, or a list of clips (S,): tensors or arrays of floats with full
+                scale 1.0, or of int16. A sound of several channels would be several clips: average them first.
+            lengths: (B,) samples of each clip, None where all of S belong to it.
 
         Raises:
-            UserError: a clip holds NaN or infinite samples, or the weights do.
+            UserError: no such waveform, see `models.waveforms.as_waveform`, or the weights give NaN.
+        """
+        return self.predict_waveform(*as_waveform(waveform, lengths, device=self._device))
+
+    @torch.no_grad()
+    def predict_waveform(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Probabilities of clips without a look at what is given: float32 (B,S) on the model's device -> (B,C).
+
+        Raises:
+            UserError: a clip holds NaN or infinite samples, or the weights give NaN.
         """
         output = self(waveform, lengths)
         if not bool(output.isfinite().all()):
@@ -189,13 +211,22 @@ class AudioTagger(nn.Module):
         """Names of parameters that weight decay must leave alone, beside biases and norms."""
         return set()
 
+    @property
+    def _device(self) -> torch.device | None:
+        return next((parameter.device for parameter in self.parameters()), None)
+
     def _activate(self, logits: Tensor) -> Tensor:
         return logits.softmax(-1) if self.activation == "softmax" else logits.sigmoid()
 
 
 def _without_common_padding(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Cut what is padding in every clip; lengths become None where none is left."""
-    if lengths is None or waveform.ndim != 2 or lengths.numel() == 0:
+    if waveform.ndim != 2 or not waveform.is_floating_point():
+        raise UserError(
+            f"the waveform is {waveform.dtype} of shape {tuple(waveform.shape)}; wanted waveforms (B,S), "
+            "floats with full scale 1.0: `predict` and `embed` take other forms of sound"
+        )
+    if lengths is None or lengths.numel() == 0:
         return waveform, None
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1 or longest > waveform.shape[1] or lengths.shape != waveform.shape[:1]:

@@ -5,7 +5,7 @@ Letters: B batch, S samples, C classes.
 
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,19 +59,28 @@ class Ensemble(nn.Module):
         """The same as `predict`."""
         return self.predict(waveforms, lengths)
 
-    def predict(self, waveforms: Mapping[int, Tensor], lengths: Mapping[int, Tensor] | None = None) -> Tensor:
+    def predict(self, waveforms: Any, lengths: Any = None) -> Tensor:
         """Probabilities of the same clips, given at every sample rate of the members.
 
         Args:
-            waveforms: sample rate in hertz -> (B,S) in [-1, 1].
-            lengths: sample rate in hertz -> (B,) samples of each clip, None where all belong to it.
+            waveforms: sample rate in hertz -> what `AudioTagger.predict` takes; where all members have one rate, the
+                clips alone will do.
+            lengths: sample rate in hertz -> (B,) samples of each clip, None where all belong to it; likewise.
 
         Returns:
             (B,C).
 
         Raises:
-            UserError: a sample rate is missing, or a clip holds NaN or infinite samples.
+            UserError: a sample rate is missing, or see `AudioTagger.predict`.
         """
+        if not isinstance(waveforms, Mapping) and len(self.sample_rates) == 1:
+            (rate,) = self.sample_rates
+            waveforms, lengths = {rate: waveforms}, None if lengths is None else {rate: lengths}
+        if not all(isinstance(given, Mapping | None) for given in (waveforms, lengths)):
+            raise UserError(
+                f"members of this ensemble take {self.sample_rates} Hz: give a dictionary from sample rate to "
+                "waveform (and from sample rate to lengths)"
+            )
         for what, given in (("waveforms", waveforms), ("lengths", lengths)):
             missing = [rate for rate in self.sample_rates if given is not None and rate not in given]
             if missing:
@@ -81,3 +90,11 @@ class Ensemble(nn.Module):
             rate = member.sample_rate
             votes.append(member.predict(waveforms[rate], None if lengths is None else lengths[rate]))
         return torch.stack(votes).mean(0)
+
+    def embed(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: widths and meaning of members' embeddings differ.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("an ensemble has no embedding: embed with one of its members, `ensemble.members[0].embed(...)`")

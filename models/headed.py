@@ -162,7 +162,7 @@ class HeadedTagger(AudioTagger):
                 behind = torch.arange(n_samples, device=waveform.device) >= lengths[:, None].to(waveform.device)
                 waveform, lengths = waveform.masked_fill(behind, 0.0), lengths.clamp(min=least)
             waveform = F.pad(waveform, (0, max(least - n_samples, 0)))
-        return self.model.embed(waveform, lengths)[0]
+        return self.model.embed_waveform(waveform, lengths)[0]
 
     def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
         """Tag spectrograms: (B,F,T), own frames (B,) or None -> logits (B,C)."""
@@ -182,9 +182,9 @@ class HeadedTagger(AudioTagger):
         """Compute what the model's own head reads."""
         return self.model.forward_features(mel)
 
-    def embed(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def embed_waveform(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embed clips as the model does."""
-        return self.model.embed(waveform, lengths)
+        return self.model.embed_waveform(waveform, lengths)
 
     def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embed spectrograms as the model does."""

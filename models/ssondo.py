@@ -1,7 +1,7 @@
 """A model in one call: raw sound in, embeddings or classes out, as S-SONDO's package has it.
 
-Any model will do: the published students, a run's folder, a tagger. Clips are cut into segments of 10 s, or as long as
-those that a head was trained on, the tail kept.
+Any model will do: the published students, a run's folder, a tagger. Clips are cut into segments, the tail kept: as long
+as those that a head was trained on, else as long as a checkpoint of S-SONDO says it learnt from, else of 10 s.
 
 Letters: B batch, S samples, R segments of all clips, F mel bands, T frames, C classes, E embedding width, W width of
 a teacher's space.
@@ -9,6 +9,7 @@ a teacher's space.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,12 @@ from torch.nn import functional as F
 from common.errors import UserError
 from models.base import AudioTagger
 from models.devices import choose_device
-from models.headed import SEGMENT_SECONDS, Head
+from models.headed import SEGMENT_SECONDS, Head, HeadedTagger
 from models.heads import FOLDER, check_fit, load_head
 from models.loading import load_model, read_weights
 from models.registry import list_models, published_weights
 from models.ssondo_students import Student
+from models.waveforms import as_waveform
 
 _AT_ONCE = 32  # segments that go through the network together, so that hours of sound fit
 _NEW_HEADS = ("linear", "mlp")
@@ -36,7 +38,7 @@ class Ssondo(nn.Module):
         return_logits: give (embeddings, projected) without a head, (logits, embeddings) with one.
         pad: fill segments up with zeros that count as sound, as published heads were trained. Else a segment is as long
             as its sound.
-        segment_seconds: length of a segment.
+        segment_seconds: length of a segment; None for that of the model, see `own_segment_seconds`.
 
     Raises:
         UserError: the head is for another width, or projections are asked of a model that has none.
@@ -49,7 +51,7 @@ class Ssondo(nn.Module):
         *,
         return_logits: bool = False,
         pad: bool = False,
-        segment_seconds: float = SEGMENT_SECONDS,
+        segment_seconds: float | None = None,
     ) -> None:
         super().__init__()
         if head is not None:
@@ -61,7 +63,8 @@ class Ssondo(nn.Module):
             )
         self.model, self.head = model, head
         self.return_logits, self.pad = return_logits, pad
-        self.segment_samples = round(segment_seconds * model.sample_rate)
+        seconds = own_segment_seconds(model) if segment_seconds is None else segment_seconds
+        self.segment_samples = round(seconds * model.sample_rate)
         self._at_rest: list[nn.Parameter] | None = None  # what was learning before the backbone was frozen
 
     @property
@@ -79,11 +82,12 @@ class Ssondo(nn.Module):
         """Hertz of the waveforms it takes."""
         return self.model.sample_rate
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Embed clips, or tag them where there is a head.
 
         Args:
-            x: mono (B,S) or (S,) at `sample_rate`, S at least 1.
+            x: mono (B,S) or (S,) at `sample_rate`, S at least 1: a tensor or array of floats with full scale 1.0, or of
+                int16; or a list of clips (S,).
 
         Returns:
             Without a head: one vector a segment (B, n_segments, E), and with `return_logits` the clip's place in the
@@ -99,11 +103,11 @@ class Ssondo(nn.Module):
         projected = self.model.get_submodule("classification_head")(segments)
         return segments, _weighted_mean(projected, own)
 
-    def get_embeddings(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def get_embeddings(self, x: Any, lengths: Any = None) -> Tensor:
         """Embed whole clips.
 
         Args:
-            x: mono (B,S) or (S,) at `sample_rate`, S at least 1.
+            x: as in `forward`.
             lengths: (B,) samples of each clip, None where all of S belong to it.
 
         Returns:
@@ -111,7 +115,7 @@ class Ssondo(nn.Module):
         """
         return _weighted_mean(*self._embedded(x, lengths))
 
-    def preprocess(self, x: Tensor) -> Tensor:
+    def preprocess(self, x: Any) -> Tensor:
         """Compute the spectrogram of each segment: (B,S) or (S,) -> (B, n_segments, F, T).
 
         The tail of a clip of several segments is filled up with silence.
@@ -143,34 +147,37 @@ class Ssondo(nn.Module):
             self.model.eval()
         return self
 
-    def _segments(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _segments(self, sound: Any, lengths: Any) -> tuple[Tensor, Tensor]:
         """(B,S) or (S,) -> segments (B, n_segments, samples), and the samples of sound in each (B, n_segments)."""
-        x = x[None] if x.ndim == 1 else x
-        if x.ndim != 2 or x.shape[1] == 0:
-            raise UserError(f"wanted mono sound, (S,) or (B,S) of at least one sample, not {tuple(x.shape)}")
+        device = next(self.parameters()).device
+        x, own = as_waveform(sound, lengths, device=device, check_values=not self.training)
         n_samples = x.shape[1]
-        ends = torch.full((len(x),), n_samples, device=x.device) if lengths is None else lengths.to(x.device)
-        if ends.shape != x.shape[:1] or bool(((ends < 1) | (ends > n_samples)).any()):
-            raise UserError(f"lengths {ends.tolist()} must be one number a clip, 1 to {n_samples} samples")
-        x = x.float().masked_fill(torch.arange(n_samples, device=x.device) >= ends[:, None], 0.0)
+        ends = torch.full((len(x),), n_samples, device=x.device) if own is None else own
+        x = x.masked_fill(torch.arange(n_samples, device=x.device) >= ends[:, None], 0.0)
         n_segments = -(-n_samples // self.segment_samples)
         size = self.segment_samples if self.pad or n_segments > 1 else n_samples
         segments = F.pad(x, (0, n_segments * size - n_samples)).unflatten(1, (n_segments, size))
         starts = torch.arange(n_segments, device=x.device) * size
         return segments, (ends[:, None] - starts).clamp(0, size)
 
-    def _embedded(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _embedded(self, x: Any, lengths: Any) -> tuple[Tensor, Tensor]:
         """(B,S) or (S,) -> one vector a segment (B, n_segments, E), and the samples of sound in each."""
         segments, own = self._segments(x, lengths)
         used = own > 0
         clips, n_own = segments[used], own[used]  # (R,samples), (R,)
         at_once = len(clips) if self.model.training else _AT_ONCE
         pieces = [
-            self.model.embed(piece, None if self.pad else n)[0]
+            self.model.embed_waveform(piece, None if self.pad else n)[0]
             for piece, n in zip(clips.split(at_once), n_own.split(at_once), strict=True)
         ]
         rows = torch.cat(pieces)
         return rows.new_zeros(*own.shape, self.embedding_dim).masked_scatter(used[..., None], rows), own
+
+
+def own_segment_seconds(model: AudioTagger) -> float:
+    """Return the length of the segments that a model learnt from, where it is a student that says so; else 10 s."""
+    network = model.model if isinstance(model, HeadedTagger) else model
+    return network.segment_seconds if isinstance(network, Student) else SEGMENT_SECONDS
 
 
 def _weighted_mean(segments: Tensor, own: Tensor) -> Tensor:
@@ -198,7 +205,7 @@ def get_ssondo(
         hidden_sizes: hidden layers of a new "mlp", by default (512,).
         return_logits: give the projection into the teacher's space, or with a head the embeddings, beside.
         device: "cpu", "cuda" or "auto".
-        pad: fill segments up to 10 s with zeros, by default only where the head was trained so.
+        pad: fill segments up to their length with zeros, by default only where the head was trained so.
         heads_folder: where saved heads lie.
 
     Returns:
@@ -229,11 +236,12 @@ def get_ssondo(
             raise UserError(f"head {head!r} needs n_classes, the number of its classes")
         sizes = () if head == "linear" else (512,) if hidden_sizes is None else tuple(hidden_sizes)
         own_head = Head(model.embed_dim, n_classes, hidden_sizes=sizes)
+        own_head.facts["chunk_length"] = own_segment_seconds(model)
     else:
         own_head = load_head(head, heads_folder)
     if pad is None:
         pad = own_head is not None and own_head.padded
-    seconds = SEGMENT_SECONDS if own_head is None else own_head.chunk_seconds
+    seconds = None if own_head is None else own_head.chunk_seconds
     return Ssondo(model, own_head, return_logits=return_logits, pad=pad, segment_seconds=seconds).to(where).eval()
 
 

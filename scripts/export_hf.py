@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
 from common.errors import print_user_errors
+from common.parser import Parser
 from models import load_tagger
 from models.heads import check_classes
 from scripts.hf.folder import export
@@ -29,7 +30,7 @@ from scripts.hf.folder import export
 @print_user_errors
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, load the model, write the folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="OUTPUT_FOLDER", type=Path, help="new or empty")
     parser.add_argument("-m", "--model", required=True, help="a model's name, a checkpoint, or a run's folder")
     parser.add_argument("--weights", help="file or address with the weights of the model named by -m")

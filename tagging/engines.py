@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from common.errors import UserError
+from common.samples import as_clips
 
 if TYPE_CHECKING:
     import torch
 
     from models.base import AudioTagger
-    from models.token_merging import Schedule
+    from models.token_merging import MergingSetting
 
 
 MOST_THREADS = 8  # side by side; with more cores each takes several
@@ -43,7 +44,7 @@ class Engine(Protocol):
     batch_size: int
 
     def predict(self, clips: Sequence[np.ndarray]) -> np.ndarray:
-        """Tag clips, float32 (S,) each and of any length: probabilities, float32 (B,C)."""
+        """Tag clips, (S,) each and of any length, as `common.samples.as_clips` takes them: float32 (B,C)."""
         ...
 
 
@@ -74,28 +75,29 @@ class TorchEngine:
             torch.set_num_threads(max(torch.get_num_threads() // self.n_threads, 1))
 
     def predict(self, clips: Sequence[np.ndarray]) -> np.ndarray:
-        """Tag clips, float32 (S,) each and of any length: probabilities, float32 (B,C).
+        """Tag clips, (S,) each and of any length, as `common.samples.as_clips` takes them: probabilities (B,C).
 
         Raises:
-            UserError: the weights give NaN, see `AudioTagger.predict`.
+            UserError: they are no clips, or the weights give NaN.
         """
         import torch
 
         if not self.labels:
             return np.empty((len(clips), 0), np.float32)
         with torch.inference_mode():
-            return self.model.predict(*self._batch(clips)).float().cpu().numpy()
+            return self.model.predict_waveform(*self._batch(as_clips(clips))).float().cpu().numpy()
 
     def embed(self, clips: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Embed clips: one vector a clip, float32 (B,E), and the vectors (T',E) of each clip's own time steps.
 
         Raises:
-            UserError: a model without classes gives NaN, which `predict` tells of others.
+            UserError: they are no clips, or a model without classes gives NaN, which `predict` tells of others.
         """
         import torch
 
+        clips = as_clips(clips)
         with torch.inference_mode():
-            whole, steps = self.model.embed(*self._batch(clips))
+            whole, steps = self.model.embed_waveform(*self._batch(clips))
         if not self.labels and not bool(whole.isfinite().all()):
             raise UserError(f"the model {self.name} gives NaN: a clip does, its weights are damaged, or it diverged")
         frames = steps.float().cpu().numpy()
@@ -129,7 +131,7 @@ def open_engine(
     engine: str | None = None,
     weights: str | Path | None = None,
     device: str = "auto",
-    token_merging: Schedule = None,
+    token_merging: MergingSetting = None,
     head: str | Path | None = None,
 ) -> Engine:
     """Open a model for tagging.

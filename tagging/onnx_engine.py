@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 
 from common.errors import UserError, some
+from common.samples import as_clips
 from tagging.engines import MOST_THREADS
 
 if TYPE_CHECKING:
@@ -92,15 +93,16 @@ class OnnxEngine:
         """Tag clips.
 
         Args:
-            clips: float32 (S,) each in [-1, 1], of any lengths; those of one length are computed together
-                where the precision allows it.
+            clips: (S,) each, of any lengths, as `common.samples.as_clips` takes them; those of one length are computed
+                together where the precision allows it.
 
         Returns:
             Probabilities, float32 (B,C).
 
         Raises:
-            UserError: a clip is empty, longer than `max_samples`, or not finite.
+            UserError: they are no clips, or one is longer than `max_samples` or not finite.
         """
+        clips = as_clips(clips)
         lengths = np.array([len(clip) for clip in clips], np.int64)
         result = np.empty((len(clips), len(self.labels)), np.float32)
         for length in np.unique(lengths):

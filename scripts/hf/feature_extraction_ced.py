@@ -1,5 +1,7 @@
 """CED's front-end as a feature extractor of Hugging Face's transformers: waveforms to log-mel spectrograms.
 
+Frames come first, (T,F): the pipelines of transformers put clips of several lengths together along that axis alone.
+
 Letters: B batch, S samples, F mel bands, T frames.
 """
 
@@ -17,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 class CedFeatureExtractor(SequenceFeatureExtractor):
-    """Turns waveforms into what CED models take: mel power in decibels, (F,T), each clip by itself.
+    """Turns waveforms into what CED models take: mel power in decibels, (T,F), each clip by itself.
 
     Args:
         feature_size: mel bands F.
@@ -30,6 +32,7 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
         center: whether frames are centred.
         min_frames: shorter clips are extended with zeros until they have this many frames.
         padding_value: decibels behind a clip's end; models do not hear them where they are given the mask.
+        band_limit: hertz above which whatever a sound holds is ignored, None for no limit.
     """
 
     model_input_names: ClassVar[list[str]] = ["input_values"]
@@ -46,12 +49,13 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
         center: bool = True,
         min_frames: int = 16,
         padding_value: float = SILENCE_DB,
+        band_limit: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(feature_size, sampling_rate, padding_value, **kwargs)
         self.f_min, self.f_max = f_min, f_max
         self.n_fft, self.win_size, self.hop_size = n_fft, win_size, hop_size
-        self.center, self.min_frames = center, min_frames
+        self.center, self.min_frames, self.band_limit = center, min_frames, band_limit
         with torch.device("cpu"):
             self._front_end = CedMel(
                 sample_rate=sampling_rate,
@@ -64,6 +68,8 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
                 center=center,
                 min_frames=min_frames,
             )
+            if band_limit is not None:
+                self._front_end.limit_band(band_limit)
 
     def __call__(
         self,
@@ -88,7 +94,7 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
             return_attention_mask: whether to tell which frames are a clip's own; by default they are.
 
         Returns:
-            `input_values` (B,F,T) float32 in decibels, and `attention_mask` (B,T) int32.
+            `input_values` (B,T,F) float32 in decibels, and `attention_mask` (B,T) int32.
 
         Raises:
             ValueError: another sampling rate, or a clip that is none: several channels, empty, integers, NaN.
@@ -102,7 +108,7 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
         clips = [self._checked(clip, index) for index, clip in enumerate(_as_list(raw_speech))]
         if truncation and max_length is not None:
             clips = [clip[:max_length] for clip in clips]
-        features = [{"input_values": self._front_end(clip[None])[0].numpy()} for clip in clips]
+        features = [{"input_values": self._front_end(clip[None])[0].T.contiguous().numpy()} for clip in clips]
         return self.pad(
             features,
             padding=padding,
@@ -134,7 +140,7 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
             return_tensors: "pt", "np", or None for NumPy as well.
 
         Returns:
-            `input_values` (B,F,T), `attention_mask` (B,T), and the rest.
+            `input_values` (B,T,F), `attention_mask` (B,T), and the rest.
         """
         if not isinstance(processed_features, Mapping):
             keys = processed_features[0]
@@ -142,10 +148,10 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
         features = dict(processed_features)
         mels = [np.asarray(mel, np.float32) for mel in features.pop("input_values")]
         masks = features.pop("attention_mask", None)
-        lengths = [mel.shape[1] for mel in mels] if masks is None else [int(np.asarray(mask).sum()) for mask in masks]
+        lengths = [len(mel) for mel in mels] if masks is None else [int(np.asarray(mask).sum()) for mask in masks]
         if truncation and max_length is not None:
             lengths = [min(length, max_length) for length in lengths]
-        mels = [mel[:, :length] for mel, length in zip(mels, lengths, strict=True)]
+        mels = [mel[:length] for mel, length in zip(mels, lengths, strict=True)]
         if padding and padding != "do_not_pad":
             wanted = max(lengths)
             if padding == "max_length" and max_length is not None:
@@ -153,13 +159,13 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
             wanted = -(-wanted // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
             behind = [(0, wanted - length) for length in lengths]
             mels = [
-                np.pad(mel, ((0, 0), more), constant_values=self.padding_value)
+                np.pad(mel, (more, (0, 0)), constant_values=self.padding_value)
                 for mel, more in zip(mels, behind, strict=True)
             ]
         features["input_values"] = mels
         if self.return_attention_mask if return_attention_mask is None else return_attention_mask:
             features["attention_mask"] = [
-                (np.arange(mel.shape[1]) < length).astype(np.int32) for mel, length in zip(mels, lengths, strict=True)
+                (np.arange(len(mel)) < length).astype(np.int32) for mel, length in zip(mels, lengths, strict=True)
             ]
         if return_tensors is None and len({mel.shape for mel in mels}) == 1:
             return_tensors = "np"

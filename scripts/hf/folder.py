@@ -131,6 +131,7 @@ def _preprocessor(network: AudioTransformer | ResNet10) -> dict[str, Any]:
             key: getattr(front_end, key)
             for key in ("f_min", "f_max", "n_fft", "win_size", "hop_size", "center", "min_frames")
         },
+        **({} if front_end.band_limit is None else {"band_limit": front_end.band_limit}),
         "padding_side": "right",
         "return_attention_mask": True,
     }

@@ -57,7 +57,7 @@ class TaggerPreTrainedModel(PreTrainedModel):
         """Embed clips.
 
         Args:
-            input_values: (B,F,T) decibels, from the feature extractor.
+            input_values: (B,T,F) decibels, from the feature extractor.
             attention_mask: (B,T) 1 for a clip's own frames, 0 behind its end; None where all are its own.
 
         Returns:
@@ -66,23 +66,27 @@ class TaggerPreTrainedModel(PreTrainedModel):
         return self.encoder.embed_spectrogram(*self._own_frames(input_values, attention_mask))
 
     def _own_frames(self, mel: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Spectrograms without the padding that all clips share, and frames (B,) of each, None where they are equal."""
-        if mel.ndim != 3:
+        """Spectrograms without the padding that all clips share, and frames (B,) of each, None where they are equal.
+
+        (B,T,F) -> (B,F,T), as the network takes them.
+        """
+        n_mels = self.encoder.front_end.n_mels
+        if mel.ndim != 3 or mel.shape[2] != n_mels:
             raise ValueError(
-                f"input_values are {tuple(mel.shape)}; wanted spectrograms (batch, mel bands, frames), "
+                f"input_values are {tuple(mel.shape)}; wanted spectrograms (batch, frames, {n_mels} mel bands), "
                 "as the feature extractor of this model returns them"
             )
         mel = mel.to(next(self.encoder.parameters()).dtype)
         if mask is None:
-            return mel, None
-        if mask.shape != (mel.shape[0], mel.shape[2]):
+            return mel.transpose(1, 2), None
+        if mask.shape != mel.shape[:2]:
             raise ValueError(f"attention_mask is {tuple(mask.shape)}; wanted (batch, frames) of {tuple(mel.shape)}")
         n_frames = mask.long().sum(1)
         shortest, longest = int(n_frames.min()), int(n_frames.max())
         least = cast(CedMel, self.encoder.front_end).min_frames
         if shortest < least:
             raise ValueError(f"a clip has {shortest} frames of its own; wanted at least {least}")
-        return mel[..., :longest], None if shortest == longest else n_frames
+        return mel[:, :longest].transpose(1, 2), None if shortest == longest else n_frames
 
 
 class TaggerModel(TaggerPreTrainedModel):
@@ -99,7 +103,7 @@ class TaggerModel(TaggerPreTrainedModel):
         """Embed clips.
 
         Args:
-            input_values: (B,F,T) decibels, from the feature extractor.
+            input_values: (B,T,F) decibels, from the feature extractor.
             attention_mask: (B,T) 1 for a clip's own frames, 0 behind its end; None where all are its own.
             return_dict: False for a plain tuple.
 
@@ -129,7 +133,7 @@ class TaggerForAudioClassification(TaggerPreTrainedModel):
         """Tag clips.
 
         Args:
-            input_values: (B,F,T) decibels, from the feature extractor.
+            input_values: (B,T,F) decibels, from the feature extractor.
             attention_mask: (B,T) 1 for a clip's own frames, 0 behind its end; None where all are its own.
             labels: targets of the loss: (B,C) 0 to 1 for problem type "multi_label_classification" (binary cross
                 entropy), class indices (B,) or probabilities (B,C) for "single_label_classification" (cross entropy).

@@ -90,7 +90,7 @@ def test_the_loss_of_several_labels_is_computed(folder):
     model = CedForAudioClassification.from_pretrained(folder)
     labels = torch.zeros(2, 527)
     labels[0, [3, 7]] = 1
-    output = model(torch.randn(2, 64, 101), labels=labels)
+    output = model(torch.randn(2, 101, 64), labels=labels)
     torch.testing.assert_close(output.loss, torch.nn.BCELoss()(output.logits.sigmoid(), labels), atol=1e-5, rtol=0)
 
 
@@ -99,4 +99,4 @@ def test_the_extractor_gives_numpy_as_well(folder):
     extractor = CedFeatureExtractor.from_pretrained(folder)
     values = extractor(noise(16000).numpy(), sampling_rate=16000, return_tensors="np")["input_values"]
     assert isinstance(values, np.ndarray)
-    assert values.shape == (1, 64, 101)
+    assert values.shape == (1, 101, 64)

@@ -76,13 +76,19 @@ def test_the_folder_gives_the_heads_probabilities_here_and_in_transformers(netwo
 
 ELSEWHERE = """
 import json, sys, numpy as np, torch
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, pipeline
 folder = sys.argv[1]
 extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForAudioClassification.from_pretrained(folder, trust_remote_code=True).eval()
 sound = np.load("sound.npy")
 with torch.inference_mode():
     found = model(**extractor(sound, sampling_rate=16000, return_tensors="pt")).logits.softmax(-1)[0]
+tag = pipeline("audio-classification", model=folder, trust_remote_code=True)
+several = [sound, np.tile(sound, 12), sound[:5000]]
+alone, batch = [tag(one, top_k=4) for one in several], tag(several, top_k=4, batch_size=3)
+for one, other in zip(alone, batch, strict=True):
+    assert [tag["label"] for tag in one] == [tag["label"] for tag in other]
+    np.testing.assert_allclose([tag["score"] for tag in one], [tag["score"] for tag in other], atol=1e-5)
 print("RESULT", json.dumps({model.config.id2label[i]: value for i, value in enumerate(found.tolist())}))
 """
 

@@ -14,7 +14,16 @@ from models import create_model, load_model, save_checkpoint
 from scripts import export_hf
 from scripts.hf.folder import code_files, export
 from scripts.hf.modeling_resnet10 import ResNet10ForAudioClassification, ResNet10Model
-from tests.scripts.test_export_hf import NAMES, SECONDS, clips, own_probabilities, run_card, tagger, use_elsewhere
+from tests.scripts.test_export_hf import (
+    NAMES,
+    SECONDS,
+    check_batch,
+    clips,
+    own_probabilities,
+    run_card,
+    tagger,
+    use_elsewhere,
+)
 from tests.scripts.test_export_hf import loaded as loaded_as
 
 
@@ -64,7 +73,7 @@ def test_transformers_alone_gives_what_the_model_predicts(folder, model, tmp_pat
         values, classes = row.topk(3)
         assert [tag["label"] for tag in tags] == [NAMES[i] for i in classes]
         assert [tag["score"] for tag in tags] == pytest.approx(values.tolist(), abs=1e-5)
-    assert [tag["score"] for tag in found["batch"][0]] == pytest.approx([t["score"] for t in found["pipeline"][0]])
+    check_batch(found)
     embeddings = [model.embed(torch.from_numpy(clip)[None])[0][0] for clip in clips(*SECONDS)]
     torch.testing.assert_close(torch.tensor(found["embedding"]), torch.stack(embeddings), atol=1e-4, rtol=0)
     again = load_model(found["folder"])  # as transformers saved it
@@ -194,7 +203,7 @@ def test_it_runs_in_half_precision(folder, model):
 
 def test_a_clip_without_a_frame_is_told(folder):
     with pytest.raises(ValueError, match="a clip has 0 frames of its own; wanted at least 1"):
-        loaded(folder)[0](torch.zeros(2, 64, 9), torch.tensor([[1] * 9, [0] * 9]))
+        loaded(folder)[0](torch.zeros(2, 9, 64), torch.tensor([[1] * 9, [0] * 9]))
 
 
 def test_the_model_card_is_that_of_this_network_and_its_commands_run(folder, monkeypatch, tmp_path):

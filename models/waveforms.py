@@ -1,0 +1,151 @@
+"""Waveforms as callers have them, as the batches that networks take.
+
+Letters: B batch, S samples.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from common.errors import UserError, some
+from common.samples import FULL_SCALE_16_BIT, WANTED, to_floats
+
+_LOUDEST = 16.0  # 24 dB above full scale, as for files: floating-point recordings and mixes stay below
+_MOST_CHANNELS, _FEWEST_SAMPLES = 32, 1000  # what looks like one sound with its channels last
+
+
+def as_waveform(
+    sound: Any,
+    lengths: Any = None,
+    *,
+    device: str | torch.device | None = None,
+    check_values: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Return clips as a batch of waveforms, float32 with full scale 1.0, and their lengths.
+
+    (channels, samples) cannot be told from (B,S): a sound of two channels would be two clips. Average the channels
+    first.
+
+    Args:
+        sound: a tensor or array (B,S), or (S,) for one clip; or a list of clips (S,) of any lengths, which are padded.
+            Floats of any width with full scale 1.0, or int16, which is divided by 32768.
+        lengths: (B,) samples of each clip: a tensor, an array or a list; None where all of S belong to it.
+        device: where the batch goes; None: where it is.
+        check_values: look at the values too, which costs a pass over them.
+
+    Returns:
+        (B,S), and (B,) or None. A float32 tensor (B,S) on the device is returned as it is.
+
+    Raises:
+        UserError: another type or shape, no clips, no samples; where values are looked at, samples that are not finite
+            or whose full scale is not 1.0.
+    """
+    if isinstance(sound, list | tuple):
+        waveform, sizes = _join(sound)
+    else:
+        waveform, sizes = _to_float_tensor(sound, "the waveform"), None
+    waveform = _check_shape(waveform)
+    own = _read_lengths(lengths, sizes, waveform)
+    waveform = waveform if device is None else waveform.to(device)
+    own = own if own is None else own.to(waveform.device)
+    if check_values:
+        _check_values(waveform.detach(), own)
+    return waveform, own
+
+
+def _join(clips: Sequence[Any]) -> tuple[Tensor, list[int] | None]:
+    """Put a list of clips into one batch, padded with zeros; sizes are None for a list of samples."""
+    if not clips:
+        raise UserError("the waveform: found an empty list; wanted (B,S), (S,) or a list of clips (S,)")
+    if all(isinstance(value, bool | int | float) for value in clips):
+        return _to_float_tensor(clips, "the waveform"), None
+    parts = [_to_float_tensor(clip, f"clip {i}") for i, clip in enumerate(clips)]
+    for i, part in enumerate(parts):
+        if part.ndim != 1:
+            raise UserError(
+                f"clip {i} of the list has shape {tuple(part.shape)}; wanted one channel, (S,): average the channels"
+            )
+    return pad_sequence([part.to(parts[0].device) for part in parts], batch_first=True), [len(part) for part in parts]
+
+
+def _to_float_tensor(samples: Any, name: str) -> Tensor:
+    if not isinstance(samples, Tensor):
+        floats = to_floats(samples, name)
+        return torch.from_numpy(floats if floats.flags.writeable and floats.flags.c_contiguous else floats.copy())
+    if samples.is_floating_point():
+        return samples.float()
+    if samples.dtype == torch.int16:
+        return samples.float() / FULL_SCALE_16_BIT
+    raise UserError(f"{name}: found values of type {samples.dtype}; {WANTED}: divide integers by their full scale")
+
+
+def _check_shape(waveform: Tensor) -> Tensor:
+    """Return (B,S)."""
+    if waveform.ndim == 1:
+        waveform = waveform[None]
+    shape = tuple(waveform.shape)
+    if waveform.ndim == 3:
+        raise UserError(f"the waveform has shape {shape}; wanted (B,S): average the channels, `waveform.mean(1)`")
+    if waveform.ndim != 2:
+        raise UserError(f"the waveform has shape {shape}; wanted clips of one channel, (B,S), or one clip, (S,)")
+    if waveform.shape[0] == 0:
+        raise UserError(f"the waveform has shape {shape}: no clips; wanted (B,S) with at least one")
+    if waveform.shape[1] == 0:
+        raise UserError(f"the waveform has shape {shape}: no samples; wanted at least one in each clip")
+    if waveform.shape[1] <= _MOST_CHANNELS and waveform.shape[0] >= _FEWEST_SAMPLES:
+        raise UserError(
+            f"the waveform has shape {shape}, which looks like (S, channels); wanted (B,S): average the channels, "
+            "`waveform.mean(1)`"
+        )
+    return waveform
+
+
+def _read_lengths(lengths: Any, sizes: list[int] | None, waveform: Tensor) -> Tensor | None:
+    """Return lengths (B,), None where all of S belong to each clip."""
+    n_clips, n_samples = waveform.shape
+    if lengths is None:
+        return None if sizes is None or len(set(sizes)) == 1 else _sizes_as_lengths(sizes)
+    try:
+        own = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"lengths are {type(lengths).__name__}; wanted one whole number a clip, (B,)") from None
+    own = own[None] if own.ndim == 0 else own
+    if own.is_floating_point() or own.is_complex() or own.dtype == torch.bool:
+        raise UserError(f"lengths are of type {own.dtype}; wanted whole numbers of samples, one a clip")
+    if own.shape != (n_clips,) or int(own.min()) < 1 or bool((own.cpu() > torch.tensor(sizes or n_samples)).any()):
+        raise UserError(f"lengths {own.tolist()} must be one number a clip, 1 to {sizes or n_samples} samples")
+    return own
+
+
+def _sizes_as_lengths(sizes: list[int]) -> Tensor:
+    if min(sizes) < 1:
+        raise UserError(f"clip {sizes.index(0)} of the list has no samples; wanted at least one: leave it out")
+    return torch.tensor(sizes)
+
+
+def _check_values(waveform: Tensor, lengths: Tensor | None) -> None:
+    """Refuse samples that are not finite, and those whose full scale is not 1.0, as files with such are."""
+    if lengths is not None:
+        behind = torch.arange(waveform.shape[1], device=waveform.device) >= lengths[:, None]
+        waveform = waveform.masked_fill(behind, 0.0)
+    peaks = waveform.abs().amax(1).tolist()
+    odd = [i for i, peak in enumerate(peaks) if not peak < float("inf")]
+    if odd:
+        raise UserError(f"clips {some(map(str, odd))} of the batch hold NaN or infinite samples")
+    for i, peak in enumerate(peaks):
+        if peak > 1 and _is_unscaled(waveform[i], peak):
+            raise UserError(
+                f"clip {i} of the batch has values of up to {peak:.6g}, as integers have; wanted full scale 1.0: "
+                "divide 16-bit samples by 32768"
+            )
+
+
+def _is_unscaled(samples: Tensor, peak: float) -> bool:
+    """Whether all are whole numbers, or most are beyond full scale and the largest far beyond."""
+    if bool((samples == samples.round()).all()):
+        return True
+    values = samples.abs()
+    return peak > _LOUDEST and int((values > 1).sum()) * 2 >= int((values > 0).sum())
