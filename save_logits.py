@@ -20,6 +20,7 @@ from audio.dataset import Pack, chunk_bounds
 from common.commands import run_commands
 from common.errors import Faults, print_user_errors
 from distill.mask_check import check_masks
+from distill.published_layout import check_published
 from distill.replay import Replay
 from distill.sources import reference_lengths
 from training.config import SoftTargetConfig
@@ -63,13 +64,13 @@ def check_lengths(config: SoftTargetConfig, replay: Replay, pack: Pack, faults: 
 
 
 @print_user_errors
-def save_logits(config_file: str, m: str | None = None, **overrides: Any) -> None:
+def save_logits(config_file: str, *, m: str | None = None, **overrides: Any) -> None:
     """Save soft targets or embeddings.
 
     Args:
         config_file: a YAML file, see `logitconfig/`.
         m: short for --model.
-        overrides: key → value of the configuration; --head NAME: the classes of a head on the model's embeddings.
+        overrides: any key of the configuration; nested ones with a dot, --model_args.token_merging 8.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     overrides |= {} if m is None else {"model": m}
@@ -82,6 +83,8 @@ def save_logits(config_file: str, m: str | None = None, **overrides: Any) -> Non
             replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
             if pack is not None:
                 check_lengths(config, replay, pack, faults)
+                if config.layout == "published":
+                    check_published(replay, pack, faults)
         with faults.noted():
             question, name = open_question(config, pack)
     faults.raise_if_any()
@@ -95,4 +98,4 @@ def save_logits(config_file: str, m: str | None = None, **overrides: Any) -> Non
 
 
 if __name__ == "__main__":
-    run_commands(save_logits)
+    run_commands(save_logits, keys={"": SoftTargetConfig})

@@ -3,6 +3,7 @@
 B batch, S samples, N clips, M chunks.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -133,18 +134,36 @@ class Pack:
         """Read clip `i`, or its part from sample `start` to before `stop`: float32 (S,), full scale at 1.0."""
         return from_int16(self._shards[self._shard_of[i]].read(int(self._position_of[i]), start, stop))
 
+    def hash_sound(self, i: int, start: int = 0, stop: int | None = None) -> int:
+        """Return eight bytes of BLAKE2b over the 16-bit samples of clip `i`, or a part of it, as a signed integer."""
+        samples = self._shards[self._shard_of[i]].read(int(self._position_of[i]), start, stop)
+        digest = hashlib.blake2b(np.ascontiguousarray(samples, "<i2").data, digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
 
 def _read_packed_manifest(manifest: Path, required: Sequence[str]) -> pd.DataFrame:
     try:
         return read_manifest(manifest, required=required)
     except UserError as error:
-        if "'hdf5path'" in str(error) and "missing" in str(error):
-            stem = manifest.stem
-            raise UserError(
-                f"{error}. The list is not packed yet: run `python scripts/wavlist_to_hdf5.py {manifest} OUTDIR`, then "
-                f"use OUTDIR/labels/{stem}.tsv"
-            ) from None
-        raise
+        raise UserError(f"{error}{_way_out(str(error), manifest)}") from None
+
+
+def _way_out(fault: str, manifest: Path) -> str:
+    """Return what to do about a table that is no packed list, as a sentence behind the fault that was found."""
+    missing = fault.partition("; missing ")[2]
+    if "looks separated" in missing:
+        return "; packed lists are tab-separated: give the one that scripts/wavlist_to_hdf5.py wrote into OUTDIR/labels"
+    if "'hdf5path'" in missing:
+        return (
+            f". The list is not packed yet: run `python scripts/wavlist_to_hdf5.py {manifest} OUTDIR`, then use "
+            f"OUTDIR/labels/{manifest.stem}.tsv"
+        )
+    if "'labels'" in missing:
+        return (
+            ". The list is packed, but does not say what its clips are: add a column `labels` to it (several of a clip "
+            "joined by ;), or give it that name"
+        )
+    return ""
 
 
 def _open_shards(paths: Sequence[str], manifest: Path) -> list[Shard]:

@@ -1,4 +1,4 @@
-"""Manifests: the tables of clips (.tsv), their labels, and the ways in which a clip's name is spelt.
+"""Manifests: the tables of clips (.tsv), and the ways in which a clip's name is spelt.
 
 A clip is known by its name: the path in the manifest's `filename` column. Published stores spell names in other ways
 (without the folder, another extension, AudioSet's leading "Y"), so names are found by their relative path first and
@@ -7,6 +7,7 @@ by their stem where that leaves no doubt.
 
 import posixpath
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -15,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from audio.audioset import is_segment_list, read_segments
+from audio.file_names import locate
 from audio.io import AUDIO_EXTENSIONS, FOREIGN_EXTENSIONS
-from common.errors import Faults, UserError, did_you_mean, some
+from audio.tables import load_text, parse_table
+from common.errors import UserError, did_you_mean
 
 _EXTENSIONS = AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS
 # "Y", an 11-character YouTube id, then nothing, or the start, or start and end of the segment in seconds.
 _AUDIOSET_NAME = re.compile(r"Y([A-Za-z0-9_-]{11}(?:_\d+(?:\.\d+)?){0,2})")
-_MOST_FAULTS_TOLD = 20
 # Columns whose clips belong together: of one speaker, say, whom a model would recognise in another list.
 GROUP_COLUMNS = ("group", "speaker", "recording")
 
@@ -35,8 +38,11 @@ def read_manifest(
 ) -> pd.DataFrame:
     r"""Read a table with one clip a row.
 
+    Encodings, line ends, quotation marks and rows of another length are read as `audio.tables` says. AudioSet's own
+    lists of segments are read as lists of sounds, whatever the delimiter (`audio.audioset`).
+
     Args:
-        path: a text file (UTF-8) with a header line.
+        path: a text file with a header line.
         required: columns that must be there; "filename" stands for `filename_column`.
         delimiter: between columns.
         filename_column: what the file calls the column of names; it is called "filename" in the result.
@@ -45,19 +51,15 @@ def read_manifest(
         The table, every value a string as it stands in the file, missing ones "".
 
     Raises:
-        UserError: the file cannot be read, has no rows, or lacks a column.
+        UserError: the file cannot be read, has no rows, lacks a column, or has rows that do not fit its header.
     """
-    try:
-        table = pd.read_csv(
-            path, sep=delimiter, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig", engine="c"
-        )
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except pd.errors.EmptyDataError:
-        raise UserError(f"{path}: the file is empty; wanted a header line with a {filename_column!r} column") from None
-    except (OSError, ValueError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
-        raise UserError(f"{path}: cannot be read as a table ({str(error).strip()})") from None
-    table = table.fillna("")
+    content = load_text(path)
+    if not content.strip():
+        raise UserError(f"{path}: the file is empty; wanted a header line with a {filename_column!r} column")
+    if is_segment_list(content):
+        table, filename_column = read_segments(path, content), "filename"
+    else:
+        table = parse_table(path, content, delimiter)
     _check_columns(path, table, [filename_column if c == "filename" else c for c in required], delimiter)
     if table.empty:
         raise UserError(f"{path}: the table has a header but no rows")
@@ -92,66 +94,19 @@ def resolve(path: str, manifest: str | Path) -> Path:
     """Return where a path named in a manifest lies.
 
     An absolute path is taken as it is; a relative one is looked for beside the manifest first, else it is meant from
-    the working directory.
+    the working directory. Names that are composed otherwise on disk (NFC and NFD), or are no UTF-8 there, are found.
     """
     beside = Path(manifest).parent / path  # an absolute `path` replaces the folder
-    return beside if beside.exists() else Path(path)
+    if beside.exists() or path.isascii():
+        return beside if beside.exists() else Path(path)
+    return locate(beside) or locate(path) or Path(path)
 
 
-def parse_labels(
-    column: pd.Series, classes: int | Sequence[str], names: Sequence[str] | None = None
-) -> list[np.ndarray]:
-    """Turn a column of classes joined by ";" into arrays of class indexes.
-
-    Args:
-        column: strings such as "74;75", or "Dog;Bark" where the classes have names.
-        classes: how many there are, or their names.
-        names: the clips' names, told beside the row where a label is wrong.
-
-    Returns:
-        For each row the indexes, int64, ascending, each once.
-
-    Raises:
-        UserError: every row with an entry that is neither a whole number in range nor a class's name, or without one.
-    """
-    num_classes = classes if isinstance(classes, int) else len(classes)
-    index_of = {} if isinstance(classes, int) else {name: index for index, name in enumerate(classes)}
-    # Where classes are called by numbers ("3", "5"), a number is a name and no index.
-    numbers_are_names = any(_index(name, 10**9) is not None for name in index_of)
-    if numbers_are_names:
-        wanted = f"one of the {num_classes} classes, which are called {some(index_of)}"
-    else:
-        wanted = f"whole numbers from 0 to {num_classes - 1}" + (" or names of classes" if index_of else "")
-    n_indices = 0 if numbers_are_names else num_classes
-    faults = Faults(f"the column {column.name!r}")
-    parsed: dict[str, np.ndarray] = {}  # rows share few distinct values
-    labels, n_faulty = [], 0
-    for row, value in enumerate(column.astype(str)):
-        if value not in parsed:
-            parts = [part.strip() for part in value.split(";") if part.strip()]
-            indexes = [index_of.get(part, _index(part, n_indices)) for part in parts]
-            wrong = [part for part, index in zip(parts, indexes, strict=True) if index is None]
-            if wrong or not parts:
-                what = "no label" if not parts else f"{', '.join(map(repr, wrong))} is no class"
-                n_faulty += 1
-                if n_faulty <= _MOST_FAULTS_TOLD:
-                    clip = f" ({names[row]})" if names is not None else ""
-                    faults.add(f"row {row + 1}{clip}: {what}{_hint(wrong, index_of)}; wanted {wanted}")
-                continue
-            parsed[value] = np.unique(np.array(indexes, dtype=np.int64))
-        labels.append(parsed[value])
-    if n_faulty > _MOST_FAULTS_TOLD:
-        faults.add(f"and {n_faulty - _MOST_FAULTS_TOLD} rows more")
-    faults.raise_if_any()
-    return labels
-
-
-def _index(text: str, num_classes: int) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and int(text) < num_classes else None
-
-
-def _hint(wrong: list[str], index_of: dict[str, int]) -> str:
-    return did_you_mean(wrong[0], index_of) if wrong else ""
+def name_fault(name: str) -> str:
+    """Return why a clip cannot have this name, in a sentence; "" where it can."""
+    if "\n" in name or "\r" in name:
+        return "the name holds a line break, which lists of sounds cannot hold; rename the file"
+    return ""
 
 
 def normalise(name: str) -> str:
@@ -159,6 +114,11 @@ def normalise(name: str) -> str:
     if "\\" in name or "//" in name or "/." in name or name[:1] == "." or name[-1:] == "/":
         return posixpath.normpath(name.replace("\\", "/"))
     return name
+
+
+def compose(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC), whether "é" is one character in it or two (NFD, as on macOS)."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _base(path: str) -> str:
@@ -185,30 +145,37 @@ def _key(base: str) -> str:
 def spellings(name: str) -> list[str]:
     """Return the spellings of a clip's name from exact to loose, each once.
 
-    The relative path; without its folder; without a known audio extension; without the "Y" that AudioSet downloads have
-    before the 11-character YouTube id.
+    The relative path; the same in Unicode's composed form; without its folder; without a known audio extension; without
+    the "Y" that AudioSet downloads have before the 11-character YouTube id.
     """
     path = normalise(name)
-    base = _base(path)
-    return list(dict.fromkeys([path, base, _without_extension(base), _key(base)]))
+    base = _base(compose(path))
+    return list(dict.fromkeys([path, compose(path), base, _without_extension(base), _key(base)]))
 
 
 class NameIndex:
     """Finds clips by name among names that may be spelt otherwise.
 
-    The same relative path always wins. Else a name with the same loosest spelling (see `spellings`) is taken when it is
-    the only one, or when the folders single it out. Where folders disagree ("a/x.wav" for "b/x.wav") the stem counts
-    only if no two names share a stem; two candidates that nothing tells apart are no match.
+    The same relative path always wins, then the same in Unicode's composed form. Else a name with the same loosest
+    spelling (see `spellings`) is taken when it is the only one, or when the folders single it out. Where folders
+    disagree ("a/x.wav" for "b/x.wav") the stem counts only if no two names share a stem; two candidates that nothing
+    tells apart are no match.
 
     Args:
         names: the names to find; of equal ones the first is found.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._paths = [normalise(name) for name in names]
+        self._given = self._paths = [normalise(name) for name in names]
         self._exact: dict[str, int] = {}
-        for position, path in enumerate(self._paths):
+        for position, path in enumerate(self._given):
             self._exact.setdefault(path, position)
+        self._is_plain = all(map(str.isascii, self._given))
+        if not self._is_plain:
+            self._paths = [compose(path) for path in self._given]
+            for position, (path, given) in enumerate(zip(self._paths, self._given, strict=True)):
+                if path is not given:
+                    self._exact.setdefault(path, position)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -218,8 +185,10 @@ class NameIndex:
         """The first name of each loosest spelling, and all names of those that several have."""
         first: dict[str, int] = {}
         several: dict[str, list[int]] = {}
-        for path, position in self._exact.items():
-            key = _key(_base(path))
+        # Two spellings of a name have one position: it counts once.
+        distinct = self._exact.values() if self._is_plain else dict.fromkeys(self._exact.values())
+        for position in distinct:
+            key = _key(_base(self._paths[position]))
             if first.setdefault(key, position) != position:
                 several.setdefault(key, [first[key]]).append(position)
         return first, several
@@ -239,15 +208,18 @@ class NameIndex:
         if (found >= 0).all():
             return found
         distinct = set(wanted)
-        stems_identify = len({_key(_base(path)) for path in distinct}) == len(distinct)
+        stems_identify = len({_key(_base(compose(path))) for path in distinct}) == len(distinct)
         positions = {path: self._find(path, stems_identify) for path in distinct}
         claims = Counter(positions.values())
         for path, position in positions.items():
-            if claims[position] > 1 and path != self._paths[position]:
+            if claims[position] > 1 and path != self._given[position]:
                 positions[path] = -1
         return np.array([positions[path] for path in wanted], dtype=np.int64)
 
     def _find(self, path: str, stems_identify: bool) -> int:
+        if path in self._exact:
+            return self._exact[path]
+        path = compose(path)
         if path in self._exact:
             return self._exact[path]
         first, several = self._loose

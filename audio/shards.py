@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Self
 import h5py
 import numpy as np
 
+from audio.hdf5 import describe_lock
 from audio.io import to_int16
 from audio.manifest import NameIndex
 from common.errors import UserError
@@ -346,5 +347,7 @@ def _open(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
+        if locked := describe_lock(error):
+            raise UserError(f"{path}: {locked}") from None
         what = "is no HDF5 file" if not h5py.is_hdf5(path) else "is truncated or damaged"
         raise UserError(f"{path}: {what} ({error}); wanted a shard of clips; {_PACK_AGAIN}") from None

@@ -16,6 +16,7 @@ import numpy as np
 
 from audio.dataset import Pack
 from common.errors import UserError, some
+from distill.sound_check import Check
 from distill.store import MatchedItems, TargetStore
 
 
@@ -77,13 +78,14 @@ class StoredEmbeddings(MatchedItems):
         store: the embeddings.
         pack: the clips; matched by name.
         max_epochs: use the first so many stored epochs; 0 for all.
+        check: that the sounds are those that the store was made from.
 
     Raises:
         UserError: see `distill.store.MatchedItems`.
     """
 
-    def __init__(self, store: EmbeddingStore, pack: Pack, max_epochs: int = 0) -> None:
-        super().__init__(store, pack, max_epochs)
+    def __init__(self, store: EmbeddingStore, pack: Pack, max_epochs: int = 0, check: Check = "sample") -> None:
+        super().__init__(store, pack, max_epochs, check)
         self.store, self.width = store, store.width
         self._ends = {epoch: store.ends(epoch) for epoch in self.epochs}
         self._seeds: dict[int, np.ndarray] = {}

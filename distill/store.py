@@ -1,10 +1,11 @@
 """What a teacher said, on disk: a folder of files, one an epoch and part, with names beside the values, row by row.
 
 `PREFIX_ep{E}_{R}.h5` holds what was said to N chunks in epoch E and the seeds that they were shown with; row by row
-beside it, `PREFIX_ep{E}_{R}.parquet` names them (`filename`, `start`, `end` in seconds, and `n_reference`: the chunk's
-length in samples at the reference rate, so that a student with another sample rate replays the same draws). R counts
-the parts of an epoch. `meta.json` says how all was made. This is CED's published layout of soft targets; what the
-values are is each kind's own: see `distill.targets` and `distill.embeddings`.
+beside it, `PREFIX_ep{E}_{R}.parquet` names them (`filename`, `start`, `end` in seconds, `n_reference`: the chunk's
+length in samples at the reference rate, so that a student with another sample rate replays the same draws, and what
+`distill.sound_check` compares). R counts the parts of an epoch. `meta.json` says how all was made. This is CED's
+published layout of soft targets but for names and columns, see `distill.published_layout`; what the values are is each
+kind's own: see `distill.targets` and `distill.embeddings`.
 """
 
 import json
@@ -21,11 +22,13 @@ import pyarrow
 import pyarrow.parquet
 
 from audio.dataset import Pack
+from audio.hdf5 import describe_lock
 from audio.manifest import NameIndex
 from common.errors import Faults, UserError, some
 from common.files import whole_file
 from distill.published_meta import read_published_meta
 from distill.replay import REFERENCE_RATE, Replay
+from distill.sound_check import Check, check_sounds
 from distill.sources import reference_lengths
 
 logger = logging.getLogger(__name__)
@@ -165,6 +168,8 @@ class TargetStore:
         try:
             return h5py.File(path, "r")
         except OSError as error:
+            if locked := describe_lock(error):
+                raise UserError(f"{path} {locked}") from None
             raise UserError(f"{path} cannot be read ({error}); delete it and run save_logits.py again") from None
 
     @property
@@ -173,9 +178,10 @@ class TargetStore:
         return float(self.meta.get("config", {}).get("chunk_length", 10.0))
 
     def rows(self, epoch: int) -> pd.DataFrame:
-        """Return the rows of `epoch`, every part's in turn: `filename`, `start`, `end`, and `n_reference` if stored."""
+        """Return the rows of `epoch`, every part's in turn: `filename`, `start`, `end`, and what else is stored."""
         files = [self._path(epoch, r).with_suffix(".parquet") for r in self._parts[epoch]]
-        return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
+        # Parts of an earlier version may lack columns; those that all have are kept.
+        return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True, join="inner")
 
     def arrays(self, epoch: int, *names: str) -> dict[str, np.ndarray]:
         """Return the datasets of `epoch` with these names, or all of them, aligned with `rows`: (N,...) each."""
@@ -197,12 +203,14 @@ class MatchedItems:
         store: what the teacher said.
         pack: the clips; matched by name.
         max_epochs: use the first so many stored epochs; 0 for all.
+        check: that the sounds are those that the store was made from, see `distill.sound_check.check_sounds`.
 
     Raises:
-        UserError: no stored chunk belongs to a clip of the pack, or the stored epochs hold different chunks.
+        UserError: no stored chunk belongs to a clip of the pack, the pack holds other sounds under the same names, or
+            the stored epochs hold different chunks.
     """
 
-    def __init__(self, store: TargetStore, pack: Pack, max_epochs: int = 0) -> None:
+    def __init__(self, store: TargetStore, pack: Pack, max_epochs: int = 0, check: Check = "sample") -> None:
         self.replay, self.chunk_seconds = store.replay, store.chunk_seconds
         self.epochs = store.epochs[: max_epochs or None]
         faults = Faults(f"the match of {store.folder} with {pack.manifest}")
@@ -235,6 +243,8 @@ class MatchedItems:
                 + "; give the pack that the targets were saved from, or save targets for this pack"
             )
             faults.raise_if_any()
+        stored_rate, matched = store.meta.get("pack_rate"), np.stack([clips, starts, stops], axis=1)[found]
+        check_sounds(store.what, store.folder, stored_rate, pack, rows[found], matched, faults, check)
         self._rows = self._rows_of_epochs(store, names, clips, chunks, np.flatnonzero(used), faults)
         faults.raise_if_any()
         if self.n_unmatched or self.n_misfits or self.n_clips < len(pack):

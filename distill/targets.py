@@ -9,6 +9,7 @@ import numpy as np
 
 from audio.dataset import Pack
 from common.errors import UserError
+from distill.sound_check import Check
 from distill.store import MatchedItems, TargetStore
 
 LABEL_TYPES = ("last_mean", "last_half", "last_random", "527", "zero")
@@ -72,15 +73,22 @@ class StoredTargets(MatchedItems):
         num_classes: C.
         label_type: see `dense_target`.
         max_epochs: use the first so many stored epochs; 0 for all.
+        check: that the sounds are those that the store was made from.
 
     Raises:
         UserError: see `distill.store.MatchedItems`; or the store holds classes beyond C.
     """
 
     def __init__(
-        self, store: SoftTargetStore, pack: Pack, num_classes: int, label_type: str, max_epochs: int = 0
+        self,
+        store: SoftTargetStore,
+        pack: Pack,
+        num_classes: int,
+        label_type: str,
+        max_epochs: int = 0,
+        check: Check = "sample",
     ) -> None:
-        super().__init__(store, pack, max_epochs)
+        super().__init__(store, pack, max_epochs, check)
         self.store, self.num_classes, self.label_type = store, num_classes, label_type
         highest = int(store.arrays(self.epochs[0], "topk_indexes")["topk_indexes"].max())
         if highest >= num_classes:

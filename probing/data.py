@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from audio.dataset import Pack
-from audio.manifest import parse_labels
+from audio.labels import count_classes, describe_lookalikes, list_classes, parse_labels
 from common.errors import Faults, UserError, did_you_mean, some
 from models import read_labels
 from probing.options import ProbeOptions
@@ -99,7 +99,9 @@ def _read_classes(
             classes = read_labels(options.labels_csv)
         else:
             cells = {str(cell) for column in columns.values() for cell in column.unique()}
-            classes = sorted({token.strip() for cell in cells for token in cell.split(";")} - {""}, key=in_order)
+            classes = sorted(list_classes(cells), key=in_order)
+            if lookalikes := describe_lookalikes(count_classes(str(c) for column in columns.values() for c in column)):
+                logger.warning(lookalikes)
     except UserError as error:
         faults.add(str(error))
         return None

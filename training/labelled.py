@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from audio.dataset import Pack
-from audio.manifest import parse_labels
-from common.errors import Faults, UserError, some
+from audio.labels import count_classes, describe_lookalikes, list_classes, parse_labels
+from common.errors import Faults, UserError, did_you_mean, some
+from common.places import describe_elsewhere
 from training.holdout import find_groups, hold_out
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,15 @@ class LabelledPack:
 def open_pack(path: str, faults: Faults, *, labelled: bool = False) -> Pack | None:
     """Open a pack; what is wrong with it is noted in `faults`."""
     required = ("filename", "hdf5path", "labels") if labelled else ("filename", "hdf5path")
+    if Path(path).is_dir():
+        lists = sorted(Path(path).glob("*.tsv")) or sorted(Path(path).glob("labels/*.tsv"))
+        found = f", such as {lists[0]}" if lists else f"; {PACK_FIRST}"
+        faults.add(f"{path} is a folder; wanted a packed list{found}")
+        return None
     if not Path(path).is_file():
-        faults.add(f"{path} does not exist; {PACK_FIRST}")
+        beside = [each.name for each in Path(path).parent.glob("*.tsv")]
+        near = did_you_mean(Path(path).name, beside) or describe_elsewhere(path)
+        faults.add(f"{path} does not exist{near}; {PACK_FIRST}")
         return None
     try:
         return Pack.open(path, required=required)
@@ -73,12 +81,16 @@ def read_clip_labels(pack: Pack, labels: list[str], faults: Faults) -> list[np.n
 
 
 def vocabulary(pack: Pack) -> list[str]:
-    """Return the class names in a pack's `labels` column: in alphabetical order, or by size where all are numbers."""
-    names = {token.strip() for cell in pack.table["labels"].unique() for token in str(cell).split(";")} - {""}
-    if not all(name.isascii() and name.isdigit() for name in names):
-        return sorted(names)
-    logger.info(NUMBERED, pack.manifest, len(names))
-    return sorted(names, key=lambda name: (int(name), name))
+    """Return the class names in a pack's `labels` column: in alphabetical order, or by size where all are numbers.
+
+    AudioSet's identifiers (/m/09x0r) become its display names. Classes that are surely meant to be one are warned of.
+    """
+    names = list_classes(map(str, pack.table["labels"].unique()))
+    if all(name.isascii() and name.isdigit() for name in names):
+        logger.info(NUMBERED, pack.manifest, len(names))
+    elif lookalikes := describe_lookalikes(count_classes(map(str, pack.table["labels"]))):
+        logger.warning("%s: %s", pack.manifest, lookalikes)
+    return names
 
 
 def hold_out_clips(

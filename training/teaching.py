@@ -19,7 +19,9 @@ from common.errors import UserError
 from common.files import remove_dead_partials, sha256, write_json
 from distill.dataset import ReplayDataset, collate, prepare_batch
 from distill.embeddings import EmbeddingStore
+from distill.published_layout import published_rows, write_published_meta
 from distill.replay import REFERENCE_RATE, Replay
+from distill.sound_check import fingerprint
 from distill.sources import SeededItems
 from distill.store import TargetStore
 from distill.targets import SoftTargetStore
@@ -259,6 +261,7 @@ class Teaching:
             "pack_rate": self.pack.sample_rate,
             "manifest": str(self.pack.manifest),
             "manifest_sha256": sha256(self.pack.manifest),
+            "sounds_sha256": fingerprint(self.pack),
             "seed": self.config.seed,
             "mode": self.config.mode,
             "world_size": self.world_size,
@@ -279,6 +282,9 @@ class Teaching:
                 other.append("chunk_length")
             if was.get("keep_tails", False) != self.config.keep_tails:
                 other.append("keep_tails")
+            if was.get("layout", "native") != self.config.layout:
+                other.append("layout")
+            self._check_sounds(there.get("sounds_sha256"), meta["sounds_sha256"])
             if other:
                 raise UserError(
                     f"{self.folder} holds {what} made with another {', '.join(other)}; give another "
@@ -292,7 +298,21 @@ class Teaching:
                 f"{self.folder} holds {what} without a meta.json, so whether they fit is unknown; give another "
                 "outputpath or name"
             )
+        if self.config.layout == "published":
+            write_published_meta(self.folder / "meta.pt", self.replay, meta["config"])
         write_json(target, meta)  # by every rank, the same: files never stand without it
+
+    def _check_sounds(self, stored: str | None, found: str) -> None:
+        """Refuse to go on where the pack was made anew with other sounds under the same names."""
+        what = self.question.store.what
+        if stored is None:
+            logger.info("%s does not say what sounds its %s are of: this is not compared", self.folder, what)
+        elif stored != found:
+            raise UserError(
+                f"{self.folder} was begun with other sounds than {self.pack.manifest} holds now under the same names "
+                f"(hash of lengths and samples: found {found[:16]}, wanted {stored[:16]}); delete the folder to save "
+                f"the {what} anew, give another outputpath or name, or pack the former sounds again"
+            )
 
     def save(self) -> Path:
         """Write every file that is not there yet; return the folder."""
@@ -307,7 +327,8 @@ class Teaching:
         if len(units) < len(wanted):
             logger.info("%d of %d files are there already", len(wanted) - len(units), len(wanted))
         lengths = self.items.bounds[:, 2] - self.items.bounds[:, 1]
-        dataset = ReplayDataset(self.pack, self.items, self.question.sample_rates)
+        hashed = self.config.layout == "native" and bool(self.question.sample_rates)  # else no sound is read
+        dataset = ReplayDataset(self.pack, self.items, self.question.sample_rates, hash_sounds=hashed)
         loader = DataLoader(
             dataset,
             batch_sampler=_Batches(units, lengths, self.config.batch_size),
@@ -318,6 +339,7 @@ class Teaching:
         with tqdm(total=sum(len(unit.items) for unit in units), desc=store.what, unit="chunk") as progress:
             for unit in units:
                 arrays: dict[str, np.ndarray] = {}
+                hashes = np.empty(len(unit.items), np.int64)
                 done = 0
                 while done < len(unit.items):
                     batch = prepare_batch(next(stream), self.device)
@@ -331,10 +353,13 @@ class Teaching:
                                 f"{tuple(answer.shape[1:])}, those before it {arrays[name].shape[1:]}; wanted one width"
                             )
                         arrays[name][rows] = answer.cpu().numpy()
+                    if hashed:
+                        hashes[rows] = batch["sound_hash"].cpu().numpy()
                     done += len(rows)
                     progress.update(len(rows))
                 arrays["seeds"] = self.items.seeds(unit.epoch)[unit.items]
-                store.write(self.folder, unit.epoch, unit.part, self._rows(unit.items), **arrays)
+                rows_of_unit = self._rows(unit.items, hashes if hashed else None)
+                store.write(self.folder, unit.epoch, unit.part, rows_of_unit, **arrays)
         return self.folder
 
     def _answers(self, dataset: ReplayDataset, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -347,13 +372,17 @@ class Teaching:
                 raise UserError(f"the teacher's answer to {name} is not a number; look at that clip")
         return answers
 
-    def _rows(self, items: np.ndarray) -> pd.DataFrame:
+    def _rows(self, items: np.ndarray, hashes: np.ndarray | None) -> pd.DataFrame:
         clips, starts, stops = self.items.bounds[items].T
-        return pd.DataFrame(
+        rows = pd.DataFrame(
             {
                 "filename": [self.pack.names[clip] for clip in clips],
                 "start": starts / self.pack.sample_rate,
                 "end": stops / self.pack.sample_rate,
                 "n_reference": self.items.n_reference[items],
+                "clip_samples": self.pack.n_samples[clips],
             }
         )
+        if hashes is not None:
+            rows["sound_hash"] = hashes
+        return published_rows(rows) if self.config.layout == "published" else rows

@@ -7,8 +7,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
+from audio.audioset import find_segments, is_segment_table
+from audio.labels import SEPARATOR
 from audio.manifest import NameIndex, read_manifest
 from common.errors import UserError, did_you_mean, some
 from scripts.lists.name_patterns import NamePattern, Proposal, choose_label, propose_labels
@@ -112,6 +115,8 @@ def label_sounds(sounds: SoundFolder, options: LabelOptions) -> Clips:
     if pattern is not None:
         _add_pattern_columns(clips, pattern)
     if clips.has_labels:
+        if not options.table:
+            _note_separators(clips)
         _clean_column(clips)
         _drop_unlabelled(clips, sounds)
     return clips
@@ -121,6 +126,17 @@ def clean_labels(cell: str, separator: str = ";") -> str:
     """Return the labels of a cell joined by ";", without spaces around them, each once."""
     parts = [part.strip() for whole in cell.split(";") for part in whole.split(separator)]
     return ";".join(dict.fromkeys(_LINE_BREAKS.sub(" ", part) for part in parts if part))
+
+
+def _note_separators(clips: Clips) -> None:
+    """Warn of names of folders or files that are read as several labels, since they hold the mark between labels."""
+    cells = clips.table["labels"].value_counts(sort=False)
+    held = [f"{cell!r} ({n} sounds: {clean_labels(cell)})" for cell, n in cells.items() if SEPARATOR in cell]
+    if held:
+        clips.notes.append(
+            f"the mark {SEPARATOR!r} joins several labels of a sound, so these names give several: {some(held)}; "
+            "rename what is one label (with a comma, say), and make the lists again"
+        )
 
 
 def _clean_column(clips: Clips) -> None:
@@ -265,7 +281,10 @@ def _label_by_table(sounds: SoundFolder, options: LabelOptions) -> Clips:
             table, path, options.label_column, LABEL_COLUMNS, "label_column", "labels", " (or none for no labels)"
         )
     listed = table[names].tolist()
-    found = NameIndex(sounds.names).find_all(listed)
+    if is_segment_table(table):  # AudioSet's own, which names videos
+        found = np.array(find_segments(table, sounds.names), dtype=np.int64)
+    else:
+        found = NameIndex(sounds.names).find_all(listed)
     missing = [name for name, row in zip(listed, found, strict=True) if row < 0]
     if len(missing) == len(listed):
         raise UserError(

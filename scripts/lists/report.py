@@ -1,11 +1,11 @@
 """What make_lists.py prints: what was found, what was decided, a table of labels, warnings."""
 
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
 import pandas as pd
 
+from audio.labels import describe_lookalikes
 from common.errors import some
 from scripts.lists.groups import Groups
 from scripts.lists.sound_folders import SoundFolder, count_extensions
@@ -33,10 +33,13 @@ def describe_folder(sounds: SoundFolder, n_clips: int) -> list[str]:
         lines.append(line("left out", f"files that are no sounds: {count_extensions(sounds.not_sounds)}"))
     if sounds.foreign:
         formats = count_extensions(sounds.foreign)
-        lines.append(line("left out", f"sounds that libsndfile does not decode: {formats}; convert them to .flac"))
+        lines.append(line("left out", f"sounds that cannot be decoded: {formats}; convert them to .flac"))
+    if sounds.not_utf8:
+        text = f"names that are no UTF-8 on disk, as Windows-1252 reads them: {len(sounds.not_utf8):,}"
+        lines.append(line("", f"{text} ({some(sounds.not_utf8, 3)})"))
     for names, what in (
         (sounds.empty, "empty files"),
-        (sounds.unlistable, "files with names that no table can hold (not UTF-8, or a line break)"),
+        (sounds.unlistable, "files with names that no list can hold (a line break, or two names that read alike)"),
         (sounds.broken_links, "broken links"),
         (sounds.repeated_links, "links to folders that are listed under another name"),
     ):
@@ -123,28 +126,11 @@ def _warn(counts: LabelCounts, names: list[str], split: Split, groups: Groups) -
         ]
         what = "fold" if split.folds else "list"
         warnings.append(f"labels with too few clips or groups to be in every {what}: {len(absent)}; {some(entries, 6)}")
-    by_spelling: dict[str, list[str]] = {}
-    for label in counts.names:
-        by_spelling.setdefault(_spelling(label), []).append(label)
-    twins = [sorted(labels) for labels in by_spelling.values() if len(labels) > 1]
-    if twins:
-        pairs = [" and ".join(map(_show, labels)) for labels in twins]
-        warnings.append(
-            f"labels that differ only by case, spaces, '_', '-' or Unicode form are not merged: {some(pairs, 5)}"
-        )
+    counted = {label: counts.clips[label].total() for label in counts.names}
+    warnings += [lookalikes] if (lookalikes := describe_lookalikes(counted)) else []
     if split.published:
         warnings += _warn_of_leaks(split, groups)
     return warnings
-
-
-def _show(label: str) -> str:
-    """Return a label in quotes; one that can be composed otherwise with escapes, since both look the same."""
-    return repr(label) if all(unicodedata.normalize(form, label) == label for form in ("NFC", "NFD")) else ascii(label)
-
-
-def _spelling(label: str) -> str:
-    folded = unicodedata.normalize("NFKC", label).casefold()
-    return "".join(character for character in folded if not character.isspace() and character not in "_-")
 
 
 def _warn_of_leaks(split: Split, groups: Groups) -> list[str]:

@@ -1,6 +1,7 @@
 """Folders of sounds: which files below a folder are sounds, and which of them hold the same bytes.
 
-Nothing is decoded. A file is known by its path relative to the folder, with "/" between its parts.
+Nothing is decoded. A file is known by its path relative to the folder, with "/" between its parts; names that are no
+UTF-8 on disk are written as Windows-1252 reads them, and found again by that name (`audio.file_names`).
 """
 
 import hashlib
@@ -15,7 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from audio.file_names import as_text, is_text, locate
 from audio.io import AUDIO_EXTENSIONS, FOREIGN_EXTENSIONS
+from audio.manifest import name_fault
 from common.errors import UserError, some
 
 _SAMPLE_BYTES = 4096  # read at the start, the middle and the end of a file before all of it is
@@ -34,7 +37,8 @@ class SoundFolder:
         not_sounds: extension → number of files that are no sounds.
         foreign: extension → number of sounds in formats that `audio.io` knows and cannot decode.
         empty: names of sounds of 0 bytes.
-        unlistable: names that a table cannot hold: not valid UTF-8, or with a line break.
+        unlistable: names that a list cannot hold: with a line break, or no UTF-8 and read as another name.
+        not_utf8: names in `names` that are no UTF-8 on disk.
         broken_links: names of links that lead nowhere.
         repeated_links: names of links to folders that were searched under another name.
     """
@@ -46,12 +50,18 @@ class SoundFolder:
     foreign: Counter[str] = field(default_factory=Counter)
     empty: list[str] = field(default_factory=list)
     unlistable: list[str] = field(default_factory=list)
+    not_utf8: list[str] = field(default_factory=list)
     broken_links: list[str] = field(default_factory=list)
     repeated_links: list[str] = field(default_factory=list)
 
     def path(self, name: str) -> str:
         """Return the path of a sound as `find ROOT` prints it."""
         return join_path(self.root, name)
+
+    def path_on_disk(self, name: str) -> str:
+        """Return the path under which a sound can be opened, which differs where its name is no UTF-8."""
+        path = self.path(name)
+        return path if name.isascii() or not self.not_utf8 else str(locate(path) or path)
 
 
 def join_path(root: str, name: str) -> str:
@@ -74,12 +84,13 @@ def find_sounds(folder: str) -> SoundFolder:
     if not os.path.isdir(folder):
         what = "is a file; wanted a folder of sounds" if os.path.exists(folder) else "there is no such folder"
         raise UserError(f"{folder}: {what}")
-    if not _is_listable(folder):
+    if name_fault(folder) or not is_text(folder):
         raise UserError(
-            f"{folder!r}: a table cannot hold this name (not valid UTF-8, or a line break); rename the folder"
+            f"{folder!r}: a list cannot hold this name (not valid UTF-8, or a line break); rename the folder"
         )
     found = SoundFolder(folder.rstrip("/") or "/")
     sizes: dict[str, int] = {}
+    sizes_not_utf8: dict[str, int] = {}
     with tqdm(desc="searching", unit=" files", delay=2, disable=None) as progress:
         for name, entry in _files_below(found):
             progress.update()
@@ -88,13 +99,19 @@ def find_sounds(folder: str) -> SoundFolder:
                 found.foreign[extension] += 1
             elif extension not in AUDIO_EXTENSIONS:
                 found.not_sounds[extension] += 1
-            elif not _is_listable(name):
-                found.unlistable.append(name)
+            elif name_fault(name):
+                found.unlistable.append(as_text(name))
             elif size := entry.stat().st_size:
-                sizes[name] = size
+                (sizes if is_text(name) else sizes_not_utf8)[as_text(name)] = size
             else:
-                found.empty.append(name)
-    for names in (found.empty, found.unlistable, found.broken_links, found.repeated_links):
+                found.empty.append(as_text(name))
+    for name, size in sizes_not_utf8.items():
+        if name in sizes:
+            found.unlistable.append(name)
+        else:
+            sizes[name] = size
+            found.not_utf8.append(name)
+    for names in (found.empty, found.unlistable, found.not_utf8, found.broken_links, found.repeated_links):
         names.sort()
     found.names = sorted(sizes)
     found.sizes = np.array([sizes[name] for name in found.names], dtype=np.int64)
@@ -152,19 +169,10 @@ def _kind(entry: os.DirEntry[str]) -> str:
         return "broken"
 
 
-def _is_listable(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    # pandas takes a carriage return inside a row for the row's end.
-    return "\n" not in name and "\r" not in name
-
-
 def _no_sounds(found: SoundFolder) -> str:
     if found.foreign:
         return (
-            f"{found.root}: all its sounds are in formats that libsndfile does not decode "
+            f"{found.root}: all its sounds are in formats that cannot be decoded "
             f"({count_extensions(found.foreign)}); convert them to .flac or .wav first"
         )
     inside = [
@@ -172,7 +180,7 @@ def _no_sounds(found: SoundFolder) -> str:
         for n, what in (
             (found.not_sounds.total(), f"files that are no sounds ({count_extensions(found.not_sounds)})"),
             (len(found.empty), "empty files"),
-            (len(found.unlistable), "files with names that no table can hold"),
+            (len(found.unlistable), "files with names that no list can hold"),
             (len(found.broken_links), "broken links"),
         )
         if n
@@ -228,7 +236,7 @@ def _refine_by_content(
     ):
         for start in range(0, len(members), _FILES_IN_FLIGHT):
             part = members[start : start + _FILES_IN_FLIGHT]
-            paths = [sounds.path(sounds.names[i]) for i in part]
+            paths = [sounds.path_on_disk(sounds.names[i]) for i in part]
             hashes.update(zip(part, pool.map(read_hash, paths, [int(sounds.sizes[i]) for i in part]), strict=True))
             progress.update(len(part))
     return _refine(sets, lambda i: i if hashes[i] is None else hashes[i])

@@ -1,10 +1,9 @@
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from audio.manifest import NameIndex, parse_labels, read_manifest, resolve, spellings
+from audio.manifest import NameIndex, read_manifest, resolve, spellings
 from common.errors import UserError
 
 
@@ -65,30 +64,6 @@ def test_paths_are_looked_for_beside_the_manifest_then_from_here(
     assert resolve("both.wav", manifest) == tmp_path / "lists" / "both.wav"
     assert resolve("here.wav", manifest) == Path("here.wav")
     assert resolve("/some/where.wav", manifest) == Path("/some/where.wav")
-
-
-def test_labels_become_sorted_indexes() -> None:
-    labels = parse_labels(pd.Series(["74;5", "3", " 3 ; 3;"], name="labels"), 527)
-    assert [label.tolist() for label in labels] == [[5, 74], [3], [3]]
-    assert labels[0].dtype == np.int64
-
-
-def test_all_wrong_labels_are_told_at_once() -> None:
-    column = pd.Series(["1", "dog", "10", "", "-1"], name="labels")
-    with pytest.raises(UserError) as caught:
-        parse_labels(column, 10, names=list("abcde"))
-    text = str(caught.value)
-    assert "has 4 faults" in text
-    assert "row 2 (b): 'dog' is no class; wanted whole numbers from 0 to 9" in text
-    assert "row 3 (c): '10'" in text
-    assert "row 4 (d): no label" in text
-    assert "row 5 (e): '-1'" in text
-
-
-def test_a_million_wrong_labels_are_told_in_a_page() -> None:
-    with pytest.raises(UserError, match="and 80 rows more") as caught:
-        parse_labels(pd.Series(["x"] * 100), 10)
-    assert len(str(caught.value).splitlines()) < 30
 
 
 def test_spellings_go_from_exact_to_loose() -> None:

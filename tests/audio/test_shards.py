@@ -2,6 +2,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
+from audio.hdf5 import describe_lock
 from audio.shards import LAYOUTS, Shard, ShardWriter
 from common.errors import UserError
 
@@ -200,3 +203,44 @@ def test_a_shard_replaced_under_a_reader_is_noticed(tmp_path: Path) -> None:
         writer.append("other", np.zeros(9, np.int16))
     with pytest.raises(UserError, match="replaced while in use"):
         shard.read(0)
+
+
+HOLD = """
+import sys, time, h5py
+with h5py.File(sys.argv[1], sys.argv[2]) as file:
+    if sys.argv[2] == "w":
+        file["a"] = [1]
+        file.flush()
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_shard_that_another_process_writes_is_locked_rather_than_damaged(tmp_path: Path, layout: str) -> None:
+    path = tmp_path / "x_0.h5"
+    write(path, layout)
+    whole = path.read_bytes()
+    for mode in ("w", "r+"):
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLD, path, mode], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+        with pytest.raises(UserError) as caught:
+            len(Shard(path))
+        holder.communicate("")
+        assert "x_0.h5: is locked by another process" in str(caught.value)
+        assert "wait until that process has ended" in str(caught.value)
+        assert "damaged" not in str(caught.value)
+        assert "pack it again" not in str(caught.value)
+        path.write_bytes(whole)
+    assert len(Shard(path)) == 5  # nobody holds it any more
+
+
+def test_a_file_system_without_locks_has_another_way_out() -> None:
+    error = OSError(
+        38, "Unable to open file (unable to lock file, errno = 38, error message = 'Function not implemented')"
+    )
+    assert "HDF5_USE_FILE_LOCKING=FALSE" in describe_lock(error)
+    assert describe_lock(OSError(11, "something else")) == ""

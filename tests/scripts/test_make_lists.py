@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -117,7 +118,12 @@ def test_the_table_counts_what_the_lists_hold(run, tmp_path):
     assert shown["clips"][:3] == [len(tables[part]) for part in ("train", "valid", "test")]
     assert shown["c"][3] == 21  # groups
     assert shown["clips"][3] == 33  # of 34 clips two are the same
-    for text in ("rare (clips 1, groups 1, none in valid and test)", "'Dog' and 'dog'", "a/empty.wav", ".txt 1"):
+    for text in (
+        "rare (clips 1, groups 1, none in valid and test)",
+        "'Dog' (1 clips) and 'dog' (1 clips)",
+        "a/empty.wav",
+        ".txt 1",
+    ):
         assert text in out
     where = list_of_each(tables)
     assert where["s/a/0.wav"] == where["s/b;c/copy.wav"]
@@ -306,3 +312,42 @@ def test_help_names_every_option(run):
     assert status == 0
     for option in ("pattern", "table", "group", "folds", "split_column", "label_level", "overwrite"):
         assert f"--{option}" in out + err
+
+
+def test_a_folder_whose_name_joins_labels_is_named_with_what_to_do(run, tmp_path):
+    write(tmp_path, *(f"s/{kind}/{number}.wav" for kind in ("a; b", "c") for number in range(10)))
+    status, out, _ = run("s")
+    assert status == 0
+    assert "these names give several: 'a; b' (10 sounds: a;b); rename what is one label" in out
+    assert "joins several labels" not in run("s", "--label_level", "none")[1]
+    (tmp_path / "t.tsv").write_text("filename\tlabels\n" + "".join(f"c/{n}.wav\tx; y\n" for n in range(10)))
+    assert "these names give several" not in run("s", "--table", "t.tsv", "--output", "other")[1]  # there it is meant
+
+
+def test_a_list_of_audioset_labels_sounds_by_their_videos(run, tmp_path):
+    ids = [f"{number:03}-_defghij"[:11] for number in range(12)]
+    write(tmp_path, *(f"s/{half}/Y{ytid}_30.000.wav" for ytid in ids for half in ("a",)), "s/b/other.wav")
+    rows = "".join(f'{ytid}, 30.000, 40.000, "/m/09x0r,/m/0dgbq"\n' for ytid in ids)
+    (tmp_path / "segments.csv").write_text(f"# YTID, start_seconds, end_seconds, positive_labels\n{rows}")
+    status, out, error = run("s", "--table", "segments.csv")
+    assert status == 0, error
+    assert "12 of them in the lists" in out
+    assert set(read()["train"]["labels"]) == {"/m/09x0r;/m/0dgbq"}
+
+
+def test_names_that_are_no_utf8_are_listed_split_and_packed(command, tmp_path):
+    """As an archive from Windows leaves them on Linux."""
+    for label in (b"stra\xdfe", b"s\xe4ge"):
+        for number in range(5):
+            path = tmp_path / "s" / os.fsdecode(label) / f"{number}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                soundfile.write(file, np.random.default_rng(number).uniform(-0.5, 0.5, 400), 8000, format="WAV")
+    done = command(ROOT / "scripts/make_lists.py", "s", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "names that are no UTF-8 on disk, as Windows-1252 reads them: 10" in done.stdout
+    result = command(ROOT / "scripts/wavlist_to_hdf5.py", "data/train.tsv", "data/mine", "-n", "0", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    table = read_manifest(tmp_path / "data/mine/labels/train.tsv")
+    assert Counter(table["labels"]) == {"straße": 3, "säge": 3}
+    assert set(table["filename"].str.split("/").str[1]) == {"straße", "säge"}

@@ -16,7 +16,7 @@ def write(folder, *names, content=b"sound"):
 
 
 def test_sounds_of_all_known_extensions_are_found_below_a_folder_and_others_counted(tmp_path):
-    write(tmp_path / "s", "b.wav", "a/x.FLAC", "a/deep/y.Mp3", "a/notes.txt", "Makefile", "a/more.TXT", "v.m4a")
+    write(tmp_path / "s", "b.wav", "a/x.FLAC", "a/deep/y.Mp3", "a/notes.txt", "Makefile", "a/more.TXT", "v.aax")
     write(tmp_path / "s", ".hidden.wav", ".trash/z.wav", "a/._x.wav")
     write(tmp_path / "s", "a/empty.wav", content=b"")
     found = find_sounds(f"{tmp_path}/s/")
@@ -24,7 +24,7 @@ def test_sounds_of_all_known_extensions_are_found_below_a_folder_and_others_coun
     assert found.sizes.tolist() == [5, 5, 5]
     assert found.path("b.wav") == f"{tmp_path}/s/b.wav"
     assert found.not_sounds == {".txt": 2, "": 1}
-    assert found.foreign == {".m4a": 1}
+    assert found.foreign == {".aax": 1}
     assert found.empty == ["a/empty.wav"]
 
 
@@ -82,15 +82,26 @@ def test_the_order_of_the_file_system_changes_nothing(tmp_path, monkeypatch):
 
 def test_names_that_no_table_can_hold_are_left_out(tmp_path):
     write(tmp_path / "s", "fine\ttab.wav", "line\nbreak.wav", "carriage\rreturn.wav")
-    (tmp_path / "s").joinpath(os.fsdecode(b"latin\xe9.wav")).write_bytes(b"x")
     found = find_sounds(str(tmp_path / "s"))
     assert found.names == ["fine\ttab.wav"]
-    assert len(found.unlistable) == 3
+    assert found.unlistable == ["carriage\rreturn.wav", "line\nbreak.wav"]
+
+
+def test_a_name_that_is_no_utf8_is_listed_as_text_and_its_file_is_compared(tmp_path):
+    """As archives from Windows leave them: the bytes of Windows-1252, here beside a copy under a plain name."""
+    write(tmp_path / "s", "plain.wav", "grün.wav", content=b"the same bytes")
+    for name in (b"gr\xf6\x80\xdfe.wav", b"gr\xfcn.wav"):  # the latter reads as the UTF-8 name beside it
+        (tmp_path / "s").joinpath(os.fsdecode(name)).write_bytes(b"the same bytes")
+    found = find_sounds(str(tmp_path / "s"))
+    assert found.names == ["grö€ße.wav", "grün.wav", "plain.wav"]
+    assert found.not_utf8 == ["grö€ße.wav"]
+    assert found.unlistable == ["grün.wav"]
+    assert find_identical(found) == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(
     ("names", "said"),
-    [((), "found nothing"), (("a.txt",), ".txt 1"), (("a.m4a", "b.m4a"), r"\.m4a 2.*convert")],
+    [((), "found nothing"), (("a.txt",), ".txt 1"), (("a.aax", "b.aax"), r"\.aax 2.*convert")],
 )
 def test_a_folder_without_sounds_is_an_error(tmp_path, names, said):
     (tmp_path / "s").mkdir()

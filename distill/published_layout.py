@@ -1,0 +1,205 @@
+"""Soft targets as CED's own code reads them: base names, its columns, and a `meta.pt`.
+
+Its reader wants, in one folder,
+
+- `logits_ep{E}_{R}.h5` with `topk_values` float16 (N, K), `topk_indexes` int16 (N, K) and `seeds` int32 (N,), and
+  beside it a `.parquet` with `filename` (without folders: it knows clips of a pack by their base names), `start` and
+  `end` (float32 seconds), row by row; the pack has one dataset a clip at 16 kHz, under that base name
+  (`scripts/wavlist_to_hdf5.py --layout published`);
+- `meta.pt`, a `torch.save` of {"wavtransforms", "spectransforms", "config"}: the transforms are modules that are
+  called, and so the pickle names their classes: `torch_audiomentations...Shift` inside `torch.nn.Sequential`,
+  `TimeMasking` and `FrequencyMasking` of CED's module `augment` inside `KwargsSequential` of its module `utils`, and
+  `utils.Config`.
+
+The pickle is written here opcode by opcode, so that none of these packages need be present, and nothing of them runs.
+To *read* it they must be: it can be used where CED's code runs (its folder on the path, torch_audiomentations
+installed), by a `torch.load` that builds any object, the default before PyTorch 2.6. Without
+torch_audiomentations there is no such `meta.pt` that works, published or ours. `distill.published_meta` reads either
+without any of them. Nothing in this layout can hold the hashes that `distill.sound_check` compares.
+"""
+
+import pickle
+import struct
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from audio.dataset import Pack
+from common.errors import Faults, some
+from common.files import whole_file
+from distill.replay import REFERENCE_RATE, FrequencyMasking, Replay, Shift, TimeMasking
+
+PUBLISHED_KEYS = (
+    *("train_data", "model", "outputpath", "model_args", "chunk_length", "num_workers", "epochs", "batch_size", "topk"),
+    *("mode", "spectransforms", "wavtransforms"),
+)
+
+
+def check_published(replay: Replay, pack: Pack, faults: Faults) -> None:
+    """Note in `faults` what the published layout cannot hold, or its reader would take for something else."""
+    if pack.sample_rate != REFERENCE_RATE:
+        faults.add(f"{pack.manifest} has {pack.sample_rate} Hz, where CED's code takes every pack for {REFERENCE_RATE}")
+    twice = [name for name, n in Counter(map(base_name, pack.names)).items() if n > 1]
+    if twice:
+        faults.add(
+            f"{len(twice)} base names of {pack.manifest} belong to several clips ({some(twice)}), and are all that "
+            "CED's code knows clips by; rename these files, and pack them anew"
+        )
+    if replay.mask_fill != "0dB":
+        faults.add(f"mask_fill {replay.mask_fill} is not among what CED's code does; wanted 0dB")
+    if any(getattr(mask, "max_share", None) is not None for mask in replay.masks):
+        faults.add("max_share of masks is not among what CED's code does; drop it from spectransforms")
+
+
+def base_name(name: str) -> str:
+    """Return the name of a clip without its folders."""
+    return Path(name).name
+
+
+def published_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a store as the published layout has them."""
+    seconds = {key: rows[key].to_numpy(np.float32) for key in ("start", "end")}
+    return pd.DataFrame({"filename": [base_name(name) for name in rows["filename"]], **seconds})
+
+
+def write_published_meta(path: Path, replay: Replay, config: Mapping[str, Any]) -> None:
+    """Write `meta.pt`, whole or not at all.
+
+    Args:
+        path: the file.
+        replay: the augmentation.
+        config: the settings it was made with; those that CED knows are kept.
+    """
+    storages: list[float] = []
+    meta = {
+        "wavtransforms": _sequential(
+            _Global("torch.nn.modules.container", "Sequential"),
+            [_shift(Shift(**(arguments or {})), storages) for arguments in replay.wavtransforms.values()],
+        ),
+        "spectransforms": _sequential(_Global("utils", "KwargsSequential"), list(map(_mask, replay.masks))),
+        "config": _Object(_Global("utils", "Config"), {key: config[key] for key in PUBLISHED_KEYS}),
+    }
+    with whole_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("meta/data.pkl", dump(meta))
+        archive.writestr("meta/byteorder", "little")
+        for number, value in enumerate(storages):
+            archive.writestr(f"meta/data/{number}", struct.pack("<f", value))
+        archive.writestr("meta/version", "3\n")
+
+
+def _sequential(kind: "_Global", modules: list["_Object"]) -> "_Object":
+    children = {str(number): module for number, module in enumerate(modules)}
+    return _Object(kind, _module_state() | {"_modules": children})
+
+
+def _module_state() -> dict[str, Any]:
+    return dict(torch.nn.Module().__dict__)
+
+
+def _shift(shift: Shift, storages: list[float]) -> "_Object":
+    storages.append(shift.p)
+    state = {
+        **{"mode": "per_example", "_p": shift.p, "p_mode": "per_example", "sample_rate": None, "target_rate": None},
+        **{"output_type": "tensor", "transform_parameters": {}, "are_parameters_frozen": False},
+        "bernoulli_distribution": _bernoulli(len(storages) - 1),
+        **{"min_shift": shift.min_shift, "max_shift": shift.max_shift, "shift_unit": "fraction", "rollover": True},
+    }
+    return _Object(_Global("torch_audiomentations.augmentations.shift", "Shift"), _module_state() | state)
+
+
+def _bernoulli(number: int) -> "_Object":
+    """The distribution that decides whether a clip is shifted, whose probability is the tensor in storage `number`."""
+    rebuild = _Global("torch._utils", "_rebuild_tensor_v2")
+    no_hooks = _Call(_Global("collections", "OrderedDict"), ())
+    probability = _Call(rebuild, (_Storage(str(number), 1), 0, (), (), False, no_hooks))
+    no_size = _Call(_Global("torch", "Size"), ((),))
+    state = {"probs": probability, "_param": probability, "_batch_shape": no_size, "_event_shape": no_size}
+    return _Object(_Global("torch.distributions.bernoulli", "Bernoulli"), state)
+
+
+def _mask(mask: Any) -> "_Object":
+    kinds = {TimeMasking: ("TimeMasking", 2), FrequencyMasking: ("FrequencyMasking", 1)}
+    name, axis = kinds[type(mask)]
+    state = {"mask_param": mask.param, "axis": axis, "iid_masks": False, "p": 1.0}
+    return _Object(_Global("augment", name), _module_state() | state)
+
+
+# --- A pickle of objects whose classes are not here (protocol 2, no memo) ---
+
+
+@dataclass(frozen=True)
+class _Global:
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class _Object:
+    """An object that is made without its constructor, and given its attributes."""
+
+    kind: _Global
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Call:
+    function: _Global
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """A tensor's float32 numbers, in a file of their own beside the pickle."""
+
+    key: str
+    n_values: int
+
+
+def dump(value: Any) -> bytes:
+    """Return the pickle of plain values, objects of absent classes, calls and storages.
+
+    Raises:
+        TypeError: a value of another kind.
+    """
+    return pickle.PROTO + b"\x02" + _opcodes(value) + pickle.STOP
+
+
+def _opcodes(value: Any) -> bytes:
+    match value:
+        case None:
+            return pickle.NONE
+        case bool():
+            return pickle.NEWTRUE if value else pickle.NEWFALSE
+        case int():
+            return pickle.LONG1 + bytes([len(encoded := pickle.encode_long(value))]) + encoded
+        case float():
+            return pickle.BINFLOAT + struct.pack(">d", value)
+        case str():
+            encoded = value.encode("utf-8")
+            return pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded
+        case tuple():
+            return pickle.MARK + b"".join(map(_opcodes, value)) + pickle.TUPLE
+        case list():
+            return pickle.EMPTY_LIST + pickle.MARK + b"".join(map(_opcodes, value)) + pickle.APPENDS
+        case set():
+            return _opcodes(_Call(_Global("builtins", "set"), (list(value),)))
+        case _Global(module, name):
+            return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+        case _Object(kind, state):
+            return _opcodes(kind) + pickle.EMPTY_TUPLE + pickle.NEWOBJ + _opcodes(dict(state)) + pickle.BUILD
+        case _Call(function, arguments):
+            return _opcodes(function) + _opcodes(arguments) + pickle.REDUCE
+        case _Storage(key, n_values):
+            kind = _Global("torch", "FloatStorage")
+            return _opcodes(("storage", kind, key, "cpu", n_values)) + pickle.BINPERSID
+        case Mapping():  # ordered ones too: hooks of a module, of which there are none
+            pairs = b"".join(_opcodes(key) + _opcodes(item) for key, item in value.items())
+            return pickle.EMPTY_DICT + pickle.MARK + pairs + pickle.SETITEMS
+    raise TypeError(f"{type(value).__name__} cannot be written")

@@ -1,0 +1,121 @@
+"""Whether a pack holds the sounds that a store was made from: a pack made anew may hold others under the same names.
+
+Beside the name of every chunk a store keeps `clip_samples`, the length of its clip in the teacher's pack, and
+`sound_hash`, eight bytes of BLAKE2b over the chunk's 16-bit samples there (as a signed integer). The writer has the
+samples at hand; a reader compares all lengths, and the samples of `COMPARED` chunks spread over the store, or all.
+"""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from audio.dataset import Pack
+from common.errors import Faults, some
+
+logger = logging.getLogger(__name__)
+
+Check = Literal["sample", "all", "none"]
+COMPARED = 64  # clips or chunks
+_FINGERPRINT_SECONDS = 30  # of a clip: some last for hours
+
+COLUMNS = ("clip_samples", "sound_hash")
+
+
+def fingerprint(pack: Pack) -> str:
+    """Return a hash of a pack's sounds: the lengths of all clips, and the samples of `COMPARED` of them."""
+    digest = hashlib.sha256(np.asarray(pack.n_samples, "<i8").tobytes())
+    for clip in _spread(len(pack), COMPARED).tolist():
+        digest.update(
+            pack.hash_sound(clip, 0, _FINGERPRINT_SECONDS * pack.sample_rate).to_bytes(8, "little", signed=True)
+        )
+    return digest.hexdigest()
+
+
+def check_sounds(
+    what: str,
+    folder: Path,
+    stored_rate: int | None,
+    pack: Pack,
+    rows: pd.DataFrame,
+    bounds: np.ndarray,
+    faults: Faults,
+    check: Check = "sample",
+) -> None:
+    """Note in `faults` clips of a pack that are not those a store was made from.
+
+    Args:
+        what: the store holds, in a sentence.
+        folder: of the store.
+        stored_rate: of the pack it was made from, in hertz. A pack at another rate has other samples, and is not
+            compared.
+        pack: the clips.
+        rows: of the store, those whose clip is in the pack (n).
+        bounds: (n, 3) clip, first sample, end of each of them.
+        faults: gets a sentence that names clips, what was found and what was wanted.
+        check: compare the samples of `COMPARED` chunks, of "all", or nothing at all ("none").
+    """
+    if check == "none" or not len(rows):
+        return
+    if "clip_samples" not in rows:
+        logger.info(
+            "%s keeps no lengths and hashes of its sounds (published, or saved by an earlier version): whether %s "
+            "holds the same ones is not checked",
+            folder, pack.manifest,
+        )  # fmt: skip
+        return
+    if stored_rate != pack.sample_rate:
+        return
+    differing = _compare_lengths(rows, bounds, pack)
+    n_compared, compared = len(np.unique(bounds[:, 0])), "lengths"
+    if not differing and "sound_hash" in rows:
+        chosen = np.arange(len(rows)) if check == "all" else _spread(len(rows), COMPARED)
+        differing = _compare_samples(rows.iloc[chosen], bounds[chosen], pack)
+        n_compared, compared = len(np.unique(bounds[chosen, 0])), "samples"
+    if differing:
+        faults.add(
+            f"{pack.manifest} holds other sounds than those that the {what} in {folder} were saved from, under the "
+            f"same names: of {n_compared} clips whose {compared} were compared, {len(differing)} differ: "
+            f"{some((f'{name} ({found})' for name, found in differing.items()), 3)}. Save the {what} again (delete the "
+            "folder and run save_logits.py), give the pack that they were saved from, or take them all the same with "
+            "check_sounds: none"
+        )
+
+
+def _compare_lengths(rows: pd.DataFrame, bounds: np.ndarray, pack: Pack) -> dict[str, str]:
+    """Return name → what was found and wanted of each clip that has another length."""
+    found, wanted = np.asarray(pack.n_samples)[bounds[:, 0]], rows["clip_samples"].to_numpy(np.int64)
+    rate = pack.sample_rate
+    return {
+        pack.names[bounds[row, 0]]: f"found {found[row] / rate:.3f} s ({found[row]} samples), wanted "
+        f"{wanted[row] / rate:.3f} s ({wanted[row]})"
+        for row in np.flatnonzero(found != wanted)
+    }
+
+
+def _compare_samples(rows: pd.DataFrame, bounds: np.ndarray, pack: Pack) -> dict[str, str]:
+    """Return name → what was found and wanted of each clip that has another chunk."""
+    differing = {}
+    wanted = rows["sound_hash"].to_numpy(np.int64)
+    long = len(bounds) > 10_000
+    for row, (clip, start, stop) in enumerate(tqdm(bounds.tolist(), desc="comparing sounds", disable=not long)):
+        found = pack.hash_sound(clip, start, stop)
+        if found != wanted[row]:
+            second = start / pack.sample_rate
+            differing[pack.names[clip]] = (
+                f"from {second:g} s on found samples of hash {_hex(found)}, wanted {_hex(int(wanted[row]))}"
+            )
+    return differing
+
+
+def _hex(value: int) -> str:
+    return value.to_bytes(8, "big", signed=True).hex()
+
+
+def _spread(n: int, wanted: int) -> np.ndarray:
+    """Return at most `wanted` of the positions 0 to n - 1, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, wanted)).round().astype(np.int64))
