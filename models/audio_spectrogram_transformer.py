@@ -23,7 +23,7 @@ from models.kaldi_mel import KaldiMel
 from models.layers import initialise
 from models.registry import register_model
 from models.relatives import from_pictures, is_of_pictures
-from models.token_merging import Schedule
+from models.token_merging import MergingSetting
 from models.vit import SpectrogramTransformer, Tokens
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,10 @@ class AST(SpectrogramTransformer):
     """AST's network; gives logits.
 
     Shorter clips are filled up to `target_length` frames with what AST reads there (0 before the normalisation), and
-    all of it takes part, as published.
+    all of it takes part, as published. Published code crops longer ones to their first `target_length` frames; here
+    what follows is taken in further chunks, by whose own frames the probabilities are weighed, since a clip's end may
+    hold what its beginning does not. Fewer frames more than make a patch change nothing, and the result is the
+    published one.
 
     Args:
         num_classes: C.
@@ -52,7 +55,8 @@ class AST(SpectrogramTransformer):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
         time_patch_out: random columns of the patch grid left out in training.
         freq_patch_out: random rows of the patch grid left out in training.
-        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`.
+        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`; or, for attention
+            in which merged tokens count like others, {"r": those, "proportional": False}.
         token_merging_in_training: False: only in evaluation mode.
         sample_rate: of the waveform, in hertz.
         n_mels: F.
@@ -86,7 +90,7 @@ class AST(SpectrogramTransformer):
         drop_path_rate: float = 0.0,
         time_patch_out: int | None = None,
         freq_patch_out: int | None = None,
-        token_merging: Schedule = None,
+        token_merging: MergingSetting = None,
         token_merging_in_training: bool = True,
         sample_rate: int = 16000,
         n_mels: int = 128,
@@ -166,7 +170,7 @@ class AST(SpectrogramTransformer):
         self.dist_token = nn.Parameter(torch.randn(1, 1, self.embed_dim) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, self.n_prefix + n_rows * n_columns, self.embed_dim) * 0.02)
 
-    def _placed(self, patches: Tensor) -> Tensor:
+    def _placed(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
         return patches + self.pos_embed[:, self.n_prefix :].unflatten(1, self._grid)
 
     def _prefix(self) -> Tensor:

@@ -21,7 +21,7 @@ from models.frontends import CedMel
 from models.layers import initialise
 from models.registry import register_model
 from models.relatives import fit_time
-from models.token_merging import Schedule
+from models.token_merging import MergingSetting
 from models.vit import SpectrogramTransformer, Tokens
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ class AudioTransformer(SpectrogramTransformer):
     """CED's network.
 
     Clips longer than `target_length` frames are cut into chunks of that many, the last one filled up with zeros after
-    the normalisation; the probabilities of all chunks are joined as `eval_avg` says.
+    the normalisation; the probabilities of all chunks are joined as `eval_avg` says. As published, one frame behind
+    whole chunks makes another chunk, and every chunk counts the same.
 
     Args:
         num_classes: C.
@@ -55,7 +56,8 @@ class AudioTransformer(SpectrogramTransformer):
         init_values: initial layer scale, None for none.
         time_patch_out: random columns of the patch grid left out in training.
         freq_patch_out: random rows of the patch grid left out in training.
-        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`.
+        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`; or, for attention
+            in which merged tokens count like others, {"r": those, "proportional": False}.
         token_merging_in_training: False: only in evaluation mode.
         sample_rate: of the waveform, in hertz.
         n_mels: F.
@@ -71,6 +73,7 @@ class AudioTransformer(SpectrogramTransformer):
     """
 
     last_layer = "outputlayer.1"
+    equal_chunks = True
 
     def __init__(
         self,
@@ -93,7 +96,7 @@ class AudioTransformer(SpectrogramTransformer):
         init_values: float | None = None,
         time_patch_out: int | None = None,
         freq_patch_out: int | None = None,
-        token_merging: Schedule = None,
+        token_merging: MergingSetting = None,
         token_merging_in_training: bool = True,
         sample_rate: int = 16000,
         n_mels: int = 64,
@@ -155,7 +158,7 @@ class AudioTransformer(SpectrogramTransformer):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
             self.token_pos_embed = nn.Parameter(torch.randn(1, self.embed_dim) * 0.02)
 
-    def _placed(self, patches: Tensor) -> Tensor:
+    def _placed(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
         positions = self.time_pos_embed[..., : patches.shape[2]] + self.freq_pos_embed  # (1,D,f,t)
         return patches + positions.permute(0, 2, 3, 1)
 

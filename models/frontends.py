@@ -80,6 +80,9 @@ class FrontEnd(nn.Module):
         UserError: the settings contradict each other.
     """
 
+    generator: torch.Generator | None = None  # draws what varies in training; None means torch's default one
+    band_limit: float | None = None  # hertz, see `limit_band`
+
     def __init__(
         self,
         *,
@@ -108,8 +111,48 @@ class FrontEnd(nn.Module):
     @property
     def description(self) -> dict[str, Any]:
         """Its class and arguments, ready for JSON; `described_front_end` builds it again."""
-        arguments = inspect.signature(type(self)).parameters
-        return {"class": type(self).__name__} | {name: getattr(self, name) for name in arguments}
+        arguments = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        limit = {} if self.band_limit is None else {"band_limit": self.band_limit}
+        return {"class": type(self).__name__} | arguments | limit
+
+    @property
+    def highest_hz(self) -> float:
+        """Frequency up to which sound changes the features, in hertz."""
+        return self.f_max if self.band_limit is None else min(self.f_max, self.band_limit)
+
+    def limit_band(self, hertz: float) -> None:
+        """Ignore what lies above a frequency from now on: mel bands that reach above it are silent for every sound.
+
+        Weights that were trained with these bands still fit. It is how a model of sounds that end at 4 kHz, say, keeps
+        from learning what a resampler leaves above, and from tags that depend on it.
+
+        Args:
+            hertz: the frequency.
+
+        Raises:
+            UserError: no band lies below it.
+        """
+        upper = self.mel_edges_hz[2:]
+        if isinstance(hertz, bool) or not isinstance(hertz, int | float) or not upper[0] <= hertz:
+            raise UserError(
+                f"band_limit is {hertz!r}; wanted hertz, at least {float(upper[0]):g}, where the lowest mel band ends"
+            )
+        self.band_limit = float(hertz)
+        self.register_buffer("_kept_bands", (upper <= hertz).float(), persistent=False)
+
+    def _limited(self, mel_weights: Tensor) -> Tensor:
+        """Filters (.., F) with the bands above `band_limit` zero."""
+        return mel_weights if self.band_limit is None else mel_weights * self.get_buffer("_kept_bands")
+
+    def silence_bands(self, mel: Tensor) -> Tensor:
+        """Silence the bands above `band_limit` in features (B,F,T) that were computed elsewhere, without it."""
+        if self.band_limit is None:
+            return mel
+        return torch.where(self.get_buffer("_kept_bands")[:, None] > 0, mel, self._silence_of(mel))
+
+    def _silence_of(self, mel: Tensor) -> Tensor:
+        """What a band without power reads in features (B,F,T), to be broadcast to them."""
+        return mel.new_tensor(self.power_db_to_value(SILENCE_DB))
 
     def _keep(self, window: Tensor, mel_weights: Tensor) -> None:
         """Hold the window (win_size,) and the filters (n_fft/2 + 1, F), which are no part of a checkpoint."""
@@ -124,7 +167,7 @@ class FrontEnd(nn.Module):
     @property
     def mel_weights(self) -> Tensor:
         """Mel filters (n_fft/2 + 1, F)."""
-        return cast(Tensor, self.get_buffer("_mel_weights"))
+        return self._limited(cast(Tensor, self.get_buffer("_mel_weights")))
 
     @property
     def mel_edges_hz(self) -> Tensor:
@@ -214,7 +257,11 @@ class FrontEnd(nn.Module):
         )
         real, imag = spectrum.real, spectrum.imag
         power = torch.addcmul(real.square(), imag, imag)  # (B, n_fft/2 + 1, T), 6 times faster than abs().square()
-        return self.mel_weights.T @ power
+        return self._filters().T @ power
+
+    def _filters(self) -> Tensor:
+        """Give the mel filters of one batch, (n_fft/2 + 1, F)."""
+        return self.mel_weights
 
 
 class _Buffers(nn.Module):
@@ -288,7 +335,7 @@ class CedMel(FrontEnd):
     @property
     def mel_weights(self) -> Tensor:
         """Mel filters (n_fft/2 + 1, F)."""
-        return cast(Tensor, self.get_buffer("0.mel_scale.fb"))
+        return self._limited(cast(Tensor, self.get_buffer("0.mel_scale.fb")))  # whose values checkpoints bring
 
     @property
     def mel_edges_hz(self) -> Tensor:
@@ -298,6 +345,11 @@ class CedMel(FrontEnd):
     def power_db_to_value(self, db: float) -> float:
         """Decibels are this front-end's own scale."""
         return db
+
+    def _silence_of(self, mel: Tensor) -> Tensor:
+        """The lowest decibels of each clip, (B,1,1)."""
+        kept = mel.masked_fill(self.get_buffer("_kept_bands")[:, None] == 0, SILENCE_DB)
+        return (kept.amax((1, 2), keepdim=True) - self.TOP_DB).clamp(min=SILENCE_DB)
 
     def compressed(self, mel: Tensor, alien: Tensor | None) -> Tensor:
         """Bring mel power (B,F,T) to decibels."""
@@ -352,6 +404,44 @@ class EfficientAtMel(FrontEnd):
         bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
         weights = triangles(kaldi_mel(bins), band_edges(kaldi_mel, f_min, f_max, n_mels))
         self._keep(torch.hann_window(win_size, periodic=False), weights.float())
+        self._ranges = (1, 1)
+
+    def vary_edges(self, low_range: int, high_range: int) -> None:
+        """Draw the edges of the bands anew for each batch of training from now on, as published; not in evaluation.
+
+        What was drawn is no part of `description`: the features that a model is used with have the edges given.
+
+        Args:
+            low_range: `f_min` is raised by a whole number of hertz below this, 10 in published training; 1 for never.
+            high_range: whole numbers of hertz that `f_max` may become, half of them above it, 2000 in published
+                training; 1 for never.
+
+        Raises:
+            UserError: they are no such numbers, or lead out of what can be heard at this sample rate.
+        """
+        ranges = (low_range, high_range)
+        if any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in ranges):
+            raise UserError(f"fmin_aug_range {low_range!r}, fmax_aug_range {high_range!r}: wanted whole numbers from 1")
+        highest, lowest = self.f_max + high_range // 2, self.f_max + high_range // 2 - (high_range - 1)
+        if highest > self.sample_rate / 2 or lowest <= self.f_min + low_range - 1:
+            raise UserError(
+                f"fmin_aug_range {low_range} and fmax_aug_range {high_range} move the mel bands from {self.f_min:g} to "
+                f"{self.f_max:g} Hz up to {highest:g} or down to {lowest:g} Hz; wanted at most "
+                f"{self.sample_rate / 2:g} Hz and some room: give smaller ranges or another f_max"
+            )
+        self._ranges = ranges
+
+    def _filters(self) -> Tensor:
+        kept = self.mel_weights
+        if not self.training or self._ranges == (1, 1):
+            return kept
+        where = kept.device if self.generator is None else self.generator.device
+        raised, lowered = (torch.randint(size, (), generator=self.generator, device=where) for size in self._ranges)
+        hertz = torch.stack([self.f_min + raised, self.f_max + self._ranges[1] // 2 - lowered])
+        low, high = kaldi_mel(hertz.to(kept.device, torch.float64))
+        share = torch.linspace(0, 1, self.n_mels + 2, dtype=torch.float64, device=kept.device)
+        bins = torch.arange(len(kept), dtype=torch.float64, device=kept.device) * self.sample_rate / self.n_fft
+        return self._limited(triangles(kaldi_mel(bins), low + (high - low) * share).to(kept.dtype))
 
     @property
     def mel_edges_hz(self) -> Tensor:
@@ -381,11 +471,14 @@ def described_front_end(description: Mapping[str, Any]) -> FrontEnd:
         UserError: there is no front-end of that class, or not with these arguments.
     """
     arguments = dict(description)
-    name = arguments.pop("class", None)
+    name, limit = arguments.pop("class", None), arguments.pop("band_limit", None)
     known = {kind.__name__: kind for kind in FrontEnd.__subclasses__()}
     if name not in known:
         raise UserError(f"no front-end is called {name!r}; known are {some(known)}")
     try:
-        return known[name](**arguments)
+        front_end = known[name](**arguments)
     except TypeError as error:
         raise UserError(f"the front-end {name} cannot be built with {arguments}: {error}") from None
+    if limit is not None:
+        front_end.limit_band(limit)
+    return front_end

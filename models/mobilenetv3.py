@@ -10,6 +10,7 @@ Letters: B batch, F mel bands, T frames, C classes, D channels; primes mark what
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from models.base import AudioTagger, run_by_length
@@ -164,6 +165,10 @@ class EfficientAtTagger(AudioTagger):
         hop_size: samples between frames.
         f_min: lower edge of the bands in hertz.
         f_max: upper edge in hertz.
+        fmin_aug_range: in training, `f_min` is raised by a random whole number below this for each batch: 10 in
+            published training, 1 for never.
+        fmax_aug_range: in training, `f_max` is moved at random within a range of this many hertz: 2000 in published
+            training, 1 for never.
     """
 
     last_layer = "classifier.5"
@@ -181,6 +186,8 @@ class EfficientAtTagger(AudioTagger):
         hop_size: int = 320,
         f_min: float = 0.0,
         f_max: float = 15000.0,
+        fmin_aug_range: int = 1,
+        fmax_aug_range: int = 1,
     ) -> None:
         front_end = EfficientAtMel(
             sample_rate=sample_rate,
@@ -191,6 +198,7 @@ class EfficientAtTagger(AudioTagger):
             f_min=f_min,
             f_max=f_max,
         )
+        front_end.vary_edges(fmin_aug_range, fmax_aug_range)
         super().__init__(front_end, num_classes=num_classes, embed_dim=n_features(width))
         self._add_maps(width)
         n_hidden = to_eights(LAST_HIDDEN * width)
@@ -203,6 +211,15 @@ class EfficientAtTagger(AudioTagger):
             nn.Linear(n_hidden, num_classes),
         )
         self.apply(initialise)
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Draws the edges of the mel bands in training; None for torch's default."""
+        return self.front_end.generator
+
+    @generator.setter
+    def generator(self, generator: torch.Generator | None) -> None:
+        self.front_end.generator = generator
 
     def _add_maps(self, width: float) -> None:
         """Make the layers that `forward_features` goes through."""

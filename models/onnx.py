@@ -2,8 +2,8 @@
 
 The graph takes any batch and any number of frames (`feats`, float32 (B,F,T) in the front-end's own scale, as published
 CED exports and sherpa-onnx have it) or of samples (`waveform`, float32 (B,S)) and gives probabilities (`prob`, (B,C)).
-Clips longer than the network's chunk are cut and averaged inside, as in PyTorch. Every file is run by ONNX Runtime on
-shapes that the export never saw, and compared with PyTorch, before it gets its name.
+Clips longer than the network's chunk are cut and averaged inside, chunks weighed as in PyTorch. Every file is run by
+ONNX Runtime on shapes that the export never saw, and compared with PyTorch, before it gets its name.
 
 Letters: B batch, S samples, F mel bands, T frames, C classes.
 """
@@ -154,8 +154,8 @@ class _Network(nn.Module):
         self.model = model
 
     def forward(self, feats: Tensor) -> Tensor:
-        """(B,F,T) -> (B,C)."""
-        return self.model.probabilities_of(feats)
+        """(B,F,T) -> (B,C); other programs compute the features without the model's band limit."""
+        return self.model.probabilities_of(self.model.front_end.silence_bands(feats))
 
 
 def _gelu(x: Any, approximate: str = "none") -> Any:
@@ -322,7 +322,7 @@ def _grid(model: AudioTagger) -> list[tuple[int, int]]:
         return [*grid, (1, 10 * rate)]
     whole = (model.target_length - 1) * hop
     whole = next(size for size in itertools.count(whole, hop) if model.front_end.n_frames(size) >= model.target_length)
-    return [*grid, (1, whole), (2, whole + 3 * rate | 1)]
+    return [*grid, (1, whole), (1, whole + 2 * hop), (2, whole + 3 * rate | 1)]
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from models.frontends import SILENCE_DB, EfficientAtMel
 from models.layers import initialise
 from models.registry import register_model
 from models.relatives import fit_time, from_pictures, is_of_pictures
-from models.token_merging import Schedule
+from models.token_merging import MergingSetting
 from models.vit import SpectrogramTransformer, Tokens
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 class PaSST(SpectrogramTransformer):
     """PaSST's network; gives logits.
 
-    Shorter clips use the first time positions. Longer ones, which published code cuts, are taken in chunks, the last
-    one filled up with silence.
+    Shorter clips use the first time positions, and in training as many from a random one on, as published. Published
+    code leaves out the columns of longer clips that have no position; here they are taken in chunks, the last one
+    filled up with silence, by whose own frames the probabilities are weighed, since a clip's end may hold what its
+    beginning does not. Fewer frames more than make a patch change nothing, and the result is the published one.
 
     Args:
         num_classes: C.
@@ -51,7 +53,8 @@ class PaSST(SpectrogramTransformer):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
         time_patch_out: random columns of the patch grid left out in training, 40 in published training.
         freq_patch_out: random rows of the patch grid left out in training, 4 in published training.
-        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`.
+        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`; or, for attention
+            in which merged tokens count like others, {"r": those, "proportional": False}.
         token_merging_in_training: False: only in evaluation mode.
         sample_rate: of the waveform, in hertz.
         n_mels: F.
@@ -60,6 +63,10 @@ class PaSST(SpectrogramTransformer):
         hop_size: samples between frames.
         f_min: lower edge of the bands in hertz.
         f_max: upper edge in hertz.
+        fmin_aug_range: in training, `f_min` is raised by a random whole number below this for each batch: 10 in
+            published training, 1 for never.
+        fmax_aug_range: in training, `f_max` is moved at random within a range of this many hertz: 2000 in published
+            training, 1 for never.
 
     Raises:
         UserError: arguments contradict each other; all faults are told at once.
@@ -87,7 +94,7 @@ class PaSST(SpectrogramTransformer):
         drop_path_rate: float = 0.0,
         time_patch_out: int | None = None,
         freq_patch_out: int | None = None,
-        token_merging: Schedule = None,
+        token_merging: MergingSetting = None,
         token_merging_in_training: bool = True,
         sample_rate: int = 32000,
         n_mels: int = 128,
@@ -96,6 +103,8 @@ class PaSST(SpectrogramTransformer):
         hop_size: int = 320,
         f_min: float = 0.0,
         f_max: float = 15000.0,
+        fmin_aug_range: int = 1,
+        fmax_aug_range: int = 1,
     ) -> None:
         front_end = EfficientAtMel(
             sample_rate=sample_rate,
@@ -107,6 +116,7 @@ class PaSST(SpectrogramTransformer):
             f_max=f_max,
             min_frames=patch_size,
         )
+        front_end.vary_edges(fmin_aug_range, fmax_aug_range)
         self.fill = front_end.power_db_to_value(SILENCE_DB)
         super().__init__(
             front_end,
@@ -181,9 +191,26 @@ class PaSST(SpectrogramTransformer):
         self.freq_new_pos_embed = nn.Parameter(torch.randn(1, self.embed_dim, n_rows, 1) * 0.02)
         self.time_new_pos_embed = nn.Parameter(torch.randn(1, self.embed_dim, 1, n_columns) * 0.02)
 
-    def _placed(self, patches: Tensor) -> Tensor:
-        positions = self.time_new_pos_embed[..., : patches.shape[2]] + self.freq_new_pos_embed  # (1,D,f,t)
-        return patches + positions.permute(0, 2, 3, 1)
+    def _placed(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
+        time = self._time_positions(patches.shape[2], columns)  # (1,1,t,D) or (R,1,t,D)
+        return patches + (time + self.freq_new_pos_embed.permute(0, 2, 3, 1))
+
+    def _time_positions(self, n_columns: int, columns: Tensor | None) -> Tensor:
+        """Positions of the first columns; in training of as many from a random one on.
+
+        One number is drawn for the whole batch, always, so that what patch-out draws next does not depend on lengths;
+        where it puts a clip depends on the clip's own columns (R,) alone.
+        """
+        positions = self.time_new_pos_embed[0, :, 0].T  # (t of the grid, D)
+        if not self.training:
+            return positions[:n_columns][None, None]
+        device = positions.device
+        draw = torch.rand(1, generator=self.generator, device=self._draw_device(device)).to(device)
+        used = torch.tensor([n_columns], device=device) if columns is None else columns
+        free = len(positions) - used
+        first = torch.minimum((draw * (free + 1)).long(), free)  # a product of floats may be rounded up
+        place = first[:, None] + torch.arange(n_columns, device=device)
+        return positions[place.clamp(max=len(positions) - 1)][:, None]  # padding has any position
 
     def _prefix(self) -> Tensor:
         return torch.cat([self.cls_token, self.dist_token], dim=1) + self.new_pos_embed

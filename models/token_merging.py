@@ -2,22 +2,57 @@
 
 Method: Bolya et al., "Token merging: Your ViT but faster", ICLR 2023. Tokens at even places (A) and at odd ones (B) are
 matched by the cosine of their keys, averaged over heads; the r of A that are nearest to one of B join it. A token that
-stands for s others counts s times: in the mean that joins it with more, and, by log s on its scores, in attention.
+stands for s others counts s times: in the mean that joins it with more, and, by log s on its scores, in attention
+(proportional attention). The latter can be switched off: then attention needs no bias, and where a batch has no padding
+runs the fused kernels that take none.
 
 Letters: B batch, N tokens, D width, H heads, d width of a head.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
 
 Schedule = int | Sequence[float] | None
+MergingSetting = Schedule | Mapping[str, Any]
+
+
+def split_setting(setting: MergingSetting) -> tuple[Schedule, bool]:
+    """Split a setting of token merging into how much and how.
+
+    Args:
+        setting: what `merging_schedule` takes, or {"r": that, "proportional": whether a token that stands for s others
+            counts s times in attention}; by default it does.
+
+    Returns:
+        The schedule as it was given, and whether attention is proportional.
+
+    Raises:
+        UserError: it has other keys, or `proportional` is neither true nor false.
+    """
+    if not isinstance(setting, Mapping):
+        return setting, True
+    keys = ("r", "proportional")
+    unknown = [str(key) for key in setting if key not in keys]
+    if unknown or "r" not in setting:
+        hint = did_you_mean(unknown[0], keys) if unknown else ""
+        raise UserError(
+            f"token_merging is {dict(setting)!r}{hint}; wanted r, or {{r: 8, proportional: false}} for attention in "
+            "which every token counts the same"
+        )
+    proportional = setting.get("proportional", True)
+    if isinstance(proportional, str):  # as command lines have it
+        proportional = {"true": True, "false": False}.get(proportional.lower(), proportional)
+    if not isinstance(proportional, bool):
+        raise UserError(f"token_merging.proportional is {proportional!r}; wanted true or false")
+    return setting["r"], proportional
 
 
 def merging_schedule(setting: Schedule, depth: int) -> tuple[int, ...]:
@@ -55,23 +90,26 @@ class TokenGroups:
     Args:
         own: (B,N) tokens that count, None where all do.
         n_protected: first tokens that neither join nor are joined, at most 2 (class and distillation token).
+        proportional: whether a token that stands for s others counts s times in attention.
 
     Attributes:
         size: (B,N') how many of the first tokens each one stands for, 0 for padding; None before the first merging.
         place: (B,N) which token each of the first tokens is part of now; None before the first merging.
     """
 
-    def __init__(self, own: Tensor | None = None, n_protected: int = 0) -> None:
-        self.own, self.n_protected = own, n_protected
+    def __init__(self, own: Tensor | None = None, n_protected: int = 0, proportional: bool = True) -> None:
+        self.own, self.n_protected, self.proportional = own, n_protected, proportional
         self.size: Tensor | None = None
         self.place: Tensor | None = None
 
     @property
     def bias(self) -> Tensor | None:
         """What attention adds to its scores, or which keys take part, (B,1,1,N'); None where all count the same."""
-        if self.size is not None:
+        if self.size is not None and self.proportional:
             return self.size.log()[:, None, None]
-        return None if self.own is None else self.own[:, None, None]
+        if self.own is None:
+            return None
+        return (self.own if self.size is None else self.size > 0)[:, None, None]
 
     def merge(self, x: Tensor, keys: Tensor, amount: int) -> Tensor:
         """Merge the most alike tokens.

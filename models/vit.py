@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from common.errors import Faults, UserError, some
 from models.base import AudioTagger, Outputs
-from models.chunks import Average, join, join_logits, split
+from models.chunks import Average, Count, drop_remainder, join, join_logits, split
 from models.frontends import SILENCE_DB, FrontEnd
 from models.layers import Block, PatchEmbed
-from models.token_merging import Schedule, TokenGroups, merging_schedule
+from models.token_merging import MergingSetting, TokenGroups, merging_schedule, split_setting
 
 
 class Rows(NamedTuple):
@@ -30,12 +30,14 @@ class Rows(NamedTuple):
         columns: (R,) patch columns that take part in attention and pooling, None where all do.
         steps: (R,) patch columns that hold any of the clip's own frames, None where all do.
         clip: (R,) the clip of each row, ascending, None where every clip is one row.
+        weights: (R,) what each row counts in the mean over its clip's, None where all count the same.
     """
 
     mel: Tensor
     columns: Tensor | None
     steps: Tensor | None
     clip: Tensor | None
+    weights: Tensor | None = None
 
 
 class Tokens(NamedTuple):
@@ -56,7 +58,8 @@ class SpectrogramTransformer(AudioTagger):
     """A ViT on mel patches; subclasses bring positions, prefix tokens, normalisation and head.
 
     Clips longer than `target_length` frames are cut into chunks of that many, the last one filled up; the
-    probabilities of all chunks are joined as `eval_avg` says.
+    probabilities of all chunks are joined as `eval_avg` says. Each chunk counts by its own frames, and a remainder
+    shorter than a patch is left out (see `models.chunks`), unless a subclass has `equal_chunks`.
 
     Args:
         front_end: waveform to spectrogram.
@@ -78,12 +81,10 @@ class SpectrogramTransformer(AudioTagger):
         init_values: initial layer scale, None for none.
         time_patch_out: random columns of the patch grid left out in training.
         freq_patch_out: random rows of the patch grid left out in training.
-        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`.
+        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`; or, for attention
+            in which merged tokens count like others, {"r": those, "proportional": False}.
         token_merging_in_training: False: only in evaluation mode.
         faults: what a subclass has found wrong with its own arguments.
-
-    Attributes:
-        generator: draws what patch-out leaves out; None means torch's default one.
 
     Raises:
         UserError: arguments contradict each other; all faults are told at once.
@@ -91,6 +92,7 @@ class SpectrogramTransformer(AudioTagger):
 
     masks_padding = True
     fixed_length: ClassVar[bool] = False  # shorter clips are filled up to `target_length` too, and all of it takes part
+    equal_chunks: ClassVar[bool] = False  # every chunk counts the same, however little of it is the clip's own
     fill: float = 0.0  # what is filled up reads, on the normalised scale
     n_prefix: int = 0  # P
 
@@ -116,7 +118,7 @@ class SpectrogramTransformer(AudioTagger):
         init_values: float | None,
         time_patch_out: int | None,
         freq_patch_out: int | None,
-        token_merging: Schedule,
+        token_merging: MergingSetting,
         token_merging_in_training: bool,
         faults: Faults,
     ) -> None:
@@ -127,7 +129,8 @@ class SpectrogramTransformer(AudioTagger):
         if target_length < patch_size or front_end.n_mels < patch_size:
             faults.add(f"target_length {target_length} and n_mels {front_end.n_mels} must hold a patch of {patch_size}")
         try:
-            schedule = merging_schedule(token_merging, depth)
+            r, proportional = split_setting(token_merging)
+            schedule = merging_schedule(r, depth)
         except UserError as error:
             faults.add(str(error))
         faults.raise_if_any()
@@ -136,7 +139,6 @@ class SpectrogramTransformer(AudioTagger):
         self.patch_size, self.patch_stride = patch_size, patch_stride
         self.time_patch_out, self.freq_patch_out = time_patch_out or 0, freq_patch_out or 0
         self.merges_in_training = token_merging_in_training
-        self.generator: torch.Generator | None = None
         self.patch_embed = PatchEmbed(embed_dim, patch_size, patch_stride)
         self._make_positions(self._n_patches(front_end.n_mels), self._n_patches(target_length))
         self.pos_drop = nn.Dropout(drop_rate)
@@ -155,14 +157,23 @@ class SpectrogramTransformer(AudioTagger):
             for index in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        self.merged_tokens = schedule
+        self.merged_tokens, self.proportional_attention = schedule, proportional
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Draws what patch-out leaves out, and all else that a batch of training shares; None for torch's default."""
+        return self.front_end.generator
+
+    @generator.setter
+    def generator(self, generator: torch.Generator | None) -> None:
+        self.front_end.generator = generator
 
     def _make_positions(self, n_rows: int, n_columns: int) -> None:
         """Make the parameters of positions and prefix tokens, for a grid of that size."""
         raise NotImplementedError
 
-    def _placed(self, patches: Tensor) -> Tensor:
-        """Add positions to patches: (R,f,t,D) -> (R,f,t,D)."""
+    def _placed(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
+        """Add positions to patches: (R,f,t,D), columns that take part (R,) or None for all -> (R,f,t,D)."""
         raise NotImplementedError
 
     def _prefix(self) -> Tensor | None:
@@ -181,13 +192,14 @@ class SpectrogramTransformer(AudioTagger):
         """(R,D), or None where it is the mean of the clip's own columns."""
         return None
 
-    def merge_tokens(self, setting: Schedule) -> None:
+    def merge_tokens(self, setting: MergingSetting) -> None:
         """Merge tokens from now on as `token_merging` says, or no longer (0).
 
         Raises:
             UserError: it is no such setting.
         """
-        self.merged_tokens = merging_schedule(setting, len(self.blocks))
+        r, proportional = split_setting(setting)
+        self.merged_tokens, self.proportional_attention = merging_schedule(r, len(self.blocks)), proportional
         self.arguments["token_merging"] = setting
 
     def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
@@ -212,8 +224,8 @@ class SpectrogramTransformer(AudioTagger):
         if rows.clip is None:
             return output
         if self.outputs == "logits":
-            return join_logits(output, rows.clip, n_clips, self.eval_avg, self.activation)
-        return join(output, rows.clip, n_clips, self.eval_avg)
+            return join_logits(output, rows.clip, n_clips, self.eval_avg, self.activation, rows.weights)
+        return join(output, rows.clip, n_clips, self.eval_avg, rows.weights)
 
     def forward_features(self, mel: Tensor) -> Tensor:
         """Compute the tokens after the final norm.
@@ -241,8 +253,8 @@ class SpectrogramTransformer(AudioTagger):
             n_frames: (B,) frames of each clip, None where all of T belong to it.
 
         Returns:
-            One vector a clip (B,D): the mean of its prefix tokens where the head reads that, chunks averaged, else the
-            mean over its patches; and the mean over frequency for every patch column (B,T',D).
+            One vector a clip (B,D): the mean of its prefix tokens where the head reads that, chunks averaged by their
+            frames, else the mean over its patches; and the mean over frequency for every patch column (B,T',D).
         """
         rows = self._rows(mel, n_frames)
         return self._embedded(self._encode(rows.mel, rows.columns), rows, len(mel))
@@ -257,7 +269,7 @@ class SpectrogramTransformer(AudioTagger):
         """Clip embeddings (B,D) and columns (B,T',D)."""
         frames, clips = tokens.grid.mean(1), self._clip_embeddings(tokens)  # (R,t,D), (R,D)
         if clips is not None and rows.clip is not None:
-            clips = join(clips, rows.clip, n_clips, "mean")
+            clips = join(clips, rows.clip, n_clips, "mean", rows.weights)
         if rows.steps is None:
             return frames.mean(1) if clips is None else clips, frames
         own, steps = (
@@ -280,7 +292,7 @@ class SpectrogramTransformer(AudioTagger):
         tokens, inside = self._encode_shapes(mel)
         # Sizes by `shape`: `len` would make a tracer take that of its example for all.
         found = self.probabilities(self._classify(tokens)).unflatten(0, (mel.shape[0], inside.shape[0]))
-        return found.amax(1) if self.eval_avg == "max" else found.mean(1)
+        return found.amax(1) if self.eval_avg == "max" else self._mean_of_chunks(found, inside)
 
     def embedding_of(self, mel: Tensor) -> Tensor:
         """Clip embeddings of spectrograms of any length (B,F,T) -> (B,D), in shapes alone, as graphs want it.
@@ -291,7 +303,7 @@ class SpectrogramTransformer(AudioTagger):
         clips = self._clip_embeddings(tokens)
         by_clip = (mel.shape[0], inside.shape[0])
         if clips is not None:
-            return clips.unflatten(0, by_clip).mean(1)
+            return self._mean_of_chunks(clips.unflatten(0, by_clip), inside)
         columns = tokens.grid.mean(1)  # (R,t,D)
         # A column of a chunk counts where its first frame is the clip's own: all of those of a chunk that is full.
         counted = inside[:, :: self.patch_stride][:, : columns.shape[1]].repeat(mel.shape[0], 1)  # (R,t)
@@ -299,6 +311,13 @@ class SpectrogramTransformer(AudioTagger):
             counted = counted * tokens.own
         total = (columns * counted[..., None]).unflatten(0, by_clip).sum((1, 2))
         return total / counted.unflatten(0, by_clip).sum((1, 2))[:, None]
+
+    def _mean_of_chunks(self, x: Tensor, inside: Tensor) -> Tensor:
+        """Mean over the chunks of each clip: (B,chunks,D), own frames of a chunk 1 (chunks,frames) -> (B,D)."""
+        if self.equal_chunks:
+            return x.mean(1)
+        share = inside.sum(1, keepdim=True) / inside.sum()  # (chunks,1)
+        return (x * share).sum(1)
 
     def _encode_shapes(self, mel: Tensor) -> tuple[Tokens, Tensor]:
         """Encode spectrograms of any length (B,F,T) as rows of B x chunks; and which frames of a chunk are its clip's.
@@ -311,7 +330,12 @@ class SpectrogramTransformer(AudioTagger):
             silence = self.front_end.power_db_to_value(SILENCE_DB)
             mel = F.pad(mel, (0, torch.sym_max(self.patch_size - n_frames, 0)), value=silence)
         n_frames = mel.shape[2]
-        n_chunks = (n_frames + self.target_length - 1) // self.target_length
+        if self.equal_chunks:
+            n_chunks = (n_frames + self.target_length - 1) // self.target_length
+        else:  # as `drop_remainder`
+            n_chunks = torch.sym_max((n_frames - self.patch_size) // self.target_length + 1, 1)
+            n_frames = torch.sym_min(n_frames, n_chunks * self.target_length)
+            mel = mel.narrow(2, 0, n_frames)  # a slice would have a length that a tracer knows nothing of
         chunk = self.target_length if self.fixed_length else torch.sym_min(n_frames, self.target_length)
         columns = None
         if any(self.merged_tokens) and not self.fixed_length:
@@ -327,7 +351,7 @@ class SpectrogramTransformer(AudioTagger):
 
     def n_steps(self, n_samples: int) -> int:
         """Patch columns that a clip of `n_samples` has, over all its chunks."""
-        n_frames = self.front_end.n_frames(n_samples)
+        n_frames = self._counted(self.front_end.n_frames(n_samples))
         if n_frames <= self.target_length and not self.fixed_length:
             return self._n_patches(n_frames)
         n_full = (n_frames - 1) // self.target_length
@@ -336,6 +360,10 @@ class SpectrogramTransformer(AudioTagger):
 
     def _n_patches(self, size: int) -> int:
         return (size - self.patch_size) // self.patch_stride + 1
+
+    def _counted(self, n_frames: Count) -> Count:
+        """Frames that take part, of clips of `n_frames`."""
+        return n_frames if self.equal_chunks else drop_remainder(n_frames, self.target_length, self.patch_size)
 
     def _touched(self, n_frames: Tensor) -> Tensor:
         """Columns of filled-up chunks that hold any of their first `n_frames` (R,) frames."""
@@ -351,8 +379,9 @@ class SpectrogramTransformer(AudioTagger):
                 f"frames, not {n_mels} bands and {n_total} frames"
             )
         if n_frames is not None:
-            n_frames = n_frames.to(mel.device)
-        mel = self._normalise(mel, n_frames)
+            n_frames = self._counted(n_frames.to(mel.device))
+        n_total = self._counted(n_total)
+        mel = self._normalise(mel[:, :, :n_total], n_frames)
         if n_total <= self.target_length and not self.fixed_length:
             columns = None if n_frames is None else (n_frames - self.patch_size) // self.patch_stride + 1
             return Rows(mel, columns, columns, None)
@@ -364,16 +393,16 @@ class SpectrogramTransformer(AudioTagger):
             mel = F.pad(mel.masked_fill(is_padding[:, None], self.fill), (0, chunk - n_total), value=self.fill)
             return Rows(mel, None, self._touched(frames), None)
         chunks, inside, clip = split(mel, n_frames, chunk, self.fill)
-        touched = self._touched(inside)
+        touched, weights = self._touched(inside), None if self.equal_chunks else inside
         if self.fixed_length:
-            return Rows(chunks, None, touched, clip)
+            return Rows(chunks, None, touched, clip, weights)
         whole = (inside - self.patch_size) // self.patch_stride + 1
         alone = torch.zeros_like(inside, dtype=torch.bool) if n_frames is None else (n_frames <= chunk)[clip]
         columns = torch.where(alone, whole, self._n_patches(chunk)) if bool(alone.any()) else None
-        return Rows(chunks, columns, torch.where(alone, whole, touched), clip)
+        return Rows(chunks, columns, torch.where(alone, whole, touched), clip, weights)
 
     def _encode(self, mel: Tensor, columns: Tensor | None) -> Tokens:
-        x = self._placed(self.patch_embed(mel))  # (R,f,t,D)
+        x = self._placed(self.patch_embed(mel), columns)  # (R,f,t,D)
         n_rows, n_columns = x.shape[1:3]
         own = None if columns is None else torch.arange(n_columns, device=x.device) < columns[:, None]  # (R,t)
         if self.training:
@@ -399,7 +428,7 @@ class SpectrogramTransformer(AudioTagger):
 
     def _through_blocks(self, x: Tensor, own: Tensor | None, n_prefix: int) -> Tensor:
         """Blocks, token merging and the final norm: (R,P+N,D), tokens that count (R,P+N) or None -> (R,P+N,D)."""
-        groups = TokenGroups(own, n_prefix)
+        groups = TokenGroups(own, n_prefix, self.proportional_attention)
         merges = self.merges_in_training or not self.training
         for block, amount in zip(cast("list[Block]", self.blocks), self.merged_tokens, strict=True):
             x, keys = block.attend(x, groups.bias)
@@ -407,8 +436,11 @@ class SpectrogramTransformer(AudioTagger):
             x = block.feed_forward(x)
         return groups.spread(self.norm(x))
 
+    def _draw_device(self, device: torch.device) -> torch.device:
+        """Where random numbers are drawn for tensors on `device`."""
+        return device if self.generator is None else self.generator.device
+
     def _kept(self, size: int, n_out: int, device: torch.device) -> Tensor:
         """Ascending indices that patch-out leaves, at least one."""
-        where = device if self.generator is None else self.generator.device
-        order = torch.randperm(size, generator=self.generator, device=where)
+        order = torch.randperm(size, generator=self.generator, device=self._draw_device(device))
         return order[: max(size - n_out, 1)].sort().values.to(device)

@@ -11,7 +11,8 @@ import export_onnx
 import inference
 from audio.dataset import Pack
 from audio.io import read_audio
-from common.numbers import read_numbers
+from common.errors import UserError
+from common.numbers import read_merging, read_numbers
 from models import create_model, load_model, save_checkpoint
 from run import Runner
 from training.labelled import open_labelled
@@ -55,19 +56,26 @@ def refused(capsys, function, *arguments, **options):
 def test_numbers_of_a_command_line():
     assert [read_numbers(text) for text in ("16", "16,-1", "2, 0.5")] == [16, [16, -1], [2, 0.5]]
     assert isinstance(read_numbers("16"), int)
+    assert [read_merging(text) for text in ("16", "16,-1")] == [16, [16, -1]]
+    plain = {"r": [8, -1], "proportional": False}
+    assert read_merging("{r: [8, -1], proportional: false}") == plain
+    with pytest.raises(UserError, match=r"wanted, say, '\{r: 8, proportional: false\}'"):
+        read_merging("{r: [8}")
 
 
 def test_evaluate_merges_as_told(folder, tone_pack, tmp_path, capsys):
     data = open_labelled(str(tone_pack), LABELS, None)
     figures = []
-    for setting, name in ((None, ""), (5, "_merging_5"), ((4, -1), "_merging_4_-1")):
+    plain = {"r": 5, "proportional": "false"}  # as Fire has it
+    settings = ((None, ""), (5, "_merging_5"), ((4, -1), "_merging_4_-1"), (plain, "_merging_5_plain"))
+    for setting, name in settings:
         how = {"output": str(tmp_path), "num_workers": 0, "device": "cpu"}
         Runner().evaluate(str(folder / "vit.pt"), str(tone_pack), token_merging=setting, **how)
         found = json.loads((tmp_path / f"evaluation_tones{name}.json").read_text())
         by_hand = evaluate_scores(expected(folder / "vit.pt", tone_pack, setting), data.multi_hot())
         assert (found["mAP"], found["lwlrap"]) == pytest.approx((by_hand.mAP, by_hand.lwlrap), abs=1e-6)
         figures.append(found["mAP"])
-    assert len(set(figures)) == 3
+    assert len(set(figures)) == 3  # of two blocks one attends to merged tokens: too few for another order of clips
     text = refused(capsys, Runner().evaluate, str(folder / "cnn.pt"), str(tone_pack), token_merging=5)
     assert "mn01_as has no tokens to merge" in text
     text = refused(capsys, Runner().evaluate, str(folder / "vit.pt"), str(tone_pack), token_merging=-1)
@@ -77,19 +85,25 @@ def test_evaluate_merges_as_told(folder, tone_pack, tmp_path, capsys):
 def test_tagging_merges_as_told_and_does_not_add_to_tags_made_otherwise(folder, tone_pack, tmp_path, capsys):
     sounds, tags = tone_pack.parents[2] / "sounds", tmp_path / "tags.csv"
     words = [str(sounds), "-m", str(folder / "vit.pt"), "-k", "7", "--output", str(tags), "--quiet", "--device", "cpu"]
-    inference.main([*words, "--token_merging", "5"])
-    found = np.zeros((28, 7))
-    with open(tags, newline="") as file:
-        for row in csv.DictReader(file):
-            found[int(row["filename"][-7:-4]), LABELS.index(row["label"])] = float(row["probability"])
     waves = torch.stack([torch.from_numpy(read_audio(path, 16000)[0]) for path in sorted(sounds.iterdir())])
-    merged, plain = (load_model(folder / "vit.pt", token_merging=setting).predict(waves).numpy() for setting in (5, 0))
-    np.testing.assert_allclose(found, merged, atol=1e-5)
-    assert np.abs(found - plain).max() > 5e-3
+    for option, setting, other in (("{r: 5, proportional: false}", {"r": 5, "proportional": False}, 5), ("5", 5, 0)):
+        inference.main([*words, "--overwrite", "--token_merging", option])
+        found = np.zeros((28, 7))
+        with open(tags, newline="") as file:
+            for row in csv.DictReader(file):
+                found[int(row["filename"][-7:-4]), LABELS.index(row["label"])] = float(row["probability"])
+        merged, others = (
+            load_model(folder / "vit.pt", token_merging=r).predict(waves).numpy() for r in (setting, other)
+        )
+        np.testing.assert_allclose(found, merged, atol=1e-5)
+        assert np.abs(found - others).max() > (1e-4 if other else 5e-3)
     assert "was made with token_merging 5; now it is token_merging None" in refused(capsys, inference.main, words)
     words[2] = str(folder / "cnn.pt")
     text = refused(capsys, inference.main, [*words[:-1], "cpu", "--overwrite", "--token_merging", "5"])
     assert "mn01_as has no tokens to merge" in text
+    words[2] = str(folder / "vit.pt")
+    setting = "{r: 5, proportional: false}"
+    assert "was made with token_merging 5" in refused(capsys, inference.main, [*words, "--token_merging", setting])
     assert "'x' is no number" in refused(capsys, inference.main, [*words, "--token_merging", "x"])
 
 
@@ -107,7 +121,9 @@ def test_an_export_merges_as_told_and_its_file_takes_no_other_setting(folder, to
     with torch.inference_mode():
         found = exported[0].predict(waveforms(tone_pack)).numpy()
     np.testing.assert_allclose(found, expected(folder / "vit.pt", tone_pack, 5), rtol=1e-5)
-    text = refused(capsys, inference.main, [str(tone_pack), "-m", "merging.onnx", "--token_merging", "5"])
+    text = refused(
+        capsys, inference.main, [str(tone_pack.parents[2] / "sounds"), "-m", "merging.onnx", "--token_merging", "5"]
+    )
     assert "give --token_merging to export_onnx.py" in text
     words[1] = str(folder / "cnn.pt")
     assert "mn01_as has no tokens" in refused(capsys, export_onnx.main, [*words, "--token_merging", "5"])

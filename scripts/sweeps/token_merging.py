@@ -185,7 +185,8 @@ def _settings(
 
 def _network(model: AudioTagger) -> str:
     shape = {key: value for key, value in model.arguments.items() if not key.startswith("token_merging")}
-    return f"{model.name} {sorted(shape.items())} {model.num_classes}"
+    attention = "" if getattr(model, "proportional_attention", True) else " plain attention"
+    return f"{model.name} {sorted(shape.items())} {model.num_classes}{attention}"
 
 
 def _metric(wanted: str, activations: set[str], packs: list[LabelledPack], faults: Faults) -> Metric:
@@ -213,7 +214,7 @@ def judge(sweep: Sweep, *, batch_size: int, num_workers: int, precision: Precisi
         if model is None or loaded != point.source:
             model, loaded = load_model(point.source, device=precision.device), point.source
         if isinstance(model, SpectrogramTransformer):
-            model.merge_tokens(point.schedule)
+            model.merge_tokens({"r": point.schedule, "proportional": model.proportional_attention})
         data = sweep.pack(point, model)
         metrics = evaluate(model, data, batch_size=batch_size, num_workers=num_workers, precision=precision)
         value = metrics.top1 if sweep.metric == "accuracy" else metrics.mAP
@@ -250,7 +251,7 @@ def clock(
     def passing(network: str, schedule: tuple[int, ...]) -> None:
         model, mel = loaded[network]
         if isinstance(model, SpectrogramTransformer):
-            model.merge_tokens(schedule)
+            model.merge_tokens({"r": schedule, "proportional": model.proportional_attention})
         with precision.context():
             model.forward_spectrogram(mel)
 

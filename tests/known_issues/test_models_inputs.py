@@ -38,6 +38,26 @@ def test_one_frame_more_than_a_chunk_is_heard(model):
     torch.testing.assert_close(model.forward_spectrogram(mel), (first + second) / 2, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["passt_pico", "ast_pico"])
+@torch.inference_mode()
+def test_what_follows_the_first_ten_seconds_counts_by_its_length(name):
+    # PaSST left out columns without a position, AST frames: whatever came after 10 s changed nothing. Chunks that all
+    # count the same are the opposite fault: one frame and silence had half of the probabilities.
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=4, depth=1).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    size = model.target_length
+    mel = torch.randn(1, 128, size + 500)
+    whole, first = (model.forward_spectrogram(mel[..., :n]).sigmoid() for n in (size + 500, size))
+    louder = torch.cat([mel[..., :size], mel[..., size:] + 2], dim=2)
+    assert (model.forward_spectrogram(louder).sigmoid() - whole).abs().max() > 0.01
+    for n_more in (1, 15, 20):
+        found = model.forward_spectrogram(mel[..., : size + n_more]).sigmoid()
+        assert (found - first).abs().max() <= (n_more / (size + n_more) if n_more >= 16 else 1e-6)
+
+
 def test_the_dynamic_range_is_clamped_below_the_clips_own_peak(model):
     # The floor was 120 dB below the loudest clip of the batch: a silent clip beside a loud one read -83 dB.
     quiet, loud = torch.zeros(16000), noise(16000, level=0.9)

@@ -171,11 +171,11 @@ def test_clips_of_all_lengths_in_one_batch_are_tagged_and_embedded_as_alone(ast)
 
 
 @torch.inference_mode()
-def test_a_clip_is_embedded_by_the_mean_of_its_two_tokens_chunks_averaged(ast):
+def test_a_clip_is_embedded_by_the_mean_of_its_two_tokens_chunks_averaged_by_their_frames(ast):
     mel = ast.front_end(noise(20_000)[None])  # 123 frames, two chunks
     rest = F.pad(mel[:, :, 64:], (0, 128 - mel.shape[2]), value=ast.fill)
     pieces = [ast.forward_features(piece)[:, :2].mean(1) for piece in (mel[:, :, :64], rest)]
-    torch.testing.assert_close(ast.embed_spectrogram(mel)[0], (pieces[0] + pieces[1]) / 2)
+    torch.testing.assert_close(ast.embed_spectrogram(mel)[0], (64 * pieces[0] + 59 * pieces[1]) / 123)
 
 
 def test_it_learns_is_saved_and_is_itself_again(ast, tmp_path):

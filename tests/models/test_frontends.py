@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchaudio.compliance import kaldi
 
 from common.errors import UserError
-from models.frontends import CedMel, EfficientAtMel
+from models.frontends import CedMel, EfficientAtMel, described_front_end
 from tests.models.sounds import noise, padded
 
 
@@ -92,3 +93,56 @@ def test_faults_are_sentences():
     with pytest.raises(UserError, match="1 to 100 samples"):
         CedMel()(torch.zeros(2, 100), torch.tensor([0, 100]))
     assert isinstance(CedMel(), nn.Module)
+
+
+def published_features(wave, f_min, f_max):
+    """What EfficientAT's and PaSST's front-end gives for one clip (S,) and edges, by torchaudio's filters: (F,T)."""
+    emphasised = wave[1:] - 0.97 * wave[:-1]
+    window = torch.hann_window(800, periodic=False)
+    spectrum = torch.stft(emphasised, 1024, 320, 800, window, center=True, return_complex=True)
+    banks = kaldi.get_mel_banks(128, 1024, 32000.0, f_min, f_max, 100.0, -500.0, 1.0)[0]
+    mel = F.pad(banks, (0, 1)) @ spectrum.abs().square()
+    return ((mel + 1e-5).log() + 4.5) / 5
+
+
+def test_edges_of_the_bands_are_drawn_for_each_batch_of_training_as_published():
+    front_end = EfficientAtMel()
+    front_end.vary_edges(10, 2000)
+    front_end.generator = torch.Generator()
+    batch = torch.stack([noise(8000, seed) for seed in range(2)])
+    drawn = torch.Generator()
+    lows, highs = set(), set()
+    for seed in range(200):
+        drawn.manual_seed(seed)
+        low = int(torch.randint(10, (), generator=drawn))
+        high = 16000 - int(torch.randint(2000, (), generator=drawn))
+        lows.add(low)
+        highs.add(high)
+        if seed < 8:
+            front_end.generator.manual_seed(seed)
+            for clip, mel in zip(batch, front_end(batch), strict=True):  # one draw for all of them
+                torch.testing.assert_close(mel, published_features(clip, low, high), atol=1e-3, rtol=0)
+            assert (front_end(batch) - EfficientAtMel()(batch)).abs().max() > 0.05  # and the next draw
+    assert lows == set(range(10))
+    assert 14001 <= min(highs) < 14100
+    assert 15900 < max(highs) <= 16000
+
+
+def test_edges_stay_in_evaluation_and_where_nothing_is_to_vary():
+    wave = noise(8000)[None]
+    plain, varied = EfficientAtMel(), EfficientAtMel()
+    torch.testing.assert_close(plain(wave)[0], published_features(wave[0], 0.0, 15000.0), atol=1e-3, rtol=0)
+    varied.vary_edges(1, 1)
+    assert torch.equal(varied(wave), plain(wave))
+    varied.vary_edges(10, 2000)
+    state = torch.get_rng_state()
+    assert torch.equal(varied.eval()(wave), plain(wave))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert varied.description == plain.description  # what a file that was exported says of its features
+    assert torch.equal(described_front_end(varied.description)(wave), plain(wave))
+
+
+@pytest.mark.parametrize("ranges", [(0, 2000), (10, 1.5), (10, 2002), (10, 30000), (True, 1)])
+def test_ranges_of_edges_that_lead_out_of_the_spectrum_are_refused(ranges):
+    with pytest.raises(UserError, match="fmin_aug_range"):
+        EfficientAtMel().vary_edges(*ranges)

@@ -170,7 +170,7 @@ def test_what_does_not_go_together_is_a_sentence(saved):
     for source, name, sentence in (
         ("gone.pt", "mime", r"no head is called 'mime' \(did you mean 'mine'\?\)"),  # before the model is read
         ("tagger.onnx", "mine", r"tagger\.onnx gives no embeddings that --head could read"),
-        ("tagger.onnx", None, r"tagger\.onnx runs in inference\.py alone"),
+        ("tagger.onnx", None, r"tagger\.onnx is an exported model, which tags \(inference\.py, run\.py evaluate\)"),
     ):
         with pytest.raises(UserError, match=sentence):
             load_tagger(source, head=name)

@@ -7,7 +7,7 @@ import soundfile
 import soxr
 import torch
 
-from models import create_model, load_model
+from models import create_model, load_model, save_checkpoint
 from tests.models.sounds import noise, padded
 
 
@@ -81,3 +81,27 @@ def test_the_embedding_is_what_the_classifier_reads(teacher):
     assert clip.shape == (1, teacher.embed_dim)
     torch.testing.assert_close(teacher.classifier[2:](clip), teacher(wave), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(frames.mean(1), clip, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mn01_as", "dymn04_as", "passt_pico"])
+def test_random_band_edges_are_arguments_of_training_alone_and_kept_with_the_weights(name, tmp_path):
+    torch.manual_seed(0)
+    size = {"depth": 1} if name == "passt_pico" else {}
+    plain = create_model(name, num_classes=3, **size)
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=3, fmin_aug_range=10, fmax_aug_range=2000, **size)
+    wave = noise(16000)[None]
+    model.generator = torch.Generator()
+    mels = []
+    for seed in (1, 1, 2):
+        model.generator.manual_seed(seed)
+        mels.append(model.front_end(wave))
+    assert torch.equal(mels[0], mels[1])
+    assert (mels[0] - mels[2]).abs().max() > 0.01
+    assert torch.equal(plain.front_end(wave), plain.eval().front_end(wave))
+    save_checkpoint(tmp_path / "model.pt", model)
+    loaded = load_model(tmp_path / "model.pt")
+    assert loaded.arguments == {"fmin_aug_range": 10, "fmax_aug_range": 2000} | size
+    with torch.inference_mode():
+        assert torch.equal(loaded.predict(wave), plain.predict(wave))
+        assert torch.equal(model.eval().predict(wave), plain.predict(wave))

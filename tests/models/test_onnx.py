@@ -347,6 +347,7 @@ def test_the_label_table_is_read_back_and_quotes_every_name(tmp_path):
     ("name", "arguments", "waveform"),
     [
         ("audiotransformer_pico", {"pooling": "logit", "target_length": 200}, False),
+        ("passt_pico", {"target_length": 100, "token_merging": {"r": 8, "proportional": False}}, False),
         pytest.param("ast_pico", {"target_length": 128}, True, marks=pytest.mark.long),
         pytest.param("passt_pico", {"target_length": 250}, True, marks=pytest.mark.long),
     ],
@@ -354,14 +355,14 @@ def test_the_label_table_is_read_back_and_quotes_every_name(tmp_path):
 def test_networks_that_merge_tokens_can_be_exported(name, arguments, waveform, tmp_path):
     """Compared on several lengths and batches before it is written; here, too, on some more."""
     torch.manual_seed(0)
-    model = create_model(name, num_classes=5, depth=2, token_merging=8, **arguments).eval()
+    model = create_model(name, num_classes=5, depth=2, **{"token_merging": 8} | arguments).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.1)
     targets = {"fp32": tmp_path / "a.onnx", "int8": tmp_path / "b.onnx", "fp16": tmp_path / "c.onnx"}
     export_onnx(model, targets, waveform=waveform)
     session = onnxruntime.InferenceSession(str(targets["fp32"]))
-    unmerged = create_model(name, num_classes=5, depth=2, **arguments).eval()
+    unmerged = create_model(name, num_classes=5, depth=2, **arguments | {"token_merging": 0}).eval()
     unmerged.load_state_dict(model.state_dict())
     for n_clips, seconds in ((3, 0.6), (1, 4.2)):
         wave = torch.stack([noise(round(seconds * model.sample_rate), seed, 0.2) for seed in range(n_clips)])

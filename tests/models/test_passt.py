@@ -62,7 +62,79 @@ def test_what_is_behind_a_long_clip_in_its_last_chunk_reads_as_silence(passt):
     rest = F.pad(mel[:, :, 96:], (0, 192 - mel.shape[2]), value=float(silence))
     with torch.no_grad():
         pieces = [passt.forward_spectrogram(piece).sigmoid() for piece in (mel[:, :, :96], rest)]
-        torch.testing.assert_close(passt.forward_spectrogram(mel).sigmoid(), (pieces[0] + pieces[1]) / 2)
+        expected = (96 * pieces[0] + 29 * pieces[1]) / 125  # by own frames: a filled-up chunk is no whole one
+        torch.testing.assert_close(passt.forward_spectrogram(mel).sigmoid(), expected)
+
+
+def spy_on_positions(model):
+    """What is added to every patch (R,f,t,D), forward by forward, less the frequency's part of the first row."""
+    added = []
+    placed = model._placed
+
+    def spy(patches, columns=None):
+        out = placed(patches, columns)
+        added.append((out - patches - model.freq_new_pos_embed.permute(0, 2, 3, 1))[:, 0].detach())
+        return out
+
+    model._placed = spy
+    return added
+
+
+def test_short_clips_in_training_have_positions_from_a_random_one_on(passt):
+    added, mel = spy_on_positions(passt), passt.front_end(noise(12_000)[None])  # 3 columns of 9
+    grid = passt.time_new_pos_embed[0, :, 0].T.detach()
+    starts = []
+    passt.train().generator = torch.Generator()
+    with torch.no_grad():
+        for seed in range(60):
+            passt.generator.manual_seed(seed)
+            passt.forward_spectrogram(mel.expand(2, -1, -1))
+            first = int((grid[:, None] - added[-1][0, :1]).abs().sum((1, 2)).argmin())
+            torch.testing.assert_close(added[-1], grid[first : first + 3].expand(2, -1, -1), atol=1e-6, rtol=0)
+            starts.append(first)
+        assert set(starts) == set(range(7))  # all places where three columns fit
+        passt.generator.manual_seed(59)
+        passt.forward_spectrogram(mel)
+        torch.testing.assert_close(added[-1][0], grid[starts[-1] : starts[-1] + 3], atol=1e-6, rtol=0)
+        passt.eval().forward_spectrogram(mel)
+        torch.testing.assert_close(added[-1][0], grid[:3], atol=1e-6, rtol=0)
+
+
+def test_where_positions_start_depends_on_the_draw_and_the_clips_own_columns_alone(passt):
+    added = spy_on_positions(passt)
+    clips = [noise(n, n) for n in (12_000, 20_000, 31_000, 70_000)]  # 3, 5 and 9 columns; three chunks of 9
+    passt.train().generator = torch.Generator()
+    columns = (3, 5, 9)
+    with torch.no_grad():
+        for seed in range(5):
+            passt.generator.manual_seed(seed)
+            passt(*padded(clips))
+            together = added[-1]
+            for row, clip in enumerate(clips[:3]):
+                passt.generator.manual_seed(seed)
+                passt(clip[None])
+                n = columns[row]
+                torch.testing.assert_close(together[row, :n], added[-1][0, :n], atol=1e-6, rtol=0)
+            grid = passt.time_new_pos_embed[0, :, 0].T
+            torch.testing.assert_close(together[3:], grid.expand(3, -1, -1), atol=1e-6, rtol=0)
+
+
+def test_a_random_position_leaves_the_columns_that_patch_out_draws_as_they_are(passt):
+    """The processes of a run share the draws of a step, whatever the length of their own clips."""
+    passt.time_patch_out, kept = 2, []
+    original = passt._kept
+    passt._kept = lambda *args: kept.append(original(*args)) or kept[-1]
+    passt.train().generator = torch.Generator()
+    with torch.no_grad():
+        for frames in (56, 56, 96):
+            passt.generator.manual_seed(3)
+            passt.forward_spectrogram(torch.zeros(1, 128, frames))
+    expected = torch.Generator().manual_seed(3)
+    torch.rand(1, generator=expected)
+    state = expected.get_state()
+    for found, n_columns in zip(kept, (5, 5, 9), strict=True):
+        expected.set_state(state)
+        assert found.tolist() == sorted(torch.randperm(n_columns, generator=expected)[: n_columns - 2].tolist())
 
 
 def test_structured_patch_out_leaves_whole_rows_and_columns_out_in_training_alone(passt):

@@ -177,7 +177,7 @@ def test_clips_come_back_in_segments_and_as_their_mean(student):
     mel = model.preprocess(clips)
     assert mel.shape == (2, 3, 128, 624)
     torch.testing.assert_close(mel[:, 0], student.front_end(clips[:, : 10 * RATE]))
-    with pytest.raises(UserError, match="wanted mono sound"):
+    with pytest.raises(UserError, match=r"shape \(2, 1, 16000\); wanted \(B,S\): average the channels"):
         model(torch.zeros(2, 1, 16000))
 
 
@@ -211,6 +211,35 @@ def test_the_projection_of_a_published_checkpoint_is_kept_where_it_is_asked_for(
     model = get_ssondo(path)
     assert model.backbone is model.model.model
     assert list(dict(model.backbone.named_children())) == ["features"]
+
+
+@torch.inference_mode()
+def test_segments_are_as_long_as_a_checkpoint_says(student, tmp_path, caplog):
+    """Its `slice_audio.win_len`, 10 s in the published ones; kept in a checkpoint of ours, and by a new head."""
+    config = training_config("mn10_im", 6, width_mult=0.1)
+    assert get_ssondo(published(tmp_path / "ten.ckpt", student, config)).segment_samples == 10 * RATE
+    assert "segment_seconds" not in load_model(tmp_path / "ten.ckpt").arguments
+    assert "side by side" not in caplog.text
+    config["preprocess"]["slice_audio"] = {"win_len": 2.5, "step_size": 1}
+    path = published(tmp_path / "student.ckpt", student, config)
+    model, wave = get_ssondo(path), noise(7 * RATE)
+    assert "its segments of 2.5 s began every 1 s" in caplog.text
+    parts = [student.embed(part[None])[0][0] for part in wave.split(5 * RATE // 2)]
+    torch.testing.assert_close(model(wave)[0], torch.stack(parts), atol=1e-4, rtol=1e-4)
+    mean = (2.5 * parts[0] + 2.5 * parts[1] + 2 * parts[2]) / 7
+    torch.testing.assert_close(model.get_embeddings(wave)[0], mean, atol=1e-4, rtol=1e-4)
+    save_checkpoint(tmp_path / "own.pt", model.model)
+    assert get_ssondo(tmp_path / "own.pt").segment_samples == 5 * RATE // 2
+    fresh = get_ssondo(path, head="linear", n_classes=3)
+    assert (fresh.segment_samples, fresh.head.chunk_seconds) == (5 * RATE // 2, 2.5)
+    short = Head(student.embed_dim, 3)
+    short.facts = {"chunk_length": 1.0}
+    save_head(tmp_path / "short.pt", short)
+    assert get_ssondo(path, head=tmp_path / "short.pt").segment_samples == RATE  # the head's own come first
+    del config["preprocess"]["slice_audio"]
+    assert get_ssondo(published(tmp_path / "silent.ckpt", student, config)).segment_samples == 10 * RATE
+    with pytest.raises(UserError, match="segment_seconds is 0"):
+        create_model("mobilenetv3", width=0.1, segment_seconds=0)
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from models import create_model, load_model, save_checkpoint
 from models.layers import Attention
-from models.token_merging import TokenGroups, merging_schedule
+from models.token_merging import TokenGroups, merging_schedule, split_setting
 from models.vit import SpectrogramTransformer
 
 ATOL = 1e-5
@@ -241,6 +241,117 @@ def test_chunks_of_long_clips_merge_alike_alone_among_others_and_in_graphs(name,
         torch.testing.assert_close(together[clip], model.predict(alone)[0], atol=ATOL, rtol=0)
         traced = model.probabilities_of(model.front_end(alone))[0]
         torch.testing.assert_close(together[clip], traced, atol=ATOL, rtol=0)
+
+
+def through_blocks_slowly(model: SpectrogramTransformer, x: Tensor, n_protected: int) -> Tensor:
+    """The blocks of a network for the tokens (N,D) of one clip, attention written out, tokens merged one by one."""
+    sizes, place = [1] * len(x), list(range(len(x)))
+    for block, r in zip(model.blocks, model.merged_tokens, strict=True):
+        attention = block.attn
+        qkv = attention.qkv(block.norm1(x)).unflatten(1, (3, attention.num_heads, -1))  # (N,3,H,d)
+        query, key, value = qkv.permute(1, 2, 0, 3)  # each (H,N,d)
+        scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[2])
+        if model.proportional_attention:
+            scores = scores + torch.tensor(sizes).log()
+        x = x + attention.proj((scores.softmax(2) @ value).transpose(0, 1).flatten(1))
+        tokens, sizes, step = merged_slowly(list(x), key, sizes, r, n_protected)
+        x, place = torch.stack(tokens), [step[number] for number in place]
+        x = x + block.mlp(block.norm2(x))
+    return model.norm(x)[place]
+
+
+@every_network
+@pytest.mark.parametrize("proportional", [True, False])
+@torch.inference_mode()
+def test_the_slow_reference_gives_the_same_tokens_with_proportional_attention_and_without(name, proportional):
+    model = small(name, token_merging={"r": 6, "proportional": proportional})
+    generator = torch.Generator().manual_seed(1)
+    clips = [torch.randn(n, model.embed_dim, generator=generator) for n in (40, 23, 31)]
+    expected = [through_blocks_slowly(model, clip, model.n_prefix) for clip in clips]
+    for clip, tokens in zip(clips, expected, strict=True):
+        found = model._through_blocks(clip[None], None, model.n_prefix)[0]
+        torch.testing.assert_close(found, tokens, atol=1e-4, rtol=1e-4)
+    own = torch.arange(40) < torch.tensor([[len(clip)] for clip in clips])
+    padded = nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=3.0)
+    together = model._through_blocks(padded, own, model.n_prefix)
+    for row, tokens in enumerate(expected):
+        torch.testing.assert_close(together[row][own[row]], tokens, atol=1e-4, rtol=1e-4)
+    model.merge_tokens({"r": 6, "proportional": not proportional})
+    other = model._through_blocks(clips[0][None], None, model.n_prefix)[0]
+    assert (other - expected[0]).abs().max() > 0.01
+
+
+@every_network
+@torch.inference_mode()
+def test_without_proportional_attention_no_bias_is_left_and_a_mask_only_where_clips_differ(name, monkeypatch):
+    masks = []
+    original = nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return original(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", spy)
+    model = small(name, token_merging={"r": 5, "proportional": False})
+    x = sounds(model, 1.2)
+    merged = model(x)
+    assert masks == [None] * len(model.blocks)
+    model(x, torch.tensor([x.shape[1], x.shape[1] // 2, x.shape[1]]))
+    if not model.fixed_length:
+        assert all(mask.dtype == torch.bool for mask in masks[len(model.blocks) :])
+    model.merge_tokens(5)
+    masks.clear()
+    assert not torch.allclose(model(x), merged, atol=1e-4)
+    assert masks[0] is None
+    assert all(mask.is_floating_point() for mask in masks[1:])
+
+
+@pytest.mark.parametrize("merging", [{"r": 5, "proportional": False}, {"r": [6, -1], "proportional": False}])
+@every_network
+@torch.inference_mode()
+def test_without_proportional_attention_clips_and_chunks_are_tagged_alike_alone_among_others_and_in_graphs(
+    name, merging
+):
+    model = small(name, token_merging=merging, target_length=100)
+    x, rate = sounds(model, 3.3, 4), model.sample_rate
+    lengths = torch.tensor([round(seconds * rate) for seconds in (0.2, 0.93, 2.01, 3.3)])
+    together = model.predict(x, lengths)
+    for clip, length in enumerate(lengths.tolist()):
+        alone = x[clip : clip + 1, :length]
+        torch.testing.assert_close(together[clip], model.predict(alone)[0], atol=ATOL, rtol=0)
+        traced = model.probabilities_of(model.front_end(alone))[0]
+        torch.testing.assert_close(together[clip], traced, atol=ATOL, rtol=0)
+
+
+def test_settings_with_and_without_proportional_attention():
+    assert split_setting(None) == (None, True)
+    assert split_setting([8, -1]) == ([8, -1], True)
+    assert split_setting({"r": 8}) == (8, True)
+    assert split_setting({"r": [8, -1], "proportional": False}) == ([8, -1], False)
+    assert split_setting({"r": 8, "proportional": "false"}) == (8, False)  # as a command line has it
+    with pytest.raises(UserError, match=r"did you mean 'proportional'.*wanted r, or \{r: 8, proportional: false\}"):
+        split_setting({"r": 8, "proportionl": False})
+    with pytest.raises(UserError, match="wanted r, or"):
+        split_setting({"proportional": False})
+    with pytest.raises(UserError, match=r"token_merging\.proportional is 3; wanted true or false"):
+        create_model("audiotransformer_pico", token_merging={"r": 8, "proportional": 3})
+    with pytest.raises(UserError, match="token_merging is -1; wanted"):
+        create_model("audiotransformer_pico", token_merging={"r": -1})
+
+
+def test_attention_that_is_not_proportional_is_kept_with_the_weights(tmp_path):
+    setting = {"r": 6, "proportional": False}
+    model = small("passt_pico")
+    model.merge_tokens(setting)
+    save_checkpoint(tmp_path / "a.pt", model)
+    loaded = load_model(tmp_path / "a.pt")
+    assert loaded.arguments["token_merging"] == setting
+    x = sounds(model)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x))
+        model.merge_tokens(6)
+        assert not torch.allclose(loaded(x), model(x), atol=1e-4)
+        assert torch.equal(load_model(tmp_path / "a.pt", token_merging=6)(x), model(x))
 
 
 @every_network
