@@ -29,12 +29,13 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         sample_rates: the rates that the models to be fed want, in hertz.
         labels: of the same items, which then come beside the targets.
         clusters: (M,) the cluster of each item, which then comes beside the targets.
-        fresh_masks: draw mask positions anew instead of replaying them (`disable_consistency`); shifts are replayed
-            still, as published.
+        consistent: replay the augmentation that the stored seed says. False is the published `disable_consistency`: the
+            waveform stays as it is, without any transform of the store, and the masks are drawn anew.
         mixup: alpha of the Beta distribution that each clip's weight in mixup is drawn from, or None for no mixup.
-        seed: of the fresh masks and the mixup weights, pure functions of (seed, epoch, item).
+        seed: of the masks drawn anew and the mixup weights, pure functions of (seed, epoch, item).
         fill_seconds: shorter items are brought to this length; None leaves them as they are.
         fill_by: "silence", or "repeat": the item itself, over and over.
+        hash_sounds: add `sound_hash`, see `distill.sound_check`.
     """
 
     def __init__(
@@ -45,16 +46,18 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         *,
         labels: LabelTargets | None = None,
         clusters: np.ndarray | None = None,
-        fresh_masks: bool = False,
+        consistent: bool = True,
         mixup: float | None = None,
         seed: int = 0,
         fill_seconds: float | None = None,
         fill_by: Literal["silence", "repeat"] = "silence",
+        hash_sounds: bool = False,
     ) -> None:
         self.pack, self.source, self.sample_rates, self.labels = pack, source, tuple(sample_rates), labels
         self.clusters = clusters
-        self.fresh_masks, self.mixup, self.seed = fresh_masks, mixup, seed
+        self.consistent, self.mixup, self.seed = consistent, mixup, seed
         self.fill_seconds, self.fill_by = fill_seconds, fill_by
+        self.hash_sounds = hash_sounds
 
     def __len__(self) -> int:
         return len(self.source.bounds)
@@ -67,7 +70,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         replay = self.source.replay
         draw = replay.draw(self.source.seed(epoch, item), n_reference)
         value, min_value = draw.value, draw.min_value
-        if self.fresh_masks:
+        if not self.consistent:
             stream = np.random.default_rng([self.seed, FRESH_MASKS_STREAM, epoch, item])
             value, min_value = stream.random(2, dtype=np.float32).tolist()
         weight = 1.0
@@ -77,7 +80,9 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         rate = self.pack.sample_rate
         waveform = np.empty(0, np.float32)
         if self.sample_rates:  # else nobody listens
-            waveform = replay.transform_waveform(self.pack.read(clip, start, stop), draw, rate)
+            waveform = self.pack.read(clip, start, stop)
+            if self.consistent:
+                waveform = replay.transform_waveform(waveform, draw, rate)
         shown = {
             "item": item,
             "waveforms": {r: self._filled(resample(waveform, rate, r).copy(), r) for r in self.sample_rates},
@@ -89,6 +94,8 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         }
         if self.labels is not None:
             shown["labels"] = torch.from_numpy(self.labels.target(epoch, item))
+        if self.hash_sounds:
+            shown["sound_hash"] = self.pack.hash_sound(clip, start, stop)
         if self.clusters is not None:
             shown["cluster"] = int(self.clusters[item])
         return shown
@@ -118,7 +125,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """
     padded = {rate: pad_batch([item["waveforms"][rate] for item in items]) for rate in items[0]["waveforms"]}
     vectors = [key for key in ("target", "labels") if key in items[0]]
-    more = {"cluster": torch.tensor([item["cluster"] for item in items])} if "cluster" in items[0] else {}
+    more = {key: torch.tensor([item[key] for item in items]) for key in ("cluster", "sound_hash") if key in items[0]}
     return (
         {
             "item": torch.tensor([item["item"] for item in items]),

@@ -30,16 +30,18 @@ def cosines(one: Tensor, other: Tensor) -> Tensor:
 
 
 def divergence(projected: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Return KL(softmax(target / T) || softmax(projected / T)) * T^2, summed over W and averaged over B."""
+    """Return KL(softmax(target / T) || softmax(projected / T)) * T^2, averaged over B and, as published, over W."""
     said, taught = ((x / temperature).log_softmax(dim=1) for x in (projected, target))
-    return F.kl_div(said, taught, reduction="batchmean", log_target=True) * temperature**2
+    total = F.kl_div(said, taught, reduction="sum", log_target=True)
+    return total * temperature**2 / target.numel()
 
 
 def contrast(projected: Tensor, target: Tensor, temperature: float, cluster: Tensor | None = None) -> Tensor:
     """Return how badly each clip's own teacher is told from the other clips' teachers, and the other way round.
 
     Symmetric InfoNCE as in CLIP and CLAP: cross-entropy of the cosines divided by the temperature, over rows and over
-    columns. With `cluster`, clips of one cluster are no negatives of each other: they leave the denominator.
+    columns. With `cluster`, clips of one cluster are no negatives of each other: they leave the denominator. This parts
+    from the published code, which multiplies their cosines by 0, so that each still adds exp(0) = 1 to the denominator.
 
     Args:
         projected: (B, W) of the student.
@@ -189,7 +191,8 @@ class EmbeddingDistillation(nn.Module):
         elif self.kind == "mse":
             to_teacher = float(means["square"] - means["embedding"].square().mean())
         elif self.kind == "kl":
-            to_teacher = (mean_entropy(means["share"], "softmax") - float(means["entropy"])) * self.temperature**2
+            excess = mean_entropy(means["share"], "softmax") - float(means["entropy"])  # in all of W
+            to_teacher = excess / len(means["share"]) * self.temperature**2
         else:
             return None
         return None if to_labels is None else self.share * to_labels + (1 - self.share) * to_teacher

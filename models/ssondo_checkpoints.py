@@ -3,12 +3,16 @@
 They are Lightning's: a "state_dict" whose names begin with `student_model.`, and the "training_config" of the run.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from common.errors import Faults, UserError, some
+from models.headed import SEGMENT_SECONDS
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "student_model."
 
@@ -58,6 +62,13 @@ def _described(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
         "f_min": float(mel["f_min"]),
         "f_max": float(rate // 2 if high is None else high),
     }
+    slices = config["preprocess"].get("slice_audio") or {}
+    seconds = float(slices.get("win_len", SEGMENT_SECONDS))
+    if seconds != SEGMENT_SECONDS:  # else it goes without saying, as in files that were written before
+        arguments["segment_seconds"] = seconds
+    if float(slices.get("step_size") or seconds) != seconds:
+        step = slices["step_size"]
+        logger.warning("%s: its segments of %g s began every %g s; here they lie side by side", origin, seconds, step)
     wanted: dict[str, tuple[Any, Any]] = {"classification_head.head_type": (head["head_type"], "mlp")}
     normal = config["preprocess"].get("normalize") or {}
     wanted["preprocess.normalize.mean"] = (float(normal.get("mean", 0)), 0.0)

@@ -15,9 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from models.base import AudioTagger, run_by_length
 from models.dymn import DyMNMaps
 from models.eres2net import ERes2NetMaps, mean_and_deviation
+from models.headed import SEGMENT_SECONDS
 from models.mobilenetv3 import LAST_HIDDEN, RELEASE, STRIDE, MobileNetV3Maps, initialise, n_features, to_eights
 from models.registry import register_model
 from models.slaney_mel import SlaneyMel
@@ -50,6 +52,11 @@ class Student(AudioTagger):
         n_hidden: width of the head's first layer.
         num_classes: C.
         dropout: before the last layer.
+        segment_seconds: length of the segments that clips were cut into where it learnt, and are cut into by
+            `models.ssondo.get_ssondo`; the network itself takes any.
+
+    Raises:
+        UserError: segments of no length.
     """
 
     last_layer = "classification_head.mlp.3"
@@ -64,9 +71,12 @@ class Student(AudioTagger):
         n_hidden: int,
         num_classes: int,
         dropout: float,
+        segment_seconds: float = SEGMENT_SECONDS,
     ) -> None:
         super().__init__(front_end, num_classes=num_classes, embed_dim=embed_dim)
-        self.stride = stride
+        if segment_seconds <= 0:
+            raise UserError(f"segment_seconds is {segment_seconds}; wanted a length above 0, in seconds")
+        self.stride, self.segment_seconds = stride, segment_seconds
         self.model = backbone
         self.classification_head = ProjectionHead(embed_dim, n_hidden, num_classes, dropout)
 
@@ -125,6 +135,7 @@ class MobileNetV3Student(Student):
         hop_size: samples between frames.
         f_min: lower edge of the bands in hertz.
         f_max: upper edge in hertz.
+        segment_seconds: see `Student`.
     """
 
     def __init__(
@@ -140,6 +151,7 @@ class MobileNetV3Student(Student):
         hop_size: int = 512,
         f_min: float = 50.0,
         f_max: float = 16000.0,
+        segment_seconds: float = SEGMENT_SECONDS,
     ) -> None:
         super().__init__(
             MobileNetV3Maps(width).apply(initialise),
@@ -157,6 +169,7 @@ class MobileNetV3Student(Student):
             n_hidden=to_eights(LAST_HIDDEN * width),
             num_classes=num_classes,
             dropout=dropout,
+            segment_seconds=segment_seconds,
         )
 
 
@@ -175,6 +188,7 @@ class DyMNStudent(Student):
         hop_size: samples between frames.
         f_min: lower edge of the bands in hertz.
         f_max: upper edge in hertz.
+        segment_seconds: see `Student`.
     """
 
     def __init__(
@@ -191,6 +205,7 @@ class DyMNStudent(Student):
         hop_size: int = 512,
         f_min: float = 50.0,
         f_max: float = 16000.0,
+        segment_seconds: float = SEGMENT_SECONDS,
     ) -> None:
         super().__init__(
             DyMNMaps(width, temperature).apply(initialise),
@@ -208,6 +223,7 @@ class DyMNStudent(Student):
             n_hidden=to_eights(LAST_HIDDEN * width),
             num_classes=num_classes,
             dropout=dropout,
+            segment_seconds=segment_seconds,
         )
 
 
@@ -229,6 +245,7 @@ class ERes2NetStudent(Student):
         hop_size: samples between frames.
         f_min: lower edge of the bands in hertz.
         f_max: upper edge in hertz.
+        segment_seconds: see `Student`.
     """
 
     def __init__(
@@ -245,6 +262,7 @@ class ERes2NetStudent(Student):
         hop_size: int = 512,
         f_min: float = 50.0,
         f_max: float = 16000.0,
+        segment_seconds: float = SEGMENT_SECONDS,
     ) -> None:
         maps = ERes2NetMaps(m_channels, num_blocks)
         super().__init__(
@@ -264,6 +282,7 @@ class ERes2NetStudent(Student):
             n_hidden=LAST_HIDDEN,
             num_classes=num_classes,
             dropout=dropout,
+            segment_seconds=segment_seconds,
         )
 
     def _pooled(self, maps: Tensor) -> tuple[Tensor, Tensor]:

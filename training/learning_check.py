@@ -97,7 +97,7 @@ class LearningCheck:
         if constant_loss is not None:
             margin = 0.0 if self.constant is False else _margin(constant_loss, losses)  # no back and forth at the edge
             self.constant = entry["loss"] > constant_loss - margin and not self.clear
-            figures.append(f"loss {entry['loss']:.4f}, that of constant answers {constant_loss:.4f}")
+            figures.append(f"loss {entry['loss']:.4g}, that of constant answers {constant_loss:.4g}")
         if metrics is not None and chance is not None:
             self.by_chance = chance.holds(metrics.mAP, metrics.top1)
             figures.append(f"validation mAP {metrics.mAP:.4f}, by chance up to {chance.mAP:.4f}")

@@ -86,7 +86,7 @@ class Run:
             sorted({model.sample_rate, *objective.sample_rates, *(teacher.sample_rates if teacher else ())}),
             labels=data.item_labels,
             clusters=data.clusters,
-            fresh_masks=config.disable_consistency,
+            consistent=not config.disable_consistency,
             mixup=config.mixup,
             seed=seed,
             fill_seconds=data.chunk_seconds if config.fill_chunks else None,
@@ -134,7 +134,7 @@ class Run:
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         config, total = self.config, self.total_steps
-        warmup = config.warmup_iters if config.warmup_epochs is None else config.warmup_epochs * self.epoch_steps
+        warmup = config.warmup_iters or 0 if config.warmup_epochs is None else config.warmup_epochs * self.epoch_steps
         if warmup >= total:
             logger.warning("warm-up of %d iterations in a run of %d: shortened to %d", warmup, total, total // 10)
             warmup = total // 10
@@ -276,7 +276,7 @@ class Run:
         seconds = time.perf_counter() - self.began
         return {
             "epoch": str(self.epoch),
-            "loss": f"{losses['loss']:.4f}",
+            "loss": f"{losses['loss']:.4g}",  # one averaged over an embedding's width is far below 1
             "lr": f"{self.learning_rate:.1e}",
             "clips_s": f"{self.clips / seconds:.0f}",
             "wait": f"{100 * self.waited / seconds:.0f}%",
@@ -319,7 +319,7 @@ class Run:
             self.stale = 0 if better else self.stale + 1
             entry |= {"valid_mAP": metrics.mAP, "best": better}
             logger.info(
-                "epoch %d: loss %.4f, mAP %.4f%s", self.epoch, entry["loss"], metrics.mAP, " (best)" if better else ""
+                "epoch %d: loss %.4g, mAP %.4f%s", self.epoch, entry["loss"], metrics.mAP, " (best)" if better else ""
             )
         ends = self.step == self.total_steps or self.stale >= self.config.early_stop
         self._record(entry | self.learning.end_epoch(entry, metrics, chance, last=ends))

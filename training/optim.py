@@ -131,24 +131,51 @@ def _adam_8bit(device: torch.device) -> Any:
     return None
 
 
+def ced_rate(iteration: int, warmup: int, total: int, decay_frac: float) -> float:
+    """Return the learning rate of CED's published run at an iteration from 0, as a fraction of its peak.
+
+    A line from exactly 0 reaches the peak at iteration `warmup` - 1. From there a cosine falls towards `decay_frac`
+    over `total` further iterations, of which the run makes only those that are left, so that it ends above
+    `decay_frac`. Without a warm-up, and with one of a single iteration, which has no room for a line, iteration 0 has
+    the peak.
+    """
+    rise = max(warmup - 1, 0)  # iterations before the peak
+    return iteration / rise if iteration < rise else _descend("cosine", (iteration - rise) / total, decay_frac)
+
+
+def fitted_rate(iteration: int, shape: str, warmup: int, total: int, decay_frac: float) -> float:
+    """Return the learning rate of a run whose descent ends with it, as a fraction of its peak.
+
+    A line from one part in `warmup` + 1 reaches the peak at iteration `warmup`; from there the rate falls to
+    `decay_frac` at `total`, or stays where it is (constant). The arguments are those of `create_schedule`.
+    """
+    if iteration < warmup:
+        return (iteration + 1) / (warmup + 1)
+    return _descend(shape, min(1.0, (iteration - warmup) / max(1, total - warmup)), decay_frac)
+
+
+def _descend(shape: str, progress: float, end: float) -> float:
+    """Return how far a descent from 1 to `end` has come when `progress` of it, from 0 to 1, is over."""
+    remaining = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[shape]
+    return end + (1 - end) * remaining
+
+
 def create_schedule(
     optimizer: torch.optim.Optimizer, shape: str, warmup: int, total: int, decay_frac: float
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Return a schedule, stepped once an iteration: linear from 0 over `warmup`, then `shape` down to `decay_frac`.
+    """Return a schedule, stepped once an iteration.
 
     Args:
         optimizer: its groups' learning rates are the peak.
-        shape: cosine, linear or constant (which does not go down).
-        warmup: iterations.
+        shape: ced (see `ced_rate`), or cosine, linear or constant (see `fitted_rate`).
+        warmup: iterations, 0 for none.
         total: iterations of the whole run, warm-up included.
-        decay_frac: fraction of the peak at the end.
+        decay_frac: fraction of the peak that the descent goes down to.
     """
 
     def factor(iteration: int) -> float:
-        if iteration < warmup:
-            return (iteration + 1) / (warmup + 1)
-        progress = min(1.0, (iteration - warmup) / max(1, total - warmup))
-        left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[shape]
-        return decay_frac + (1 - decay_frac) * left
+        if shape == "ced":
+            return ced_rate(iteration, warmup, total, decay_frac)
+        return fitted_rate(iteration, shape, warmup, total, decay_frac)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

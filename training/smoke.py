@@ -100,7 +100,7 @@ def _little(config: TrainConfig) -> dict[str, object]:
         "eval_batch_size": min(config.eval_batch_size or config.batch_size, BATCH),
         "accumulate": min(config.accumulate, 2),
         "num_workers": min(config.num_workers, 1),
-        "warmup_iters": min(config.warmup_iters, 1),
+        "warmup_iters": min(config.warmup_iters or 0, 1),
         "warmup_epochs": None if config.warmup_epochs is None else min(config.warmup_epochs, 1),
         "max_aug_epochs": min(config.max_aug_epochs or EPOCHS, EPOCHS),
         "valid_every": 1,

@@ -96,15 +96,15 @@ def test_an_interrupted_writer_leaves_no_finished_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["noamp", "amp", "amp_bf16"])
-@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("consistent", [True, False])
 @pytest.mark.parametrize("mixup", [None, 0.5])
-def test_one_step_serves_every_mode(tone_pack, mode, fresh, mixup):
+def test_one_step_serves_every_mode(tone_pack, mode, consistent, mixup):
     """The published code had three copies of its step; inconsistent masks worked in one of them, mixup in two."""
     torch.manual_seed(0)
     replay = Replay({}, [{"TimeMasking": {"time_mask_param": 20}}])
     source = SeededItems(np.array([[i, 0, 16000] for i in range(4)]), 16000, replay, seed=3)
     source.target = lambda epoch, item: np.eye(7, dtype=np.float32)[item]
-    dataset = ReplayDataset(Pack.open(tone_pack), source, [16000], fresh_masks=fresh, mixup=mixup)
+    dataset = ReplayDataset(Pack.open(tone_pack), source, [16000], consistent=consistent, mixup=mixup)
     objective = create_objective("target", loss="BCEWithLogitsLoss", loss_args={"reduction": "none"})
     model = create_model("audiotransformer_pico", num_classes=7, pooling="logit").train()
     optimizer = create_optimizer("AdamW", model.parameters(), {"lr": 1e-3}, CPU)

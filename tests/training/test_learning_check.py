@@ -172,7 +172,7 @@ def test_it_is_said_once_that_nothing_is_learnt_and_once_that_something_is(caplo
             assert check.end_epoch(entry(epoch, 1.97), None, None)["learns"] is False
         assert len(caplog.records) == 1
         assert caplog.records[0].levelname == "WARNING"
-        for part in ("NOTHING IS LEARNT after epoch 2 of 10", "loss 1.9700", "constant answers 2.0000", "- a cause"):
+        for part in ("NOTHING IS LEARNT after epoch 2 of 10", "loss 1.97,", "constant answers 2)", "- a cause"):
             assert part in caplog.text
         assert check.postfix
         assert "NOTHING WAS LEARNT" in check.summary()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.parametrize
+from scipy.stats import kstest
 
 from audio.dataset import Pack
 from common.errors import Faults, UserError
@@ -14,10 +15,13 @@ from distill.dataset import ReplayDataset
 from distill.objectives import create_objective, register_objective
 from distill.replay import Replay
 from distill.sources import SeededItems
-from training.config import TrainConfig
+from models import create_model
+from training.config import SoftTargetConfig, TrainConfig
 from training.data import open_training
 from training.loop import Run
 from training.student import create_student
+from training.teacher import Teacher
+from training.teaching import SoftTargets, Teaching
 from training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -161,16 +165,50 @@ def test_wrapped_parameters_are_trained_through_their_wrapping(tone_pack, tmp_pa
     assert torch.allclose(layer.weight.abs(), layer.weight.abs().mean(), rtol=1e-5)
 
 
-def test_fresh_masks_replace_the_replayed_ones_but_not_the_shift(tone_pack):
+def test_without_consistency_clips_are_not_shifted_and_masks_are_drawn_anew(tone_pack):
+    """As the published code runs it: 0 of 24 clips shifted. The stored seed decides nothing about the input."""
     pack = Pack.open(tone_pack)
-    replay = Replay({"Shift": {"p": 1.0}}, [{"TimeMasking": {}}])
-    source = SeededItems(np.array([[0, 0, 16000]]), 16000, replay, seed=3)
-    replayed, fresh = (ReplayDataset(pack, source, [16000], fresh_masks=f, seed=3) for f in (False, True))
-    one, other = replayed[(1, 0)], fresh[(1, 0)]
-    assert torch.equal(one["waveforms"][16000], other["waveforms"][16000])
-    assert (one["value"], one["min_value"]) != (other["value"], other["min_value"])
-    assert fresh[(1, 0)]["value"] == other["value"]
-    assert fresh[(2, 0)]["value"] != other["value"]
+    bounds = np.array([[i, 0, 16000] for i in range(24)])
+
+    def shown(consistent, store_seed, seed=3):
+        source = SeededItems(bounds, 16000, Replay({"Shift": {}}, [{"TimeMasking": {}}]), seed=store_seed)
+        dataset = ReplayDataset(pack, source, [16000], consistent=consistent, seed=seed)
+        return [[dataset[(epoch, item)] for item in range(24)] for epoch in (1, 2)]
+
+    def draws(epochs):
+        return [[(item["value"], item["min_value"]) for item in items] for items in epochs]
+
+    def n_shifted(epochs):
+        clips = [torch.from_numpy(pack.read(i, 0, 16000)) for i in range(24)]
+        return [
+            sum(not torch.equal(item["waveforms"][16000], clip) for item, clip in zip(items, clips, strict=True))
+            for items in epochs
+        ]
+
+    replayed, fresh = shown(True, store_seed=3), shown(False, store_seed=3)
+    assert all(6 <= n <= 18 for n in n_shifted(replayed))  # each with a probability of a half
+    assert n_shifted(fresh) == [0, 0]
+    assert draws(shown(False, store_seed=4)) == draws(fresh) != draws(shown(False, store_seed=3, seed=4))
+    other, new = ({pair for items in draws(epochs) for pair in items} for epochs in (replayed, fresh))
+    assert not other & new
+    assert len(new) == 48  # another in every epoch
+    assert kstest(np.array(draws(fresh)).ravel(), "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_the_key_disable_consistency_reaches_the_clips_of_a_run(tone_pack, tmp_path, disabled):
+    store = tmp_path / "store"
+    given = {"model": "audiotransformer_pico", "epochs": 1, "topk": 3, "num_workers": 0, "device": "cpu"}
+    given |= {"wavtransforms": {"Shift": {"p": 1.0}}, "spectransforms": []}
+    labels = [f"tone {i}" for i in range(7)]
+    teacher = Teacher([create_model("audiotransformer_pico", num_classes=7, labels=labels, depth=1)])
+    config = SoftTargetConfig(train_data=str(tone_pack), **given)
+    Teaching(config, Pack.open(tone_pack), SoftTargets(teacher, 3), store).save()
+    changes = {"logitspath": str(store), "disable_consistency": disabled, "epochs": 1, "valid_every": 1}
+    _, run = train(tmp_path / "run", settings(tone_pack, **changes))
+    for item, (clip, start, stop) in enumerate(run.data.source.bounds.tolist()):
+        shown = run.dataset[(1, item)]["waveforms"][16000].numpy()
+        assert np.array_equal(shown, run.data.pack.read(clip, start, stop)) is disabled
 
 
 @pytest.mark.parametrize(("fill_by", "tail"), [("silence", "zeros"), ("repeat", "the clip again")])
