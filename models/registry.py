@@ -12,6 +12,7 @@ from models.base import Activation, AudioTagger
 from models.labels import labels_for
 
 AUDIOSET_CLASSES = 527
+_OF_ALL = ("band_limit",)  # arguments that every model takes
 
 Factory = TypeVar("Factory", bound=Callable[..., AudioTagger])
 
@@ -33,7 +34,7 @@ class ModelEntry:
     @property
     def arguments(self) -> list[str]:
         """Names of the arguments it takes, besides `num_classes`."""
-        return [name for name in inspect.signature(self.factory).parameters if name != "num_classes"]
+        return [*(name for name in inspect.signature(self.factory).parameters if name != "num_classes"), *_OF_ALL]
 
     @property
     def masks_padding(self) -> bool:
@@ -83,7 +84,7 @@ def model_entry(name: str) -> ModelEntry:
     """
     if name not in _MODELS:
         raise UserError(
-            f"no model is called {name!r}{did_you_mean(name, _MODELS)}; known are {some(list_models(), 99)}"
+            f"no model is called {name!r}{did_you_mean(name, _MODELS) or f'; known are {some(list_models(), 99)}'}"
         )
     return _MODELS[name]
 
@@ -104,6 +105,7 @@ def create_model(
     num_classes: int | None = None,
     labels: list[str] | None = None,
     activation: Activation = "sigmoid",
+    band_limit: float | None = None,
     **arguments: Any,
 ) -> AudioTagger:
     """Build a registered model with fresh weights.
@@ -113,6 +115,8 @@ def create_model(
         num_classes: C, by default the number of labels, or AudioSet's 527; 0 for a network that only embeds.
         labels: names of the classes, by default AudioSet's if there are 527, else their numbers.
         activation: "sigmoid" (any number of classes at once) or "softmax" (exactly one).
+        band_limit: hertz above which its front-end ignores what a sound holds, see `FrontEnd.limit_band`; None for no
+            limit.
         **arguments: settings of the architecture.
 
     Returns:
@@ -139,5 +143,8 @@ def create_model(
             model = entry.factory(num_classes=num_classes, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"model {name!r} cannot be built with {arguments}: {error}") from error
+    if band_limit is not None:
+        model.front_end.limit_band(band_limit)
+        arguments["band_limit"] = band_limit
     model.name, model.arguments, model.labels, model.activation = name, dict(arguments), labels, activation
     return model

@@ -9,6 +9,7 @@ run's `config.yaml` and `run.json`, and a run that goes on takes them from there
 The rules were found on ESC-10 and on spoken words of 1 s and of 0.4 s at 8 kHz: figures are in RESULTS.md.
 """
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from common.errors import Faults, UserError
 from distill.targets import SoftTargetStore
 from models.loading import read_weights
 from models.registry import ModelEntry, list_models, model_entry
+from training.band_limit import measure_band_limits, usable_limit
 from training.config import AUTO, TrainConfig
 from training.labelled import open_pack
 from training.settings import check_settings, read_settings
@@ -32,13 +34,6 @@ from training.teacher import load_teacher
 
 logger = logging.getLogger(__name__)
 
-MOST_READ = 256  # clips whose spectrum is looked at
-READ_SECONDS = 10.0  # of each
-# Of them, which may reach above a limit: 3 % of clips that were cut while loud, or clipped, were measured to.
-FULL_BAND_SHARE = 0.1
-# Upper edges in Hz of sounds that were recorded or coded at usual rates; a band limit that was measured is one of them.
-USUAL_LIMITS = (4000, 5512, 6000, 8000, 11025, 12000, 16000, 22050, 24000)
-N_FFT_LIMIT = 1024
 MOST_SECONDS = 10.0  # a chunk has at most
 MOST_RATE = 32_000  # Hz of a front-end; higher bands say little about what a sound is
 
@@ -53,7 +48,7 @@ class DataFacts:
         longest_seconds: likewise.
         equal_lengths: of their chunks of 10 s none is more than a tenth longer than another.
         sample_rate: of the pack, in Hz.
-        band_limit: Hz above which the clips hold nothing but rounding noise; half the sample rate for most.
+        band_limit: Hz above which the clips hold nothing; half the sample rate for most.
         single_label: every clip has exactly one; None where there are no labels.
         activation: of the teacher whose targets are learnt, "sigmoid" or "softmax"; None where labels are.
     """
@@ -96,37 +91,10 @@ def measure_pack(pack: Pack, activation: str | None = None) -> DataFacts:
         longest_seconds=float(seconds.max()),
         equal_lengths=bool(chunks.max() <= 1.1 * chunks.min()),
         sample_rate=pack.sample_rate,
-        band_limit=band_limit(pack),
+        band_limit=measure_band_limits(pack).limit,
         single_label=single,
         activation=activation,
     )
-
-
-def band_limit(pack: Pack) -> float:
-    """Return the frequency in Hz above which clips hold nothing but the rounding of 16-bit samples.
-
-    Sounds of 8 kHz that were resampled to 16 kHz, say, end at 4 kHz. What a front-end makes of the empty bands above
-    depends on the resampler, so no model should learn it. A band counts as empty where its power, in all but a tenth
-    of the clips looked at, is within 10 dB of that of rounding (a uniform error of one step: 1/12 of its
-    square).
-    """
-    nyquist = pack.sample_rate / 2
-    rows = np.unique(np.linspace(0, len(pack) - 1, min(MOST_READ, len(pack))).round().astype(int))
-    window = np.hanning(N_FFT_LIMIT)
-    rounding = (1 / 32768) ** 2 / 12 * (window**2).sum()
-    filled = []
-    for row in rows:
-        sound = pack.read(int(row), 0, round(READ_SECONDS * pack.sample_rate))
-        sound = np.pad(sound, (0, max(N_FFT_LIMIT - len(sound), 0)))
-        frames = np.lib.stride_tricks.sliding_window_view(sound, N_FFT_LIMIT)[:: N_FFT_LIMIT // 2]
-        power = (np.abs(np.fft.rfft(frames * window)) ** 2).mean(axis=0)
-        if power.max() > 10 * rounding:  # else it is silent and says nothing
-            filled.append(power > 10 * rounding)
-    if not filled:
-        return nyquist
-    share = np.mean(filled, axis=0)
-    highest = np.flatnonzero(share > FULL_BAND_SHARE).max(initial=0) * pack.sample_rate / N_FFT_LIMIT
-    return next((float(limit) for limit in USUAL_LIMITS if 0.97 * highest <= limit < 0.95 * nyquist), nyquist)
 
 
 def choose(settings: Mapping[str, Any], facts: DataFacts, faults: Faults) -> dict[str, Choice]:
@@ -197,13 +165,19 @@ def _model_args(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
     known = entry.arguments
     if "pooling" in known and "init_bn" in known:  # CED: logits
         arguments["pooling"] = "logit"
-    if not _starts_random(settings):
-        return Choice(arguments, "the front-end that its weights were trained with")
-    seconds = min(facts.median_seconds, MOST_SECONDS)
     given = settings["model_args"] if isinstance(settings.get("model_args"), dict) else {}
+    if not _starts_random(settings):
+        reason = "the front-end that its weights were trained with"
+        if facts.band_limit < _highest_hz(entry, given):
+            arguments["band_limit"] = usable_limit(facts.band_limit)
+            reason += f", without what lies above: clips reach up to {facts.band_limit:g} Hz"
+        return Choice(arguments, reason)
+    seconds = min(facts.median_seconds, MOST_SECONDS)
     rate = int(given.get("sample_rate", min(facts.sample_rate, MOST_RATE)))  # hops and windows follow from it
-    limit = min(facts.band_limit, rate / 2)
-    reason = f"clips of {seconds:.3g} s that reach up to {limit:g} Hz"
+    limit = rate / 2
+    if facts.band_limit < min(limit, facts.sample_rate / 2):
+        limit = usable_limit(facts.band_limit)
+    reason = f"clips of {seconds:.3g} s that reach up to {min(facts.band_limit, rate / 2):g} Hz"
     if "sample_rate" in known and "hop_size" in known and "width" in known:  # networks of convolutions
         hop = 0.005 if seconds < 0.75 else 0.01 if seconds < 3 else 0.02
         window = 0.025
@@ -213,7 +187,17 @@ def _model_args(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
         arguments |= {"f_max": min(limit, 8000.0)} if limit < 8000 else {}
         if seconds < 3:
             arguments |= {"patch_stride": 8, "target_length": _frames(min(facts.longest_seconds, MOST_SECONDS))}
+    elif facts.band_limit < _highest_hz(entry, given):  # bands as they are, those above silent
+        arguments["band_limit"] = usable_limit(facts.band_limit)
     return Choice(arguments, reason)
+
+
+def _highest_hz(entry: ModelEntry, given: Mapping[str, Any]) -> float:
+    """Upper edge in Hz of a model's mel bands, with the arguments that were given."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(entry.factory).parameters.items()}
+    arguments = defaults | {key: value for key, value in given.items() if value is not None}
+    upper = [arguments.get("f_max"), arguments.get("band_limit"), arguments["sample_rate"] / 2]
+    return min(float(hertz) for hertz in upper if hertz is not None)
 
 
 def _frames(seconds: float) -> int:
@@ -340,6 +324,9 @@ def describe_train_config(path: str | Path, overrides: dict[str, Any]) -> str:
     faults = Faults(str(path))
     settings = _read_chosen(path, overrides, faults)
     config = None if settings is None else check_settings(TrainConfig, without_timed(settings), faults)
+    if config is not None:
+        with faults.noted():
+            model_entry(config.model)
     faults.raise_if_any()
     assert settings is not None
     assert config is not None

@@ -18,6 +18,7 @@ from distill.objectives import Objective, create_objective
 from distill.store import MatchedItems
 from models.devices import choose_device
 from training.automatic import Choice, automatic_keys, name_model, resolve, without_timed
+from training.band_limit import describe_unusable_bands, measure_band_limits
 from training.budget import choose_epochs, choose_pace, time_run
 from training.config import AUTO, TrainConfig
 from training.data import TrainingData, open_training
@@ -144,8 +145,10 @@ def prepare_run(
         _describe(run, there, state)
         for key, choice in chosen.items():
             logger.info("chosen for these data: %s: %s (%s)", key, choice.value, choice.reason)
-        if masks.warning:
-            logger.warning("%s", masks.warning)
+        limits = None if config.smoke else measure_band_limits(data.pack)
+        bands = None if limits is None else describe_unusable_bands(limits, model, config.train_data)
+        for warning in filter(None, (masks.warning, bands)):
+            logger.warning("%s", warning)
     return Prepared(run, run_folder, state)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soxr
 import torch
 import yaml
 
@@ -18,7 +17,8 @@ from distill.objectives import create_objective
 from models import create_model
 from tests.conftest import run_command
 from training import automatic, prepare
-from training.automatic import Choice, DataFacts, band_limit, choose, measure_pack, read_train_config
+from training.automatic import Choice, DataFacts, choose, measure_pack, read_train_config
+from training.band_limit import usable_limit
 from training.budget import Timing, choose_epochs, time_run
 from training.config import TrainConfig, read_minutes
 from training.data import open_training
@@ -46,36 +46,10 @@ def noise(seconds: float, rate: int, seed: int) -> np.ndarray:
     return 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * rate))
 
 
-@pytest.mark.parametrize(
-    ("source_rate", "pack_rate", "limit"),
-    [(8000, 16000, 4000), (11025, 16000, 5512), (16000, 16000, 8000), (16000, 32000, 8000), (44100, 48000, 22050)],
-)
-@pytest.mark.parametrize("quality", ["HQ", "VHQ"])
-def test_the_band_limit_is_that_of_the_rate_the_sounds_were_recorded_at(
-    tmp_path, source_rate, pack_rate, limit, quality
-):
-    sounds = [soxr.resample(noise(0.5, source_rate, i), source_rate, pack_rate, quality) for i in range(5)]
-    pack = Pack.open(write_pack(tmp_path, [*sounds, np.zeros(pack_rate)], ["a"] * 6, pack_rate))
-    assert band_limit(pack) == limit
-
-
-def test_a_few_clips_that_were_cut_while_loud_do_not_set_the_band_limit(tmp_path):
-    rng = np.random.default_rng(0)
-    sounds = [soxr.resample(noise(0.4, 8000, i), 8000, 16000) for i in range(100)]
-    for row in rng.choice(100, 6, replace=False):
-        sounds[row][3000:] = 0  # a step, which reaches up to half the sample rate
-    assert band_limit(Pack.open(write_pack(tmp_path, sounds, ["a"] * 100))) == 4000
-
-
 @pytest.mark.parametrize(("seconds", "equal"), [(16.0, False), (12.0, True), (20.0, True)])
 def test_lengths_are_those_of_chunks_with_their_tails(tmp_path, seconds, equal):
     manifest = write_pack(tmp_path, [noise(seconds, 4000, i) for i in range(2)], ["a", "b"], 4000)
     assert measure_pack(Pack.open(manifest)).equal_lengths is equal
-
-
-def test_silence_and_very_short_clips_have_the_limit_of_their_rate(tmp_path):
-    assert band_limit(Pack.open(write_pack(tmp_path / "a", [np.zeros(8000)] * 3, ["a"] * 3))) == 8000
-    assert band_limit(Pack.open(write_pack(tmp_path / "b", [noise(0.02, 16000, 1)] * 3, ["a"] * 3))) == 8000
 
 
 def test_a_pack_is_measured(tmp_path):
@@ -144,7 +118,7 @@ def test_what_the_user_gives_stands_beside_what_is_chosen():
 
 def test_what_starts_from_weights_keeps_their_front_end():
     path = ROOT / "trainconfig" / "own_finetune.yaml"
-    facts = DataFacts(100, 0.4, 0.4, sample_rate=8000, band_limit=4000, single_label=True)
+    facts = DataFacts(100, 0.4, 0.4, sample_rate=32000, band_limit=16000, single_label=True)
     ced, cnn = (chosen(path, facts, model=name) for name in ("audiotransformer_tiny", "mn04_as"))
     assert (ced["model_args"].value, ced["pretrained"].value) == ({"pooling": "logit"}, "ced_tiny")
     assert (cnn["model_args"].value, cnn["pretrained"].value) == ({}, "mn04_as")
@@ -241,7 +215,8 @@ def test_a_model_without_published_weights_is_trained_as_one_from_random_weights
     for key, choice in chosen(finetune, facts, model="resnet10").items():
         if key in ("model_args", "optimizer_args"):
             assert choice.value == from_random[key].value
-    assert chosen(finetune, facts, model="mn02_as")["model_args"].value == {}  # as its weights were trained
+    kept = chosen(finetune, facts, model="mn02_as")["model_args"].value
+    assert kept == {"band_limit": usable_limit(4000)}  # the bands that its weights were trained with
 
 
 def test_choices_are_made_once_and_taken_again_by_a_run_that_goes_on(tone_pack, tmp_path, monkeypatch):
@@ -251,7 +226,7 @@ def test_choices_are_made_once_and_taken_again_by_a_run_that_goes_on(tone_pack, 
     written = yaml.safe_load((first.folder.path / "config.yaml").read_text())
     assert "auto" not in written.values()
     assert written["loss"] == "CrossEntropyLoss"
-    assert written["model_args"]["f_max"] == 4000
+    assert written["model_args"]["f_max"] == usable_limit(4000)
     assert written["model_args"]["width"] == 4
     noted = json.loads((first.folder.path / "run.json").read_text())["automatic"]
     assert noted["epochs"]["value"] == written["epochs"]
