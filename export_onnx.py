@@ -19,7 +19,8 @@ import torch
 
 from audio.io import resample
 from common.errors import Faults, UserError, print_user_errors
-from common.numbers import read_numbers
+from common.numbers import read_merging
+from common.parser import Parser
 from models import AudioTagger, load_tagger
 from models.heads import check_classes
 from models.onnx import PRECISIONS, Precision, export_onnx, label_table, with_chunks_of, write_label_table
@@ -31,7 +32,7 @@ from training.metrics import evaluate_scores
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Export a model to ONNX.")
+    parser = Parser(description="Export a model to ONNX.")
     parser.add_argument("-m", "--model", default="ced_mini", help="a model's name, a checkpoint, a run's folder, ...")
     parser.add_argument("--weights", help="file or address with the weights of the model named by -m")
     parser.add_argument("--head", help="write this head's classes: a name in heads/, or a head's file")
@@ -45,7 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "are cut and averaged, whatever it is (default: what the model was made for, 1012 for CED)",
     )
     parser.add_argument(
-        "--token_merging", "--token-merging", type=read_numbers, help="tokens merged in each block (as the model says)"
+        "--token_merging", "--token-merging", type=read_merging, help="tokens merged in each block (as the model says)"
     )
     parser.add_argument("--waveform", action="store_true", help="take samples: put the front-end into the file")
     parser.add_argument(
@@ -62,6 +63,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.precision if name not in PRECISIONS]
     if unknown:
         parser.error(f"--precision knows {', '.join(PRECISIONS)}, not {', '.join(unknown)}")
+    if options.max_frames is not None and options.max_frames < 1:
+        parser.error(f"--max-frames must be above 0, not {options.max_frames}")
     if options.output is not None and options.output.suffix != ".onnx":
         parser.error(f"--output wants a name that ends in .onnx, not {options.output}")
     return options

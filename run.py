@@ -19,8 +19,11 @@ import torch
 
 from common.commands import run_commands
 from common.errors import fail, print_user_errors
+from probing.options import ProbeOptions
 from probing.probe import probe
+from tagging.engines import open_engine
 from training.automatic import describe_train_config
+from training.config import TrainConfig
 from training.evaluate import judge
 from training.parallel import joined_ranks
 from training.prepare import prepare_run
@@ -60,7 +63,7 @@ class Runner:
             weights: another way to give --pretrained, where the model's weights start.
             resume: `auto` goes on with the newest unfinished run of this very configuration and seed, and begins a new
                 one where there is none; `never` begins a new one; or the folder of a run, or one of its states.
-            overrides: key → value of the configuration.
+            overrides: any key of the configuration; nested ones with a dot, --optimizer_args.lr 3e-4.
         """
         overrides |= {key: value for key, value in (("model", m), ("pretrained", weights)) if value is not None}
         with joined_ranks() as ranks:
@@ -79,7 +82,7 @@ class Runner:
 
         Args:
             config_file: a YAML file, see `trainconfig/`.
-            overrides: key → value of the configuration.
+            overrides: any key of the configuration; nested ones with a dot, --optimizer_args.lr 3e-4.
         """
         print(describe_train_config(config_file, overrides), end="")
 
@@ -103,7 +106,7 @@ class Runner:
         """Judge a model on a labelled pack: mAP, mAUC, d-prime, lwlrap, top-1, per-class results.
 
         Args:
-            experiment: a run's folder, a checkpoint, or the name of a model.
+            experiment: a run's folder, a checkpoint, the name of a model, or an .onnx file.
             test_data: TSV of a pack with a `labels` column.
             m: another way to give `experiment`.
             weights: weights for a model given by name.
@@ -119,7 +122,7 @@ class Runner:
         log_to(None)
         how: dict[str, Any] = {"mode": mode, "batch_size": batch_size, "num_workers": num_workers, "device": device}
         how |= {"weights": weights, "head": head, "token_merging": token_merging, "output": output, "unknown": unknown}
-        print(judge(experiment or m, test_data, **how))
+        print(judge(experiment or m, test_data, open_exported=open_engine, **how))
 
     @print_user_errors
     def probe(self, model: str | None = None, *, m: str | None = None, **options: Any) -> None:
@@ -130,13 +133,11 @@ class Runner:
         Args:
             model: a run's folder, a checkpoint, or the name of a model; --embeddings STORE[,STORE] in its place.
             m: another way to give `model`.
-            options: --name NAME and --data PACK.tsv (tested by the folds of its column `fold`), or --train_data,
-                --valid_data and --test_data; --head linear or mlp, --hidden_sizes, --epochs, --lr, --weight_decay,
-                --patience, --valid_fraction, --chunk_length, --label_column and all of `probing.options.ProbeOptions`.
+            options: --name and either --data (tested by the folds of its column `fold`) or --train_data and --test_data
         """
         log_to(None)
         print(probe({"model": model or m, **options}, self.seed))
 
 
 if __name__ == "__main__":
-    run_commands(Runner)
+    run_commands(Runner, keys={"train": TrainConfig, "config": TrainConfig, "probe": ProbeOptions})

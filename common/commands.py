@@ -1,24 +1,136 @@
-"""Commands made of functions and classes."""
+"""Commands made of functions and classes: their command lines are checked before anything runs."""
 
+import inspect
+import re
 import sys
-from typing import Any
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
 
 import fire
+from fire.parser import DefaultParseValue
+from pydantic import BaseModel
+
+from common.errors import did_you_mean, fail
+from common.help import describe_command, describe_commands, is_positional, list_commands, name_places
+
+_HELP = ("--help", "-h")
+_NUMBERS = {int: "a whole number", float: "a number"}
 
 
-def run_commands(component: Any, *, as_text: bool = False) -> None:
-    """Hand the command line to Fire, and `--help` wherever it stands: Fire alone takes it for an option of ours.
+def run_commands(
+    component: Callable[..., Any], *, as_text: bool = False, keys: Mapping[str, type[BaseModel]] | None = None
+) -> None:
+    """Hand the command line to Fire, once it is checked: Fire alone runs a command first and complains afterwards.
+
+    `--help` and `-h` print the help wherever they stand.
 
     Args:
-        component: a function or a class, as Fire takes it.
+        component: a function, or a class whose methods are commands.
         as_text: pass every value on as the text that it is; Fire alone makes a set of `{label}`, a tuple of `a,b`.
+        keys: command → the configuration whose keys it takes as options; of a single function, "" → configuration.
     """
     words = sys.argv[1:]
-    if "--" not in words and any(word in ("--help", "-h") for word in words):
-        words = [*(word for word in words if word not in ("--help", "-h")), "--", "--help"]
-    elif as_text:
-        words = [_quote(word) for word in words]
+    program = Path(sys.argv[0]).name if Path(sys.argv[0]).is_absolute() else sys.argv[0]
+    line = _CommandLine.read(words)
+    group = component if inspect.isclass(component) else None
+    commands = list_commands(group) if group else {"": component}
+    name = (line.positional or [""])[0].replace("-", "_") if group else ""
+    if any(word in _HELP for word in words) or (group and not words):
+        if name in commands:
+            words_of_it = f"{program} {name}".strip()
+            print(describe_command(commands[name], words_of_it, keys=(keys or {}).get(name), group=group))
+        else:
+            assert group is not None
+            print(describe_commands(group, program))
+        sys.exit(0)
+    if name not in commands:
+        found = "no command is given" if not name else f"there is no command {name!r}{did_you_mean(name, commands)}"
+        fail(f"{found}; wanted python {program} {' | '.join(commands)}; --help says more")
+    if "--" not in words:  # else some are for Fire
+        of_command = (keys or {}).get(name)
+        _check(line, commands[name], group, program, name, of_command.model_fields if of_command else (), as_text)
+        words = [_quote(word) for word in words] if as_text else words
     fire.Fire(component, command=words)
+
+
+@dataclass
+class _CommandLine:
+    """The words of a command line, as Fire takes them apart.
+
+    Attributes:
+        positional: values given by their place.
+        options: name → value of `--name value`; None where no value follows.
+    """
+
+    positional: list[str] = field(default_factory=list)
+    options: dict[str, str | None] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, words: Sequence[str]) -> "_CommandLine":
+        line, rest = cls(), [word for word in words if word not in _HELP]
+        while rest:
+            word = rest.pop(0)
+            if not _is_option(word):
+                line.positional.append(word)
+                continue
+            name, equals, value = word.lstrip("-").partition("=")
+            has_value = bool(equals) or (bool(rest) and not _is_option(rest[0]))
+            line.options[name.replace("-", "_")] = (value if equals else rest.pop(0)) if has_value else None
+        return line
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("--") or re.match("-[a-zA-Z]", word) is not None  # -3 is a value
+
+
+def _check(
+    line: _CommandLine,
+    function: Callable[..., Any],
+    group: type | None,
+    program: str,
+    name: str,
+    keys: Iterable[str],
+    as_text: bool,
+) -> None:
+    """Exit with a sentence where Fire would run the command and complain afterwards, or show a traceback."""
+    parameters = {key: each for key, each in inspect.signature(function).parameters.items() if key != "self"}
+    given = line.positional[1:] if group else line.positional
+    by_place = [key for key, each in parameters.items() if is_positional(each)]
+    takes_more = any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
+    usage = " ".join(filter(None, [f"python {program}", name, *name_places(parameters), "[--option VALUE ...]"]))
+    if len(given) > len(by_place) and not takes_more:
+        extra = given[len(by_place)]
+        option, _, value = extra.partition("=")
+        as_option = f" (did you mean --{option} {value or 'VALUE'}?)" if option in {*parameters, *keys} else ""
+        fail(f"{extra!r} belongs to nothing{as_option}; wanted {usage}")
+    if group is not None:
+        parameters |= {key: each for key, each in inspect.signature(group).parameters.items() if key not in parameters}
+    required = [key for key in by_place[len(given) :] if parameters[key].default is inspect.Parameter.empty]
+    missing = [key for key in required if key not in line.options]
+    if missing:
+        fail(f"{missing[0].upper()} is not given; wanted {usage}; --help says more")
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    for option, given_value in line.options.items():
+        if option not in parameters and len(option) > 1 and not takes_any:
+            fail(f"unknown option --{option}{did_you_mean(option, parameters)}; --help lists all")
+        if option in parameters and not as_text:
+            _check_value(option, given_value, parameters[option].annotation)
+
+
+def _check_value(option: str, value: str | None, annotation: Any) -> None:
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    numbers = [kind for kind in kinds if kind in _NUMBERS]
+    if value is None and (numbers or str in kinds) and bool not in kinds:
+        fail(f"--{option} is given without a value")
+    if value is not None and numbers and str not in kinds:
+        parsed = DefaultParseValue(value)
+        if parsed is None and type(None) in kinds:
+            return
+        if isinstance(parsed, bool) or not isinstance(parsed, int if float not in numbers else int | float):
+            fail(f"--{option} is {value!r}; wanted {_NUMBERS[numbers[0]]}")
 
 
 def _quote(word: str) -> str:

@@ -86,7 +86,7 @@ def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
             print("\nstopped; what was finished is kept", file=sys.stderr)
             sys.exit(130)
         except OSError as error:  # a full disk, a folder that may not be written: the user's to mend as well
-            fail(str(error))
+            fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
 
     return wrapper
 

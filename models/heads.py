@@ -15,6 +15,7 @@ from common.files import whole_file
 from models.base import Activation, AudioTagger
 from models.headed import Head, HeadedTagger, restore_head
 from models.loading import fetch, load_model, read_tensors, weights_hash
+from models.sources import describe_onnx
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +177,11 @@ def load_tagger(
         UserError: a model or a head that cannot be had, or that do not go together.
     """
     if str(source).lower().endswith(".onnx"):
-        what = "gives no embeddings that --head could read" if head is not None else "runs in inference.py alone"
-        raise UserError(f"{source} {what}; give a model's name, a checkpoint or a folder")
+        if head is None:
+            raise UserError(describe_onnx(source))
+        raise UserError(
+            f"{source} gives no embeddings that --head could read; give a model's name, a checkpoint or a folder"
+        )
     found = None if head is None else load_head(head)
     model = load_model(source, weights=weights, device=device, **arguments)
     if token_merging is not None:

@@ -203,7 +203,8 @@ def _read_ced(
         renamed |= {"outputlayer.1.weight": torch.zeros(0, width), "outputlayer.1.bias": torch.zeros(0)}
     depth = len({key.split(".")[1] for key in renamed if key.startswith("blocks.")})
     dims = (width, given.get("num_heads") or width // 64, depth)
-    arguments = {key: given[key] for key in ARGUMENTS if key not in _DIMENSIONS and given.get(key) is not None}
+    known = [key for key in (*ARGUMENTS, "band_limit") if key not in _DIMENSIONS]
+    arguments = {key: given[key] for key in known if given.get(key) is not None}
     name = next((f"audiotransformer_{size}" for size in SIZES if SIZES[size] == dims), None)
     if name is None:
         name = "audiotransformer_base"

@@ -71,6 +71,8 @@ def read_resnet(
     sample_rate = arguments.get("sample_rate", ARGUMENTS["sample_rate"])
     if arguments.get("f_max") == sample_rate / 2:  # what None came to
         del arguments["f_max"]
+    if given.get("band_limit") is not None:
+        arguments["band_limit"] = given["band_limit"]
     name = next((name for name, size in SIZES.items() if size == width), None)
     if name is None:
         return renamed, "resnet10", arguments | {"width": width}

@@ -8,14 +8,12 @@ import hashlib
 import logging
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,6 +23,7 @@ from models.base import Activation, AudioTagger
 from models.headed import HEAD, Head, HeadedTagger, restore_head
 from models.huggingface import is_huggingface_folder, read_huggingface
 from models.registry import create_model, list_models, model_entry
+from models.sources import ONNX, describe_folder, describe_kind, describe_missing, describe_onnx
 from models.ssondo_checkpoints import is_ssondo, read_ssondo
 
 logger = logging.getLogger(__name__)
@@ -175,9 +174,9 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     else:
         path = Path(source)
         if not path.exists():
-            raise UserError(
-                f"{source}: no such file or folder, and no model of that name{did_you_mean(str(source), list_models())}"
-            )
+            raise UserError(describe_missing(str(source)))
+    if path.suffix.lower() == ONNX:
+        raise UserError(describe_onnx(path))
     if path.is_dir():
         if is_huggingface_folder(path):
             return read_huggingface(path)
@@ -286,10 +285,7 @@ def _best_of_run(folder: Path) -> Path:
         return max(scored)[1]
     if len(files) == 1:
         return files[0]
-    raise UserError(
-        f"{folder}: found {some(file.name for file in files) or 'no .pt files'}; wanted a run's folder with "
-        "averaged.pt or best.pt, or a Hugging Face folder with config.json and model.safetensors"
-    )
+    raise UserError(describe_folder(folder, [file.name for file in files]))
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
@@ -298,13 +294,22 @@ def read_tensors(path: Path) -> dict[str, Any]:
         if ".safetensors" in path.suffixes:
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: holds more than tensors and plain values, or is no checkpoint; only what can be read "
-            f"without running code of it is read ({str(error).splitlines()[0]})"
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({error}); is the file whole?") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # a file of another kind makes PyTorch's reader fail in any way
+        if kind := describe_kind(path):
+            raise UserError(
+                f"{path} is {kind}, and no checkpoint; give a name, a .pt or .safetensors file, or a run's folder"
+            ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise UserError(
+                f"{path}: holds more than tensors and plain values{f' ({foreign[1]})' if foreign else ''}, or is no "
+                "checkpoint; only what can be read without running code of it is read: save the state dict alone, with "
+                "torch.save(model.state_dict(), PATH), where the model was made"
+            ) from error
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path}: cannot be read as a checkpoint ({first[0]}); is the file whole?") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: found a {type(content).__name__}; wanted a state dict, or one under 'model'")
     return dict(content)

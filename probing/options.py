@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from common.errors import Faults, did_you_mean
+from common.keys import check_value_given
 from probing.fit import Fitting
 from training.config import Mode
 
@@ -27,16 +28,16 @@ class ProbeOptions(BaseModel):
     embeddings: Annotated[list[str] | None, BeforeValidator(_listed)] = None  # or stores of embeddings, without a model
     chunk_length: float = Field(10.0, gt=0)  # seconds that are embedded at once; a clip is the mean over its chunks
     cache: str = "embeddings/"  # where the model's embeddings are kept
-    num_workers: int = Field(4, ge=0)
-    device: str = "auto"
-    mode: Mode = "fp32"
+    num_workers: int = Field(4, ge=0)  # processes that read clips
+    device: str = "auto"  # auto, cpu or cuda
+    mode: Mode = "fp32"  # precision of the embeddings; noamp = fp32, amp = fp16, amp_bf16 = bf16
 
     # --- of which clips
     data: str | None = None  # TSV of a pack with a column of folds: each is tested once, by a head that saw the others
-    fold_column: str = "fold"
-    train_data: str | None = None  # or TSVs of packs
-    valid_data: str | None = None
-    test_data: str | None = None
+    fold_column: str = "fold"  # its name
+    train_data: str | None = None  # or TSVs of packs: of the clips to learn from,
+    valid_data: str | None = None  # of those that say when to stop,
+    test_data: str | None = None  # and of those that the figures are of
     valid_fraction: float = Field(0.2, ge=0, lt=1)  # of the training clips, where there is no valid_data; 0 for none
     label_column: str = "labels"  # classes joined by ";"
     labels_csv: str | None = None  # index,mid,display_name, where the column holds numbers
@@ -44,17 +45,23 @@ class ProbeOptions(BaseModel):
     baseline: bool = True  # what simple features reach on the same clips, where that takes seconds
 
     # --- the head
-    name: str = Field(min_length=1, pattern=r"^[^/\\]+$")  # of the head
-    head: Literal["linear", "mlp"] = "linear"
-    hidden_sizes: Annotated[list[Annotated[int, Field(ge=1)]] | None, BeforeValidator(_listed)] = None  # of mlp: 512
-    dropout: float = Field(0.0, ge=0, lt=1)  # of mlp
-    epochs: int = Field(300, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    batch_size: int = Field(64, ge=1)
+    name: str = Field(min_length=1, pattern=r"^[^/\\]+$")  # of the head, which is written to OUTPUTPATH/NAME.pt
+    head: Literal["linear", "mlp"] = "linear"  # one layer, or several
+    # widths of the hidden layers of an mlp, 512,256; null = one of 512
+    hidden_sizes: Annotated[list[Annotated[int, Field(ge=1)]] | None, BeforeValidator(_listed)] = None
+    dropout: float = Field(0.0, ge=0, lt=1)  # of an mlp
+    epochs: int = Field(300, ge=1)  # at most
+    lr: float = Field(1e-3, gt=0)  # learning rate
+    weight_decay: float = Field(0.01, ge=0)  # of AdamW
+    batch_size: int = Field(64, ge=1)  # clips a step
     patience: int = Field(30, ge=1)  # epochs without a lower loss on the validation clips
-    outputpath: str = "heads/"
+    outputpath: str = "heads/"  # folder
     overwrite: bool = False  # replace a head of that name that was made otherwise
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _has_value(cls, value: Any, info: ValidationInfo) -> Any:
+        return check_value_given(cls, str(info.field_name), value)
 
     def disagreements(self) -> list[str]:
         """Return which options do not go together, a sentence each."""

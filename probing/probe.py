@@ -252,11 +252,12 @@ def _table(
     """Lay out the figures, and the commands that use the head."""
     tested = facts["data"] + (f", {len(values)} folds" if len(values) > 1 else "")
     low, high = result.interval
+    interval = "Wilson" if result.metric == "accuracy" else f"bootstrap, {N_DRAWS} draws"
     rows = [
         ("embeddings", f"{source.name}, of chunks of {facts['chunk_length']:g} s"),
         ("head", f"{options.head}, {len(clips.labels)} classes"),
         ("tested on", f"{tested}, {result.metrics.n_clips} clips"),
-        (result.metric, f"{result.value:.4f}, {COVERAGE:.0%} interval {low:.4f} to {high:.4f} ({N_DRAWS} draws)"),
+        (result.metric, f"{result.value:.4f}, {COVERAGE:.0%} interval {low:.4f} to {high:.4f} ({interval})"),
     ]
     if len(values) > 1:
         rows.append(("of the folds", f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"))

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
 from audio.dataset import Pack
-from audio.manifest import parse_labels
+from audio.labels import count_classes, describe_lookalikes, list_classes, parse_labels
 from common.errors import Faults, did_you_mean, print_user_errors, some
 from common.files import write_json
 from probing.data import in_order
@@ -79,8 +79,10 @@ def _open(paths: dict[str, str], faults: Faults) -> tuple[dict[str, LabelledPack
         pack = open_pack(path, faults, labelled=True)
         if pack is not None:
             packs[part] = pack
-    cells = {str(cell) for pack in packs.values() for cell in pack.table["labels"].unique()}
-    labels = sorted({token.strip() for cell in cells for token in cell.split(";")} - {""}, key=in_order)
+    cells = [str(cell) for pack in packs.values() for cell in pack.table["labels"]]
+    labels = sorted(list_classes(cells), key=in_order)
+    if lookalikes := describe_lookalikes(count_classes(cells)):
+        logger.warning(lookalikes)
     opened = {}
     for part, pack in packs.items():
         with faults.noted():

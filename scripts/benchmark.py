@@ -27,11 +27,11 @@ from typing import Any, get_args
 # As in run.py: before torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import fire
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.commands import run_commands
 from common.errors import UserError, print_user_errors
 from models.devices import choose_device
 from scripts.benchmarks.tag import tag_benchmark
@@ -154,4 +154,4 @@ class Benchmark:
 
 
 if __name__ == "__main__":
-    fire.Fire(Benchmark)
+    run_commands(Benchmark)

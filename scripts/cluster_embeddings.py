@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project i
 
 from common.errors import Faults, UserError, print_user_errors
 from common.files import sha256, whole_file
+from common.parser import Parser
 from distill.clusters import write_clusters
 from distill.embeddings import EmbeddingStore
 from scripts.clusters.kmeans import MOST_COMPARED, find_clusters, quality
@@ -37,7 +38,7 @@ _COLUMNS = ("k", "smallest", "median", "largest", "empty", "silhouette", "Calins
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", metavar="STORE", help="folder of embeddings that save_logits.py wrote")
     parser.add_argument("--k", default="50", help="how many clusters; several with commas (default: 50)")
     parser.add_argument("--seed", type=int, default=42, help="of centres, batches and map (default: 42)")

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fire
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.commands import run_commands
 from common.errors import Faults, did_you_mean, print_user_errors
 from common.files import whole_file, write_text
 from training.figures import COLOURS, INK, png, style
@@ -174,4 +173,4 @@ def _listed(given: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    fire.Fire(compare)
+    run_commands(compare)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import fail
 from common.files import write_json
+from common.parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +75,7 @@ def table(rows: list[tuple[str, str]]) -> str:
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("data/demo"), help="sounds and packs (default: data/demo)")
     parser.add_argument(
         "--output", type=Path, default=None, help="runs and soft targets (default: as the configurations say)"

@@ -14,7 +14,6 @@ place, one to three of them are mixed over background noise. Written are
 Clip `i` of a split depends on the seed, the split, `i`, the length and the sample rate only, not on how many are made.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import UserError, print_user_errors
 from common.files import write_json, write_text
+from common.parser import Parser
 
 RECIPE = 3  # part of the settings: a folder made by another recipe is made anew
 SPLITS = ("train", "valid", "eval")
@@ -428,7 +428,7 @@ def make_demo_sounds(folder: Path, settings: dict) -> None:
 @print_user_errors
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and make the set, unless it is there already."""
-    parser = argparse.ArgumentParser(description="Make a small multi-label set of sounds by formula.")
+    parser = Parser(description="Make a small multi-label set of sounds by formula.")
     parser.add_argument("outdir", type=Path, metavar="OUTDIR")
     parser.add_argument("--n_train", type=int, default=480, help="training clips (default %(default)s)")
     parser.add_argument("--n_valid", type=int, default=96, help="validation clips (default %(default)s)")

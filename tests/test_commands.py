@@ -1,11 +1,14 @@
-"""Help wherever it is asked for."""
+"""Command lines: help wherever it is asked for, and checks before anything runs."""
 
+import argparse
 import sys
 
 import pytest
 
 from common.commands import run_commands
+from common.parser import Parser
 from run import Runner
+from training.config import TrainConfig
 
 
 @pytest.mark.parametrize("words", [["probe", "--help"], ["evaluate", "-h"], ["probe", "--", "--help"]])
@@ -25,3 +28,116 @@ def test_values_stay_text_where_wanted(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["command.py", *words])
     run_commands(lambda name, to=None, flag=False: given.append((name, to, flag)), as_text=True)
     assert given == [("{a}", "1,2", False)]
+
+
+def told_help(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        run_commands(Runner, keys={"train": TrainConfig})
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], []])
+def test_the_help_lists_the_commands(words, monkeypatch, capsys):
+    told = told_help(monkeypatch, capsys, *words)
+    for command in ("train", "config", "evaluate", "probe"):
+        assert f"\n    {command} " in told
+    assert "--seed (whole number; default 42)" in told
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["train", "mine.yaml", "--epochs", "3", "-h"]])
+def test_the_help_of_a_command_lists_its_keys_and_runs_nothing(words, monkeypatch, capsys):
+    told = told_help(monkeypatch, capsys, *words)
+    assert "python run.py train CONFIG_FILE" in told
+    assert "--resume (text; default auto)" in told
+    for name in TrainConfig.model_fields:
+        assert f"\n    --{name} (" in told
+    assert "--optimizer_args.lr 3e-4" in told
+
+
+class Group:
+    """Commands.
+
+    Args:
+        speed: of all.
+    """
+
+    ran: list = []  # noqa: RUF012 - one list for all
+
+    def __init__(self, speed: int = 1) -> None:
+        self.speed = speed
+
+    def go(self, place: str, *, far: float = 1.0, how: str | None = None, quick: bool = False) -> None:
+        self.ran.append((self.speed, place, far, how, quick))
+
+    def go_anywhere(self, place: str = "here", **more: str) -> None:
+        self.ran.append((place, more))
+
+
+def run_group(monkeypatch, words):
+    Group.ran.clear()
+    monkeypatch.setattr(sys, "argv", ["group.py", *words.split()])
+    run_commands(Group)
+    return Group.ran
+
+
+@pytest.mark.parametrize(
+    ("words", "ran"),
+    [
+        ("go home", (1, "home", 1.0, None, False)),
+        ("go --place home --far -2", (1, "home", -2, None, False)),
+        ("go home --far=3e-4 --quick", (1, "home", 3e-4, None, True)),
+        ("go home --how None --speed 3", (3, "home", 1.0, None, False)),
+        ("--speed 2 go home --how on-foot", (2, "home", 1.0, "on-foot", False)),
+        ("go_anywhere", ("here", {})),
+        ("go-anywhere there --some-thing x", ("there", {"some_thing": "x"})),
+    ],
+)
+def test_command_lines_that_are_right_run_as_they_are(words, ran, monkeypatch):
+    assert run_group(monkeypatch, words) == [ran]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "COMMANDS"),
+        ("go", "PLACE is not given; wanted python group.py go PLACE"),
+        ("run home", "there is no command 'run'; wanted python group.py go | go_anywhere"),
+        ("go home again", "'again' belongs to nothing; wanted"),
+        ("go home far=2", "'far=2' belongs to nothing (did you mean --far 2?)"),
+        ("go home --fat 2", "unknown option --fat (did you mean 'far'?)"),
+        ("go home --far away", "--far is 'away'; wanted a number"),
+        ("go home --far True", "--far is 'True'; wanted a number"),
+        ("go home --how", "--how is given without a value"),
+        ("go home --speed 1.5", "--speed is '1.5'; wanted a whole number"),
+    ],
+)
+def test_command_lines_that_are_wrong_run_nothing(words, sentence, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_group(monkeypatch, words)
+    told = capsys.readouterr()
+    assert sentence in told.out + told.err
+    assert Group.ran == []
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--treshold", "1"], "unknown option --treshold (did you mean '--threshold'?)"),
+        (["--zzz=1"], "unknown option --zzz=1; tag.py --help"),
+        (["more"], "'more' belongs to no option; a model is given with -m"),
+        (["--threshold", "x"], "argument --threshold: invalid float value: 'x'"),
+    ],
+)
+def test_a_parser_answers_in_one_sentence(words, sentence, capsys):
+    parser = Parser(prog="tag.py", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model")
+    parser.add_argument("--threshold", type=float)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(words)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert told.startswith("error: ")
+    assert sentence in told
+    assert told.count("\n") == 1

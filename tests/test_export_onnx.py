@@ -1,3 +1,4 @@
+import json
 import logging
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from models import create_model, load_model, save_checkpoint
 from models.huggingface import write_huggingface
 from models.labels import read_labels
 from models.onnx import write_label_table
+from run import Runner
 from tagging.onnx_engine import OnnxEngine
 from tests.conftest import run_command
 from tests.models.sounds import noise
@@ -72,6 +74,14 @@ def test_calibration_tells_what_every_precision_costs(checkpoint, model, tone_pa
     eight_bit = re.search(r"^int8 +(\d.\d+) +(-?\d+.\d\d) ", told, re.MULTILINE)
     assert float(eight_bit[2]) == pytest.approx(100 * (expected - float(eight_bit[1])), abs=0.02)
 
+    figures = []
+    for source in (checkpoint, tmp_path / "out" / "own.onnx"):
+        Runner().evaluate(str(source), str(tone_pack), num_workers=0, device="cpu", output=str(tmp_path / source.stem))
+        (written,) = (tmp_path / source.stem).glob("*.json")
+        figures.append(json.loads(written.read_text()))
+    assert figures[0]["mAP"] == pytest.approx(expected, abs=1e-6)
+    assert figures[1] == pytest.approx(figures[0], abs=1e-6)
+
 
 def test_hugging_face_folders_and_longer_chunks_and_one_name_for_one_file(model, tmp_path, caplog):
     write_huggingface(tmp_path / "hf", model)
@@ -123,7 +133,7 @@ def test_the_labels_of_another_model_are_not_overwritten(checkpoint, tmp_path, c
     assert (tmp_path / "second.onnx").exists()
 
 
-@pytest.mark.parametrize("words", [["--precision", "int4"], ["--output", "model.pt"]])
+@pytest.mark.parametrize("words", [["--precision", "int4"], ["--output", "model.pt"], ["--max-frames", "0"]])
 def test_impossible_options_are_refused(words, capsys):
     with pytest.raises(SystemExit) as status:
         export_onnx.main(words)

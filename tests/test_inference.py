@@ -147,7 +147,9 @@ def test_of_a_mixed_folder_every_readable_file_is_tagged_and_every_other_one_nam
         assert row["label"] == row["start"] == row["probability"] == ""
         assert f"  {mixed / name}: {row['error']}" in told
     assert f"{len(bad)} of {len(GOOD) + 6} files could not be read:" in told
-    assert f"1 of {len(GOOD) + 6} files are odd:\n  {mixed / 't_truncated.wav'}: ends before the length" in told
+    assert (
+        f"1 of {len(GOOD) + 6} files are odd:\n  {mixed / 't_truncated.wav'}: truncated: ends before the length" in told
+    )
     for name in (*GOOD, "t_truncated.wav"):
         own = [row for row in rows if row["filename"] == str(mixed / name)]
         assert len(own) == 2 * 3

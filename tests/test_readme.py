@@ -92,6 +92,11 @@ def test_every_file_and_option_that_the_readme_names_exists():
     for path in re.findall(r"(?:trainconfig|logitconfig|scripts)/[\w.]+\.(?:yaml|py|sh)", README):
         assert (ROOT / path).is_file(), path
     for key in re.findall(r"--(\w+)[ =.`]", README):
-        files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), ROOT / "training/config.py"]
+        files = [
+            *ROOT.glob("*.py"),
+            *ROOT.glob("scripts/*.py"),
+            ROOT / "training/config.py",
+            ROOT / "probing/options.py",
+        ]
         known = "".join(path.read_text() for path in files)
         assert key in known or key in ("nproc_per_node", "nnodes"), key

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from audio.dataset import Pack
-from audio.manifest import GROUP_COLUMNS, parse_labels
+from audio.labels import parse_labels
+from audio.manifest import GROUP_COLUMNS
 from common.errors import UserError
 from common.files import write_json
 from training.baseline_features import FeatureTable, compute_features

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from common.errors import did_you_mean
+from common.keys import check_value_given
 from distill.objectives import LOSSES
 from distill.targets import LABEL_TYPES
 
@@ -28,15 +29,40 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"  # in place of a value that `training.automatic` chooses from the data
 
 Mode = Literal["fp32", "tf32", "bf16", "fp16", "noamp", "amp", "amp_bf16"]  # the last three are CED's names
-Transforms = dict[str, dict[str, Any] | None]
-TransformList = Annotated[
-    list[Transforms],
-    BeforeValidator(lambda value: [{k: v} for k, v in value.items()] if isinstance(value, dict) else value),
-]
+_Transforms = dict[str, dict[str, Any] | None]
+
+
+def _read_transforms(value: Any) -> Any:
+    return {} if value is None or value is False else value
+
+
+def _read_transform_list(value: Any) -> Any:
+    if value is None or value is False:
+        return []
+    return [{name: arguments} for name, arguments in value.items()] if isinstance(value, dict) else value
+
+
+Transforms = Annotated[_Transforms, BeforeValidator(_read_transforms)]
+TransformList = Annotated[list[_Transforms], BeforeValidator(_read_transform_list)]
 
 
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @field_validator("model_args", "objective_args", "loss_args", "optimizer_args", mode="before", check_fields=False)
+    @classmethod
+    def _no_arguments(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @field_validator("freeze", mode="before", check_fields=False)
+    @classmethod
+    def _no_patterns(cls, value: Any) -> Any:
+        return [] if value is None else value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _has_value(cls, value: Any, info: ValidationInfo) -> Any:
+        return check_value_given(cls, str(info.field_name), value)
 
 
 class TrainConfig(_Config):
@@ -55,7 +81,7 @@ class TrainConfig(_Config):
     teacher_head: str | list[str | None] | None = None  # ours: a head on each (`run.py probe`); null = its own classes
     labels_csv: str | None = None  # ours: index,mid,display_name; null = what the store or the column says
     num_classes: int | None = Field(None, ge=1)  # null = as many as the targets have
-    num_workers: int = Field(4, ge=0)
+    num_workers: int = Field(4, ge=0)  # processes that read clips; 0 = the training process itself
     chunk_length: float = Field(10.0, gt=0)  # ours: seconds an item has at most, when training on labels
     # ours: bring shorter items to that length, for networks that want one: true = with silence, repeat = with the clip
     # itself, over and over, which leaves the statistics of batch norm as they are
@@ -65,8 +91,8 @@ class TrainConfig(_Config):
     clusters: str | None = None  # ours: file that scripts/cluster_embeddings.py wrote
 
     # --- model
-    model: str
-    model_args: dict[str, Any] = {}
+    model: str  # a name of models.list_models(), or a checkpoint or a run's folder to start from
+    model_args: dict[str, Any] = {}  # settings of that network: model_args.KEY VALUE
     # A name, path or URL; true = the published initialisation of this model; null = that, or a random start with a
     # warning where it cannot be had; false = a random start.
     pretrained: bool | str | None = None
@@ -74,42 +100,53 @@ class TrainConfig(_Config):
     freeze: list[str] = []  # ours: patterns of parameter names that stay as they start, `blocks.[0-5].*`
 
     # --- targets
-    objective: str = "target"  # ours
-    objective_args: dict[str, Any] = {}
+    # ours: target = the targets alone, cmkd = labels and a teacher; cosine, mse, l1, kl, contrastive and
+    # cluster_contrastive = embeddings
+    objective: str = "target"
+    objective_args: dict[str, Any] = {}  # settings of it: lambda, tau, temperature, hidden, dropout
+    # BCELoss wants a network that gives probabilities, BCEWithLogitsLoss logits; CrossEntropyLoss one label a clip
     loss: str = "BCELoss"
-    loss_args: dict[str, Any] = {}
+    loss_args: dict[str, Any] = {}  # as of the loss of that name in torch.nn
     label_type: str = "zero"  # what classes outside the stored top k get
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # ours: this part of a target becomes 0.5, or 1/C under softmax
     max_aug_epochs: int = Field(0, ge=0)  # stored epochs to use; 0 = all
+    # ours: whether clips are those that stored targets were saved from: compare all lengths and the samples of 64
+    # chunks (sample), the samples of all, or nothing (none), which takes other sounds of the same names
+    check_sounds: Literal["sample", "all", "none"] = "sample"
 
     # --- augmentation; shift and masks come with stored soft targets, the last three here are for all other runs (ours)
-    mixup: float | None = Field(None, gt=0)  # alpha of the Beta distribution
-    mixup_on: Literal["spectrogram", "waveform"] = "spectrogram"  # ours
-    disable_consistency: bool = False  # draw masks anew instead of replaying the teacher's
-    wavtransforms: Transforms = {}
-    spectransforms: TransformList = []
-    mask_fill: Literal["0dB", "mean"] = "0dB"
+    mixup: float | None = Field(None, gt=0)  # alpha of the Beta distribution; null or 0 = off
+    mixup_on: Literal["spectrogram", "waveform"] = "spectrogram"  # ours: what is mixed
+    # true = replay nothing of what the teacher's input went through: the student's clips are not shifted, and masks are
+    # drawn anew, as in CED's published code
+    disable_consistency: bool = False
+    wavtransforms: Transforms = {}  # of the waveform: {Shift: {min_shift: -0.5, max_shift: 0.5}}; null = none
+    spectransforms: TransformList = []  # masks: [{TimeMasking: {...}}, {FrequencyMasking: {...}}]; null = none
+    mask_fill: Literal["0dB", "mean"] = "0dB"  # what is under a mask
 
     # --- optimisation
     batch_size: int = Field(32, ge=1)  # clips an optimiser step, over all processes and accumulated parts
     accumulate: int = Field(1, ge=1)  # ours: forward and backward in so many parts of a batch, to save memory
     eval_batch_size: int | None = Field(None, ge=1)  # null = batch_size
-    epochs: int = Field(120, ge=1)
+    epochs: int = Field(120, ge=1)  # passes over the items, or over epoch_length batches
     budget: float | None = None  # ours: minutes on this machine that `epochs: auto` may fill: 10m, 2h, 90s
     epoch_length: int | None = Field(None, ge=1)  # iterations; null = a full pass
-    optimizer: Literal["Adam8bit", "Adam", "AdamW", "SGD"] = "Adam8bit"
-    optimizer_args: dict[str, Any] = {"lr": 0.001}
+    optimizer: Literal["Adam8bit", "Adam", "AdamW", "SGD"] = "Adam8bit"  # Adam8bit = Adam where bitsandbytes is not
+    optimizer_args: dict[str, Any] = {"lr": 0.001}  # lr, weight_decay, betas, momentum ...: optimizer_args.lr 3e-4
     grad_clip: float | None = Field(None, gt=0)  # ours: largest norm of the gradient
     layer_decay: float | None = Field(None, gt=0, le=1)  # ours: learning rate of a block, relative to the one above it
     ema: float | None = Field(None, gt=0, lt=1)  # ours: decay a step of the averaged weights that are judged and kept
-    use_scheduler: bool = True
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # ours: what follows the warm-up
-    warmup_iters: int = Field(5000, ge=0)
+    use_scheduler: bool = True  # false = the learning rate stays as it is
+    # ours: the learning rate over the run, see training/optim.py. ced = the published one, which files without this key
+    # mean: from 0 to the peak, and a cosine over as many steps as the run has, cut off above decay_frac when it ends.
+    # cosine and linear go down to decay_frac within the run, constant stays at the peak
+    schedule: Literal["ced", "cosine", "linear", "constant"] = "ced"
+    warmup_iters: int | None = Field(5000, ge=0)  # null or 0 = no warm-up
     warmup_epochs: int | None = Field(None, ge=0)  # in place of warmup_iters
-    decay_frac: float = Field(0.1, ge=0, le=1)  # cosine and linear end at this fraction of the learning rate
-    mode: Mode = "noamp"
+    decay_frac: float = Field(0.1, ge=0, le=1)  # fraction of the learning rate that cosines and lines go down to
+    mode: Mode = "noamp"  # precision; noamp = fp32, amp = fp16, amp_bf16 = bf16
     compile: bool = False  # ours: torch.compile; minutes to start, then faster
-    device: str = "auto"  # ours
+    device: str = "auto"  # ours: auto, cpu or cuda
 
     # --- selection and output
     # What chooses checkpoints and stops early: `valid` (valid_data, or the held-out valid_fraction) or `eval`, as CED
@@ -118,14 +155,14 @@ class TrainConfig(_Config):
     valid_every: int = Field(1, ge=1)  # epochs
     early_stop: int = Field(10, ge=1)  # validations without a better mAP
     average: bool = True  # average the weights of the best checkpoints, where that validates better than the best one
-    n_saved: int = Field(4, ge=1)
+    n_saved: int = Field(4, ge=1)  # best checkpoints that are kept
     checkpoint_every: int | None = Field(None, ge=1)  # ours: steps between checkpoints to go on from; null = an epoch
     log_every: int = Field(10, ge=1)  # ours: steps between readings of the loss, which wait for the device
     # ours: at the end, what scikit-learn reaches with simple features on the same clips, where that takes seconds
     baseline: bool = True
     smoke: bool = False  # ours: a minute on a CPU, to see that everything runs; sounds are made where data are missing
-    outputpath: str = "experiments/"
-    logfile: str = "train.log"
+    outputpath: str = "experiments/"  # runs are written to OUTPUTPATH/CONFIG/MODEL/TIME
+    logfile: str = "train.log"  # in the run's folder
     debug: bool = False  # log more
 
     @model_validator(mode="after")
@@ -166,11 +203,21 @@ class TrainConfig(_Config):
                 "disable_consistency concerns stored answers; the teacher of `teacher` hears what the student hears: "
                 "drop one of them"
             )
+        if self.disable_consistency and not stored:
+            raise ValueError(
+                "disable_consistency concerns stored targets, whose augmentation is then not replayed; give logitspath "
+                "or embeddingspath, or drop it"
+            )
         if self.objective == "cmkd" and not (self.teacher or self.logitspath):
             raise ValueError(
                 "objective cmkd learns from a teacher beside the labels; give teacher (a model to ask) or logitspath "
                 "(its stored answers), or drop objective"
             )
+
+    @field_validator("mixup", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return None if value is False or value == 0 else value
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -208,37 +255,41 @@ _ASKED_OF = {key: "model" for key in ("weights", "head", "model_args")} | {
 class SoftTargetConfig(_Config):
     """What `save_logits.py` reads."""
 
-    train_data: str
-    targets: Literal["probabilities", "embeddings"] = "probabilities"  # ours
+    train_data: str  # TSV of a pack
+    targets: Literal["probabilities", "embeddings"] = "probabilities"  # ours: what is stored
     model: str | list[str] | None = None  # names, checkpoints, or a list of them: an ensemble (of probabilities)
-    # ours, for embeddings without a model of ours: a folder of .npz files, or `package.module:function` to be called
-    # with waveforms (B, S) and lengths (B,) at `sample_rate` (or a factory of such, where arguments are given)
-    npz: str | None = None
+    npz: str | None = None  # ours: embeddings of a folder of .npz files, in place of a model
+    # ours: embeddings of `package.module:function` in place of a model, which is called with waveforms (B, S) and
+    # lengths (B,) at `sample_rate`
     callable: str | None = None
-    callable_args: dict[str, Any] | None = None
+    callable_args: dict[str, Any] | None = None  # ours: the function is then a factory, called with these first
     sample_rate: int | None = Field(None, ge=1)  # of the callable, in hertz; null = the pack's
     keep_tails: bool = False  # ours: keep a last chunk that is shorter than half; CED leaves it out
     part_size: int = Field(8192, ge=1)  # ours: chunks whose embeddings are written at once: what a stop may cost
     weights: str | list[str] | None = None  # ours: weights for each of them, for files that do not say what they are
     # ours: a head on each of them (`run.py probe`), whose classes are stored; null = the model's own classes
     head: str | list[str | None] | None = None
-    model_args: dict[str, Any] = {}
+    model_args: dict[str, Any] = {}  # settings of the network
     name: str | None = None  # ours: the folder's name; null = the models' names joined by "_"
-    outputpath: str = "logits/"
+    outputpath: str = "logits/"  # targets are written to OUTPUTPATH/NAME/LIST/chunk_SECONDS
     chunk_length: float = Field(10.0, gt=0)  # seconds
-    epochs: int = Field(40, ge=1)
-    batch_size: int = Field(128, ge=1)
-    num_workers: int = Field(8, ge=0)
-    topk: int = Field(20, ge=1)
-    mode: Mode | None = None
-    device: str = "auto"  # ours
+    epochs: int = Field(40, ge=1)  # passes, each with augmentation of its own
+    batch_size: int = Field(128, ge=1)  # chunks at once
+    num_workers: int = Field(8, ge=0)  # processes that read clips
+    topk: int = Field(20, ge=1)  # largest probabilities of a chunk that are stored
+    mode: Mode | None = None  # precision; null = fp32
+    device: str = "auto"  # ours: auto, cpu or cuda
     seed: int = Field(42, ge=0)  # ours: the augmentation seeds are a pure function of it
+    # of the waveform; null = none
     wavtransforms: Transforms = {"Shift": {"min_shift": -0.5, "max_shift": 0.5}}
+    # masks; null = none
     spectransforms: TransformList = [
         {"TimeMasking": {"time_mask_param": 192}},
         {"FrequencyMasking": {"freq_mask_param": 24}},
     ]
-    mask_fill: Literal["0dB", "mean"] = "0dB"  # ours
+    mask_fill: Literal["0dB", "mean"] = "0dB"  # ours: what is under a mask
+    # ours: published = base names, columns and a meta.pt that CED's own code reads, see distill/published_layout.py
+    layout: Literal["native", "published"] = "native"
 
     @model_validator(mode="before")
     @classmethod
@@ -269,6 +320,8 @@ class SoftTargetConfig(_Config):
             raise ValueError("head is for probabilities: embeddings are those of the model, with any head; drop it")
         if self.npz and (self.wavtransforms or self.spectransforms or self.epochs > 1):
             raise ValueError("npz files hold what was said without augmentation, once: drop the transforms and epochs")
+        if self.layout == "published" and self.targets == "embeddings":
+            raise ValueError("layout: published is for probabilities, which is all that CED stores; drop it")
         if self.callable and self.spectransforms:
             raise ValueError("a callable hears waveforms, which spectransforms do not touch: drop them")
         return self

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from audio.audioset import other_name
 from audio.dataset import Pack, chunk_bounds
+from audio.labels import list_classes
 from common.errors import Faults, UserError, some
 from distill.clusters import Clusters, balance
 from distill.embeddings import EmbeddingStore, StoredEmbeddings
@@ -88,10 +90,11 @@ def open_training(
         opened = _taught_source(config, named, taught, seed, faults)
     else:
         opened = _label_source(config, named, seed, faults)
-    labels = opened[2] if opened else taught or named
+    of_column = config.num_classes and not config.labels_csv  # by its names, where these are no numbers
+    labels = opened[2] if opened else taught or (None if of_column else named)
     packs: dict[str, LabelledPack | None] = {}
     for path in dict.fromkeys(p for p in (config.valid_data, config.eval_data) if p):
-        if labels is not None:
+        if labels:
             packs[path] = open_labelled(path, labels, faults)
         else:
             open_pack(path, faults, labelled=True)
@@ -188,7 +191,7 @@ def _stored_source(config: TrainConfig, named: list[str] | None, faults: Faults)
     if pack is None:
         return None
     try:
-        source = StoredTargets(store, pack, num_classes, config.label_type, config.max_aug_epochs)
+        source = StoredTargets(store, pack, num_classes, config.label_type, config.max_aug_epochs, config.check_sounds)
     except UserError as error:
         faults.add(str(error))
         return None
@@ -245,7 +248,7 @@ def _embedded_source(
     labels = (named or vocabulary(pack)) if needs_labels else []
     if store is not None:
         with faults.noted():
-            return pack, StoredEmbeddings(store, pack, config.max_aug_epochs), labels
+            return pack, StoredEmbeddings(store, pack, config.max_aug_epochs, config.check_sounds), labels
     elif replay is not None:
         bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length)
         return pack, SeededItems(bounds, pack.sample_rate, replay, seed), labels
@@ -273,6 +276,16 @@ def _label_source(config: TrainConfig, named: list[str] | None, seed: int, fault
     if pack is None or replay is None:
         return None
     labels = named or vocabulary(pack)
+    if config.num_classes and config.labels_csv is None:
+        found = list_classes(map(str, pack.table["labels"].unique()))
+        if not set(found) <= set(labels) and not all(name.isdigit() for name in found):
+            labels = found
+        if len(labels) != config.num_classes:
+            faults.add(
+                f"num_classes is {config.num_classes}, but {pack.manifest} has {len(found)} classes: {some(found)}; "
+                "drop num_classes to take these, or give all names with labels_csv"
+            )
+            return None
     indices = read_clip_labels(pack, labels, faults)
     if indices is None or not _suits_loss(config, pack, indices, faults):
         return None
@@ -308,7 +321,8 @@ def _item_labels(
             "it, or set objective: target to learn from the teacher alone"
         )
         return None
-    unknown = [name for name in vocabulary(pack) if name not in set(labels) and not name.isdigit()]
+    known = {*labels, *(other for label in labels if (other := other_name(label)))}
+    unknown = [name for name in vocabulary(pack) if name not in known and not name.isdigit()]
     if unknown:
         faults.add(
             f"{pack.manifest} labels clips {some(sorted(unknown))}, which the teacher does not know: its classes are "

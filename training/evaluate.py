@@ -1,5 +1,6 @@
 """Judging a model on a labelled pack."""
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Collection
@@ -19,12 +20,17 @@ from models import AudioTagger, load_tagger
 from models.devices import choose_device
 from models.headed import HeadedTagger
 from models.heads import check_classes
-from models.token_merging import Schedule
+from models.sources import ONNX
+from models.token_merging import MergingSetting, split_setting
 from training.config import Mode
+from training.exported import ExportedTagger, predict_exported
+from training.label_numbers import check_label_numbers
 from training.labelled import LabelledPack, open_labelled, open_pack
 from training.metrics import Metrics, evaluate_scores
 from training.parallel import Ranks
 from training.precision import Precision
+
+logger = logging.getLogger(__name__)
 
 OPTIONS = ["test_data", "weights", "head", "mode", "batch_size", "num_workers", "token_merging", "device", "output"]
 
@@ -146,7 +152,7 @@ def open_evaluation(
     weights: str | None,
     test_data: str,
     device: torch.device,
-    token_merging: Schedule = None,
+    token_merging: MergingSetting = None,
     head: str | None = None,
 ) -> tuple[AudioTagger, LabelledPack]:
     """Load a model and open the labelled pack to judge it on.
@@ -167,7 +173,7 @@ def open_evaluation(
     try:
         model = load_tagger(source, head=head, weights=weights, device=device, token_merging=token_merging)
         check_classes(model, source)
-        data = open_labelled(test_data, model.labels, faults)
+        data = _open_data(test_data, model.labels, faults)
     except UserError as error:
         faults.add(str(error))
         open_pack(test_data, faults, labelled=True)
@@ -175,6 +181,43 @@ def open_evaluation(
     assert model is not None
     assert data is not None
     return model, data
+
+
+def _open_data(test_data: str, labels: list[str], faults: Faults) -> LabelledPack | None:
+    """Open the labelled pack to judge a model with these classes on; what is wrong is noted in `faults`."""
+    data = open_labelled(test_data, labels, faults)
+    if data is not None:
+        check_label_numbers(data.pack, labels, faults)
+    return data
+
+
+def evaluate_exported(tagger: ExportedTagger, test_data: str) -> tuple[Metrics, LabelledPack]:
+    """Return the metrics of an exported model on a labelled pack, and the pack.
+
+    Raises:
+        UserError: all that is wrong with the pack.
+    """
+    faults = Faults("the evaluation")
+    data = _open_data(test_data, tagger.labels, faults)
+    faults.raise_if_any()
+    assert data is not None
+    return evaluate_scores(predict_exported(tagger, data.pack), data.multi_hot(), tagger.labels), data
+
+
+def _warn_of_missing_band(model: AudioTagger, pack: Pack) -> None:
+    """Say that files get other tags than the clips of a pack where its rate left out what a model makes use of."""
+    highest, nyquist = model.front_end.highest_hz, pack.sample_rate / 2
+    if highest > nyquist:
+        logger.warning(
+            "%s is at %d Hz, but %s takes mel bands up to %g Hz: its figures are those of sounds that hold nothing "
+            "above %g Hz. `inference.py` tags files with all that they hold; to judge that, pack with --sample_rate %d",
+            pack.manifest,
+            pack.sample_rate,
+            model.full_name,
+            highest,
+            nyquist,
+            model.sample_rate,
+        )
 
 
 def write_results(folder: Path, name: str, metrics: Metrics, data: LabelledPack) -> Path:
@@ -206,6 +249,7 @@ def judge(
     device: str,
     output: str | None,
     unknown: Collection[str] = (),
+    open_exported: Callable[..., ExportedTagger] | None = None,
 ) -> str:
     """Do what `run.py evaluate` is told: judge a model, write its results, and return what there is to tell.
 
@@ -221,6 +265,7 @@ def judge(
         device: auto, cpu or cuda.
         output: folder for the results; beside the checkpoint by default.
         unknown: options that there are none of.
+        open_exported: opens a `source` that is an .onnx file, as `tagging.engines.open_engine` does.
 
     Raises:
         UserError: options, model or data that will not do.
@@ -235,12 +280,21 @@ def judge(
         raise UserError(f"batch_size is {batch_size} and num_workers {num_workers}; wanted at least 1 and 0")
     source, test_data, precision = str(source), str(test_data), Precision(mode, choose_device(device))
     head = None if head is None else str(head)  # a command line reads 50 as a number
-    model, data = open_evaluation(source, weights, test_data, precision.device, token_merging, head)
-    metrics = evaluate(model, data, batch_size=batch_size, num_workers=num_workers, precision=precision)
-    merging = "" if token_merging is None else "_merging_" + re.sub("[^0-9.-]+", "_", str(token_merging)).strip("_")
+    if open_exported is not None and source.lower().endswith(ONNX):
+        given = {"weights": weights, "head": head, "token_merging": token_merging, "device": device}
+        metrics, data = evaluate_exported(open_exported(source, **given), test_data)
+    else:
+        model, data = open_evaluation(source, weights, test_data, precision.device, token_merging, head)
+        _warn_of_missing_band(model, data.pack)
+        metrics = evaluate(model, data, batch_size=batch_size, num_workers=num_workers, precision=precision)
+    r, proportional = split_setting(token_merging)
+    merging = "" if r is None else "_merging_" + re.sub("[^0-9.-]+", "_", str(r)).strip("_")
+    merging += "" if proportional else "_plain"
     with_head = "" if head is None else f"_head_{Path(head).stem}"
     folder = Path(output) if output else _beside(source)
-    written = write_results(folder, f"evaluation_{Path(test_data).stem}{with_head}{merging}", metrics, data)
+    of_file = f"_{Path(source).stem}" if source.lower().endswith(ONNX) else ""  # several lie in one folder
+    name = f"evaluation_{Path(test_data).stem}{of_file}{with_head}{merging}"
+    written = write_results(folder, name, metrics, data)
     used = f"clips used: {len(data.pack)}, missing from the pack: {data.pack.n_missing}"
     return f"{metrics.summary()}\n{used}\nresults: {written}"
 

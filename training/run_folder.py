@@ -36,6 +36,7 @@ FREE_KEYS = (
     "log_every",
     "compile",
     "baseline",
+    "check_sounds",
 )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
@@ -14,7 +15,7 @@ from probing.fit import Examples, Fitting, answer, fit, standardisation
 from probing.options import read_options
 from probing.pictures import MOST_BARS, probe_figure
 from probing.probe import run_trials
-from probing.scores import bootstrap_interval, draws, score
+from probing.scores import bootstrap_interval, draws, score, wilson_interval
 from tests.training.test_automatic import noise, write_pack
 from training.holdout import hold_out
 from training.metrics import evaluate_scores
@@ -146,8 +147,22 @@ def test_a_test_part_influences_nothing_and_a_validation_part_only_when_to_stop(
     assert (held_out[0].fitted.n_train, held_out[0].fitted.n_valid) == (48, 12)
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "mAP"])
-def test_the_interval_is_that_of_sets_drawn_one_by_one(metric):
+@pytest.mark.parametrize(("right", "n"), [(80, 80), (0, 80), (9, 10), (79, 80), (1, 1), (300, 1000)])
+def test_an_accuracy_has_wilsons_interval(right, n):
+    low, high = wilson_interval(right, n)
+    expected = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert high - low > 0.04
+
+
+def test_clips_that_are_all_right_leave_an_interval():
+    targets = np.eye(4)[np.arange(80) % 4]
+    found = score(targets + 0.1, targets, LABELS, "accuracy", 0)
+    assert found.value == 1
+    assert found.interval == (pytest.approx(0.9542, abs=1e-4), 1.0)
+
+
+def test_the_interval_of_map_is_that_of_sets_drawn_one_by_one():
     rng = np.random.default_rng(0)
     targets = np.eye(4)[rng.choice(4, 30, p=[0.5, 0.3, 0.15, 0.05])]  # in some draws a class does not occur
     scores = (targets + rng.normal(0, 0.8, (30, 4))).round(1)  # with equal scores
@@ -155,11 +170,10 @@ def test_the_interval_is_that_of_sets_drawn_one_by_one(metric):
     for weights in draws(30, 50, seed=5):
         for column in weights.T:
             rows = np.repeat(np.arange(30), column.astype(int))
-            drawn = evaluate_scores(scores[rows], targets[rows])
-            values.append(drawn.top1 if metric == "accuracy" else drawn.mAP)
+            values.append(evaluate_scores(scores[rows], targets[rows]).mAP)
     assert len(values) == 50
-    assert bootstrap_interval(scores, targets, metric, 5, 50) == pytest.approx(np.percentile(values, [2.5, 97.5]))
-    assert bootstrap_interval(scores, targets, metric, 6, 50) != pytest.approx(np.percentile(values, [2.5, 97.5]))
+    assert bootstrap_interval(scores, targets, 5, 50) == pytest.approx(np.percentile(values, [2.5, 97.5]))
+    assert bootstrap_interval(scores, targets, 6, 50) != pytest.approx(np.percentile(values, [2.5, 97.5]))
 
 
 def test_draws_are_with_replacement_and_come_in_blocks(monkeypatch):

@@ -79,7 +79,7 @@ def test_the_interval_lies_around_the_figure_where_classes_have_few_clips():
     targets = np.stack([rng.permutation([1] * 3 + [0] * 797) for _ in range(200)], axis=1)
     scores = rng.standard_normal((800, 200)) + 2 * targets
     value = evaluate_scores(scores, targets).mAP
-    low, high = bootstrap_interval(scores, targets, "mAP", 0)
+    low, high = bootstrap_interval(scores, targets, 0)
     assert value < low  # a clip that is drawn twice helps to rank its class
     judged = SimpleNamespace(value=value, interval=(low, high))
     moved = _interval(judged)

@@ -101,6 +101,15 @@ def test_every_key_can_be_overridden_nested_ones_with_a_dot(tmp_path):
     assert config.label_type == "527"
 
 
+def test_disable_consistency_wants_stored_targets(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"train_data": "a.tsv", "model": "m", "disable_consistency": True}))
+    with pytest.raises(UserError, match=r"disable_consistency concerns stored targets.*give logitspath"):
+        read(TrainConfig, path)
+    assert read(TrainConfig, path, logitspath="logits").disable_consistency
+    assert read(TrainConfig, path, disable_consistency=False).schedule == "ced"
+
+
 @pytest.mark.parametrize(("argument", "sentence"), [({"lrr": 1}, "did you mean 'lr'"), ({"lr": "abc"}, "no number")])
 def test_arguments_of_the_optimizer_are_checked_with_the_rest(tmp_path, argument, sentence):
     path = tmp_path / "c.yaml"
@@ -115,5 +124,5 @@ def test_a_file_that_is_no_configuration_is_a_sentence(tmp_path, content):
     path.write_text(content)
     with pytest.raises(UserError, match=r"c\.yaml has 1 fault"):
         read(TrainConfig, path)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="it does not exist"):
         read(TrainConfig, tmp_path / "absent.yaml")

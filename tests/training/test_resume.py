@@ -154,6 +154,27 @@ def stopped(tone_pack, tmp_path, monkeypatch):
     return path, tmp_path / "runs", folder
 
 
+def test_random_band_edges_and_positions_are_the_same_ones_after_a_stop(tone_pack, tmp_path, monkeypatch):
+    arguments = {"depth": 1, "patch_stride": 16, "time_patch_out": 1, "fmin_aug_range": 10, "fmax_aug_range": 2000}
+    settings = SETTINGS | LABELS_ONLY | {"train_data": str(tone_pack), "eval_data": str(tone_pack), "num_workers": 0}
+    settings |= {"model": "passt_pico", "model_args": arguments, "epochs": 2, "accumulate": 2}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    Runner(7).train(str(path), outputpath=str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(StoppedError):
+            Runner(7).train(str(path), outputpath=str(tmp_path / "runs"))
+    Runner(7).train(str(path), outputpath=str(tmp_path / "runs"))
+    folder = the_run(tmp_path / "runs")
+    assert "GOING ON after step 3 of" in (folder / "train.log").read_text()
+    assert_same(the_run(tmp_path / "whole"), folder)
+    path.write_text(yaml.safe_dump(settings | {"model_args": arguments | {"fmin_aug_range": 1, "fmax_aug_range": 1}}))
+    Runner(7).train(str(path), outputpath=str(tmp_path / "fixed"))
+    fixed, varied = weights_of(the_run(tmp_path / "fixed")), weights_of(folder)
+    assert any(not torch.equal(fixed[key], varied[key]) for key in varied)
+
+
 def damage(path: Path, how: str) -> None:
     content = path.read_bytes()
     if how == "truncated":
