@@ -205,10 +205,11 @@ def test_what_a_recording_holds_above_the_limit_changes_no_tag(model, recordings
     assert np.abs(answers[0] - answers[1]).max() < 0.1
 
 
-def test_without_the_limit_tags_would_follow_the_resampler(recordings, versions, tmp_path, caplog):
+def test_without_the_limit_tags_would_follow_the_resampler(recordings, versions, tmp_path):
     """What the others test is there to be seen: tens of points between resamplers, ten between packs and files."""
     full = train(tmp_path, recordings[0], model_args={"auto": True, "width": 4, "f_max": 8000})
-    assert "nothing above 4000 Hz, but resnet10 takes mel bands up to 8000 Hz" in caplog.text
+    (log,) = tmp_path.rglob("train.log")
+    assert "nothing above 4000 Hz, but resnet10 takes mel bands up to 8000 Hz" in log.read_text()
     pack, files = (versions["soxr"][0], versions["soxr"][1])
     wanted = tag_pack(full, pack)
     assert accuracy(wanted) > 75
