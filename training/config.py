@@ -110,8 +110,8 @@ class TrainConfig(_Config):
     label_type: str = "zero"  # what classes outside the stored top k get
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # ours: this part of a target becomes 0.5, or 1/C under softmax
     max_aug_epochs: int = Field(0, ge=0)  # stored epochs to use; 0 = all
-    # ours: whether clips are those that stored targets were saved from: compare all lengths and the samples of 64
-    # chunks (sample), the samples of all, or nothing (none), which takes other sounds of the same names
+    # ours: whether clips are those that stored targets were saved from: compare all lengths and the samples of
+    # all chunks up to 5,000 and of 64 of more (sample), of all (all), or nothing (none), which takes other sounds too
     check_sounds: Literal["sample", "all", "none"] = "sample"
 
     # --- augmentation; shift and masks come with stored soft targets, the last three here are for all other runs (ours)

@@ -120,7 +120,7 @@ def test_other_sounds_of_the_same_lengths_are_refused(there):
     assert match(there, pack, check="none").n_clips == N
 
 
-def test_one_bit_of_the_first_clip_is_seen_by_the_sample_and_one_anywhere_by_all(there):
+def test_one_bit_anywhere_is_seen_in_a_small_store_and_by_all_in_a_large_one(there, monkeypatch):
     pack = Pack.open(there / "pack/labels/x.tsv")
     with pytest.raises(UserError, match=r"1 differ: s/000\.wav"):
         match(there, write_pack(there / "pack", altered(pack, 0, 5)))
@@ -130,6 +130,9 @@ def test_one_bit_of_the_first_clip_is_seen_by_the_sample_and_one_anywhere_by_all
     row = store.rows(1).iloc[unseen]
     changed = altered(pack, int(row["filename"][2:5]), round(row["start"] * RATE))
     pack = write_pack(there / "pack", changed)
+    with pytest.raises(UserError, match=rf"1 differ: {row['filename']}"):
+        match(there, pack)
+    monkeypatch.setattr("distill.sound_check.ALL_COMPARED", 219)
     assert match(there, pack).n_clips == N  # as documented, a sample
     with pytest.raises(UserError, match=rf"1 differ: {row['filename']} \(from {row['start']:g} s on"):
         match(there, pack, check="all")
@@ -146,6 +149,8 @@ def test_a_store_of_an_earlier_version_is_used_and_this_is_said(there, caplog):
     pack = write_pack(there / "pack", altered(Pack.open(there / "pack/labels/x.tsv"), 0, 5))
     assert match(there, pack).n_clips == N
     assert "keeps no lengths and hashes of its sounds" in caplog.text
+    with pytest.raises(UserError, match=r"check_sounds: all compares sounds with their hashes, which .* does not keep"):
+        match(there, pack, check="all")
 
 
 def test_embeddings_are_checked_alike(there, teacher):
