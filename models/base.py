@@ -1,10 +1,15 @@
-"""The face that every tagger shows to the rest of the project.
+"""The interface that every tagger offers to the rest of the project.
 
-Letters: B batch, S samples, F mel bands, T frames, N tokens, D width, C classes, E embedding width; primes mark what
-is left after striding.
+A network is `encode`, from spectrograms to what it computes of them, and what is made of that: `classify`, `pool` and
+`frames`. Everything else (`forward`, `predict`, `embed`, tags and embeddings in one pass) is written here, once.
+
+Letters: B batch, S samples, F mel bands, T frames, R rows of the network's batch (a clip, or a chunk of a long one),
+f and t rows and columns of a patch grid, N tokens, P prefix tokens, D width, C classes, E embedding width; primes mark
+what is left after striding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +22,42 @@ from models.waveforms import as_waveform
 
 Activation = Literal["sigmoid", "softmax"]
 Outputs = Literal["logits", "probabilities"]
+
+
+# Chooses the tokens that are computed, for each row its own: rows f and columns t of the patch grid, and the columns
+# that take part (R,t) or None for all -> ascending places in the f t patches, frequency-major, (R,N').
+Keep = Callable[[int, int, Tensor | None], Tensor]
+
+
+@dataclass
+class Encoded:
+    """What a network computes of a batch, before pooling and head; what it does not have is None.
+
+    Attributes:
+        n_clips: B.
+        tokens: (R,f,t,D) after the final norm, or (R,N',D) where `keep` chose them.
+        prefix: (R,P,D) class and distillation tokens.
+        maps: (B,D,F',T') of a network of convolutions.
+        valid: (R,t), or (R,N') where `keep` chose: which columns or tokens take part in attention and pooling; None
+            for all.
+        n_steps: (R,) columns that hold any of the clip's own frames, which differs from `valid` in filled-up chunks;
+            None where all do.
+        clip_of_row: (R,) ascending, None where every clip is one row.
+        weights: (R,) what a row counts in the mean over its clip's, None where all count the same.
+        kept: (R,N') places in the f t patches that `keep` chose.
+        layers: layer -> its output, those that were asked for, see `AudioTagger.encode`.
+    """
+
+    n_clips: int
+    tokens: Tensor | None = None
+    prefix: Tensor | None = None
+    maps: Tensor | None = None
+    valid: Tensor | None = None
+    n_steps: Tensor | None = None
+    clip_of_row: Tensor | None = None
+    weights: Tensor | None = None
+    kept: Tensor | None = None
+    layers: dict[int, Tensor] = field(default_factory=dict)
 
 
 class AudioTagger(nn.Module):
@@ -81,6 +122,37 @@ class AudioTagger(nn.Module):
         """Hertz of the waveforms it takes."""
         return self.front_end.sample_rate
 
+    def encode(
+        self, mel: Tensor, n_frames: Tensor | None = None, *, keep: Keep | None = None, layers: Sequence[int] = ()
+    ) -> Encoded:
+        """Compute what pooling and head read.
+
+        Args:
+            mel: (B,F,T) as the front-end gives it.
+            n_frames: (B,) frames of each clip, None where all of T belong to it; always None where the network does
+                not mask padding.
+            keep: chooses the tokens to compute, of networks that have tokens.
+            layers: numbers of layers whose output is wanted too, from 0; -1 is the last one. Of a transformer, blocks
+                before the final norm: (R,P+N,D), prefix tokens first, merged tokens in all places that they stand for.
+                Of a network of convolutions, its stages: (B,D,F',T').
+
+        Raises:
+            UserError: the spectrogram does not fit, there is no such layer, or there are no tokens to choose from.
+        """
+        raise NotImplementedError
+
+    def classify(self, encoded: Encoded) -> Tensor:
+        """Tag: (B,C), what `outputs` says."""
+        raise NotImplementedError
+
+    def pool(self, encoded: Encoded) -> Tensor:
+        """Embed clips: (B,E)."""
+        raise NotImplementedError
+
+    def frames(self, encoded: Encoded) -> Tensor:
+        """Embed time steps: (B,T',E), zero behind a clip's `n_steps`. It may wait for the device."""
+        raise NotImplementedError
+
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Tag clips.
 
@@ -91,20 +163,20 @@ class AudioTagger(nn.Module):
         Returns:
             (B,C), what `outputs` says.
         """
-        waveform, lengths = _without_common_padding(waveform, lengths)
-        if lengths is None:
-            return self.forward_spectrogram(self.front_end(waveform))
-        if self.masks_padding:
-            return self.forward_spectrogram(self.front_end(waveform, lengths), self.front_end.n_frames(lengths))
-        return run_by_length(lambda clips: (self.forward(clips),), waveform, lengths)[0]
+        return self._of_waveform(lambda encoded: (self.classify(encoded),), waveform, lengths)[0]
 
     def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
         """Tag clips whose spectrograms are at hand: (B,F,T), own frames (B,) or None -> (B,C), as `forward`."""
-        raise NotImplementedError
+        return self._of_spectrogram(lambda encoded: (self.classify(encoded),), mel, n_frames)[0]
 
     def forward_features(self, mel: Tensor) -> Tensor:
-        """Compute what the head reads: (B,F,T) -> tokens (B,N,D) or maps (B,D,F',T')."""
-        raise NotImplementedError
+        """Compute what the head reads: (B,F,T) -> tokens (B,P+N,D), frequency-major, or maps (B,D,F',T')."""
+        encoded = self.encode(mel)
+        if encoded.tokens is None:
+            assert encoded.maps is not None
+            return encoded.maps
+        grid = encoded.tokens.flatten(1, 2)
+        return grid if encoded.prefix is None else torch.cat([encoded.prefix, grid], dim=1)
 
     def embed(self, waveform: Any, lengths: Any = None) -> tuple[Tensor, Tensor]:
         """Embed clips.
@@ -124,24 +196,46 @@ class AudioTagger(nn.Module):
 
     def embed_waveform(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embed clips without a look at what is given: float32 (B,S) on the model's device; as `embed`."""
-        waveform, lengths = _without_common_padding(waveform, lengths)
-        if lengths is None:
-            return self.embed_spectrogram(self.front_end(waveform))
-        if self.masks_padding:
-            return self.embed_spectrogram(self.front_end(waveform, lengths), self.front_end.n_frames(lengths))
-        clip, frames = run_by_length(self.embed_waveform, waveform, lengths)
+        clip, frames = self._of_waveform(self._pool_and_frames, waveform, lengths)
         return clip, frames
 
     def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embed clips whose spectrograms are at hand: (B,F,T), own frames (B,) or None -> (B,E), (B,T',E)."""
-        raise NotImplementedError
+        clip, frames = self._of_spectrogram(self._pool_and_frames, mel, n_frames)
+        return clip, frames
+
+    def embed_clips(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
+        """Embed clips alone: (B,F,T), own frames (B,) or None -> (B,E), as `embed_spectrogram`."""
+        return self._of_spectrogram(lambda encoded: (self.pool(encoded),), mel, n_frames)[0]
 
     def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tag and embed at once: (B,F,T), own frames (B,) or None -> (B,C) as `forward`, clip embeddings (B,E).
+        """Tag and embed in one pass: (B,F,T), own frames (B,) or None -> (B,C) as `forward`, clip embeddings (B,E)."""
 
-        Computes everything twice where an architecture has nothing better.
-        """
-        return self.forward_spectrogram(mel, n_frames), self.embed_spectrogram(mel, n_frames)[0]
+        def function(encoded: Encoded) -> tuple[Tensor, Tensor]:
+            return self.classify(encoded), self.pool(encoded)
+
+        output, clip = self._of_spectrogram(function, mel, n_frames)
+        return output, clip
+
+    def _pool_and_frames(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        return self.pool(encoded), self.frames(encoded)
+
+    def _of_waveform(
+        self, function: Callable[[Encoded], tuple[Tensor, ...]], waveform: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Apply a function to what the network computes of waveforms (B,S); lengths apart where it cannot mask."""
+        waveform, lengths = _without_common_padding(waveform, lengths)
+        if lengths is not None and not self.masks_padding:
+            return run_by_length(lambda clips: self._of_waveform(function, clips, None), waveform, lengths)
+        return function(self.encode(*self.front_end.spectrogram(waveform, lengths)))
+
+    def _of_spectrogram(
+        self, function: Callable[[Encoded], tuple[Tensor, ...]], mel: Tensor, n_frames: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Apply a function to what the network computes of spectrograms (B,F,T); lengths apart where it cannot mask."""
+        if n_frames is not None and not self.masks_padding:
+            return run_by_length(lambda clips: function(self.encode(clips)), mel, n_frames)
+        return function(self.encode(mel, n_frames))
 
     def n_steps(self, n_samples: int) -> int:
         """Time steps T' that `embed` gives a clip of `n_samples` samples."""

@@ -187,6 +187,13 @@ class FrontEnd(nn.Module):
         """Number of frames T of clips of `n_samples` samples, an integer or a tensor of them."""
         return self._framed(self._usable(n_samples))
 
+    def spectrogram(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Compute what a network takes: (B,S), own samples (B,) or None -> (B,F,T), own frames (B,) or None.
+
+        In training and in use alike; see `forward`.
+        """
+        return self(waveform, lengths), None if lengths is None else self.n_frames(lengths)
+
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Compute the log-mel spectrogram.
 

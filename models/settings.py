@@ -1,0 +1,104 @@
+"""The arguments that networks share: each named, documented and given a default in one place.
+
+A network's class lists those it takes, with its own defaults, in `shared_settings`; its constructor takes them flat, as
+configurations and checkpoints spell them (`model_args.embed_dim`), and `take_settings` puts them back together.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from models.chunks import Average
+from models.token_merging import MergingSetting
+
+
+@dataclass(frozen=True)
+class MelSettings:
+    """Of a front-end.
+
+    Attributes:
+        sample_rate: of the waveform, in hertz.
+        n_mels: mel bands F.
+        n_fft: samples of a Fourier transform.
+        win_size: samples of the window, at most `n_fft`.
+        hop_size: samples from one frame to the next.
+        f_min: lower edge of the lowest band in hertz.
+        f_max: upper edge of the highest band in hertz, None for half the sample rate.
+    """
+
+    sample_rate: int
+    n_mels: int
+    n_fft: int
+    win_size: int
+    hop_size: int
+    f_min: float
+    f_max: float | None
+
+
+@dataclass(frozen=True)
+class TransformerSettings:
+    """Of a vision transformer on spectrograms.
+
+    Attributes:
+        embed_dim: D.
+        depth: number of blocks.
+        num_heads: H, a divisor of D.
+        mlp_ratio: hidden width of the MLPs in units of D.
+        qkv_bias: whether queries, keys and values have a bias.
+        norm_eps: of the layer norms of the blocks, and of the last one.
+        target_length: longest input in frames; longer clips are cut into chunks.
+        patch_size: edge of a patch, in bands and frames.
+        patch_stride: from one patch to the next.
+        eval_avg: how chunks of a long clip are joined, "mean" or "max" of their probabilities.
+        drop_rate: dropout of tokens and projections.
+        attn_drop_rate: dropout of attention weights.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        init_values: initial layer scale, None for none.
+        time_patch_out: random columns of the patch grid left out in training.
+        freq_patch_out: random rows of the patch grid left out in training.
+        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`; or, for attention
+            in which merged tokens count like others, {"r": those, "proportional": False}.
+        token_merging_in_training: False: only in evaluation mode.
+    """
+
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    norm_eps: float = 1e-6
+    target_length: int = 1012
+    patch_size: int = 16
+    patch_stride: int = 16
+    eval_avg: Average = "mean"
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    init_values: float | None = None
+    time_patch_out: int | None = None
+    freq_patch_out: int | None = None
+    token_merging: MergingSetting = None
+    token_merging_in_training: bool = True
+
+
+def take_settings(defaults: tuple[Any, ...], given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Lay arguments over defaults.
+
+    Args:
+        defaults: instances of settings, whose names do not overlap.
+        given: name -> value.
+
+    Returns:
+        Instances of the same classes, in the same order.
+
+    Raises:
+        TypeError: a name that none of them has.
+    """
+    known = [{each.name for each in fields(settings)} for settings in defaults]
+    unknown = [name for name in given if not any(name in names for names in known)]
+    if unknown:
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
+    return tuple(
+        replace(settings, **{name: value for name, value in given.items() if name in names})
+        for settings, names in zip(defaults, known, strict=True)
+    )
