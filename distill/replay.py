@@ -48,11 +48,8 @@ class MelGrid(Protocol):
 class FrontEnd(MelGrid, Protocol):
     """A front-end: a grid that turns waveforms into spectrograms on it."""
 
-    def __call__(self, waveform: Tensor, lengths: Tensor | None) -> Tensor:
-        """(B, S), own samples (B,) or None -> (B, F, T)."""
-
-    def n_frames(self, n_samples: Tensor) -> Tensor:
-        """Frames of clips of so many samples."""
+    def spectrogram(self, waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, S), own samples (B,) or None -> (B, F, T), own frames (B,) or None."""
 
 
 class WaveTransform(Protocol):
@@ -324,8 +321,7 @@ class Replay:
             The masked spectrogram (B, F, T), and the frames of each clip (B,), None where nothing is padded.
         """
         waveform, lengths = batch["waveforms"][front_end.sample_rate], batch["lengths"][front_end.sample_rate]
-        mel = front_end(waveform, lengths)
-        n_frames = None if lengths is None else front_end.n_frames(lengths)
+        mel, n_frames = front_end.spectrogram(waveform, lengths)
         draws = batch["value"], batch["min_value"], batch["n_reference"]
         return self.mask_spectrogram(mel, front_end, *draws, n_frames), n_frames
 

@@ -11,20 +11,20 @@ import logging
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import Faults
-from models.chunks import Average
+from models.base import Encoded
 from models.kaldi_mel import KaldiMel
 from models.layers import initialise
 from models.registry import register_model
 from models.relatives import from_pictures, is_of_pictures
-from models.token_merging import MergingSetting
-from models.vit import SpectrogramTransformer, Tokens
+from models.settings import TransformerSettings, take_settings
+from models.vit import SpectrogramTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -40,90 +40,42 @@ class AST(SpectrogramTransformer):
 
     Args:
         num_classes: C.
-        embed_dim: D.
-        depth: number of blocks.
-        num_heads: a divisor of D.
-        mlp_ratio: hidden width of the MLPs in units of D.
-        qkv_bias: whether queries, keys and values have a bias.
         norm_eps: of the layer norms of the blocks.
-        target_length: input in frames: 1024 for AudioSet, 512 for ESC-50, 128 for Speech Commands.
-        patch_size: edge of a patch, in bands and frames.
-        patch_stride: from one patch to the next.
-        eval_avg: how chunks of a long clip are joined, "mean" or "max" of their probabilities.
-        drop_rate: dropout of tokens and projections.
-        attn_drop_rate: dropout of attention weights.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
-        time_patch_out: random columns of the patch grid left out in training.
-        freq_patch_out: random rows of the patch grid left out in training.
-        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`; or, for attention
-            in which merged tokens count like others, {"r": those, "proportional": False}.
-        token_merging_in_training: False: only in evaluation mode.
         sample_rate: of the waveform, in hertz.
         n_mels: F.
         mean: of the log mel values of the training data, which are brought to mean 0 and deviation 0.5.
         std: their standard deviation.
+        **settings: those of `TransformerSettings`; `target_length` is 1024 for AudioSet, 512 for ESC-50, 128 for Speech
+            Commands. The rest of the front-end is Kaldi's, so that there are no `MelSettings`.
 
     Raises:
-        UserError: arguments contradict each other; all faults are told at once.
+        UserError: arguments contradict each other; all faults are listed at once.
     """
 
     fixed_length = True
     n_prefix = 2
     last_layer = "mlp_head.1"
+    shared_settings: ClassVar[tuple[TransformerSettings]] = (TransformerSettings(target_length=1024, patch_stride=10),)
 
     def __init__(
         self,
         *,
         num_classes: int = 527,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
         norm_eps: float = 1e-6,
-        target_length: int = 1024,
-        patch_size: int = 16,
-        patch_stride: int = 10,
-        eval_avg: Average = "mean",
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        time_patch_out: int | None = None,
-        freq_patch_out: int | None = None,
-        token_merging: MergingSetting = None,
-        token_merging_in_training: bool = True,
         sample_rate: int = 16000,
         n_mels: int = 128,
         mean: float = -4.2677393,
         std: float = 4.5689974,
+        **settings: Any,
     ) -> None:
+        (transformer,) = take_settings(self.shared_settings, settings)
         front_end = KaldiMel(sample_rate=sample_rate, n_mels=n_mels, mean=mean, std=std)
         self.fill = front_end.zero_value
+        faults = Faults("the settings of AST")
         super().__init__(
-            front_end,
-            num_classes=num_classes,
-            outputs="logits",
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            norm_eps=norm_eps,
-            target_length=target_length,
-            patch_size=patch_size,
-            patch_stride=patch_stride,
-            eval_avg=eval_avg,
-            drop_rate=drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
-            init_values=None,
-            time_patch_out=time_patch_out,
-            freq_patch_out=freq_patch_out,
-            token_merging=token_merging,
-            token_merging_in_training=token_merging_in_training,
-            faults=Faults("the settings of AST"),
+            front_end, transformer, num_classes=num_classes, outputs="logits", norm_eps=norm_eps, faults=faults
         )
-        self.mlp_head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_classes))
+        self.mlp_head = nn.Sequential(nn.LayerNorm(self.embed_dim), nn.Linear(self.embed_dim, num_classes))
         self.apply(initialise)
 
     def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -170,18 +122,20 @@ class AST(SpectrogramTransformer):
         self.dist_token = nn.Parameter(torch.randn(1, 1, self.embed_dim) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, self.n_prefix + n_rows * n_columns, self.embed_dim) * 0.02)
 
-    def _placed(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
+    def _place(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
         return patches + self.pos_embed[:, self.n_prefix :].unflatten(1, self._grid)
 
     def _prefix(self) -> Tensor:
         return torch.cat([self.cls_token, self.dist_token], dim=1) + self.pos_embed[:, : self.n_prefix]
 
-    def _clip_embeddings(self, tokens: Tokens) -> Tensor:
-        assert tokens.prefix is not None
-        return tokens.prefix.mean(1)
+    def pool_rows(self, encoded: Encoded) -> Tensor:
+        """Embed rows by the mean of the two tokens before the patches: (R,D)."""
+        assert encoded.prefix is not None
+        return encoded.prefix.mean(1)
 
-    def _classify(self, tokens: Tokens) -> Tensor:
-        return self.mlp_head(self._clip_embeddings(tokens))
+    def classify_rows(self, encoded: Encoded) -> Tensor:
+        """Tag rows: logits (R,C)."""
+        return self.mlp_head(self.pool_rows(encoded))
 
 
 # width, heads, depth: those of DeiT; the smallest is this project's own, for CPUs and tests

@@ -6,23 +6,23 @@ are those of the published checkpoints.
 Letters as in `models.vit`.
 """
 
-import inspect
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import Faults, some
-from models.chunks import Average
+from models.base import Encoded
 from models.frontends import CedMel
 from models.layers import initialise
 from models.registry import register_model
 from models.relatives import fit_time
-from models.token_merging import MergingSetting
-from models.vit import SpectrogramTransformer, Tokens
+from models.settings import MelSettings, TransformerSettings, find_arguments, take_settings
+from models.vit import SpectrogramTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -38,117 +38,48 @@ class AudioTransformer(SpectrogramTransformer):
 
     Args:
         num_classes: C.
-        embed_dim: D.
-        depth: number of blocks.
-        num_heads: H, a divisor of D.
-        mlp_ratio: hidden width of the MLPs in units of D.
-        qkv_bias: whether queries, keys and values have a bias.
         pooling: "mean" (of tokens, then probabilities), "logit" (the same without activation), "dm" (mean over
             frequency, a probability for every column, mean over time), "token" (from a class token).
-        target_length: longest input in frames.
-        patch_size: edge of a patch, in bands and frames.
-        patch_stride: from one patch to the next.
         init_bn: normalise each mel band by batch statistics.
-        eval_avg: how chunks of a long clip are joined, "mean" or "max" of their probabilities.
-        drop_rate: dropout of tokens and projections.
-        attn_drop_rate: dropout of attention weights.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
-        init_values: initial layer scale, None for none.
-        time_patch_out: random columns of the patch grid left out in training.
-        freq_patch_out: random rows of the patch grid left out in training.
-        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`; or, for attention
-            in which merged tokens count like others, {"r": those, "proportional": False}.
-        token_merging_in_training: False: only in evaluation mode.
-        sample_rate: of the waveform, in hertz.
-        n_mels: F.
-        f_min: lower edge of the bands in hertz.
-        f_max: upper edge in hertz, None for half the sample rate.
-        n_fft: samples of a Fourier transform.
-        win_size: samples of the window.
-        hop_size: samples between frames.
         center: whether frames are centred.
+        **settings: those of `TransformerSettings` and `MelSettings`.
 
     Raises:
-        UserError: arguments contradict each other; all faults are told at once.
+        UserError: arguments contradict each other; all faults are listed at once.
     """
 
     last_layer = "outputlayer.1"
     equal_chunks = True
+    shared_settings: ClassVar[tuple[TransformerSettings, MelSettings]] = (
+        TransformerSettings(),
+        MelSettings(sample_rate=16000, n_mels=64, n_fft=512, win_size=512, hop_size=160, f_min=0.0, f_max=8000.0),
+    )
 
     def __init__(
         self,
         *,
         num_classes: int = 527,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
         pooling: Pooling = "mean",
-        target_length: int = 1012,
-        patch_size: int = 16,
-        patch_stride: int = 16,
         init_bn: bool = True,
-        eval_avg: Average = "mean",
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        init_values: float | None = None,
-        time_patch_out: int | None = None,
-        freq_patch_out: int | None = None,
-        token_merging: MergingSetting = None,
-        token_merging_in_training: bool = True,
-        sample_rate: int = 16000,
-        n_mels: int = 64,
-        f_min: float = 0.0,
-        f_max: float | None = 8000.0,
-        n_fft: int = 512,
-        win_size: int = 512,
-        hop_size: int = 160,
         center: bool = True,
+        **settings: Any,
     ) -> None:
         faults = Faults("the settings of the audio transformer")
         if pooling not in get_args(Pooling):
             faults.add(f"pooling must be one of {some(get_args(Pooling))}, not {pooling!r}")
-        front_end = CedMel(
-            sample_rate=sample_rate,
-            n_mels=n_mels,
-            n_fft=n_fft,
-            win_size=win_size,
-            hop_size=hop_size,
-            f_min=f_min,
-            f_max=f_max,
-            center=center,
-            min_frames=patch_size,
-        )
-        self.pooling = pooling
+        transformer, mel = take_settings(self.shared_settings, settings)
+        self.pooling, self.n_prefix = pooling, int(pooling == "token")
         super().__init__(
-            front_end,
+            CedMel(**asdict(mel), center=center, min_frames=transformer.patch_size),
+            transformer,
             num_classes=num_classes,
             outputs="logits" if pooling == "logit" else "probabilities",
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
             norm_eps=1e-6,
-            target_length=target_length,
-            patch_size=patch_size,
-            patch_stride=patch_stride,
-            eval_avg=eval_avg,
-            drop_rate=drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
-            init_values=init_values,
-            time_patch_out=time_patch_out,
-            freq_patch_out=freq_patch_out,
-            token_merging=token_merging,
-            token_merging_in_training=token_merging_in_training,
             faults=faults,
         )
         # Index 1, as in published checkpoints; over the mel axis: (R,F,1,T).
-        self.init_bn = nn.Sequential(nn.Identity(), nn.BatchNorm2d(n_mels, momentum=0.01)) if init_bn else None
-        self.outputlayer = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_classes))
+        self.init_bn = nn.Sequential(nn.Identity(), nn.BatchNorm2d(mel.n_mels, momentum=0.01)) if init_bn else None
+        self.outputlayer = nn.Sequential(nn.LayerNorm(self.embed_dim), nn.Linear(self.embed_dim, num_classes))
         self.apply(initialise)
 
     def _make_positions(self, n_rows: int, n_columns: int) -> None:
@@ -158,7 +89,7 @@ class AudioTransformer(SpectrogramTransformer):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
             self.token_pos_embed = nn.Parameter(torch.randn(1, self.embed_dim) * 0.02)
 
-    def _placed(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
+    def _place(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
         positions = self.time_pos_embed[..., : patches.shape[2]] + self.freq_pos_embed  # (1,D,f,t)
         return patches + positions.permute(0, 2, 3, 1)
 
@@ -189,29 +120,32 @@ class AudioTransformer(SpectrogramTransformer):
         normalised[own] = frames
         return normalised.transpose(1, 2)
 
-    def _classify(self, tokens: Tokens) -> Tensor:
-        if tokens.prefix is not None:
-            return self._activate(self.outputlayer(tokens.prefix[:, 0]))
-        columns = tokens.grid.mean(1)  # (R,t,D)
+    def classify_rows(self, encoded: Encoded) -> Tensor:
+        """Tag rows: (R,C), what `outputs` says; of chosen tokens, each is read as "mean" and "dm" read a column."""
+        if encoded.prefix is not None:
+            return self._activate(self.outputlayer(encoded.prefix[:, 0]))
+        columns = self._columns(encoded)  # (R,t,D)
         if self.pooling == "dm":
-            return _masked_mean(self._activate(self.outputlayer(columns)), tokens.own)
-        logits = self.outputlayer(_masked_mean(columns, tokens.own))
+            return masked_mean(self._activate(self.outputlayer(columns)), encoded.valid)
+        logits = self.outputlayer(masked_mean(columns, encoded.valid))
         return logits if self.pooling == "logit" else self._activate(logits)
 
 
-def _masked_mean(x: Tensor, own: Tensor | None) -> Tensor:
-    """Mean over columns that count: (R,t,D), own (R,t) or None -> (R,D)."""
-    if own is None:
-        return x.mean(1)
-    return (x * own[..., None]).sum(1) / own.sum(1, keepdim=True)
+def masked_mean(columns: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over columns that take part: (R,t,D), valid (R,t) or None for all -> (R,D)."""
+    if valid is None:
+        return columns.mean(1)
+    return (columns * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
 
 
-# with their defaults, all that make a network but the number of its classes
-ARGUMENTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(AudioTransformer).parameters.items()
-    if name != "num_classes"
-}
+# with their defaults, all that make a network but the number of its classes, in the order of published config.json
+_ORDER = (
+    *("embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "pooling", "target_length", "patch_size"),
+    *("patch_stride", "init_bn", "eval_avg", "drop_rate", "attn_drop_rate", "drop_path_rate", "init_values"),
+    *("time_patch_out", "freq_patch_out", "token_merging", "token_merging_in_training"),
+    *("sample_rate", "n_mels", "f_min", "f_max", "n_fft", "win_size", "hop_size", "center"),
+)
+ARGUMENTS = {name: find_arguments(AudioTransformer)[name] for name in _ORDER}
 
 # width, heads, depth; the two smallest are this project's own, for CPUs and tests
 SIZES = {

@@ -44,6 +44,7 @@ class Encoded:
             None where all do.
         clip_of_row: (R,) ascending, None where every clip is one row.
         weights: (R,) what a row counts in the mean over its clip's, None where all count the same.
+        grid: f and t, where there are tokens; what patch-out leaves of them.
         kept: (R,N') places in the f t patches that `keep` chose.
         layers: layer -> its output, those that were asked for, see `AudioTagger.encode`.
     """
@@ -56,6 +57,7 @@ class Encoded:
     n_steps: Tensor | None = None
     clip_of_row: Tensor | None = None
     weights: Tensor | None = None
+    grid: tuple[int, int] = (0, 0)
     kept: Tensor | None = None
     layers: dict[int, Tensor] = field(default_factory=dict)
 
@@ -80,6 +82,7 @@ class AudioTagger(nn.Module):
 
     masks_padding: ClassVar[bool] = False
     last_layer: ClassVar[str]  # module of the state dict whose first dimension is C
+    shared_settings: ClassVar[tuple[Any, ...]] = ()  # arguments with their defaults, see `models.settings`
 
     def __init__(
         self,
@@ -170,8 +173,14 @@ class AudioTagger(nn.Module):
         return self._of_spectrogram(lambda encoded: (self.classify(encoded),), mel, n_frames)[0]
 
     def forward_features(self, mel: Tensor) -> Tensor:
-        """Compute what the head reads: (B,F,T) -> tokens (B,P+N,D), frequency-major, or maps (B,D,F',T')."""
+        """Compute what the head reads: (B,F,T) -> tokens (B,P+N,D), frequency-major, or maps (B,D,F',T').
+
+        Raises:
+            UserError: the spectrogram does not fit, or is longer than one chunk.
+        """
         encoded = self.encode(mel)
+        if encoded.clip_of_row is not None:
+            raise UserError(f"{mel.shape[-1]} frames are more than one chunk of {self.name}, whose tokens are wanted")
         if encoded.tokens is None:
             assert encoded.maps is not None
             return encoded.maps

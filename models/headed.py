@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError, some
-from models.base import Activation, AudioTagger
+from models.base import Activation, AudioTagger, Encoded, Keep
 from models.labels import labels_for
 
 SEGMENT_SECONDS = 10.0  # of what S-SONDO takes at once, and its published heads were trained on
@@ -130,6 +130,7 @@ class HeadedTagger(AudioTagger):
     def __init__(self, model: AudioTagger, head: Head) -> None:
         super().__init__(model.front_end, num_classes=head.num_classes, embed_dim=model.embed_dim)
         self.model, self.head = model, head
+        self.masks_padding = model.masks_padding  # type: ignore[misc]  # as the model does
         self.name, self.arguments = model.name, dict(model.arguments)
         self.labels, self.activation = list(head.labels), head.activation
         self.last_layer = f"head.layers.{len(head.layers) - 1}"  # type: ignore[misc]  # depends on the head's depth
@@ -138,6 +139,24 @@ class HeadedTagger(AudioTagger):
     def full_name(self) -> str:
         """The names of model and head, joined by `+`."""
         return f"{self.model.full_name}+{self.head.facts.get('name', 'head')}"
+
+    def encode(
+        self, mel: Tensor, n_frames: Tensor | None = None, *, keep: Keep | None = None, layers: Sequence[int] = ()
+    ) -> Encoded:
+        """Compute what the model does, see `AudioTagger.encode`."""
+        return self.model.encode(mel, n_frames, keep=keep, layers=layers)
+
+    def classify(self, encoded: Encoded) -> Tensor:
+        """Tag: logits (B,C)."""
+        return self.head(self.model.pool(encoded))
+
+    def pool(self, encoded: Encoded) -> Tensor:
+        """Embed clips as the model does: (B,E)."""
+        return self.model.pool(encoded)
+
+    def frames(self, encoded: Encoded) -> Tensor:
+        """Embed time steps as the model does: (B,T',E)."""
+        return self.model.frames(encoded)
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Tag clips: (B,S), own samples (B,) or None -> logits (B,C)."""
@@ -168,7 +187,7 @@ class HeadedTagger(AudioTagger):
         """Tag spectrograms: (B,F,T), own frames (B,) or None -> logits (B,C)."""
         if self.head.padded:
             mel, n_frames = self._followed_by_silence(mel, n_frames)
-        return self.head(self.model.embed_spectrogram(mel, n_frames)[0])
+        return self.head(self.model.embed_clips(mel, n_frames))
 
     def probabilities_of(self, mel: Tensor) -> Tensor:
         """Probabilities of spectrograms of any length (B,F,T) -> (B,C), in shapes alone, as graphs want it."""
@@ -178,21 +197,9 @@ class HeadedTagger(AudioTagger):
         """Clip embeddings of spectrograms of any length (B,F,T) -> (B,E), in shapes alone, as graphs want it."""
         return self.model.embedding_of(mel)
 
-    def forward_features(self, mel: Tensor) -> Tensor:
-        """Compute what the model's own head reads."""
-        return self.model.forward_features(mel)
-
-    def embed_waveform(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embed clips as the model does."""
-        return self.model.embed_waveform(waveform, lengths)
-
-    def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embed spectrograms as the model does."""
-        return self.model.embed_spectrogram(mel, n_frames)
-
     def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (B,C) and clip embeddings (B,E) in one pass."""
-        clip = self.model.embed_spectrogram(mel, n_frames)[0]
+        clip = self.model.embed_clips(mel, n_frames)  # of all lengths, so that the head reads them together
         return self.head(clip), clip
 
     def n_steps(self, n_samples: int) -> int:

@@ -9,21 +9,22 @@ Letters as in `models.vit`.
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import Faults
-from models.chunks import Average
+from models.base import Encoded
 from models.frontends import SILENCE_DB, EfficientAtMel
 from models.layers import initialise
 from models.registry import register_model
 from models.relatives import fit_time, from_pictures, is_of_pictures
-from models.token_merging import MergingSetting
-from models.vit import SpectrogramTransformer, Tokens
+from models.settings import MelSettings, TransformerSettings, take_settings
+from models.vit import SpectrogramTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -38,113 +39,46 @@ class PaSST(SpectrogramTransformer):
 
     Args:
         num_classes: C.
-        embed_dim: D.
-        depth: number of blocks.
-        num_heads: a divisor of D.
-        mlp_ratio: hidden width of the MLPs in units of D.
-        qkv_bias: whether queries, keys and values have a bias.
         norm_eps: of the layer norms of the blocks.
-        target_length: longest input in frames. Ten seconds are 1000; published code says 998, of as many patches.
-        patch_size: edge of a patch, in bands and frames.
-        patch_stride: from one patch to the next: 10 to 16 in published checkpoints, 20 leaves gaps.
-        eval_avg: how chunks of a long clip are joined, "mean" or "max" of their probabilities.
-        drop_rate: dropout of tokens and projections.
-        attn_drop_rate: dropout of attention weights.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
-        time_patch_out: random columns of the patch grid left out in training, 40 in published training.
-        freq_patch_out: random rows of the patch grid left out in training, 4 in published training.
-        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`; or, for attention
-            in which merged tokens count like others, {"r": those, "proportional": False}.
-        token_merging_in_training: False: only in evaluation mode.
-        sample_rate: of the waveform, in hertz.
-        n_mels: F.
-        n_fft: samples of a Fourier transform.
-        win_size: samples of the window.
-        hop_size: samples between frames.
-        f_min: lower edge of the bands in hertz.
-        f_max: upper edge in hertz.
         fmin_aug_range: in training, `f_min` is raised by a random whole number below this for each batch: 10 in
             published training, 1 for never.
         fmax_aug_range: in training, `f_max` is moved at random within a range of this many hertz: 2000 in published
             training, 1 for never.
+        **settings: those of `TransformerSettings` and `MelSettings`. `target_length`: ten seconds are 1000; published
+            code says 998, of as many patches. `patch_stride`: 10 to 16 in published checkpoints, 20 leaves gaps.
+            `time_patch_out` is 40 and `freq_patch_out` 4 in published training.
 
     Raises:
-        UserError: arguments contradict each other; all faults are told at once.
+        UserError: arguments contradict each other; all faults are listed at once.
     """
 
     n_prefix = 2
     last_layer = "head.1"
+    shared_settings: ClassVar[tuple[TransformerSettings, MelSettings]] = (
+        TransformerSettings(target_length=1000, patch_stride=10),
+        MelSettings(sample_rate=32000, n_mels=128, n_fft=1024, win_size=800, hop_size=320, f_min=0.0, f_max=15000.0),
+    )
 
     def __init__(
         self,
         *,
         num_classes: int = 527,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
         norm_eps: float = 1e-6,
-        target_length: int = 1000,
-        patch_size: int = 16,
-        patch_stride: int = 10,
-        eval_avg: Average = "mean",
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        time_patch_out: int | None = None,
-        freq_patch_out: int | None = None,
-        token_merging: MergingSetting = None,
-        token_merging_in_training: bool = True,
-        sample_rate: int = 32000,
-        n_mels: int = 128,
-        n_fft: int = 1024,
-        win_size: int = 800,
-        hop_size: int = 320,
-        f_min: float = 0.0,
-        f_max: float = 15000.0,
         fmin_aug_range: int = 1,
         fmax_aug_range: int = 1,
+        **settings: Any,
     ) -> None:
-        front_end = EfficientAtMel(
-            sample_rate=sample_rate,
-            n_mels=n_mels,
-            n_fft=n_fft,
-            win_size=win_size,
-            hop_size=hop_size,
-            f_min=f_min,
-            f_max=f_max,
-            min_frames=patch_size,
-        )
+        transformer, mel = take_settings(self.shared_settings, settings)
+        front_end = EfficientAtMel(**asdict(mel), min_frames=transformer.patch_size)
         front_end.vary_edges(fmin_aug_range, fmax_aug_range)
         self.fill = front_end.power_db_to_value(SILENCE_DB)
+        faults = Faults("the settings of PaSST")
         super().__init__(
-            front_end,
-            num_classes=num_classes,
-            outputs="logits",
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            norm_eps=norm_eps,
-            target_length=target_length,
-            patch_size=patch_size,
-            patch_stride=patch_stride,
-            eval_avg=eval_avg,
-            drop_rate=drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
-            init_values=None,
-            time_patch_out=time_patch_out,
-            freq_patch_out=freq_patch_out,
-            token_merging=token_merging,
-            token_merging_in_training=token_merging_in_training,
-            faults=Faults("the settings of PaSST"),
+            front_end, transformer, num_classes=num_classes, outputs="logits", norm_eps=norm_eps, faults=faults
         )
-        self.head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_classes))
+        self.head = nn.Sequential(nn.LayerNorm(self.embed_dim), nn.Linear(self.embed_dim, num_classes))
         # Part of published checkpoints and of no computation: without a gradient, so that no rank waits for one.
-        self.head_dist = nn.Linear(embed_dim, num_classes).requires_grad_(False)
+        self.head_dist = nn.Linear(self.embed_dim, num_classes).requires_grad_(False)
         self.apply(initialise)
 
     def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -191,7 +125,7 @@ class PaSST(SpectrogramTransformer):
         self.freq_new_pos_embed = nn.Parameter(torch.randn(1, self.embed_dim, n_rows, 1) * 0.02)
         self.time_new_pos_embed = nn.Parameter(torch.randn(1, self.embed_dim, 1, n_columns) * 0.02)
 
-    def _placed(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
+    def _place(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
         time = self._time_positions(patches.shape[2], columns)  # (1,1,t,D) or (R,1,t,D)
         return patches + (time + self.freq_new_pos_embed.permute(0, 2, 3, 1))
 
@@ -215,12 +149,14 @@ class PaSST(SpectrogramTransformer):
     def _prefix(self) -> Tensor:
         return torch.cat([self.cls_token, self.dist_token], dim=1) + self.new_pos_embed
 
-    def _clip_embeddings(self, tokens: Tokens) -> Tensor:
-        assert tokens.prefix is not None
-        return tokens.prefix.mean(1)
+    def pool_rows(self, encoded: Encoded) -> Tensor:
+        """Embed rows by the mean of the two tokens before the patches: (R,D)."""
+        assert encoded.prefix is not None
+        return encoded.prefix.mean(1)
 
-    def _classify(self, tokens: Tokens) -> Tensor:
-        return self.head(self._clip_embeddings(tokens))
+    def classify_rows(self, encoded: Encoded) -> Tensor:
+        """Tag rows: logits (R,C)."""
+        return self.head(self.pool_rows(encoded))
 
 
 _RELEASES = "https://github.com/kkoutini/PaSST/releases/download"

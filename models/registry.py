@@ -1,7 +1,6 @@
 """Names to networks: the one place that knows which models there are."""
 
 import fnmatch
-import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ from typing import Any, TypeVar, get_args
 from common.errors import Faults, UserError, did_you_mean, some
 from models.base import Activation, AudioTagger
 from models.labels import labels_for
+from models.settings import find_arguments
 
 AUDIOSET_CLASSES = 527
-_OF_ALL = ("band_limit",)  # arguments that every model takes
+_OF_ALL = {"band_limit": None}  # arguments that every model takes
 
 Factory = TypeVar("Factory", bound=Callable[..., AudioTagger])
 
@@ -32,9 +32,14 @@ class ModelEntry:
     initialisation: str | None = None
 
     @property
+    def defaults(self) -> dict[str, Any]:
+        """The arguments it takes besides `num_classes`, with their defaults."""
+        return find_arguments(self.factory) | _OF_ALL
+
+    @property
     def arguments(self) -> list[str]:
         """Names of the arguments it takes, besides `num_classes`."""
-        return [*(name for name in inspect.signature(self.factory).parameters if name != "num_classes"), *_OF_ALL]
+        return list(self.defaults)
 
     @property
     def masks_padding(self) -> bool:

@@ -4,12 +4,15 @@ A network's class lists those it takes, with its own defaults, in `shared_settin
 configurations and checkpoints spell them (`model_args.embed_dim`), and `take_settings` puts them back together.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar, cast
 
 from models.chunks import Average
 from models.token_merging import MergingSetting
+
+Defaults = TypeVar("Defaults", bound=tuple[Any, ...])
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,6 @@ class TransformerSettings:
         num_heads: H, a divisor of D.
         mlp_ratio: hidden width of the MLPs in units of D.
         qkv_bias: whether queries, keys and values have a bias.
-        norm_eps: of the layer norms of the blocks, and of the last one.
         target_length: longest input in frames; longer clips are cut into chunks.
         patch_size: edge of a patch, in bands and frames.
         patch_stride: from one patch to the next.
@@ -66,7 +68,6 @@ class TransformerSettings:
     num_heads: int = 12
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
-    norm_eps: float = 1e-6
     target_length: int = 1012
     patch_size: int = 16
     patch_stride: int = 16
@@ -81,7 +82,7 @@ class TransformerSettings:
     token_merging_in_training: bool = True
 
 
-def take_settings(defaults: tuple[Any, ...], given: Mapping[str, Any]) -> tuple[Any, ...]:
+def take_settings(defaults: Defaults, given: Mapping[str, Any]) -> Defaults:
     """Lay arguments over defaults.
 
     Args:
@@ -98,7 +99,22 @@ def take_settings(defaults: tuple[Any, ...], given: Mapping[str, Any]) -> tuple[
     unknown = [name for name in given if not any(name in names for names in known)]
     if unknown:
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
-    return tuple(
+    taken = (
         replace(settings, **{name: value for name, value in given.items() if name in names})
         for settings, names in zip(defaults, known, strict=True)
     )
+    return cast(Defaults, tuple(taken))
+
+
+def find_arguments(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Find what a factory of networks takes besides `num_classes`: name -> default.
+
+    Args:
+        factory: a class, a function, or a partial of one; `shared_settings` of a class are among its arguments.
+    """
+    parameters = inspect.signature(factory).parameters.values()
+    found = {each.name: each.default for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD}
+    for settings in getattr(getattr(factory, "func", factory), "shared_settings", ()):
+        found |= asdict(settings)
+    found |= getattr(factory, "keywords", {})
+    return {name: default for name, default in found.items() if name != "num_classes"}

@@ -133,7 +133,7 @@ class TokenGroups:
             if self.own is not None and self.size is None:  # the tokens of each clip in front, as if it were alone
                 order = (~self.own).int().argsort(dim=1, stable=True)
                 self.size, self.place = self.own.gather(1, order).float(), order.argsort(1)
-                metric, x = _taken(metric, order), _taken(x, order)
+                metric, x = take_tokens(metric, order), take_tokens(x, order)
             source, joins, place = self._matched(metric, most)
             size = x.new_ones(x.shape[:2], dtype=torch.float32) if self.size is None else self.size
             left, joining = source[:, :n_left], source[:, n_left:]  # (B,N'-r), (B,r)
@@ -143,8 +143,8 @@ class TokenGroups:
             share = weight / self.size.gather(1, target).clamp(min=1)
             self.place = place if self.place is None else place.gather(1, self.place)
         # The mean by size, without touching tokens that stay what they are: y + (x - y) * share of x.
-        kept = _taken(x, left)
-        change = (_taken(x, joining) - _taken(kept, target)) * share[..., None].to(x.dtype)
+        kept = take_tokens(x, left)
+        change = (take_tokens(x, joining) - take_tokens(kept, target)) * share[..., None].to(x.dtype)
         kept.flatten(0, 1).index_add_(0, _flat(target, n_left), change.flatten(0, 1))
         return kept
 
@@ -153,7 +153,7 @@ class TokenGroups:
 
         A mean over them is the mean over groups by their size.
         """
-        return x if self.place is None else _taken(x, self.place)
+        return x if self.place is None else take_tokens(x, self.place)
 
     def _matched(self, metric: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """Match A and B.
@@ -212,6 +212,6 @@ def _flat(place: Tensor, n_tokens: int) -> Tensor:
     return (place + torch.arange(place.shape[0], device=place.device)[:, None] * n_tokens).flatten()
 
 
-def _taken(x: Tensor, place: Tensor) -> Tensor:
+def take_tokens(x: Tensor, place: Tensor) -> Tensor:
     """Take tokens by their places: (B,N,D), (B,M) -> (B,M,D). Flat, which is many times faster than `gather`."""
     return x.flatten(0, 1).index_select(0, _flat(place, x.shape[1])).unflatten(0, place.shape)

@@ -8,50 +8,20 @@ Letters: B batch, F mel bands, T frames, C classes, D width, f and t rows and co
 one.
 """
 
-from typing import ClassVar, NamedTuple, cast, get_args
+from collections.abc import Sequence
+from typing import ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import Faults, UserError, some
-from models.base import AudioTagger, Outputs
+from models.base import AudioTagger, Encoded, Keep, Outputs
 from models.chunks import Average, Count, drop_remainder, join, join_logits, split
 from models.frontends import SILENCE_DB, FrontEnd
 from models.layers import Block, PatchEmbed
-from models.token_merging import MergingSetting, TokenGroups, merging_schedule, split_setting
-
-
-class Rows(NamedTuple):
-    """Normalised spectrograms as the network sees them.
-
-    Attributes:
-        mel: (R,F,T'), at most `target_length` frames.
-        columns: (R,) patch columns that take part in attention and pooling, None where all do.
-        steps: (R,) patch columns that hold any of the clip's own frames, None where all do.
-        clip: (R,) the clip of each row, ascending, None where every clip is one row.
-        weights: (R,) what each row counts in the mean over its clip's, None where all count the same.
-    """
-
-    mel: Tensor
-    columns: Tensor | None
-    steps: Tensor | None
-    clip: Tensor | None
-    weights: Tensor | None = None
-
-
-class Tokens(NamedTuple):
-    """What the transformer gives back.
-
-    Attributes:
-        prefix: (R,P,D), None for networks without prefix tokens.
-        grid: (R,f,t,D) after the final norm.
-        own: (R,t) columns that count, None where all do.
-    """
-
-    prefix: Tensor | None
-    grid: Tensor
-    own: Tensor | None
+from models.settings import TransformerSettings
+from models.token_merging import MergingSetting, TokenGroups, merging_schedule, split_setting, take_tokens
 
 
 class SpectrogramTransformer(AudioTagger):
@@ -63,31 +33,14 @@ class SpectrogramTransformer(AudioTagger):
 
     Args:
         front_end: waveform to spectrogram.
+        settings: of the network.
         num_classes: C.
         outputs: whether the head gives "logits" or "probabilities".
-        embed_dim: D.
-        depth: number of blocks.
-        num_heads: a divisor of D.
-        mlp_ratio: hidden width of the MLPs in units of D.
-        qkv_bias: whether queries, keys and values have a bias.
         norm_eps: of the layer norms.
-        target_length: longest input in frames.
-        patch_size: edge of a patch, in bands and frames.
-        patch_stride: from one patch to the next.
-        eval_avg: how chunks of a long clip are joined, "mean" or "max" of their probabilities.
-        drop_rate: dropout of tokens and projections.
-        attn_drop_rate: dropout of attention weights.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
-        init_values: initial layer scale, None for none.
-        time_patch_out: random columns of the patch grid left out in training.
-        freq_patch_out: random rows of the patch grid left out in training.
-        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`; or, for attention
-            in which merged tokens count like others, {"r": those, "proportional": False}.
-        token_merging_in_training: False: only in evaluation mode.
         faults: what a subclass has found wrong with its own arguments.
 
     Raises:
-        UserError: arguments contradict each other; all faults are told at once.
+        UserError: arguments contradict each other; all faults are listed at once.
     """
 
     masks_padding = True
@@ -99,64 +52,49 @@ class SpectrogramTransformer(AudioTagger):
     def __init__(
         self,
         front_end: FrontEnd,
+        settings: TransformerSettings,
         *,
         num_classes: int,
         outputs: Outputs,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
         norm_eps: float,
-        target_length: int,
-        patch_size: int,
-        patch_stride: int,
-        eval_avg: Average,
-        drop_rate: float,
-        attn_drop_rate: float,
-        drop_path_rate: float,
-        init_values: float | None,
-        time_patch_out: int | None,
-        freq_patch_out: int | None,
-        token_merging: MergingSetting,
-        token_merging_in_training: bool,
         faults: Faults,
     ) -> None:
-        if eval_avg not in get_args(Average):
-            faults.add(f"eval_avg must be one of {some(get_args(Average))}, not {eval_avg!r}")
-        if num_heads < 1 or embed_dim % num_heads:
-            faults.add(f"embed_dim {embed_dim} cannot be shared among {num_heads} heads")
+        width, patch_size, target_length = settings.embed_dim, settings.patch_size, settings.target_length
+        if settings.eval_avg not in get_args(Average):
+            faults.add(f"eval_avg must be one of {some(get_args(Average))}, not {settings.eval_avg!r}")
+        if settings.num_heads < 1 or width % settings.num_heads:
+            faults.add(f"embed_dim {width} cannot be shared among {settings.num_heads} heads")
         if target_length < patch_size or front_end.n_mels < patch_size:
             faults.add(f"target_length {target_length} and n_mels {front_end.n_mels} must hold a patch of {patch_size}")
         try:
-            r, proportional = split_setting(token_merging)
-            schedule = merging_schedule(r, depth)
+            r, proportional = split_setting(settings.token_merging)
+            schedule = merging_schedule(r, settings.depth)
         except UserError as error:
             faults.add(str(error))
         faults.raise_if_any()
-        super().__init__(front_end, num_classes=num_classes, embed_dim=embed_dim, outputs=outputs)
-        self.eval_avg, self.target_length = eval_avg, target_length
-        self.patch_size, self.patch_stride = patch_size, patch_stride
-        self.time_patch_out, self.freq_patch_out = time_patch_out or 0, freq_patch_out or 0
-        self.merges_in_training = token_merging_in_training
-        self.patch_embed = PatchEmbed(embed_dim, patch_size, patch_stride)
+        super().__init__(front_end, num_classes=num_classes, embed_dim=width, outputs=outputs)
+        self.eval_avg, self.target_length = settings.eval_avg, target_length
+        self.patch_size, self.patch_stride = patch_size, settings.patch_stride
+        self.time_patch_out, self.freq_patch_out = settings.time_patch_out or 0, settings.freq_patch_out or 0
+        self.merges_in_training = settings.token_merging_in_training
+        self.patch_embed = PatchEmbed(width, patch_size, settings.patch_stride)
         self._make_positions(self._n_patches(front_end.n_mels), self._n_patches(target_length))
-        self.pos_drop = nn.Dropout(drop_rate)
+        self.pos_drop = nn.Dropout(settings.drop_rate)
         self.blocks = nn.ModuleList(
             Block(
-                embed_dim,
-                num_heads,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
+                width,
+                settings.num_heads,
+                mlp_ratio=settings.mlp_ratio,
+                qkv_bias=settings.qkv_bias,
                 norm_eps=norm_eps,
-                dropout=drop_rate,
-                attention_dropout=attn_drop_rate,
-                drop_path=drop_path_rate * index / max(depth - 1, 1),
-                init_values=init_values,
+                dropout=settings.drop_rate,
+                attention_dropout=settings.attn_drop_rate,
+                drop_path=settings.drop_path_rate * index / max(settings.depth - 1, 1),
+                init_values=settings.init_values,
             )
-            for index in range(depth)
+            for index in range(settings.depth)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.merged_tokens, self.proportional_attention = schedule, proportional
 
     @property
@@ -172,7 +110,7 @@ class SpectrogramTransformer(AudioTagger):
         """Make the parameters of positions and prefix tokens, for a grid of that size."""
         raise NotImplementedError
 
-    def _placed(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
+    def _place(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
         """Add positions to patches: (R,f,t,D), columns that take part (R,) or None for all -> (R,f,t,D)."""
         raise NotImplementedError
 
@@ -180,16 +118,16 @@ class SpectrogramTransformer(AudioTagger):
         """Tokens before the patches, with their positions, (1,P,D); None for none."""
         return None
 
-    def _classify(self, tokens: Tokens) -> Tensor:
-        """(R,C), what `outputs` says."""
-        raise NotImplementedError
-
     def _normalise(self, mel: Tensor, n_frames: Tensor | None) -> Tensor:
         """Normalise what the front-end gave, (B,F,T) -> (B,F,T); own frames (B,) or None."""
         return mel
 
-    def _clip_embeddings(self, tokens: Tokens) -> Tensor | None:
-        """(R,D), or None where it is the mean of the clip's own columns."""
+    def classify_rows(self, encoded: Encoded) -> Tensor:
+        """Tag rows: (R,C), what `outputs` says."""
+        raise NotImplementedError
+
+    def pool_rows(self, encoded: Encoded) -> Tensor | None:
+        """Embed rows: (R,D), or None where a clip's embedding is the mean of its own columns."""
         return None
 
     def merge_tokens(self, setting: MergingSetting) -> None:
@@ -202,96 +140,87 @@ class SpectrogramTransformer(AudioTagger):
         self.merged_tokens, self.proportional_attention = merging_schedule(r, len(self.blocks)), proportional
         self.arguments["token_merging"] = setting
 
-    def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
-        """Tag spectrograms of any length.
+    def encode(
+        self, mel: Tensor, n_frames: Tensor | None = None, *, keep: Keep | None = None, layers: Sequence[int] = ()
+    ) -> Encoded:
+        """Compute the tokens after the final norm, of clips of any length; see `AudioTagger.encode`.
 
-        Args:
-            mel: (B,F,T) as the front-end gives it.
-            n_frames: (B,) frames of each clip, None where all of T belong to it.
-
-        Returns:
-            (B,C), what `outputs` says.
+        With `keep`, patch-out leaves nothing out besides; where it chooses padding, that is masked in attention.
 
         Raises:
-            UserError: the spectrogram has another number of bands, or too few frames for one patch.
+            UserError: another number of bands, too few frames for one patch, or no such block.
         """
-        rows = self._rows(mel, n_frames)
-        return self._tagged(self._encode(rows.mel, rows.columns), rows, len(mel))
+        depth = len(self.blocks)
+        if missing := [layer for layer in layers if not -depth <= layer < depth]:
+            raise UserError(f"{self.name} has no layer {missing[0]}: it has {depth}, 0 to {depth - 1}; -1 is the last")
+        rows, columns, encoded = self._cut(mel, n_frames)
+        return self._encode_rows(rows, columns, encoded, keep, layers)
 
-    def _tagged(self, tokens: Tokens, rows: Rows, n_clips: int) -> Tensor:
-        """(B,C), what `outputs` says."""
-        output = self._classify(tokens)
-        if rows.clip is None:
+    def classify(self, encoded: Encoded) -> Tensor:
+        """Tag: (B,C), what `outputs` says; the probabilities of a clip's chunks are joined."""
+        output, clip = self.classify_rows(encoded), encoded.clip_of_row
+        if clip is None:
             return output
         if self.outputs == "logits":
-            return join_logits(output, rows.clip, n_clips, self.eval_avg, self.activation, rows.weights)
-        return join(output, rows.clip, n_clips, self.eval_avg, rows.weights)
+            return join_logits(output, clip, encoded.n_clips, self.eval_avg, self.activation, encoded.weights)
+        return join(output, clip, encoded.n_clips, self.eval_avg, encoded.weights)
 
-    def forward_features(self, mel: Tensor) -> Tensor:
-        """Compute the tokens after the final norm.
+    def pool(self, encoded: Encoded) -> Tensor:
+        """Embed clips: (B,D).
 
-        Args:
-            mel: (B,F,T), at most `target_length` frames.
+        The mean of a clip's prefix tokens where the head reads these, chunks averaged by their frames; else the mean of
+        its own columns, or of those of its own tokens that `keep` chose.
+        """
+        rows, clip = self.pool_rows(encoded), encoded.clip_of_row
+        if rows is not None:
+            return rows if clip is None else join(rows, clip, encoded.n_clips, "mean", encoded.weights)
+        columns, n_columns = self._own_columns(encoded)
+        return columns.mean(1) if n_columns is None else columns.sum(1) / n_columns.clamp(min=1)[:, None]
 
-        Returns:
-            (B,P+N,D), patches frequency-major behind the prefix tokens; merged ones have the same values.
+    def frames(self, encoded: Encoded) -> Tensor:
+        """Embed time steps: the mean over frequency for every patch column (B,T',D), zero behind a clip's end.
 
         Raises:
-            UserError: the spectrogram does not fit.
+            UserError: `keep` has left no columns.
         """
-        if mel.shape[-1] > self.target_length:
-            raise UserError(f"{mel.shape[-1]} frames are more than the {self.target_length} of one chunk")
-        tokens = self._encode(self._rows(mel, None).mel, None)
-        grid = tokens.grid.flatten(1, 2)
-        return grid if tokens.prefix is None else torch.cat([tokens.prefix, grid], dim=1)
+        if encoded.kept is not None:
+            raise UserError(f"{self.name}: tokens that `keep` chose are no time steps; encode without it for these")
+        columns, n_columns = self._own_columns(encoded)
+        return columns if n_columns is None else columns[:, : int(n_columns.max())]
 
-    def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embed spectrograms of any length.
+    def _columns(self, encoded: Encoded) -> Tensor:
+        """Means over frequency (R,t,D), or the tokens that `keep` chose (R,N',D)."""
+        assert encoded.tokens is not None
+        return encoded.tokens.mean(1) if encoded.kept is None else encoded.tokens
 
-        Args:
-            mel: (B,F,T) as the front-end gives it.
-            n_frames: (B,) frames of each clip, None where all of T belong to it.
+    def _own_columns(self, encoded: Encoded) -> tuple[Tensor, Tensor | None]:
+        """A clip's columns over all its rows, zero where they are not its own, (B,T',D), and their number (B,).
 
-        Returns:
-            One vector a clip (B,D): the mean of its prefix tokens where the head reads that, chunks averaged by their
-            frames, else the mean over its patches; and the mean over frequency for every patch column (B,T',D).
+        None for the number where all are the clip's own; chosen tokens are columns, too.
         """
-        rows = self._rows(mel, n_frames)
-        return self._embedded(self._encode(rows.mel, rows.columns), rows, len(mel))
-
-    def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tag and embed at once: (B,F,T), own frames (B,) or None -> (B,C) as `forward`, clip embeddings (B,D)."""
-        rows = self._rows(mel, n_frames)
-        tokens = self._encode(rows.mel, rows.columns)
-        return self._tagged(tokens, rows, len(mel)), self._embedded(tokens, rows, len(mel))[0]
-
-    def _embedded(self, tokens: Tokens, rows: Rows, n_clips: int) -> tuple[Tensor, Tensor]:
-        """Clip embeddings (B,D) and columns (B,T',D)."""
-        frames, clips = tokens.grid.mean(1), self._clip_embeddings(tokens)  # (R,t,D), (R,D)
-        if clips is not None and rows.clip is not None:
-            clips = join(clips, rows.clip, n_clips, "mean", rows.weights)
-        if rows.steps is None:
-            return frames.mean(1) if clips is None else clips, frames
-        own, steps = (
-            torch.arange(frames.shape[1], device=frames.device) < rows.steps[:, None],
-            rows.steps,
-        )  # (R,t), (R,)
-        if self.training and self.time_patch_out and tokens.own is not None:  # some of the clip's columns are left out
-            own, steps = tokens.own, tokens.own.sum(1)
-        if rows.clip is not None:
-            steps = steps.new_zeros(n_clips).index_add_(0, rows.clip, steps)  # (B,)
-        joined = frames.new_zeros(n_clips, int(steps.max()), self.embed_dim)
-        joined[torch.arange(joined.shape[1], device=frames.device) < steps[:, None]] = frames[own]
-        return joined.sum(1) / steps[:, None] if clips is None else clips, joined
+        columns, clip = self._columns(encoded), encoded.clip_of_row
+        if encoded.n_steps is None:
+            return columns, None
+        step = torch.arange(columns.shape[1], device=columns.device)
+        if encoded.kept is not None:
+            step = encoded.kept % encoded.grid[1]
+        own = step < encoded.n_steps[:, None]  # (R,t)
+        number = own.sum(1)
+        if clip is None:
+            return columns.masked_fill(~own[..., None], 0.0), number
+        number = number.new_zeros(encoded.n_clips).index_add_(0, clip, number)  # (B,)
+        joined = columns.new_zeros(encoded.n_clips, int(number.max()), self.embed_dim)
+        joined[torch.arange(joined.shape[1], device=columns.device) < number[:, None]] = columns[own]
+        return joined, number
 
     def probabilities_of(self, mel: Tensor) -> Tensor:
         """Probabilities of spectrograms of any length (B,F,T) -> (B,C), in shapes alone, as graphs want it.
 
         Chunks as in `forward_spectrogram`; fewer frames than one patch are followed by silence.
         """
-        tokens, inside = self._encode_shapes(mel)
+        encoded, inside = self._encode_shapes(mel)
         # Sizes by `shape`: `len` would make a tracer take that of its example for all.
-        found = self.probabilities(self._classify(tokens)).unflatten(0, (mel.shape[0], inside.shape[0]))
+        found = self.probabilities(self.classify_rows(encoded)).unflatten(0, (mel.shape[0], inside.shape[0]))
         return found.amax(1) if self.eval_avg == "max" else self._mean_of_chunks(found, inside)
 
     def embedding_of(self, mel: Tensor) -> Tensor:
@@ -299,16 +228,15 @@ class SpectrogramTransformer(AudioTagger):
 
         Chunks as in `embed_spectrogram`; fewer frames than one patch are followed by silence.
         """
-        tokens, inside = self._encode_shapes(mel)
-        clips = self._clip_embeddings(tokens)
-        by_clip = (mel.shape[0], inside.shape[0])
-        if clips is not None:
-            return self._mean_of_chunks(clips.unflatten(0, by_clip), inside)
-        columns = tokens.grid.mean(1)  # (R,t,D)
+        encoded, inside = self._encode_shapes(mel)
+        rows, by_clip = self.pool_rows(encoded), (mel.shape[0], inside.shape[0])
+        if rows is not None:
+            return self._mean_of_chunks(rows.unflatten(0, by_clip), inside)
+        columns = self._columns(encoded)  # (R,t,D)
         # A column of a chunk counts where its first frame is the clip's own: all of those of a chunk that is full.
         counted = inside[:, :: self.patch_stride][:, : columns.shape[1]].repeat(mel.shape[0], 1)  # (R,t)
-        if tokens.own is not None:
-            counted = counted * tokens.own
+        if encoded.valid is not None:
+            counted = counted * encoded.valid
         total = (columns * counted[..., None]).unflatten(0, by_clip).sum((1, 2))
         return total / counted.unflatten(0, by_clip).sum((1, 2))[:, None]
 
@@ -319,11 +247,11 @@ class SpectrogramTransformer(AudioTagger):
         share = inside.sum(1, keepdim=True) / inside.sum()  # (chunks,1)
         return (x * share).sum(1)
 
-    def _encode_shapes(self, mel: Tensor) -> tuple[Tokens, Tensor]:
+    def _encode_shapes(self, mel: Tensor) -> tuple[Encoded, Tensor]:
         """Encode spectrograms of any length (B,F,T) as rows of B x chunks; and which frames of a chunk are its clip's.
 
         Returns:
-            The tokens, and 1 or 0 for each frame of the chunks of a clip (chunks, frames).
+            What is computed of them, and 1 or 0 for each frame of the chunks of a clip (chunks, frames).
         """
         batch, _, n_frames = mel.shape
         if not self.fixed_length:
@@ -347,7 +275,7 @@ class SpectrogramTransformer(AudioTagger):
         inside = F.pad(mel.new_ones(n_frames), behind).reshape(n_chunks, chunk)
         mel = F.pad(self._normalise(mel, None), behind, value=self.fill)
         chunks = mel.transpose(1, 2).reshape(batch * n_chunks, chunk, mel.shape[1]).transpose(1, 2)  # (R,F,chunk)
-        return self._encode(chunks, columns), inside
+        return self._encode_rows(chunks, columns, Encoded(mel.shape[0])), inside
 
     def n_steps(self, n_samples: int) -> int:
         """Patch columns that a clip of `n_samples` has, over all its chunks."""
@@ -369,9 +297,14 @@ class SpectrogramTransformer(AudioTagger):
         """Columns of filled-up chunks that hold any of their first `n_frames` (R,) frames."""
         return (-(-n_frames // self.patch_stride)).clamp(max=self._n_patches(self.target_length))
 
-    def _rows(self, mel: Tensor, n_frames: Tensor | None) -> Rows:
-        """Normalise, and cut long clips into chunks; the padding of one chunk counts, padding of a batch does not."""
-        _, n_mels, n_total = mel.shape
+    def _cut(self, mel: Tensor, n_frames: Tensor | None) -> tuple[Tensor, Tensor | None, Encoded]:
+        """Normalise, and cut long clips into chunks; the padding of one chunk counts, padding of a batch does not.
+
+        Returns:
+            Rows (R,F,T') of at most `target_length` frames, the columns of each that take part (R,), None where all do,
+            and whose rows they are.
+        """
+        n_clips, n_mels, n_total = mel.shape
         least = 1 if self.fixed_length else self.patch_size
         if n_mels != self.front_end.n_mels or n_total < least:
             raise UserError(
@@ -384,63 +317,106 @@ class SpectrogramTransformer(AudioTagger):
         mel = self._normalise(mel[:, :, :n_total], n_frames)
         if n_total <= self.target_length and not self.fixed_length:
             columns = None if n_frames is None else (n_frames - self.patch_size) // self.patch_stride + 1
-            return Rows(mel, columns, columns, None)
+            return mel, columns, Encoded(n_clips, n_steps=columns)
 
         chunk = self.target_length
         if n_total <= chunk:
-            frames = torch.full((len(mel),), n_total, device=mel.device) if n_frames is None else n_frames
+            frames = torch.full((n_clips,), n_total, device=mel.device) if n_frames is None else n_frames
             is_padding = torch.arange(n_total, device=mel.device) >= frames[:, None]  # (B,T)
             mel = F.pad(mel.masked_fill(is_padding[:, None], self.fill), (0, chunk - n_total), value=self.fill)
-            return Rows(mel, None, self._touched(frames), None)
+            return mel, None, Encoded(n_clips, n_steps=self._touched(frames))
         chunks, inside, clip = split(mel, n_frames, chunk, self.fill)
-        touched, weights = self._touched(inside), None if self.equal_chunks else inside
-        if self.fixed_length:
-            return Rows(chunks, None, touched, clip, weights)
+        encoded = Encoded(n_clips, n_steps=self._touched(inside), clip_of_row=clip)
+        encoded.weights = None if self.equal_chunks else inside
+        if self.fixed_length or n_frames is None or not bool((alone := (n_frames <= chunk)[clip]).any()):
+            return chunks, None, encoded
         whole = (inside - self.patch_size) // self.patch_stride + 1
-        alone = torch.zeros_like(inside, dtype=torch.bool) if n_frames is None else (n_frames <= chunk)[clip]
-        columns = torch.where(alone, whole, self._n_patches(chunk)) if bool(alone.any()) else None
-        return Rows(chunks, columns, torch.where(alone, whole, touched), clip, weights)
+        encoded.n_steps = torch.where(alone, whole, self._touched(inside))
+        return chunks, torch.where(alone, whole, self._n_patches(chunk)), encoded
 
-    def _encode(self, mel: Tensor, columns: Tensor | None) -> Tokens:
-        x = self._placed(self.patch_embed(mel), columns)  # (R,f,t,D)
-        n_rows, n_columns = x.shape[1:3]
-        own = None if columns is None else torch.arange(n_columns, device=x.device) < columns[:, None]  # (R,t)
-        if self.training:
-            if self.time_patch_out:
-                kept = self._kept(n_columns, self.time_patch_out, x.device)
-                if own is not None:
-                    kept[0] = 0  # the one column that every clip has
-                    own = own[:, kept]
-                x = x[:, :, kept]
-            if self.freq_patch_out:
-                x = x[:, self._kept(n_rows, self.freq_patch_out, x.device)]
-        n_rows, n_columns = x.shape[1:3]
-        x = x.flatten(1, 2)  # (R,N,D)
+    def _encode_rows(
+        self,
+        mel: Tensor,
+        columns: Tensor | None,
+        encoded: Encoded,
+        keep: Keep | None = None,
+        layers: Sequence[int] = (),
+    ) -> Encoded:
+        """Write into `encoded` what is computed of rows (R,F,T'), of which columns (R,), or None for all, take part."""
+        x, valid = self._prepare_tokens(mel, columns, encoded, keep)
+        x, encoded.layers = self._through_blocks(x, valid, layers)
+        prefix, x = x[:, : self.n_prefix], x[:, self.n_prefix :]
+        encoded.prefix = prefix if self.n_prefix else None
+        encoded.tokens = x.unflatten(1, encoded.grid) if encoded.kept is None else x
+        return encoded
+
+    def _prepare_tokens(
+        self, mel: Tensor, columns: Tensor | None, encoded: Encoded, keep: Keep | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Patches with positions behind prefix tokens, those alone that are chosen: (R,P+N,D), valid (R,P+N) or None.
+
+        `grid`, `valid` and `kept` are written into `encoded`.
+        """
+        x = self._place(self.patch_embed(mel), columns)  # (R,f,t,D)
+        encoded.grid = n_rows, n_columns = x.shape[1], x.shape[2]
+        x, valid, places = x.flatten(1, 2), None, None
+        if columns is not None:
+            encoded.valid = torch.arange(n_columns, device=x.device) < columns[:, None]  # (R,t)
+            valid = encoded.valid[:, None].expand(-1, n_rows, -1).flatten(1)  # (R,N)
+        if keep is not None:
+            places = encoded.kept = keep(n_rows, n_columns, encoded.valid)
+        elif self.training and (self.time_patch_out or self.freq_patch_out):
+            places = self._patch_out(encoded, x.device).expand(x.shape[0], -1)
+        if places is not None:
+            x = take_tokens(x, places)
+            valid = None if valid is None else valid.gather(1, places)
+        if keep is not None:
+            encoded.valid = valid
         prefix = self._prefix()
-        n_prefix = 0 if prefix is None else prefix.shape[1]
         if prefix is not None:
             x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
-        counted = None
-        if own is not None:
-            counted = F.pad(own[:, None].expand(-1, n_rows, -1).flatten(1), (n_prefix, 0), value=True)  # (R,P+N)
-        x = self._through_blocks(self.pos_drop(x), counted, n_prefix)
-        return Tokens(x[:, :n_prefix] if n_prefix else None, x[:, n_prefix:].unflatten(1, (n_rows, n_columns)), own)
+        return self.pos_drop(x), None if valid is None else F.pad(valid, (self.n_prefix, 0), value=True)
 
-    def _through_blocks(self, x: Tensor, own: Tensor | None, n_prefix: int) -> Tensor:
-        """Blocks, token merging and the final norm: (R,P+N,D), tokens that count (R,P+N) or None -> (R,P+N,D)."""
-        groups = TokenGroups(own, n_prefix, self.proportional_attention)
+    def _through_blocks(
+        self, x: Tensor, valid: Tensor | None, layers: Sequence[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Blocks, token merging and the final norm: (R,P+N,D), tokens that count (R,P+N) or None -> (R,P+N,D).
+
+        And what the chosen blocks give, each (R,P+N,D).
+        """
+        groups = TokenGroups(valid, self.n_prefix, self.proportional_attention)
         merges = self.merges_in_training or not self.training
-        for block, amount in zip(cast("list[Block]", self.blocks), self.merged_tokens, strict=True):
+        outputs: dict[int, Tensor] = {}
+        for index, (block, amount) in enumerate(zip(cast("list[Block]", self.blocks), self.merged_tokens, strict=True)):
             x, keys = block.attend(x, groups.bias)
             x = groups.merge(x, keys, amount if merges else 0)
             x = block.feed_forward(x)
-        return groups.spread(self.norm(x))
+            outputs |= {layer: groups.spread(x) for layer in layers if layer % len(self.blocks) == index}
+        return groups.spread(self.norm(x)), outputs
+
+    def _patch_out(self, encoded: Encoded, device: torch.device) -> Tensor:
+        """Draw the rows and columns that training computes of a whole batch: places in the f t patches, (N',).
+
+        What is left of `grid`, `valid` and `n_steps` is written into `encoded`.
+        """
+        n_rows, n_columns = encoded.grid
+        columns = self._draw_kept(n_columns, self.time_patch_out, device)
+        if encoded.valid is not None:
+            columns[0] = 0  # the one column that every clip has
+            encoded.valid = encoded.valid[:, columns]
+        rows = self._draw_kept(n_rows, self.freq_patch_out, device)
+        if encoded.n_steps is not None:
+            encoded.n_steps = (columns < encoded.n_steps[:, None]).sum(1)
+        encoded.grid = len(rows), len(columns)
+        return (rows[:, None] * n_columns + columns).flatten()
 
     def _draw_device(self, device: torch.device) -> torch.device:
         """Where random numbers are drawn for tensors on `device`."""
         return device if self.generator is None else self.generator.device
 
-    def _kept(self, size: int, n_out: int, device: torch.device) -> Tensor:
+    def _draw_kept(self, size: int, n_out: int, device: torch.device) -> Tensor:
         """Ascending indices that patch-out leaves, at least one."""
+        if not n_out:
+            return torch.arange(size, device=device)
         order = torch.randperm(size, generator=self.generator, device=self._draw_device(device))
         return order[: max(size - n_out, 1)].sort().values.to(device)

@@ -9,7 +9,6 @@ run's `config.yaml` and `run.json`, and a run that goes on takes them from there
 The rules were found on ESC-10 and on spoken words of 1 s and of 0.4 s at 8 kHz: figures are in RESULTS.md.
 """
 
-import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -194,8 +193,7 @@ def _model_args(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
 
 def _highest_hz(entry: ModelEntry, given: Mapping[str, Any]) -> float:
     """Upper edge in Hz of a model's mel bands, with the arguments that were given."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(entry.factory).parameters.items()}
-    arguments = defaults | {key: value for key, value in given.items() if value is not None}
+    arguments = entry.defaults | {key: value for key, value in given.items() if value is not None}
     upper = [arguments.get("f_max"), arguments.get("band_limit"), arguments["sample_rate"] / 2]
     return min(float(hertz) for hertz in upper if hertz is not None)
 

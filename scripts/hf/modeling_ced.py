@@ -11,11 +11,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from models.audiotransformer import AudioTransformer, _masked_mean
-from models.base import AudioTagger
+from models.audiotransformer import AudioTransformer, masked_mean
+from models.base import AudioTagger, Encoded
 from models.chunks import join_logits
 from models.layers import LayerScale
-from models.vit import Tokens
 from scripts.hf.configuration_ced import CedConfig
 from scripts.hf.modeling_base import TaggerForAudioClassification, TaggerModel, TaggerPreTrainedModel
 
@@ -54,20 +53,21 @@ class CedForAudioClassification(TaggerForAudioClassification, CedPreTrainedModel
         """(B,C) logits of the clips' probabilities."""
         if self.config.head is not None:
             return super()._logits(mel, n_frames)
-        rows = self.encoder._rows(mel, n_frames)
-        logits = self._logits_of_rows(self.encoder._encode(rows.mel, rows.columns))
-        if rows.clip is None:
+        encoded = self.encoder.encode(mel, n_frames)
+        logits = self._logits_of_rows(encoded)
+        if encoded.clip_of_row is None:
             return logits
-        return join_logits(logits, rows.clip, len(mel), self.encoder.eval_avg, self.encoder.activation)
+        return join_logits(logits, encoded.clip_of_row, len(mel), self.encoder.eval_avg, self.encoder.activation)
 
-    def _logits_of_rows(self, tokens: Tokens) -> Tensor:
+    def _logits_of_rows(self, encoded: Encoded) -> Tensor:
         """(R,C)."""
-        if tokens.prefix is not None:
-            return self.outputlayer(tokens.prefix[:, 0])
-        columns = tokens.grid.mean(1)  # (R,t,D)
+        if encoded.prefix is not None:
+            return self.outputlayer(encoded.prefix[:, 0])
+        assert encoded.tokens is not None
+        columns, valid = encoded.tokens.mean(1), encoded.valid  # (R,t,D)
         if self.encoder.pooling != "dm":
-            return self.outputlayer(_masked_mean(columns, tokens.own))
-        own = torch.ones(columns.shape[:2], dtype=torch.bool, device=columns.device)
-        own = own if tokens.own is None else tokens.own
-        row = own.nonzero()[:, 0]  # the row of each column that counts
-        return join_logits(self.outputlayer(columns[own]), row, len(columns), "mean", self.encoder.activation)
+            return self.outputlayer(masked_mean(columns, valid))
+        if valid is None:
+            valid = torch.ones(columns.shape[:2], dtype=torch.bool, device=columns.device)
+        row = valid.nonzero()[:, 0]  # the row of each column that counts
+        return join_logits(self.outputlayer(columns[valid]), row, len(columns), "mean", self.encoder.activation)

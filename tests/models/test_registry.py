@@ -7,6 +7,7 @@ from torch import nn
 import models.registry
 from common.errors import UserError
 from models import AudioTagger, create_model, list_models, load_model, register_model, save_checkpoint
+from models.base import Encoded
 from models.frontends import CedMel
 from tests.models.sounds import noise
 
@@ -62,8 +63,11 @@ class Toy(AudioTagger):
         self.power = power
         self.linear = nn.Linear(64, num_classes)
 
-    def forward_spectrogram(self, mel, n_frames=None):
-        return self.linear(mel.mean(2) / 100 * self.power)
+    def encode(self, mel, n_frames=None, *, keep=None, layers=()):
+        return Encoded(len(mel), maps=mel[:, :, None])
+
+    def classify(self, encoded):
+        return self.linear(encoded.maps.mean((2, 3)) / 100 * self.power)
 
 
 @pytest.fixture

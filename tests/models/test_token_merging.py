@@ -186,8 +186,8 @@ def test_no_merging_is_bit_for_bit_the_network_without(name):
     plain, off = small(name), small(name, token_merging=0)
     x = sounds(plain, 1.2)
     mel = plain.front_end(x)
-    by_hand = plain.patch_embed(plain._rows(mel, None).mel)
-    by_hand = plain._placed(by_hand).flatten(1, 2)
+    by_hand = plain.patch_embed(plain._cut(mel, None)[0])
+    by_hand = plain._place(by_hand).flatten(1, 2)
     prefix = plain._prefix()
     if prefix is not None:
         by_hand = torch.cat([prefix.expand(len(x), -1, -1), by_hand], 1)
@@ -206,9 +206,9 @@ def test_no_merging_is_bit_for_bit_the_network_without(name):
 def test_where_every_token_is_the_same_merging_changes_nothing(name):
     model = small(name)
     x = torch.randn(2, 1, model.embed_dim).expand(-1, 21, -1)
-    expected = model._through_blocks(x, None, 0)
+    expected = model._through_blocks(x, None)[0]
     model.merge_tokens(6)
-    torch.testing.assert_close(model._through_blocks(x, None, 0), expected, atol=ATOL, rtol=0)
+    torch.testing.assert_close(model._through_blocks(x, None)[0], expected, atol=ATOL, rtol=0)
 
 
 @every_network
@@ -269,15 +269,15 @@ def test_the_slow_reference_gives_the_same_tokens_with_proportional_attention_an
     clips = [torch.randn(n, model.embed_dim, generator=generator) for n in (40, 23, 31)]
     expected = [through_blocks_slowly(model, clip, model.n_prefix) for clip in clips]
     for clip, tokens in zip(clips, expected, strict=True):
-        found = model._through_blocks(clip[None], None, model.n_prefix)[0]
+        found = model._through_blocks(clip[None], None)[0][0]
         torch.testing.assert_close(found, tokens, atol=1e-4, rtol=1e-4)
     own = torch.arange(40) < torch.tensor([[len(clip)] for clip in clips])
     padded = nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=3.0)
-    together = model._through_blocks(padded, own, model.n_prefix)
+    together = model._through_blocks(padded, own)[0]
     for row, tokens in enumerate(expected):
         torch.testing.assert_close(together[row][own[row]], tokens, atol=1e-4, rtol=1e-4)
     model.merge_tokens({"r": 6, "proportional": not proportional})
-    other = model._through_blocks(clips[0][None], None, model.n_prefix)[0]
+    other = model._through_blocks(clips[0][None], None)[0][0]
     assert (other - expected[0]).abs().max() > 0.01
 
 
