@@ -4,6 +4,7 @@ CED's state dict has no front-end, calls `init_bn.1.*` `init_bn.*`, and prefixes
 What is AST's own is in `models.huggingface_ast`, what is ResNet-10's in `models.huggingface_resnet`.
 """
 
+import copy
 import json
 import logging
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from models.base import Activation, AudioTagger
 from models.headed import HEAD, HeadedTagger
 from models.labels import audioset_labels
 from models.layers import Block
+from models.parametrizations import bake_parametrizations
 from models.resnet import ResNet10
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,8 @@ def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str
     if model.activation == "softmax" and model.num_classes == 1:
         raise UserError(f"{model.name} has one class and softmax, so that its only probability is always 1")
     folder = Path(folder)
+    model = copy.deepcopy(model)
+    bake_parametrizations(model)  # `transformers` knows plain weights only
     network = network_of(model)
     if isinstance(network, ResNet10):
         settings = huggingface_resnet.resnet_settings(network)

@@ -22,6 +22,7 @@ from common.files import whole_file
 from models.base import Activation, AudioTagger
 from models.headed import HEAD, Head, HeadedTagger, restore_head
 from models.huggingface import is_huggingface_folder, read_huggingface
+from models.parametrizations import fit_plain_weights
 from models.registry import create_model, list_models, model_entry
 from models.sources import ONNX, describe_folder, describe_kind, describe_missing, describe_onnx
 from models.ssondo_checkpoints import is_ssondo, read_ssondo
@@ -320,7 +321,7 @@ def _fit(model: AudioTagger, state: Mapping[str, Tensor], origin: str, pre_train
     own = model.state_dict()
     if pre_training:
         state = _without_pre_training_parts(state, origin)
-    state = model.adapt_weights(state)
+    state = fit_plain_weights(model, model.adapt_weights(state))
     constants = {key for key in own if key.startswith("front_end.")}  # follow from the settings, so they may be absent
     missing = [key for key in own if key not in state and key not in constants]
     unexpected = [key for key in state if key not in own]

@@ -41,6 +41,7 @@ from models.base import AudioTagger
 from models.fourier import PortableFrontEnd
 from models.headed import HeadedTagger
 from models.labels import AUDIOSET_LABELS
+from models.parametrizations import bake_parametrizations
 from models.registry import create_model
 from models.vit import SpectrogramTransformer
 
@@ -82,6 +83,7 @@ def export_onnx(
             "train one with `run.py probe`"
         )
     model = copy.deepcopy(model).cpu().float().eval()
+    bake_parametrizations(model)  # a quantiser finds constants only
     takes: Input = "waveform" if waveform else "feats"
     wave = _sounds(2, model.sample_rate)
     network = _traced(_Network(model), model.front_end(wave), "feats", "prob")

@@ -2,17 +2,18 @@
 
 import fnmatch
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
 from common.errors import Faults, UserError, did_you_mean, some
 from models.base import Activation, AudioTagger
 from models.labels import labels_for
+from models.parametrizations import parametrize_model
 from models.settings import find_arguments
 
 AUDIOSET_CLASSES = 527
-_OF_ALL = {"band_limit": None}  # arguments that every model takes
+_OF_ALL: dict[str, Any] = {"band_limit": None, "parametrize": None}  # arguments that every model takes
 
 Factory = TypeVar("Factory", bound=Callable[..., AudioTagger])
 
@@ -111,6 +112,7 @@ def create_model(
     labels: list[str] | None = None,
     activation: Activation = "sigmoid",
     band_limit: float | None = None,
+    parametrize: Mapping[str, Mapping[str, Any] | None] | None = None,
     **arguments: Any,
 ) -> AudioTagger:
     """Build a registered model with fresh weights.
@@ -122,6 +124,7 @@ def create_model(
         activation: "sigmoid" (any number of classes at once) or "softmax" (exactly one).
         band_limit: hertz above which its front-end ignores what a sound holds, see `FrontEnd.limit_band`; None for no
             limit.
+        parametrize: changes of its parameters, see `models.parametrizations`; None for none.
         **arguments: settings of the architecture.
 
     Returns:
@@ -151,5 +154,8 @@ def create_model(
     if band_limit is not None:
         model.front_end.limit_band(band_limit)
         arguments["band_limit"] = band_limit
+    if parametrize:
+        parametrize_model(model, parametrize)
+        arguments["parametrize"] = {name: dict(settings or {}) for name, settings in parametrize.items()}
     model.name, model.arguments, model.labels, model.activation = name, dict(arguments), labels, activation
     return model

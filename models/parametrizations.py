@@ -1,0 +1,87 @@
+"""Changes of a network's parameters (low-rank, quantised, merged) as an argument of the model.
+
+`create_model(NAME, parametrize={CHANGE: SETTINGS})` builds the network first and changes it then, by
+`torch.nn.utils.parametrize`: what is trained is the original, what the network computes with is made of it. The
+argument is recorded like every other one, so that checkpoints are read as they were written. Adding a change is a
+function with `@register_parametrization("name")`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from common.errors import UserError, did_you_mean, some
+
+Change = Callable[..., None]
+
+_CHANGES: dict[str, Change] = {}
+
+
+def register_parametrization(name: str) -> Callable[[Change], Change]:
+    """Make a change known by `name`: a function of a model, which it changes in place, and settings by keyword."""
+
+    def register(change: Change) -> Change:
+        _CHANGES[name] = change
+        return change
+
+    return register
+
+
+def parametrize_model(model: nn.Module, changes: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Change the parameters of a model in place.
+
+    Args:
+        model: with plain parameters.
+        changes: names and settings, in the order in which they are made.
+
+    Raises:
+        UserError: an unknown change or setting, or values out of range.
+    """
+    if not isinstance(changes, Mapping):
+        raise UserError(f"parametrize is {changes!r}; wanted names of changes with their settings")
+    for name, settings in changes.items():
+        if name not in _CHANGES:
+            known = f"; known are {some(_CHANGES, 99)}" if _CHANGES else "; none is registered"
+            raise UserError(f"parametrize: no change is called {name!r}{did_you_mean(name, _CHANGES) or known}")
+        try:
+            _CHANGES[name](model, **settings or {})
+        except TypeError as error:
+            raise UserError(f"parametrize: {name} cannot be made with {dict(settings or {})}: {error}") from None
+
+
+def fit_plain_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fit the plain weights of a state dict to a model whose parameters are changed.
+
+    Each becomes the original, or the originals that the `right_inverse` of the parametrization makes of it. Tensors of
+    changed parameters that the state dict holds as such stay as they are.
+    """
+    fitted = dict(state)
+    for path, module in model.named_modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        for name, changed in cast(nn.ModuleDict, module.parametrizations).items():
+            prefix = f"{path}." if path else ""
+            key, inside = f"{prefix}{name}", f"{prefix}parametrizations.{name}."
+            if key in fitted and not any(other.startswith(inside) for other in fitted):
+                value = fitted.pop(key)
+                inverts = all(hasattr(change, "right_inverse") for change in changed.children())
+                if inverts and value.shape == cast(Tensor, getattr(module, name)).shape:
+                    setattr(module, name, value)
+                    value = changed.state_dict().get("original")
+                own = {f"{inside}{part}": tensor for part, tensor in changed.state_dict().items()}
+                fitted |= own if value is None else own | {f"{inside}original": value}
+    return fitted
+
+
+def bake_parametrizations(model: nn.Module) -> None:
+    """Make plain parameters of all that are changed, in place: the network computes what it did, and learns no more."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            values = {name: getattr(module, name).detach() for name in cast(nn.ModuleDict, module.parametrizations)}
+            # Not `remove_parametrizations`: it takes the property from the class, which a copy of the module shares.
+            del module.parametrizations
+            module.__class__ = type(module).__bases__[0]
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value))
