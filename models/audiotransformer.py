@@ -121,7 +121,7 @@ class AudioTransformer(SpectrogramTransformer):
         return normalised.transpose(1, 2)
 
     def classify_rows(self, encoded: Encoded) -> Tensor:
-        """Tag rows: (R,C), what `outputs` says; of chosen tokens, each is read as "mean" and "dm" read a column."""
+        """Tag rows: (R,C), what `outputs` says; a token that `keep` chose is read as a column of its own."""
         if encoded.prefix is not None:
             return self._activate(self.outputlayer(encoded.prefix[:, 0]))
         columns = self._columns(encoded)  # (R,t,D)

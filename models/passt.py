@@ -139,7 +139,8 @@ class PaSST(SpectrogramTransformer):
         if not self.training:
             return positions[:n_columns][None, None]
         device = positions.device
-        draw = torch.rand(1, generator=self.generator, device=self._draw_device(device)).to(device)
+        source = device if self.generator is None else self.generator.device
+        draw = torch.rand(1, generator=self.generator, device=source).to(device)
         used = torch.tensor([n_columns], device=device) if columns is None else columns
         free = len(positions) - used
         first = torch.minimum((draw * (free + 1)).long(), free)  # a product of floats may be rounded up

@@ -1,7 +1,4 @@
-"""What all vision transformers on spectrograms share: patches, chunks of long clips, padding, patch-out, merging.
-
-Patch-out after Koutini et al., "Efficient training of audio transformers with patchout", Interspeech 2022; merging of
-tokens in `models.token_merging`.
+"""What all vision transformers on spectrograms share: patches, chunks of long clips, padding, chosen and merged tokens.
 
 Letters: B batch, F mel bands, T frames, C classes, D width, f and t rows and columns of the patch grid, N = f t tokens
 (frequency-major), P prefix tokens (class, distillation), R rows of the network's batch: a clip, or a chunk of a long
@@ -20,6 +17,7 @@ from models.base import AudioTagger, Encoded, Keep, Outputs
 from models.chunks import Average, Count, drop_remainder, join, join_logits, split
 from models.frontends import SILENCE_DB, FrontEnd
 from models.layers import Block, PatchEmbed
+from models.patch_out import draw_patch_out
 from models.settings import TransformerSettings
 from models.token_merging import MergingSetting, TokenGroups, merging_schedule, split_setting, take_tokens
 
@@ -365,8 +363,11 @@ class SpectrogramTransformer(AudioTagger):
             valid = encoded.valid[:, None].expand(-1, n_rows, -1).flatten(1)  # (R,N)
         if keep is not None:
             places = encoded.kept = keep(n_rows, n_columns, encoded.valid)
+            if places.ndim != 2 or len(places) != len(x):
+                raise ValueError(f"keep gave places of shape {tuple(places.shape)}; wanted (R,N') for {len(x)} rows")
         elif self.training and (self.time_patch_out or self.freq_patch_out):
-            places = self._patch_out(encoded, x.device).expand(x.shape[0], -1)
+            left_out = self.time_patch_out, self.freq_patch_out
+            places = draw_patch_out(encoded, *left_out, self.generator, x.device).expand(x.shape[0], -1)
         if places is not None:
             x = take_tokens(x, places)
             valid = None if valid is None else valid.gather(1, places)
@@ -393,30 +394,3 @@ class SpectrogramTransformer(AudioTagger):
             x = block.feed_forward(x)
             outputs |= {layer: groups.spread(x) for layer in layers if layer % len(self.blocks) == index}
         return groups.spread(self.norm(x)), outputs
-
-    def _patch_out(self, encoded: Encoded, device: torch.device) -> Tensor:
-        """Draw the rows and columns that training computes of a whole batch: places in the f t patches, (N',).
-
-        What is left of `grid`, `valid` and `n_steps` is written into `encoded`.
-        """
-        n_rows, n_columns = encoded.grid
-        columns = self._draw_kept(n_columns, self.time_patch_out, device)
-        if encoded.valid is not None:
-            columns[0] = 0  # the one column that every clip has
-            encoded.valid = encoded.valid[:, columns]
-        rows = self._draw_kept(n_rows, self.freq_patch_out, device)
-        if encoded.n_steps is not None:
-            encoded.n_steps = (columns < encoded.n_steps[:, None]).sum(1)
-        encoded.grid = len(rows), len(columns)
-        return (rows[:, None] * n_columns + columns).flatten()
-
-    def _draw_device(self, device: torch.device) -> torch.device:
-        """Where random numbers are drawn for tensors on `device`."""
-        return device if self.generator is None else self.generator.device
-
-    def _draw_kept(self, size: int, n_out: int, device: torch.device) -> Tensor:
-        """Ascending indices that patch-out leaves, at least one."""
-        if not n_out:
-            return torch.arange(size, device=device)
-        order = torch.randperm(size, generator=self.generator, device=self._draw_device(device))
-        return order[: max(size - n_out, 1)].sort().values.to(device)
