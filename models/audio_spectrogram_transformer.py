@@ -45,8 +45,8 @@ class AST(SpectrogramTransformer):
         n_mels: F.
         mean: of the log mel values of the training data, which are brought to mean 0 and deviation 0.5.
         std: their standard deviation.
-        **settings: those of `TransformerSettings`; `target_length` is 1024 for AudioSet, 512 for ESC-50, 128 for Speech
-            Commands. The rest of the front-end is Kaldi's, so that there are no `MelSettings`.
+        **settings: those of `TransformerSettings` (`models.settings`), by default `shared_settings`; the front-end is
+            Kaldi's, which has no others. `target_length` is 1024 for AudioSet, 512 for ESC-50, 128 for Speech Commands.
 
     Raises:
         UserError: arguments contradict each other; all faults are listed at once.

@@ -42,7 +42,7 @@ class AudioTransformer(SpectrogramTransformer):
             frequency, a probability for every column, mean over time), "token" (from a class token).
         init_bn: normalise each mel band by batch statistics.
         center: whether frames are centred.
-        **settings: those of `TransformerSettings` and `MelSettings`.
+        **settings: those of `TransformerSettings` and `MelSettings` (`models.settings`), by default `shared_settings`.
 
     Raises:
         UserError: arguments contradict each other; all faults are listed at once.

@@ -125,6 +125,15 @@ class AudioTagger(nn.Module):
         """Hertz of the waveforms it takes."""
         return self.front_end.sample_rate
 
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Draws what a batch of training shares (patch-out, edges of mel bands); None for torch's default."""
+        return self.front_end.generator
+
+    @generator.setter
+    def generator(self, generator: torch.Generator | None) -> None:
+        self.front_end.generator = generator
+
     def encode(
         self, mel: Tensor, n_frames: Tensor | None = None, *, keep: Keep | None = None, layers: Sequence[int] = ()
     ) -> Encoded:
@@ -134,7 +143,8 @@ class AudioTagger(nn.Module):
             mel: (B,F,T) as the front-end gives it.
             n_frames: (B,) frames of each clip, None where all of T belong to it; always None where the network does
                 not mask padding.
-            keep: chooses the tokens to compute, of networks that have tokens.
+            keep: chooses the tokens to compute, of networks that have tokens: others cost nothing. It is called once, for
+                all rows; padding that it chooses counts for nothing.
             layers: numbers of layers whose output is wanted too, from 0; -1 is the last one. Of a transformer, blocks
                 before the final norm: (R,P+N,D), prefix tokens first, merged tokens in all places that they stand for.
                 Of a network of convolutions, its stages: (B,D,F',T').
@@ -266,9 +276,9 @@ class AudioTagger(nn.Module):
     def embedding_of(self, mel: Tensor) -> Tensor:
         """Clip embeddings (B,E) of spectrograms (B,F,T) of one length, which a tracer can follow for any B and T.
 
-        What an export of a head holds below it. An architecture whose `embed_spectrogram` looks at values overrides it.
+        What an export of a head holds below it. An architecture whose `pool` looks at values overrides it.
         """
-        return self.embed_spectrogram(mel)[0]
+        return self.embed_clips(mel)
 
     def predict(self, waveform: Any, lengths: Any = None) -> Tensor:
         """Probabilities (B,C) of clips, without gradients.

@@ -44,9 +44,10 @@ class PaSST(SpectrogramTransformer):
             published training, 1 for never.
         fmax_aug_range: in training, `f_max` is moved at random within a range of this many hertz: 2000 in published
             training, 1 for never.
-        **settings: those of `TransformerSettings` and `MelSettings`. `target_length`: ten seconds are 1000; published
-            code says 998, of as many patches. `patch_stride`: 10 to 16 in published checkpoints, 20 leaves gaps.
-            `time_patch_out` is 40 and `freq_patch_out` 4 in published training.
+        **settings: those of `TransformerSettings` and `MelSettings` (`models.settings`), by default `shared_settings`.
+            `target_length`: ten seconds are 1000; published code says 998, of as many patches. `patch_stride`: 10 to 16
+            in published checkpoints, 20 leaves gaps. In published training, `time_patch_out` is 40 and
+            `freq_patch_out` 4.
 
     Raises:
         UserError: arguments contradict each other; all faults are listed at once.

@@ -95,15 +95,6 @@ class SpectrogramTransformer(AudioTagger):
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.merged_tokens, self.proportional_attention = schedule, proportional
 
-    @property
-    def generator(self) -> torch.Generator | None:
-        """Draws what patch-out leaves out, and all else that a batch of training shares; None for torch's default."""
-        return self.front_end.generator
-
-    @generator.setter
-    def generator(self, generator: torch.Generator | None) -> None:
-        self.front_end.generator = generator
-
     def _make_positions(self, n_rows: int, n_columns: int) -> None:
         """Make the parameters of positions and prefix tokens, for a grid of that size."""
         raise NotImplementedError

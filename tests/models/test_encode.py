@@ -332,3 +332,12 @@ def test_a_head_passes_chosen_tokens_and_layers_through():
     tags, clips = headed.tag_and_embed(mel)
     assert torch.equal(tags, headed.forward_spectrogram(mel))
     assert torch.equal(clips, headed.embed_spectrogram(mel)[0])
+
+
+def test_one_call_of_the_front_end_gives_spectrograms_and_the_frames_of_each_clip():
+    front_end = network("passt").front_end
+    waveform, lengths = torch.randn(2, 32000) * 0.1, torch.tensor([32000, 9000])
+    mel, n_frames = front_end.spectrogram(waveform, lengths)
+    assert torch.equal(mel, front_end(waveform, lengths))
+    assert n_frames.tolist() == [front_end.n_frames(32000), front_end.n_frames(9000)]
+    assert front_end.spectrogram(waveform)[1] is None
