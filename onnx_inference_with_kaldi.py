@@ -13,7 +13,7 @@ import kaldi_native_fbank
 import numpy as np
 
 from common.errors import print_user_errors
-from models.frontends import CedMel
+from models.ced_mel import CedMel
 from tagging.mel_files import run
 
 

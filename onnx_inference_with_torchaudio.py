@@ -11,7 +11,7 @@ import torch
 from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 
 from common.errors import print_user_errors
-from models.frontends import CedMel
+from models.ced_mel import CedMel
 from tagging.mel_files import run
 
 

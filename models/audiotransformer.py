@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import Faults, some
 from models.base import Encoded
-from models.frontends import CedMel
+from models.ced_mel import CedMel
 from models.layers import initialise
 from models.registry import register_model
 from models.relatives import fit_time

@@ -1,4 +1,4 @@
-"""Kaldi's log mel filter bank, as AST and PSLA hear it.
+"""Kaldi's log mel filter bank, as AST and PSLA have it.
 
 Facts: Povey et al., "The Kaldi speech recognition toolkit", ASRU 2011; `torchaudio.compliance.kaldi.fbank` with
 `window_type="hanning"`, `htk_compat=True`, `use_energy=False`, `dither=0`; Gong, Chung, Glass, "AST: Audio Spectrogram
@@ -8,12 +8,15 @@ Letters: B batch, S samples, F mel bands, T frames.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.frontends import Count, FrontEnd, band_edges, kaldi_hertz, kaldi_mel, triangles
+from models.frontends import FrontEnd
+from models.mel_scales import KALDI, band_edges, triangles
+from models.settings import MelSettings
 
 
 class KaldiMel(FrontEnd):
@@ -24,55 +27,25 @@ class KaldiMel(FrontEnd):
     Its tensors are no part of a checkpoint, as published.
 
     Args:
-        sample_rate: hertz.
-        n_mels: mel bands F.
-        n_fft: samples of a Fourier transform; Kaldi takes the next power of two from `win_size` on.
-        win_size: samples of a frame and of its (symmetric) Hann window.
-        hop_size: samples between frames.
-        f_min: hertz.
-        f_max: hertz, None for half the sample rate.
         mean: of the logarithms over a data set, by default AudioSet's as AST has it.
         std: standard deviation of the logarithms.
+        **settings: see `models.settings.MelSettings`, by default `defaults`. A frame and its symmetric window have
+            `win_size` samples; for `n_fft` Kaldi takes the next power of two.
     """
 
     PREEMPHASIS = 0.97
     FLOOR = torch.finfo(torch.float32).eps
+    scale = KALDI
+    defaults = MelSettings(sample_rate=16000, n_mels=128, n_fft=512, win_size=400, hop_size=160, f_min=20.0, f_max=None)
 
-    def __init__(
-        self,
-        *,
-        sample_rate: int = 16000,
-        n_mels: int = 128,
-        n_fft: int = 512,
-        win_size: int = 400,
-        hop_size: int = 160,
-        f_min: float = 20.0,
-        f_max: float | None = None,
-        mean: float = -4.2677393,
-        std: float = 4.5689974,
-    ) -> None:
-        f_max = sample_rate / 2 if f_max is None else f_max
-        super().__init__(
-            sample_rate=sample_rate,
-            n_mels=n_mels,
-            n_fft=n_fft,
-            win_size=win_size,
-            hop_size=hop_size,
-            f_min=f_min,
-            f_max=f_max,
-            center=False,
-            min_samples=win_size,
-        )
+    def __init__(self, *, mean: float = -4.2677393, std: float = 4.5689974, **settings: Any) -> None:
+        super().__init__(settings, center=False)
         self.mean, self.std = mean, std
-        self._left = (n_fft - win_size) // 2  # the window lies in the middle of the transform, as everywhere here
-        bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
-        weights = triangles(kaldi_mel(bins), band_edges(kaldi_mel, f_min, f_max, n_mels))
-        self._keep(torch.hann_window(win_size, periodic=False), weights.float())
-
-    @property
-    def mel_edges_hz(self) -> Tensor:
-        """Corners of the triangular bands in hertz, (F+2,)."""
-        return kaldi_hertz(band_edges(kaldi_mel, self.f_min, self.f_max, self.n_mels))
+        self.n_added = self.n_fft - self.win_size
+        self._left = self.n_added // 2  # the window lies in the middle of the transform, as everywhere here
+        edges = band_edges(KALDI, self.f_min, self.f_max, self.n_mels)
+        weights = triangles(KALDI.to_mel(self._bins_hz), edges)
+        self._keep(torch.hann_window(self.win_size, periodic=False), weights.float())
 
     @property
     def zero_value(self) -> float:
@@ -86,12 +59,9 @@ class KaldiMel(FrontEnd):
     def _normalised(self, logarithm: float) -> float:
         return (logarithm - self.mean) / (2 * self.std)
 
-    def _usable(self, n_samples: Count) -> Count:
-        return super()._usable(n_samples) + (self.n_fft - self.win_size)
-
     def filtered(self, waveform: Tensor) -> Tensor:
         """Extend both ends with what transforms have around their window, (B,S) -> (B, S + n_fft - win_size)."""
-        return F.pad(waveform, (self._left, self.n_fft - self.win_size - self._left))
+        return F.pad(waveform, (self._left, self.n_added - self._left))
 
     def conditioned(self, frames: Tensor) -> Tensor:
         """Take its mean from every frame and pre-emphasise it, (B,T,n_fft) -> (B,T,n_fft).
@@ -103,13 +73,13 @@ class KaldiMel(FrontEnd):
         frames = frames - own.mean(2, keepdim=True)
         return frames - self.PREEMPHASIS * F.pad(frames, (1, -1))
 
-    def compressed(self, mel: Tensor, alien: Tensor | None) -> Tensor:
+    def compressed(self, mel: Tensor, is_padding: Tensor | None) -> Tensor:
         """Bring mel power (B,F,T) to normalised natural logarithms."""
         return (mel.clamp(min=self.FLOOR).log() - self.mean) / (2 * self.std)
 
     def _mel_power(self, waveform: Tensor, lengths: Tensor | None) -> Tensor:
         frames = self.conditioned(waveform.unfold(1, self.n_fft, self.hop_size))  # (B,T,n_fft)
-        window = F.pad(self.window, (self._left, self.n_fft - self.win_size - self._left))
+        window = F.pad(self.window, (self._left, self.n_added - self._left))
         spectrum = torch.fft.rfft(frames * window)
         real, imag = spectrum.real, spectrum.imag
         power = torch.addcmul(real.square(), imag, imag)  # (B, T, n_fft/2 + 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import AudioTagger, run_by_length
-from models.frontends import EfficientAtMel
+from models.efficientat_mel import EfficientAtMel
 from models.registry import register_model
 
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from common.errors import Faults
 from models.base import Encoded
-from models.frontends import SILENCE_DB, EfficientAtMel
+from models.efficientat_mel import EfficientAtMel
+from models.frontends import SILENCE_DB
 from models.layers import initialise
 from models.registry import register_model
 from models.relatives import fit_time, from_pictures, is_of_pictures

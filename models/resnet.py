@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import AudioTagger
-from models.frontends import CedMel
+from models.ced_mel import CedMel
 from models.registry import register_model
 
 STRIDE = 16  # frames and bands to a position of the last maps

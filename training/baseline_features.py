@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from audio.dataset import Pack
-from models.frontends import CedMel
+from models.ced_mel import CedMel
 
 N_MELS = 40
 N_MFCCS = 20

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.audiotransformer import AudioTransformer
-from models.frontends import CedMel
+from models.ced_mel import CedMel
 from models.layers import Attention, Block
 
 TIME_MASK, FREQUENCY_MASK = 192, 24  # widest masks, in frames and bands, as CED trains

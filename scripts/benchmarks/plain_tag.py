@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models import load_model
 from models.audiotransformer import AudioTransformer
-from models.frontends import CedMel
+from models.ced_mel import CedMel
 from scripts.benchmarks.plain import plain_logits, plain_mel
 
 

@@ -16,7 +16,7 @@ from distill.objectives import create_objective
 from distill.replay import REFERENCE_RATE, Replay
 from models import create_model
 from models.audiotransformer import AudioTransformer
-from models.frontends import CedMel
+from models.ced_mel import CedMel
 from scripts.benchmarks.plain import FREQUENCY_MASK, TIME_MASK, plain_logits, plain_masks, plain_mel, plain_mixup
 from training.optim import create_optimizer, parameter_groups
 from training.precision import Precision

@@ -13,7 +13,8 @@ import torch
 from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.utils import logging
 
-from models.frontends import SILENCE_DB, CedMel
+from models.ced_mel import CedMel
+from models.frontends import SILENCE_DB
 
 logger = logging.get_logger(__name__)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 
 from models.base import AudioTagger
-from models.frontends import CedMel
+from models.ced_mel import CedMel
 from models.headed import Head
 from scripts.hf.configuration_base import TaggerConfig
 

@@ -10,7 +10,9 @@ import torch
 
 from common.errors import UserError
 from models import create_model, load_model, load_weights, save_checkpoint
-from models.frontends import CedMel, EfficientAtMel, described_front_end
+from models.ced_mel import CedMel
+from models.efficientat_mel import EfficientAtMel
+from models.frontends import described_front_end
 from models.kaldi_mel import KaldiMel
 from models.onnx import export_onnx
 from models.slaney_mel import SlaneyMel

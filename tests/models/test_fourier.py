@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 
+from models.ced_mel import CedMel
+from models.efficientat_mel import EfficientAtMel
 from models.fourier import MelPower, PortableFrontEnd
-from models.frontends import CedMel, EfficientAtMel, FrontEnd, described_front_end
+from models.frontends import FrontEnd, described_front_end
 from tests.models.sounds import noise
 
 FRONT_ENDS = {

@@ -1,4 +1,6 @@
+import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -7,7 +9,11 @@ from torch.nn import functional as F
 from torchaudio.compliance import kaldi
 
 from common.errors import UserError
-from models.frontends import CedMel, EfficientAtMel, described_front_end
+from models.ced_mel import CedMel
+from models.efficientat_mel import EfficientAtMel
+from models.frontends import described_front_end
+from models.kaldi_mel import KaldiMel
+from models.slaney_mel import SlaneyMel
 from tests.models.sounds import noise, padded
 
 
@@ -146,3 +152,60 @@ def test_edges_stay_in_evaluation_and_where_nothing_is_to_vary():
 def test_ranges_of_edges_that_lead_out_of_the_spectrum_are_refused(ranges):
     with pytest.raises(UserError, match="fmin_aug_range"):
         EfficientAtMel().vary_edges(*ranges)
+
+
+SETTINGS = ["class", "sample_rate", "n_mels", "n_fft", "win_size", "hop_size", "f_min", "f_max"]
+# what descriptions in files that were written before hold
+DESCRIPTIONS = [
+    ["CedMel", 16000, 64, 512, 512, 160, 0.0, 8000.0, {"center": True, "min_frames": 16}],
+    ["CedMel", 8000, 40, 512, 400, 80, 20.0, 4000.0, {"center": False, "min_frames": 1, "band_limit": 3000.0}],
+    ["EfficientAtMel", 32000, 128, 1024, 800, 320, 0.0, 15000.0, {"min_frames": 16}],
+    ["KaldiMel", 16000, 128, 512, 400, 160, 20.0, 8000.0, {"mean": -4.2677393, "std": 4.5689974}],
+    ["SlaneyMel", 32000, 80, 1024, 1024, 512, 50.0, 16000.0, {"min_frames": 17}],
+]
+
+
+@pytest.mark.parametrize("description", DESCRIPTIONS, ids=lambda each: each[0])
+def test_descriptions_in_files_are_read_and_written_as_they_were(description):
+    given = dict(zip(SETTINGS, description, strict=False)) | description[-1]
+    text = json.dumps(given)
+    front_end = described_front_end(json.loads(text))
+    assert type(front_end).__name__ == given["class"]
+    assert json.dumps(front_end.description) == text
+    for name, value in given.items():
+        assert name == "class" or getattr(front_end, name) == value
+    with pytest.raises(UserError, match=r"cannot be built .*unexpected keyword argument 'n_mel'"):
+        described_front_end({**given, "n_mel": 64})
+
+
+@pytest.mark.parametrize("kind", [CedMel, EfficientAtMel, KaldiMel, SlaneyMel])
+def test_a_front_end_has_its_defaults_where_nothing_else_is_given(kind):
+    front_end, n_mels = kind(n_mels=32), kind.defaults.n_mels
+    for name, value in asdict(kind.defaults).items():
+        assert getattr(kind(), name) == (kind().sample_rate / 2 if value is None else value)
+    assert (front_end.n_mels, front_end.sample_rate) == (32, kind.defaults.sample_rate)
+    assert kind().n_mels == n_mels == kind().mel_weights.shape[1] != 32
+    assert kind(f_max=None).f_max == kind().sample_rate / 2
+    with pytest.raises(TypeError, match="unexpected keyword argument 'n_mel'"):
+        kind(n_mel=64)
+
+
+@pytest.mark.parametrize(
+    ("front_end", "n_samples"),
+    [
+        (CedMel(), 257),  # half a transform, and one for its reflection
+        (CedMel(min_frames=16), 2400),
+        (CedMel(center=False, min_frames=3), 832),
+        (EfficientAtMel(), 514),  # one more, which pre-emphasis takes away
+        (EfficientAtMel(min_frames=16), 4801),
+        (KaldiMel(), 400),  # a window
+        (SlaneyMel(min_frames=3), 2048),
+    ],
+)
+def test_shorter_clips_are_extended_to_the_fewest_samples_that_make_a_frame(front_end, n_samples):
+    assert front_end.min_samples == n_samples
+    least = front_end.n_frames(n_samples)
+    assert front_end.min_frames <= least == front_end.n_frames(1) == front_end(noise(1)[None]).shape[2]
+    assert front_end.n_frames(torch.tensor([1, n_samples])).tolist() == [least, least]
+    longer = front_end.n_frames(n_samples + front_end.hop_size)
+    assert longer == least + 1 == front_end(noise(n_samples + front_end.hop_size)[None]).shape[2]

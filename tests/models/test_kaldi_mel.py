@@ -9,7 +9,7 @@ from torch import nn
 from torchaudio.compliance import kaldi
 
 from common.errors import UserError
-from models.base import AudioTagger
+from models.base import AudioTagger, Encoded
 from models.fourier import PortableFrontEnd
 from models.frontends import described_front_end
 from models.kaldi_mel import KaldiMel
@@ -138,7 +138,7 @@ def test_autocast_leaves_features_in_float32():
 
 
 class Levels(AudioTagger):
-    """Hears the mean of each band."""
+    """Tags by the mean of each band."""
 
     last_layer = "linear"
 
@@ -146,8 +146,11 @@ class Levels(AudioTagger):
         super().__init__(KaldiMel(n_mels=32), num_classes=3, embed_dim=32)
         self.linear = nn.Linear(32, 3)
 
-    def forward_spectrogram(self, mel, n_frames=None):
-        return self.linear(mel.mean(2))
+    def encode(self, mel, n_frames=None, *, keep=None, layers=()):
+        return Encoded(mel.shape[0], maps=mel[:, :, None])
+
+    def classify(self, encoded):
+        return self.linear(encoded.maps.mean((2, 3)))
 
 
 def test_a_graph_that_takes_waveforms_computes_it(tmp_path):

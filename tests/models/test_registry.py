@@ -8,7 +8,7 @@ import models.registry
 from common.errors import UserError
 from models import AudioTagger, create_model, list_models, load_model, register_model, save_checkpoint
 from models.base import Encoded
-from models.frontends import CedMel
+from models.ced_mel import CedMel
 from tests.models.sounds import noise
 
 # Seconds to build and up to 300 MB to store; each is the twin of a model that is tested, but for its width or name.

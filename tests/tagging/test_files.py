@@ -12,7 +12,7 @@ import audio.decoders
 import tagging.files
 from common.errors import UserError
 from models import AudioTagger
-from models.frontends import CedMel
+from models.ced_mel import CedMel
 from tagging.engines import TorchEngine
 from tagging.files import AHEAD, LIKE, Wanted, choose_alike, tag_files
 from tests.tagging.sounds import RATE, Meter, humming, steady
