@@ -229,12 +229,11 @@ class AudioTagger(nn.Module):
 
     def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tag and embed in one pass: (B,F,T), own frames (B,) or None -> (B,C) as `forward`, clip embeddings (B,E)."""
-
-        def function(encoded: Encoded) -> tuple[Tensor, Tensor]:
-            return self.classify(encoded), self.pool(encoded)
-
-        output, clip = self._of_spectrogram(function, mel, n_frames)
+        output, clip = self._of_spectrogram(self._classify_and_pool, mel, n_frames)
         return output, clip
+
+    def _classify_and_pool(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        return self.classify(encoded), self.pool(encoded)
 
     def _pool_and_frames(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         return self.pool(encoded), self.frames(encoded)

@@ -8,6 +8,7 @@ Letters: B batch, F mel bands, T frames, C classes, D channels, H context width,
 after striding.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.mobilenetv3 import RELEASE, STAGES, EfficientAtTagger, Stage, conv_norm, n_features, to_eights
+from models.mobilenetv3 import RELEASE, STAGES, STRIDE, EfficientAtTagger, Stage, conv_norm, n_features, to_eights
+from models.pooled_cnn import Backbone, run_through
 from models.registry import register_model
 
 N_KERNELS = 4
@@ -162,14 +164,16 @@ class DynamicBlock(nn.Module):
         return x + y if self.has_shortcut else y
 
 
-class DyMNMaps(nn.Module):
-    """The network below the pooling: (B,F,T) -> (B,D,F',T'), both axes strided by 32; to be started by `initialise`.
+class DyMNMaps(Backbone):
+    """The network below the pooling: (B,F,T) -> (B,D,F',T'), to be started by `initialise`.
 
     Args:
         width: factor on the numbers of channels.
         temperature: of the mixtures of kernels. Published training went from 30 down to 1 by epoch e of AudioSet,
             max(30 - e, 1 + 0.02 (29 - e), 1); networks for pictures, and the students of S-SONDO, stayed at 30.
     """
+
+    stride = STRIDE
 
     def __init__(self, width: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()
@@ -184,18 +188,12 @@ class DyMNMaps(nn.Module):
             context_width = min(max(to_eights(expanded // 4), narrowest), widest)
             self.layers.append(DynamicBlock(stage, channels, expanded, out, context_width, temperature))
             channels = out
-        self.out_c = conv_norm(channels, n_features(width), act=nn.Hardswish)
+        self.channels = n_features(width)
+        self.out_c = conv_norm(channels, self.channels, act=nn.Hardswish)
 
-    def forward(self, mel: Tensor) -> Tensor:
-        """(B,F,T) -> (B,D,F',T')."""
-        return _through(mel, self.in_c, *self.layers, self.out_c)
-
-
-def _through(mel: Tensor, *layers: nn.Module) -> Tensor:
-    x = mel[:, None]
-    for layer in layers:
-        x = layer(x)
-    return x
+    def stages(self, mel: Tensor) -> Iterator[Tensor]:
+        """Yield the output of the first convolution, of each block and of the last convolution."""
+        return run_through(mel[:, None], [self.in_c, *self.layers, self.out_c])
 
 
 class DyMN(EfficientAtTagger):
@@ -205,9 +203,9 @@ class DyMN(EfficientAtTagger):
         maps = DyMNMaps(width)
         self.in_c, self.layers, self.out_c = maps.in_c, maps.layers, maps.out_c
 
-    def forward_features(self, mel: Tensor) -> Tensor:
-        """Compute the maps below the head: (B,F,T) -> (B,D,F',T'), both axes strided by 32."""
-        return _through(mel, self.in_c, *self.layers, self.out_c)
+    def stages(self, mel: Tensor, n_frames: Tensor | None) -> Iterator[Tensor]:
+        """Yield the output of the first convolution, of each block and of the last convolution."""
+        return run_through(mel[:, None], [self.in_c, *self.layers, self.out_c])
 
 
 # published file and width

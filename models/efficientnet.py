@@ -11,17 +11,18 @@ Letters: B batch, F mel bands, T frames, C classes, D channels, H heads; primes 
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError, some
-from models.base import AudioTagger, run_by_length
+from models.base import Encoded
 from models.kaldi_mel import KaldiMel
+from models.pooled_cnn import PooledCNN
 from models.registry import register_model
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,8 @@ class AttentionPooling(nn.Module):
         return logits, (-F.softplus(-attention)).softmax(1) * self.head_score.softmax(0)
 
 
-class EfficientNet(AudioTagger):
-    """EfficientNet; takes clips of any length in one piece.
+class EfficientNet(PooledCNN):
+    """EfficientNet.
 
     With mean pooling it gives logits, with attention pooling probabilities.
 
@@ -74,21 +75,17 @@ class EfficientNet(AudioTagger):
         pooling: "mean" over both axes of the last map and a linear layer, or "attention", see `AttentionPooling`.
         dropout: before the last layer.
         drop_path_rate: stochastic depth of the last block, by default PSLA's; earlier blocks have less.
-        sample_rate: of the waveform, in hertz.
-        n_mels: F.
-        n_fft: samples of a Fourier transform.
-        win_size: samples of the window.
-        hop_size: samples between frames.
-        f_min: lower edge of the bands in hertz.
-        f_max: upper edge in hertz, None for half the sample rate.
         mean: of the spectrogram's logarithms over a data set, by default AudioSet's as PSLA has it.
         std: their standard deviation. They are divided by it as in PSLA, not by twice of it as in AST.
+        **settings: those of `MelSettings` (`models.settings`), by default `shared_settings`.
 
     Raises:
         UserError: a pooling that there is not.
     """
 
     last_layer = "classifier"
+    stride = 32
+    shared_settings = (KaldiMel.defaults,)
 
     def __init__(
         self,
@@ -99,31 +96,15 @@ class EfficientNet(AudioTagger):
         pooling: Pooling = "mean",
         dropout: float = 0.0,
         drop_path_rate: float = 0.2,
-        sample_rate: int = 16000,
-        n_mels: int = 128,
-        n_fft: int = 512,
-        win_size: int = 400,
-        hop_size: int = 160,
-        f_min: float = 20.0,
-        f_max: float | None = None,
         mean: float = -4.6476,
         std: float = 4.5699,
+        **settings: Any,
     ) -> None:
         from timm.models import create_model  # takes seconds, which starts of other models need not wait for
 
         if pooling not in get_args(Pooling):
             raise UserError(f"pooling must be one of {some(get_args(Pooling))}, not {pooling!r}")
-        front_end = KaldiMel(
-            sample_rate=sample_rate,
-            n_mels=n_mels,
-            n_fft=n_fft,
-            win_size=win_size,
-            hop_size=hop_size,
-            f_min=f_min,
-            f_max=f_max,
-            mean=mean,
-            std=std / 2,  # KaldiMel divides by twice its std
-        )
+        front_end = KaldiMel(mean=mean, std=std / 2, **settings)  # which divides by twice its std
         body = create_model(variant, in_chans=1, num_classes=0, global_pool="", drop_path_rate=drop_path_rate)
         width = cast(int, body.num_features)
         outputs: Literal["logits", "probabilities"] = "logits" if pooling == "mean" else "probabilities"
@@ -138,35 +119,25 @@ class EfficientNet(AudioTagger):
         else:
             self.classifier = AttentionPooling(width, num_classes)
 
-    def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
-        """Tag spectrograms: (B,F,T), own frames (B,) or None -> (B,C), what `outputs` says."""
-        if n_frames is not None:
-            return run_by_length(lambda clips: (self.forward_spectrogram(clips),), mel, n_frames)[0]
-        maps = self.forward_features(mel)
+    def stages(self, mel: Tensor, n_frames: Tensor | None) -> Iterator[Tensor]:
+        """Yield the output of the first convolution, of each of timm's stages and of the last convolution."""
+        body = cast(Any, self.body)
+        x = body.bn1(body.conv_stem(mel[:, None]))
+        yield x
+        for stage in body.blocks:
+            x = stage(x)
+            yield x
+        yield body.bn2(body.conv_head(x))
+
+    def tag(self, clip: Tensor, encoded: Encoded) -> Tensor:
+        """Pooled maps (B,D), or with attention pooling their columns -> (B,C), what `outputs` says."""
         if self.outputs == "logits":
-            return self.classifier(self.dropout(maps.mean((2, 3))))
-        columns = maps.mean(2).transpose(1, 2)  # (B,T',D)
-        logits, weights = self.classifier(self.dropout(columns))
+            return self.classifier(self.dropout(clip))
+        logits, weights = self.classifier(self.dropout(self.frames(encoded)))
         if self.activation == "sigmoid":
             return (logits.sigmoid() * weights).sum((1, 3)).clamp(max=1)  # weights sum to 1 but for rounding
         tagged = (logits.softmax(2) * weights).sum((1, 3))
         return tagged / tagged.sum(1, keepdim=True)  # each class has weights of its own
-
-    def forward_features(self, mel: Tensor) -> Tensor:
-        """Compute the maps below the head: (B,F,T) -> (B,D,F',T'), both axes strided by 32."""
-        return self.body(mel[:, None])
-
-    def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embed spectrograms: (B,F,T), own frames (B,) or None -> pooled maps (B,D) and their columns (B,T',D)."""
-        if n_frames is None:
-            maps = self.forward_features(mel)
-            return maps.mean((2, 3)), maps.mean(2).transpose(1, 2)
-        clip, frames = run_by_length(self.embed_spectrogram, mel, n_frames)
-        return clip, frames
-
-    def n_steps(self, n_samples: int) -> int:
-        """Columns of the last map: every 32nd frame, rounded up."""
-        return -(-self.front_end.n_frames(n_samples) // 32)
 
     def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take timm's weights for pictures, too: colours become their mean, the classifier is left out, with a notice.

@@ -1,4 +1,4 @@
-"""ERes2Net, a network for speakers that S-SONDO's smallest student listens with, and its pooling.
+"""ERes2Net, a network for speakers that is the backbone of S-SONDO's smallest student, and its pooling.
 
 Method: Chen et al., "An enhanced Res2Net with local and global feature fusion for speaker verification", Interspeech
 2023; S-SONDO adds a fifth stage. Names in the state dict are those of the published checkpoints.
@@ -6,11 +6,13 @@ Method: Chen et al., "An enhanced Res2Net with local and global feature fusion f
 Letters: B batch, F mel bands, T frames, D channels, E embedding width; primes mark what is left after striding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from models.pooled_cnn import Backbone
 
 N_PARTS = 2  # of a block's channels, filtered one after the other
 EXPANSION = 2  # channels that a block gives, as a multiple of those it filters
@@ -88,16 +90,12 @@ class Res2Block(nn.Module):
         return _clipped(self.bn3(self.conv3(torch.cat(parts, 1))) + self.shortcut(x))
 
 
-class ERes2NetMaps(nn.Module):
+class ERes2NetMaps(Backbone):
     """The network below the pooling: (B,F,T) -> (B,D,F',T'), both axes halved by every stage but the first.
 
     Args:
         m_channels: channels of the first stage; later ones have 2, 4 and 8 times as many, a fifth 2 times.
         num_blocks: blocks of each stage, of which there are four or five.
-
-    Attributes:
-        stride: frames and bands to a position of the last map.
-        channels: D.
 
     Raises:
         ValueError: another number of stages, or channels that cannot be split.
@@ -135,14 +133,15 @@ class ERes2NetMaps(nn.Module):
     def _fusion(stage: int) -> str:
         return "fuse_mode" + "12345"[:stage]
 
-    def forward(self, mel: Tensor) -> Tensor:
-        """(B,F,T) -> (B,D,F',T')."""
+    def stages(self, mel: Tensor) -> Iterator[Tensor]:
+        """Yield the output of each stage, fused with those below."""
         x = fused = self.get_submodule("layer1")(self.bn1(self.conv1(mel[:, None])).relu())
+        yield fused
         for stage in range(2, self.n_stages + 1):
             x = self.get_submodule(f"layer{stage}")(x)
             below = self.get_submodule(f"layer{stage - 1}_downsample")(fused)
             fused = self.get_submodule(self._fusion(stage))(x, below)
-        return fused
+            yield fused
 
 
 def mean_and_deviation(maps: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,9 @@ from torch import Tensor
 
 from common.errors import UserError, some
 from models.headed import HEAD
-from models.resnet import ARGUMENTS, SIZES, ResNet10
+from models.resnet import ARGUMENTS, MEL_ARGUMENTS, SIZES, ResNet10
 
 MODEL_TYPE = "resnet10"
-
-# of the front-end: f_max may have been None
-_MEL = ("sample_rate", "n_mels", "f_min", "f_max", "n_fft", "win_size", "hop_size")
 
 
 def resnet_settings(network: ResNet10) -> dict[str, Any]:
@@ -26,7 +23,7 @@ def resnet_settings(network: ResNet10) -> dict[str, Any]:
         **ARGUMENTS,
         **network.arguments,
         "width": network.stem.conv.out_channels,
-        **{key: getattr(network.front_end, key) for key in _MEL},
+        **{key: getattr(network.front_end, key) for key in MEL_ARGUMENTS},  # f_max may have been None
     }
 
 

@@ -7,14 +7,15 @@ published checkpoints. Squeeze and excitation acts on channels.
 Letters: B batch, F mel bands, T frames, C classes, D channels; primes mark what is left after striding.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from models.base import AudioTagger, run_by_length
+from models.base import Encoded
 from models.efficientat_mel import EfficientAtMel
+from models.pooled_cnn import Backbone, PooledCNN, run_through
 from models.registry import register_model
 
 
@@ -129,12 +130,14 @@ class InvertedResidual(nn.Module):
         return x + self.block(x) if self.has_shortcut else self.block(x)
 
 
-class MobileNetV3Maps(nn.Module):
-    """The network below the pooling: (B,F,T) -> (B,D,F',T'), both axes strided by 32; to be started by `initialise`.
+class MobileNetV3Maps(Backbone):
+    """The network below the pooling: (B,F,T) -> (B,D,F',T'), to be started by `initialise`.
 
     Args:
         width: factor on the numbers of channels.
     """
+
+    stride = STRIDE
 
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
@@ -144,34 +147,31 @@ class MobileNetV3Maps(nn.Module):
             expanded, out = to_eights(stage.expanded * width), to_eights(stage.out * width)
             layers.append(InvertedResidual(stage, channels, expanded, out))
             channels = out
-        self.features = nn.Sequential(*layers, conv_norm(channels, n_features(width), act=nn.Hardswish))
+        self.channels = n_features(width)
+        self.features = nn.Sequential(*layers, conv_norm(channels, self.channels, act=nn.Hardswish))
 
-    def forward(self, mel: Tensor) -> Tensor:
-        """(B,F,T) -> (B,D,F',T')."""
-        return self.features(mel[:, None])
+    def stages(self, mel: Tensor) -> Iterator[Tensor]:
+        """Yield the output of the first convolution, of each block and of the last convolution."""
+        return run_through(mel[:, None], self.features)
 
 
-class EfficientAtTagger(AudioTagger):
-    """What EfficientAT's networks share; takes clips of any length in one piece and gives logits.
+class EfficientAtTagger(PooledCNN):
+    """What EfficientAT's networks share; it gives logits.
 
     Args:
         num_classes: C.
         width: factor on the numbers of channels.
         dropout: before the last layer.
-        sample_rate: of the waveform, in hertz.
-        n_mels: F.
-        n_fft: samples of a Fourier transform.
-        win_size: samples of the window.
-        hop_size: samples between frames.
-        f_min: lower edge of the bands in hertz.
-        f_max: upper edge in hertz.
         fmin_aug_range: in training, `f_min` is raised by a random whole number below this for each batch: 10 in
             published training, 1 for never.
         fmax_aug_range: in training, `f_max` is moved at random within a range of this many hertz: 2000 in published
             training, 1 for never.
+        **settings: those of `MelSettings` (`models.settings`), by default `shared_settings`.
     """
 
     last_layer = "classifier.5"
+    stride = STRIDE
+    shared_settings = (EfficientAtMel.defaults,)
 
     def __init__(
         self,
@@ -179,31 +179,17 @@ class EfficientAtTagger(AudioTagger):
         num_classes: int = 527,
         width: float = 1.0,
         dropout: float = 0.2,
-        sample_rate: int = 32000,
-        n_mels: int = 128,
-        n_fft: int = 1024,
-        win_size: int = 800,
-        hop_size: int = 320,
-        f_min: float = 0.0,
-        f_max: float = 15000.0,
         fmin_aug_range: int = 1,
         fmax_aug_range: int = 1,
+        **settings: Any,
     ) -> None:
-        front_end = EfficientAtMel(
-            sample_rate=sample_rate,
-            n_mels=n_mels,
-            n_fft=n_fft,
-            win_size=win_size,
-            hop_size=hop_size,
-            f_min=f_min,
-            f_max=f_max,
-        )
+        front_end = EfficientAtMel(**settings)
         front_end.vary_edges(fmin_aug_range, fmax_aug_range)
         super().__init__(front_end, num_classes=num_classes, embed_dim=n_features(width))
         self._add_maps(width)
         n_hidden = to_eights(LAST_HIDDEN * width)
         self.classifier = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
+            nn.AdaptiveAvgPool2d(1),  # this and the next as published; `pool` does it
             nn.Flatten(),
             nn.Linear(self.embed_dim, n_hidden),
             nn.Hardswish(),
@@ -212,44 +198,13 @@ class EfficientAtTagger(AudioTagger):
         )
         self.apply(initialise)
 
-    @property
-    def generator(self) -> torch.Generator | None:
-        """Draws the edges of the mel bands in training; None for torch's default."""
-        return self.front_end.generator
-
-    @generator.setter
-    def generator(self, generator: torch.Generator | None) -> None:
-        self.front_end.generator = generator
-
     def _add_maps(self, width: float) -> None:
-        """Make the layers that `forward_features` goes through."""
+        """Make the layers of `stages`, under their published names."""
         raise NotImplementedError
 
-    def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
-        """Tag spectrograms: (B,F,T), own frames (B,) or None -> logits (B,C)."""
-        if n_frames is None:
-            return self.classifier(self.forward_features(mel))
-        return run_by_length(lambda clips: (self.forward_spectrogram(clips),), mel, n_frames)[0]
-
-    def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embed spectrograms: (B,F,T), own frames (B,) or None -> pooled maps (B,D) and their columns (B,T',D)."""
-        if n_frames is None:
-            maps = self.forward_features(mel)
-            return maps.mean((2, 3)), maps.mean(2).transpose(1, 2)
-        clip, frames = run_by_length(self.embed_spectrogram, mel, n_frames)
-        return clip, frames
-
-    def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tag and embed in one pass: (B,F,T), own frames (B,) or None -> logits (B,C), pooled maps (B,D)."""
-        if n_frames is None:
-            clip = self.forward_features(mel).mean((2, 3))
-            return self.classifier[2:](clip), clip
-        output, clip = run_by_length(self.tag_and_embed, mel, n_frames)
-        return output, clip
-
-    def n_steps(self, n_samples: int) -> int:
-        """Columns of the last map: every 32nd frame, rounded up."""
-        return -(-self.front_end.n_frames(n_samples) // STRIDE)
+    def tag(self, clip: Tensor, encoded: Encoded) -> Tensor:
+        """Pooled maps (B,D) -> logits (B,C)."""
+        return self.classifier[2:](clip)
 
 
 class MobileNetV3(EfficientAtTagger):
@@ -258,9 +213,9 @@ class MobileNetV3(EfficientAtTagger):
     def _add_maps(self, width: float) -> None:
         self.features = MobileNetV3Maps(width).features
 
-    def forward_features(self, mel: Tensor) -> Tensor:
-        """Compute the maps below the head: (B,F,T) -> (B,D,F',T'), both axes strided by 32."""
-        return self.features(mel[:, None])
+    def stages(self, mel: Tensor, n_frames: Tensor | None) -> Iterator[Tensor]:
+        """Yield the output of the first convolution, of each block and of the last convolution."""
+        return run_through(mel[:, None], self.features)
 
 
 RELEASE = "https://github.com/fschmid56/EfficientAT/releases/download/v0.0.1"

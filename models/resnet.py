@@ -9,15 +9,19 @@ Letters: B batch, F mel bands, T frames, C classes, D channels, E embedding widt
 striding.
 """
 
-import inspect
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.base import AudioTagger
+from models.base import Encoded
 from models.ced_mel import CedMel
+from models.pooled_cnn import PooledCNN
 from models.registry import register_model
+from models.settings import find_arguments, take_settings
 
 STRIDE = 16  # frames and bands to a position of the last maps
 _STAGES = (1, 2, 4, 8)  # channels of each, in units of the width
@@ -80,50 +84,25 @@ class BasicBlock(nn.Module):
         return (y + (x if self.shortcut is None else self.shortcut(x, n_columns)[0])).relu(), n_after
 
 
-class ResNet10(AudioTagger):
+class ResNet10(PooledCNN):
     """Residual network on CED's log-mels; gives logits.
 
     Args:
         num_classes: C.
         width: channels of the first stage; the last has, and embeddings are, eight times as many.
         dropout: before the last layer.
-        sample_rate: of the waveform, in hertz.
-        n_mels: F.
-        f_min: lower edge of the bands in hertz.
-        f_max: upper edge in hertz, None for half the sample rate.
-        n_fft: samples of a Fourier transform.
-        win_size: samples of the window.
-        hop_size: samples between frames.
+        **settings: those of `MelSettings` (`models.settings`), by default `shared_settings`.
     """
 
     masks_padding = True
     last_layer = "classifier.1"
+    stride = STRIDE
+    shared_settings = (replace(CedMel.defaults, win_size=400, f_max=None),)
 
-    def __init__(
-        self,
-        *,
-        num_classes: int = 527,
-        width: int = 16,
-        dropout: float = 0.2,
-        sample_rate: int = 16000,
-        n_mels: int = 64,
-        f_min: float = 0.0,
-        f_max: float | None = None,
-        n_fft: int = 512,
-        win_size: int = 400,
-        hop_size: int = 160,
-    ) -> None:
-        front_end = CedMel(
-            sample_rate=sample_rate,
-            n_mels=n_mels,
-            n_fft=n_fft,
-            win_size=win_size,
-            hop_size=hop_size,
-            f_min=f_min,
-            f_max=f_max,
-        )
-        super().__init__(front_end, num_classes=num_classes, embed_dim=width * _STAGES[-1])
-        self.bands = nn.BatchNorm2d(n_mels, momentum=0.01)
+    def __init__(self, *, num_classes: int = 527, width: int = 16, dropout: float = 0.2, **settings: Any) -> None:
+        (mel,) = take_settings(self.shared_settings, settings)
+        super().__init__(CedMel(**asdict(mel)), num_classes=num_classes, embed_dim=width * _STAGES[-1])
+        self.bands = nn.BatchNorm2d(mel.n_mels, momentum=0.01)
         self.stem = ConvNorm(1, width, 3, 2)
         n_in, blocks = width, []
         for number, factor in enumerate(_STAGES):
@@ -132,52 +111,38 @@ class ResNet10(AudioTagger):
         self.blocks = nn.ModuleList(blocks)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.embed_dim, num_classes))
 
-    def _maps(self, mel: Tensor, n_frames: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(B,F,T), own frames (B,) or None -> (B,D,F',T'), columns of each clip."""
+    def stages(self, mel: Tensor, n_frames: Tensor | None) -> Iterator[Tensor]:
+        """Yield the output of the first convolution and of each block."""
         x = normalise(self.bands, mel.unsqueeze(2), n_frames).transpose(1, 2)  # (B,1,F,T)
         x, n_columns = self.stem(x, n_frames)
         x = x.relu()
+        yield x
         for block in self.blocks:
             x, n_columns = block(x, n_columns)
-        return x, n_columns
+            yield x
 
-    def forward_features(self, mel: Tensor) -> Tensor:
-        """Compute the maps below the pooling: (B,F,T) -> (B,D,F',T'), both axes strided by 16."""
-        return self._maps(mel, None)[0]
+    def tag(self, clip: Tensor, encoded: Encoded) -> Tensor:
+        """Pooled maps (B,E) -> logits (B,C)."""
+        return self.classifier(clip)
 
-    def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
-        """Tag spectrograms: (B,F,T), own frames (B,) or None -> logits (B,C)."""
-        return self.tag_and_embed(mel, n_frames)[0]
+    def pool(self, encoded: Encoded) -> Tensor:
+        """Embed clips: the mean of their own columns (B,E)."""
+        columns = self.frames(encoded)
+        return columns.mean(1) if encoded.n_steps is None else columns.sum(1) / encoded.n_steps[:, None]
 
-    def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embed spectrograms: (B,F,T), own frames (B,) or None -> pooled maps (B,E) and their columns (B,T',E)."""
-        maps, n_columns = self._maps(mel, n_frames)
-        columns = maps.mean(2).transpose(1, 2)  # (B,T',E)
-        if n_columns is None:
-            return columns.mean(1), columns
-        columns = columns * _valid(maps, n_columns)[..., None]
-        return columns.sum(1) / n_columns[:, None], columns
-
-    def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tag and embed in one pass: (B,F,T), own frames (B,) or None -> logits (B,C), pooled maps (B,E)."""
-        clip = self.embed_spectrogram(mel, n_frames)[0]
-        return self.classifier(clip), clip
-
-    def n_steps(self, n_samples: int) -> int:
-        """Columns of the last maps: every 16th frame, rounded up."""
-        return -(-self.front_end.n_frames(n_samples) // STRIDE)
-
-    def probabilities_of(self, mel: Tensor) -> Tensor:
-        """Probabilities (B,C) of spectrograms (B,F,T) of one length."""
-        return self.probabilities(self.forward_spectrogram(mel))
+    def frames(self, encoded: Encoded) -> Tensor:
+        """Embed time steps: the mean over frequency for every column (B,T',E), zero behind a clip's end."""
+        columns = super().frames(encoded)
+        if encoded.n_steps is None:
+            return columns
+        assert encoded.maps is not None
+        return columns * _valid(encoded.maps, encoded.n_steps)[..., None]
 
 
+# as they stand in published configurations; `dropout` and `width` first
+MEL_ARGUMENTS = ("sample_rate", "n_mels", "f_min", "f_max", "n_fft", "win_size", "hop_size")
 # with their defaults, all that make a network but the number of its classes
-ARGUMENTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(ResNet10).parameters.items()
-    if name != "num_classes"
-}
+ARGUMENTS = {name: find_arguments(ResNet10)[name] for name in ("width", "dropout", *MEL_ARGUMENTS)}
 
 SIZES = {"resnet10_small": 8, "resnet10": 16, "resnet10_wide": 32}  # width of each
 for _name, _width in SIZES.items():

@@ -7,12 +7,17 @@ from functools import partial
 import pytest
 
 from common.errors import UserError
-from models import create_model
+from models import create_model, resnet
 from models.audio_spectrogram_transformer import AST
 from models.audiotransformer import ARGUMENTS, AudioTransformer
+from models.dymn import DyMN
+from models.efficientnet import EfficientNet
+from models.mobilenetv3 import MobileNetV3
 from models.passt import PaSST
 from models.registry import model_entry
+from models.resnet import ResNet10
 from models.settings import MelSettings, TransformerSettings, find_arguments, take_settings
+from models.ssondo_students import DyMNStudent, ERes2NetStudent, MobileNetV3Student, StudentSettings
 
 TRANSFORMER = {
     "embed_dim": 768,
@@ -35,6 +40,11 @@ TRANSFORMER = {
 }
 NORM = {"norm_eps": 1e-6}
 KALDI = {"sample_rate": 16000, "n_mels": 128, "mean": -4.2677393, "std": 4.5689974}
+WIDE_MEL = {"sample_rate": 32000, "n_mels": 128, "n_fft": 1024}
+EFFICIENTAT = {**WIDE_MEL, "win_size": 800, "hop_size": 320, "f_min": 0.0, "f_max": 15000.0}
+EFFICIENTAT |= {"dropout": 0.2, "fmin_aug_range": 1, "fmax_aug_range": 1}
+STUDENT = {**WIDE_MEL, "win_size": 1024, "hop_size": 512, "f_min": 50.0, "f_max": 16000.0}
+STUDENT |= {"dropout": 0.2, "segment_seconds": 10.0}
 # name of a network -> what it takes, in any order
 WANTED = {
     "ced_base": {
@@ -52,7 +62,25 @@ WANTED = {
         **{"sample_rate": 32000, "n_mels": 128, "n_fft": 1024, "win_size": 800, "hop_size": 320},
         **{"f_min": 0.0, "f_max": 15000.0},
     },
+    "mn10_as": {**EFFICIENTAT, "width": 1.0},
+    "mn10_as_hop_15": {**EFFICIENTAT, "width": 1.0, "hop_size": 480},
+    "dymn04_as": {**EFFICIENTAT, "width": 0.4},
+    "efficientnet_b2": {
+        **{"pooling": "mean", "dropout": 0.0, "drop_path_rate": 0.2, "mean": -4.6476, "std": 4.5699},
+        **{"sample_rate": 16000, "n_mels": 128, "n_fft": 512, "win_size": 400, "hop_size": 160},
+        **{"f_min": 20.0, "f_max": None},
+    },
+    "resnet10_small": {
+        **{"width": 8, "dropout": 0.2, "sample_rate": 16000, "n_mels": 64, "n_fft": 512, "win_size": 400},
+        **{"hop_size": 160, "f_min": 0.0, "f_max": None},
+    },
+    "mobilenetv3": {**STUDENT, "width": 1.0},
+    "m2d-dymn": {**STUDENT, "width": 1.0, "temperature": 30.0},
+    "eres2net": {**STUDENT, "m_channels": 16, "num_blocks": (3, 4, 6, 3, 3)},
+    "eres2net_base": {**STUDENT, "m_channels": 32, "num_blocks": (3, 4, 6, 3), "n_mels": 80},
 }
+WANTED_WINDOWS = {"mn01_as": 800, "dymn04_as": 800, "efficientnet_b0": 400, "resnet10_small": 400}
+WANTED_WINDOWS |= {"mobilenetv3": 1024, "eres2net": 1024}
 
 
 @pytest.mark.parametrize("name", WANTED)
@@ -76,14 +104,23 @@ def test_published_configurations_have_these_arguments_in_this_order():
     )
     assert list(ARGUMENTS) == order.split()
     assert WANTED["ced_base"] == ARGUMENTS
+    order = "width dropout sample_rate n_mels f_min f_max n_fft win_size hop_size"
+    assert list(resnet.ARGUMENTS) == order.split()
+    assert WANTED["resnet10_small"] | {"width": 16} == resnet.ARGUMENTS
 
 
-@pytest.mark.parametrize("settings", [MelSettings, TransformerSettings])
+@pytest.mark.parametrize("settings", [MelSettings, TransformerSettings, StudentSettings])
 def test_every_setting_is_documented(settings):
     assert re.findall(r"^        (\w+): ", settings.__doc__, re.MULTILINE) == [each.name for each in fields(settings)]
 
 
-@pytest.mark.parametrize("network", [AudioTransformer, AST, PaSST])
+@pytest.mark.parametrize(
+    "network",
+    [
+        *(AudioTransformer, AST, PaSST, MobileNetV3, DyMN, EfficientNet, ResNet10),
+        *(MobileNetV3Student, DyMNStudent, ERes2NetStudent),
+    ],
+)
 def test_names_of_shared_settings_do_not_overlap(network):
     names = [each.name for settings in network.shared_settings for each in fields(settings)]
     assert len(names) == len(set(names))
@@ -108,3 +145,14 @@ def test_arguments_reach_the_network_and_a_wrong_name_is_told():
     assert scaled.blocks[1].ls1.gamma.tolist() == [0.5] * 64
     with pytest.raises(UserError, match=r"'init_value' \(did you mean 'init_values'"):
         create_model("passt_pico", num_classes=2, init_value=0.5)
+
+
+def test_front_end_settings_reach_every_network_of_convolutions():
+    for name in ("mn01_as", "dymn04_as", "efficientnet_b0", "resnet10_small", "mobilenetv3", "eres2net"):
+        front_end = create_model(name, num_classes=2, n_mels=40, hop_size=200, f_min=30.0, f_max=7000.0).front_end
+        assert (front_end.n_mels, front_end.hop_size, front_end.f_min, front_end.f_max) == (40, 200, 30.0, 7000.0)
+        assert front_end.win_size == WANTED_WINDOWS[name]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'n_mel'"):
+        MobileNetV3Student(n_mel=40)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'n_mel'"):
+        MobileNetV3(n_mel=40)
