@@ -143,8 +143,9 @@ class AudioTagger(nn.Module):
             mel: (B,F,T) as the front-end gives it.
             n_frames: (B,) frames of each clip, None where all of T belong to it; always None where the network does
                 not mask padding.
-            keep: chooses the tokens to compute, of networks that have tokens: others cost nothing. It is called once, for
-                all rows; padding that it chooses counts for nothing.
+            keep: chooses the tokens to compute, of networks that have tokens; the others cost nothing. Called once for
+                all rows. Padding that it chooses counts for nothing, so that at least one of a row's tokens must not be
+                padding.
             layers: numbers of layers whose output is wanted too, from 0; -1 is the last one. Of a transformer, blocks
                 before the final norm: (R,P+N,D), prefix tokens first, merged tokens in all places that they stand for.
                 Of a network of convolutions, its stages: (B,D,F',T').

@@ -157,7 +157,7 @@ class TaggerForAudioClassification(TaggerPreTrainedModel):
 
     def _logits(self, mel: Tensor, n_frames: Tensor | None) -> Tensor:
         """(B,C) logits of the clips' probabilities; what reads more than embeddings overrides it."""
-        return self.outputlayer(self.encoder.embed_spectrogram(mel, n_frames)[0])
+        return self.outputlayer(self.encoder.embed_clips(mel, n_frames))
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.config.problem_type == "single_label_classification":
