@@ -52,7 +52,7 @@ class AudioTransformer(SpectrogramTransformer):
     equal_chunks = True
     shared_settings: ClassVar[tuple[TransformerSettings, MelSettings]] = (
         TransformerSettings(),
-        MelSettings(sample_rate=16000, n_mels=64, n_fft=512, win_size=512, hop_size=160, f_min=0.0, f_max=8000.0),
+        CedMel.defaults,
     )
 
     def __init__(

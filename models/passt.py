@@ -58,7 +58,7 @@ class PaSST(SpectrogramTransformer):
     last_layer = "head.1"
     shared_settings: ClassVar[tuple[TransformerSettings, MelSettings]] = (
         TransformerSettings(target_length=1000, patch_stride=10),
-        MelSettings(sample_rate=32000, n_mels=128, n_fft=1024, win_size=800, hop_size=320, f_min=0.0, f_max=15000.0),
+        EfficientAtMel.defaults,
     )
 
     def __init__(

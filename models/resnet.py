@@ -139,7 +139,7 @@ class ResNet10(PooledCNN):
         return columns * _valid(encoded.maps, encoded.n_steps)[..., None]
 
 
-# as they stand in published configurations; `dropout` and `width` first
+# in the order that they have in published configurations, behind `width` and `dropout`
 MEL_ARGUMENTS = ("sample_rate", "n_mels", "f_min", "f_max", "n_fft", "win_size", "hop_size")
 # with their defaults, all that make a network but the number of its classes
 ARGUMENTS = {name: find_arguments(ResNet10)[name] for name in ("width", "dropout", *MEL_ARGUMENTS)}
