@@ -24,6 +24,7 @@ from audio.dataset import Pack, chunk_bounds
 from audio.manifest import NameIndex
 from common.errors import Faults, UserError, some
 from common.files import sha256
+from distill.batch import Batch
 from models.loading import weights_hash
 from training.config import SoftTargetConfig
 from training.teacher import Hearing, load_teacher
@@ -52,11 +53,11 @@ class Embedder(Protocol):
     def describe(self) -> Any:
         """Return what decides its answers, as plain values."""
 
-    def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
+    def embeddings(self, batch: Batch, hear: Hearing) -> Tensor:
         """Return (B, E), float32.
 
         Args:
-            batch: prepared, see `distill.dataset.prepare_batch`.
+            batch: on the embedder's device.
             hear: what a model hears of it through a front-end, masks included; others get the waveforms.
         """
 
@@ -116,10 +117,10 @@ class FunctionEmbedder:
         return [facts | {"sha256": digest.hexdigest()}]
 
     @torch.no_grad()
-    def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
+    def embeddings(self, batch: Batch, hear: Hearing) -> Tensor:
         """Return (B, E), float32; masks of spectrograms are not for it."""
         rate = self.sample_rates[0]
-        waveform, lengths = batch["waveforms"][rate], batch["lengths"][rate]
+        waveform, lengths = batch.waveforms[rate], batch.lengths[rate]
         if lengths is None:
             lengths = torch.full((len(waveform),), waveform.shape[1], device=waveform.device)
         found = torch.as_tensor(self.function(waveform, lengths)).float()
@@ -207,9 +208,9 @@ class NpzEmbedder:
             digest.update(f"{path.relative_to(self.folder)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
         return [{"npz": str(self.folder), "files": len(set(self.files)), "sha256": digest.hexdigest()}]
 
-    def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
+    def embeddings(self, batch: Batch, hear: Hearing) -> Tensor:
         """Return (B, E), float32, of the batch's items."""
-        items = batch["item"].tolist()
+        items = batch.item.tolist()
         found = [self._of(item) for item in items]
         for item, embedding in zip(items, found, strict=True):
             if len(embedding) != len(found[0]):
@@ -218,7 +219,7 @@ class NpzEmbedder:
                     f"{one}: {NPZ_KEY!r} is {len(embedding)} wide, that of {other} {len(found[0])}; wanted one width "
                     "in all files"
                 )
-        return torch.from_numpy(np.stack(found)).to(batch["item"].device)
+        return torch.from_numpy(np.stack(found)).to(batch.item.device)
 
     def _of(self, item: int) -> np.ndarray:
         clip = int(self.bounds[item, 0])

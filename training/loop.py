@@ -4,8 +4,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from tqdm import tqdm
 
 from audio.dataset import loader_workers
 from common.errors import UserError, some
-from distill.dataset import EpochBatches, ReplayDataset, collate, prepare_batch
+from distill.batch import Batch
+from distill.dataset import EpochBatches, ReplayDataset, collate
 from distill.objectives import Objective
 from models import AudioTagger
 from training.averaging import MovingAverage
@@ -141,7 +143,7 @@ class Run:
         self.warmup = warmup
         return create_schedule(optimizer, config.schedule, warmup, total, config.decay_frac)
 
-    def loader(self, batches: Any) -> DataLoader[dict[str, Any]]:
+    def loader(self, batches: Any) -> Iterable[Batch]:
         """Return a loader of batches of (epoch, item)."""
         return DataLoader(
             self.dataset,
@@ -203,14 +205,14 @@ class Run:
                 break
         return sum(taken) / len(taken)
 
-    def _with_target(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Prepare a collated batch, and ask the teacher, where there is one, for the targets of its clips."""
-        batch = prepare_batch(batch, self.device)
+    def _with_target(self, batch: Batch) -> Batch:
+        """Move a batch to the device, and ask the teacher, where there is one, for the targets of its clips."""
+        batch = batch.to(self.device)
         if self.teacher is None or self.embeds:
             return batch
-        return batch | {"target": self.teacher.probabilities(batch, self.data.source.replay.spectrogram)}
+        return replace(batch, target=self.teacher.probabilities(batch, self.data.source.replay.spectrogram))
 
-    def _train(self, stream: Iterator[dict[str, Any]]) -> None:
+    def _train(self, stream: Iterator[Batch]) -> None:
         self.trainer.train_mode()
         self._began()
         with tqdm(
@@ -241,17 +243,17 @@ class Run:
     def _began(self) -> None:
         self.clips, self.waited, self.began = 0, 0.0, time.perf_counter()
 
-    def _advance(self, stream: Iterator[dict[str, Any]]) -> None:
+    def _advance(self, stream: Iterator[Batch]) -> None:
         n = self.batches.size(self.step)
         sizes = [len(share) for share in mirrored_shares(n, self.n_parts)]
         weights = [len(share) / sum(sizes) for share in self._my_shares(n)]
         asked = time.perf_counter()
-        parts = [prepare_batch(next(stream), self.device) for _ in weights]
+        parts = [next(stream).to(self.device) for _ in weights]
         self.waited += time.perf_counter() - asked
         losses = self.trainer.step(parts, weights, self.step)
         self.step += 1
         self.clips += n
-        self._unread.append((torch.cat([part["item"] for part in parts]), losses["loss"]))
+        self._unread.append((torch.cat([part.item for part in parts]), losses["loss"]))
         self.window.add(losses)
         self.epoch_tally.add(losses)
 

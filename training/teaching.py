@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +17,8 @@ from tqdm import tqdm
 from audio.dataset import Pack, chunk_bounds, loader_workers
 from common.errors import UserError
 from common.files import remove_dead_partials, sha256, write_json
-from distill.dataset import ReplayDataset, collate, prepare_batch
+from distill.batch import Batch
+from distill.dataset import ReplayDataset, collate
 from distill.embeddings import EmbeddingStore
 from distill.published_layout import published_rows, write_published_meta
 from distill.replay import REFERENCE_RATE, Replay
@@ -70,7 +71,7 @@ class Question(Protocol):
     def answerable(self, n_items: int) -> np.ndarray:
         """Return which of `n_items` items there is an answer to, ascending."""
 
-    def answers(self, batch: Mapping[str, Any], hear: Hearing) -> dict[str, Tensor]:
+    def answers(self, batch: Batch, hear: Hearing) -> dict[str, Tensor]:
         """Return the datasets of the store but the seeds, (B, ...) each."""
 
 
@@ -121,7 +122,7 @@ class SoftTargets:
         """Return all items."""
         return np.arange(n_items)
 
-    def answers(self, batch: Mapping[str, Any], hear: Hearing) -> dict[str, Tensor]:
+    def answers(self, batch: Batch, hear: Hearing) -> dict[str, Tensor]:
         """Return the highest probabilities (B, K) and their classes (B, K)."""
         top = self.teacher.probabilities(batch, hear).topk(self.topk)
         return {"topk_values": top.values, "topk_indexes": top.indices}
@@ -173,7 +174,7 @@ class Embeddings:
             logger.info("%d of %d chunks have no embedding and are left out", lacking.sum(), n_items)
         return np.flatnonzero(~lacking)
 
-    def answers(self, batch: Mapping[str, Any], hear: Hearing) -> dict[str, Tensor]:
+    def answers(self, batch: Batch, hear: Hearing) -> dict[str, Tensor]:
         """Return the embeddings (B, E), clipped with a warning where half precision cannot hold them."""
         found = self.embedder.embeddings(batch, hear)
         largest = torch.finfo(torch.float16).max
@@ -342,19 +343,19 @@ class Teaching:
                 hashes = np.empty(len(unit.items), np.int64)
                 done = 0
                 while done < len(unit.items):
-                    batch = prepare_batch(next(stream), self.device)
-                    rows = np.searchsorted(unit.items, batch["item"].cpu().numpy())
+                    batch = next(stream).to(self.device)
+                    rows = np.searchsorted(unit.items, batch.item.cpu().numpy())
                     for name, answer in self._answers(dataset, batch).items():
                         if name not in arrays:
                             arrays[name] = np.empty((len(unit.items), *answer.shape[1:]), store.types[name])
                         if arrays[name].shape[1:] != answer.shape[1:]:
                             raise UserError(
-                                f"the teacher's answer to {dataset.name(int(batch['item'][0]))} has the shape "
+                                f"the teacher's answer to {dataset.name(int(batch.item[0]))} has the shape "
                                 f"{tuple(answer.shape[1:])}, those before it {arrays[name].shape[1:]}; wanted one width"
                             )
                         arrays[name][rows] = answer.cpu().numpy()
                     if hashed:
-                        hashes[rows] = batch["sound_hash"].cpu().numpy()
+                        hashes[rows] = batch.sound_hash.cpu().numpy()
                     done += len(rows)
                     progress.update(len(rows))
                 arrays["seeds"] = self.items.seeds(unit.epoch)[unit.items]
@@ -362,13 +363,13 @@ class Teaching:
                 store.write(self.folder, unit.epoch, unit.part, rows_of_unit, **arrays)
         return self.folder
 
-    def _answers(self, dataset: ReplayDataset, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _answers(self, dataset: ReplayDataset, batch: Batch) -> dict[str, Tensor]:
         with self.precision.context():
             answers = self.question.answers(batch, self.replay.spectrogram)
         for answer in answers.values():
             finite = answer.isfinite().all(dim=1)
             if not bool(finite.all()):
-                name = dataset.name(int(batch["item"][~finite][0]))
+                name = dataset.name(int(batch.item[~finite][0]))
                 raise UserError(f"the teacher's answer to {name} is not a number; look at that clip")
         return answers
 

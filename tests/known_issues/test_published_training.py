@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from audio.dataset import Pack
 from common.errors import Faults
-from distill.dataset import EpochBatches, ReplayDataset, collate, prepare_batch
+from distill.dataset import EpochBatches, ReplayDataset, collate
 from distill.objectives import create_objective
 from distill.replay import Replay
 from distill.sources import SeededItems
@@ -49,7 +49,7 @@ def test_the_stored_epoch_is_right_with_workers_that_outlive_an_epoch(tmp_path, 
     stream = iter(loader)
     for epoch in (1, 2, 3, 1):
         batches = [next(stream), next(stream)]
-        items, values = (torch.cat([b[key] for b in batches]) for key in ("item", "target"))
+        items, values = (torch.cat([getattr(b, name) for b in batches]) for name in ("item", "target"))
         assert sorted(items.tolist()) == list(range(6))
         assert torch.allclose(values[:, 3], 0.1 * epoch + items / 100, atol=1e-3)
 
@@ -110,7 +110,7 @@ def test_one_step_serves_every_mode(tone_pack, mode, consistent, mixup):
     optimizer = create_optimizer("AdamW", model.parameters(), {"lr": 1e-3}, CPU)
     learner = Learner(model, objective, replay, "spectrogram" if mixup else None)
     trainer = Trainer(learner, optimizer, None, Precision(mode, CPU), seed=0)
-    batch = prepare_batch(collate([dataset[(1, i)] for i in range(4)]), CPU)
+    batch = collate([dataset[(1, i)] for i in range(4)]).to(CPU)
     losses = [trainer.step([batch], [1.0], step)["loss"].item() for step in range(12)]
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]

@@ -115,7 +115,7 @@ def test_the_first_batches_looked_at_are_trained_on_as_well(tone_pack, tmp_path,
     monkeypatch.setattr(
         Trainer,
         "step",
-        lambda self, parts, weights, number: seen.extend(parts[0]["item"].tolist()) or {"loss": torch.ones(())},
+        lambda self, parts, weights, number: seen.extend(parts[0].item.tolist()) or {"loss": torch.ones(())},
     )
     train(tmp_path, settings(tone_pack, epochs=1, valid_every=1))
     assert sorted(seen) == list(range(28))
@@ -131,7 +131,7 @@ def test_an_objective_of_its_own_brings_losses_parameters_and_rates(tone_pack, t
             self.level = torch.nn.Parameter(torch.tensor(start))
 
         def forward(self, output, batch):
-            assert batch["waveforms"][8000].shape[1] == 8000
+            assert batch.waveforms[8000].shape[1] == 8000
             return {"loss": (output.mean() - self.level) ** 2, "level": self.level}
 
     config = settings(tone_pack, epochs=2, valid_every=2, init_from_data=False)
