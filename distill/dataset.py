@@ -61,12 +61,12 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         self.hash_sounds = hash_sounds
 
     def __len__(self) -> int:
-        return len(self.source.bounds)
+        return len(self.source.chunks)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """Return item `key[1]` as epoch `key[0]` shows it; see `Batch` for the fields."""
         epoch, item = key
-        clip, start, stop = (int(x) for x in self.source.bounds[item])
+        clip, start, stop = self.source.chunks[item]
         n_reference = int(self.source.n_reference[item])
         replay = self.source.replay
         draw = replay.draw(self.source.seed(epoch, item), n_reference)
@@ -113,7 +113,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
 
     def name(self, item: int) -> str:
         """Return the name of the clip that `item` is a chunk of."""
-        return self.pack.names[int(self.source.bounds[item, 0])]
+        return self.pack.names[self.source.chunks[item].clip]
 
 
 def collate(items: list[dict[str, Any]]) -> Batch:

@@ -119,7 +119,7 @@ def clip_embeddings(store: EmbeddingStore, pack: Pack) -> np.ndarray:
     """
     items = MatchedItems(store, pack, max_epochs=1)
     epoch, rows = items.stored(1)
-    clips, seconds = items.bounds[:, 0], (items.bounds[:, 2] - items.bounds[:, 1]) / pack.sample_rate
+    clips, seconds = items.chunks.clip, items.chunks.seconds
     total = np.bincount(clips, seconds, len(pack))
     if not total.all():
         if len(set(pack.names)) < len(pack):

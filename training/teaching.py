@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from audio.dataset import Pack, chunk_bounds, loader_workers
+from audio.cutting import Chunks
+from audio.dataset import Pack, loader_workers
 from common.errors import UserError
 from common.files import remove_dead_partials, sha256, write_json
 from distill.batch import Batch
@@ -246,9 +247,9 @@ class Teaching:
         self.question = question
         question.to(self.device)
         self.replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
-        bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
-        self.items = SeededItems(bounds, pack.sample_rate, self.replay, config.seed)
-        items = question.answerable(len(bounds))
+        chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
+        self.items = SeededItems(chunks, self.replay, config.seed)
+        items = question.answerable(len(chunks))
         self.parts = np.array_split(items, question.n_parts(len(items), world_size))
         self._claim_folder()
 
@@ -327,12 +328,11 @@ class Teaching:
         units = [unit for unit in wanted if not store.path_of(self.folder, unit.epoch, unit.part).is_file()]
         if len(units) < len(wanted):
             logger.info("%d of %d files are there already", len(wanted) - len(units), len(wanted))
-        lengths = self.items.bounds[:, 2] - self.items.bounds[:, 1]
         hashed = self.config.layout == "native" and bool(self.question.sample_rates)  # else no sound is read
         dataset = ReplayDataset(self.pack, self.items, self.question.sample_rates, hash_sounds=hashed)
         loader = DataLoader(
             dataset,
-            batch_sampler=_Batches(units, lengths, self.config.batch_size),
+            batch_sampler=_Batches(units, self.items.chunks.n_samples, self.config.batch_size),
             num_workers=loader_workers(self.config.num_workers),
             collate_fn=collate,
         )
@@ -374,14 +374,14 @@ class Teaching:
         return answers
 
     def _rows(self, items: np.ndarray, hashes: np.ndarray | None) -> pd.DataFrame:
-        clips, starts, stops = self.items.bounds[items].T
+        chunks = self.items.chunks.select(items)
         rows = pd.DataFrame(
             {
-                "filename": [self.pack.names[clip] for clip in clips],
-                "start": starts / self.pack.sample_rate,
-                "end": stops / self.pack.sample_rate,
+                "filename": [self.pack.names[clip] for clip in chunks.clip],
+                "start": chunks.start / self.pack.sample_rate,
+                "end": chunks.stop / self.pack.sample_rate,
                 "n_reference": self.items.n_reference[items],
-                "clip_samples": self.pack.n_samples[clips],
+                "clip_samples": self.pack.n_samples[chunks.clip],
             }
         )
         if hashes is not None:

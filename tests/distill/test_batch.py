@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from audio.cutting import Chunks
 from audio.dataset import Pack
 from distill.batch import Batch
 from distill.dataset import EpochBatches, ReplayDataset, collate
@@ -24,8 +25,8 @@ RATES = (16000, 8000)
 def dataset(tone_pack) -> ReplayDataset:
     """Ten items of six lengths, with all that may come beside the targets."""
     pack = Pack.open(tone_pack)
-    bounds = np.array([[i, 0, 16000 - 500 * (i % 6)] for i in range(10)])
-    labels = LabelTargets(bounds, [np.array([i % 3]) for i in range(10)], 3, 16000, Replay({"Shift": {}}), seed=3)
+    chunks = Chunks.whole(16000 - 500 * (np.arange(10) % 6), 16000)
+    labels = LabelTargets(chunks, [np.array([i % 3]) for i in range(10)], 3, Replay({"Shift": {}}), seed=3)
     return ReplayDataset(pack, labels, RATES, labels=labels, clusters=np.arange(10) + 70, mixup=0.5, hash_sounds=True)
 
 

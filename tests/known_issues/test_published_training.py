@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from audio.cutting import Chunks
 from audio.dataset import Pack
 from common.errors import Faults
 from distill.dataset import EpochBatches, ReplayDataset, collate
@@ -102,7 +103,7 @@ def test_one_step_serves_every_mode(tone_pack, mode, consistent, mixup):
     """The published code had three copies of its step; inconsistent masks worked in one of them, mixup in two."""
     torch.manual_seed(0)
     replay = Replay({}, [{"TimeMasking": {"time_mask_param": 20}}])
-    source = SeededItems(np.array([[i, 0, 16000] for i in range(4)]), 16000, replay, seed=3)
+    source = SeededItems(Chunks.whole(np.full(4, 16000), 16000), replay, seed=3)
     source.target = lambda epoch, item: np.eye(7, dtype=np.float32)[item]
     dataset = ReplayDataset(Pack.open(tone_pack), source, [16000], consistent=consistent, mixup=mixup)
     objective = create_objective("target", loss="BCEWithLogitsLoss", loss_args={"reduction": "none"})

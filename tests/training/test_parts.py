@@ -10,6 +10,7 @@ from scipy.stats import kstest
 from torch import nn
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, cross_entropy
 
+from audio.cutting import Chunks
 from audio.dataset import Pack
 from common.errors import UserError
 from distill.dataset import EpochBatches, ReplayDataset
@@ -57,7 +58,7 @@ def test_a_mixture_is_as_long_as_its_longer_part():
 
 def test_mixup_weights_follow_their_distribution_and_are_a_function_of_seed_epoch_and_item(tone_pack):
     pack = Pack.open(tone_pack)
-    source = SeededItems(np.array([[0, 0, 160]] * 400), 16000, Replay(), seed=3)
+    source = SeededItems(Chunks.cut(np.array([64000]), 16000, 0.01), Replay(), seed=3)
     dataset = ReplayDataset(pack, source, [], mixup=0.5, seed=3)
     drawn = np.array([dataset[(1, i)]["mixup_weight"] for i in range(400)])
     assert kstest(drawn, "beta", args=(0.5, 0.5)).pvalue > 0.01
