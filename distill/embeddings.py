@@ -86,17 +86,9 @@ class StoredEmbeddings(MatchedItems):
 
     def __init__(self, store: EmbeddingStore, pack: Pack, max_epochs: int = 0, check: Check = "sample") -> None:
         super().__init__(store, pack, max_epochs, check)
-        self.store, self.width = store, store.width
+        self.store: EmbeddingStore = store
+        self.width = store.width
         self._ends = {epoch: store.ends(epoch) for epoch in self.epochs}
-        self._seeds: dict[int, np.ndarray] = {}
-
-    def seed(self, epoch: int, item: int) -> int:
-        """Return the stored seed of `item` in `epoch`."""
-        stored, rows = self.stored(epoch)
-        if stored not in self._seeds:
-            self._seeds = dict(list(self._seeds.items())[-1:])  # a loader reads ahead into the next epoch
-            self._seeds[stored] = self.store.arrays(stored, "seeds")["seeds"]
-        return int(self._seeds[stored][rows[item]])
 
     def target(self, epoch: int, item: int) -> np.ndarray:
         """Return the stored embedding (E,) of `item` in `epoch`, float32."""

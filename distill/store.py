@@ -211,8 +211,11 @@ class MatchedItems:
             the stored epochs hold different chunks.
     """
 
+    held: ClassVar[tuple[str, ...]] = ("seeds",)  # datasets of the epochs in use that stay in memory
+
     def __init__(self, store: TargetStore, pack: Pack, max_epochs: int = 0, check: Check = "sample") -> None:
-        self.replay, self.chunk_seconds = store.replay, store.chunk_seconds
+        self.store, self.replay, self.chunk_seconds = store, store.replay, store.chunk_seconds
+        self._cache: dict[int, dict[str, np.ndarray]] = {}
         self.epochs = store.epochs[: max_epochs or None]
         faults = Faults(f"the match of {store.folder} with {pack.manifest}")
         names = NameIndex(pack.names)
@@ -302,3 +305,17 @@ class MatchedItems:
         """Return the number of the stored epoch that `epoch` of training uses, and the row of every item in it (M,)."""
         index = (epoch - 1) % len(self.epochs)
         return self.epochs[index], self._rows[index]
+
+    def arrays(self, epoch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the row of every item in `epoch` of training (M,), and the datasets `held` of the stored epoch."""
+        stored, rows = self.stored(epoch)
+        if stored not in self._cache:
+            # Two are kept: a loader that reads ahead asks for the next epoch before it has left this one.
+            self._cache = dict(list(self._cache.items())[-1:])
+            self._cache[stored] = self.store.arrays(stored, *self.held)
+        return rows, self._cache[stored]
+
+    def seed(self, epoch: int, item: int) -> int:
+        """Return the stored seed of `item` in `epoch`."""
+        rows, arrays = self.arrays(epoch)
+        return int(arrays["seeds"][rows[item]])
