@@ -5,25 +5,10 @@ N clips, M chunks.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from common.errors import UserError
-
-
-class Chunk(NamedTuple):
-    """One chunk.
-
-    Attributes:
-        clip: its number in the pack.
-        start: first sample.
-        stop: past-the-last sample.
-    """
-
-    clip: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +65,13 @@ class Chunks:
         """M."""
         return len(self.clip)
 
-    def __getitem__(self, index: int) -> Chunk:
-        """Return one of them in Python's own integers."""
-        return Chunk(int(self.clip[index]), int(self.start[index]), int(self.stop[index]))
+    def __getitem__(self, index: int) -> tuple[int, int, int]:
+        """Return clip, start and stop of one of them, in Python's own integers."""
+        return int(self.clip[index]), int(self.start[index]), int(self.stop[index])
 
-    def __iter__(self) -> Iterator[Chunk]:
-        """Go through them."""
-        return map(Chunk, self.clip.tolist(), self.start.tolist(), self.stop.tolist())
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """Go through what `chunks[0]`, `chunks[1]`, … return."""
+        return zip(self.clip.tolist(), self.start.tolist(), self.stop.tolist(), strict=True)
 
     @property
     def n_samples(self) -> np.ndarray:

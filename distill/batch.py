@@ -1,7 +1,7 @@
 """A batch: what a training step knows of its clips, every field with its shape and unit."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,12 +58,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Move to a device, without waiting for it; lengths become None where nothing is padded and so to be masked."""
-        padded = {
-            rate: n is not None and not bool((n == self.waveforms[rate].shape[1]).all())
-            for rate, n in self.lengths.items()
-        }
+        full = {rate for rate, n in self.lengths.items() if n is None or (n == self.waveforms[rate].shape[1]).all()}
         moved = self._changed(lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(moved, lengths={rate: n if padded[rate] else None for rate, n in moved.lengths.items()})
+        return replace(moved, lengths={rate: None if rate in full else n for rate, n in moved.lengths.items()})
 
     def pin_memory(self) -> "Batch":
         """Return a copy in page-locked memory, from which a GPU copies in the background; loaders call this."""
@@ -77,4 +74,4 @@ class Batch:
                 return {key: changed(entry) for key, entry in value.items()}
             return change(value) if isinstance(value, Tensor) else value
 
-        return Batch(**{field.name: changed(getattr(self, field.name)) for field in fields(self)})
+        return Batch(**{name: changed(value) for name, value in vars(self).items()})

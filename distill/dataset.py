@@ -16,9 +16,8 @@ from torch.utils.data import Dataset, Sampler
 from audio.dataset import Pack, pad_batch
 from audio.io import resample
 from distill.batch import Batch
+from distill.random_streams import Stream
 from distill.sources import LabelTargets, TargetSource
-
-FRESH_MASKS_STREAM, MIXUP_STREAM = 1, 3  # keep these random numbers apart from the run's other streams
 
 
 class ReplayDataset(Dataset[dict[str, Any]]):
@@ -72,11 +71,11 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         draw = replay.draw(self.source.seed(epoch, item), n_reference)
         value, min_value = draw.value, draw.min_value
         if not self.consistent:
-            stream = np.random.default_rng([self.seed, FRESH_MASKS_STREAM, epoch, item])
+            stream = np.random.default_rng([self.seed, Stream.FRESH_MASKS, epoch, item])
             value, min_value = stream.random(2, dtype=np.float32).tolist()
         weight = 1.0
         if self.mixup is not None:
-            stream = np.random.default_rng([self.seed, MIXUP_STREAM, epoch, item])
+            stream = np.random.default_rng([self.seed, Stream.MIXUP, epoch, item])
             weight = float(stream.beta(self.mixup, self.mixup))
         rate = self.pack.sample_rate
         waveform = np.empty(0, np.float32)
@@ -113,7 +112,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
 
     def name(self, item: int) -> str:
         """Return the name of the clip that `item` is a chunk of."""
-        return self.pack.names[self.source.chunks[item].clip]
+        return self.pack.names[self.source.chunks.clip[item]]
 
 
 def collate(items: list[dict[str, Any]]) -> Batch:

@@ -223,7 +223,7 @@ class NpzEmbedder:
         return torch.from_numpy(np.stack(found)).to(batch.item.device)
 
     def _of(self, item: int) -> np.ndarray:
-        clip = self.chunks[item].clip
+        clip = int(self.chunks.clip[item])
         rows = self._rows(clip)
         if len(rows) == 1:
             return rows[0]

@@ -22,6 +22,7 @@ from common.errors import UserError, some
 from distill.batch import Batch
 from distill.dataset import EpochBatches, ReplayDataset, collate
 from distill.objectives import Objective
+from distill.random_streams import Stream, stream_seed
 from models import AudioTagger
 from training.averaging import MovingAverage
 from training.chance import Chance, chance_bounds
@@ -43,11 +44,10 @@ from training.states import States
 from training.student import check_lengths, start_from_data
 from training.tally import Tally
 from training.teacher import Teacher
-from training.trainer import Learner, Trainer, stream_seed
+from training.trainer import Learner, Trainer
 
 logger = logging.getLogger(__name__)
 
-ORDER_STREAM, CHANCE_STREAM = 2, 6  # keep the run's random streams apart
 START_BATCHES = 16  # looked at by init_from_data
 
 
@@ -100,7 +100,7 @@ class Run:
         self.batches = EpochBatches(
             data.items,
             config.batch_size,
-            stream_seed(seed, ORDER_STREAM),
+            stream_seed(seed, Stream.ORDER),
             weights=data.balance,
             cut_passes=config.epoch_length is None,
             split=self._my_shares,
@@ -347,7 +347,7 @@ class Run:
         """Judge the model on the validation pack, and return what chance would give there as well."""
         assert self.data.valid is not None
         scores, targets = self._scores_on(self.data.valid), self.data.valid.multi_hot()
-        chance = chance_bounds(scores, targets, stream_seed(self.seed, CHANCE_STREAM, self.epoch))
+        chance = chance_bounds(scores, targets, stream_seed(self.seed, Stream.CHANCE, self.epoch))
         return evaluate_scores(scores, targets, self.model.labels), chance
 
     def _scores_on(self, data: LabelledPack) -> np.ndarray:

@@ -5,13 +5,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.batch import Batch
 from distill.objectives import Objective
+from distill.random_streams import Stream, stream_seed
 from distill.replay import Replay
 from models import AudioTagger
 from models.frontends import FrontEnd
@@ -21,13 +21,6 @@ from training.parallel import Ranks, share_batch_norm
 from training.precision import Precision
 from training.target_tally import TargetTally
 from training.teacher import Teacher
-
-DROP_STREAM, DROPOUT_STREAM = 4, 5  # keep the run's random streams apart
-
-
-def stream_seed(*key: int) -> int:
-    """Return a seed for one of the random streams of a run."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def _network(model: AudioTagger, objective: Objective) -> Callable[[Tensor, Tensor | None], tuple[Any, Any]]:
@@ -173,10 +166,10 @@ class Trainer:
 
     def _draw_from(self, number: int) -> None:
         """Set the random state of a step: patch-out is the same on all ranks, dropout is each one's own."""
-        torch.manual_seed(stream_seed(self.seed, DROPOUT_STREAM, number, self.ranks.rank))
+        torch.manual_seed(stream_seed(self.seed, Stream.DROPOUT, number, self.ranks.rank))
         generator = getattr(self.learner.model, "generator", None)
         if generator is not None:
-            generator.manual_seed(stream_seed(self.seed, DROP_STREAM, number))
+            generator.manual_seed(stream_seed(self.seed, Stream.PATCH_OUT, number))
 
     def _gradients_join(self, last: bool) -> Any:
         if last or not isinstance(self.wrapped, DistributedDataParallel):
