@@ -57,7 +57,7 @@ class Batch:
         return len(self.item)
 
     def to(self, device: torch.device) -> "Batch":
-        """Move to a device, without waiting for it; lengths become None where nothing is padded and so to be masked."""
+        """Move to a device, without waiting for it; lengths become None at rates where nothing is padded."""
         full = {rate for rate, n in self.lengths.items() if n is None or (n == self.waveforms[rate].shape[1]).all()}
         moved = self._changed(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, lengths={rate: None if rate in full else n for rate, n in moved.lengths.items()})
