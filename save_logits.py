@@ -16,7 +16,8 @@ from typing import Any
 # Before torch loads OpenMP: threads that spin while they wait cost tenfold where loader workers share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from audio.dataset import Pack, chunk_bounds
+from audio.cutting import Chunks
+from audio.dataset import Pack
 from common.commands import run_commands
 from common.errors import Faults, print_user_errors
 from distill.mask_check import check_masks
@@ -55,8 +56,8 @@ def store_folder(config: SoftTargetConfig, name: str) -> Path:
 
 def check_lengths(config: SoftTargetConfig, replay: Replay, pack: Pack, faults: Faults) -> None:
     """Note in `faults` masks that leave too little of the pack's chunks; warn of what single chunks can lose."""
-    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
-    found = check_masks(replay, reference_lengths(bounds, pack.sample_rate))
+    chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
+    found = check_masks(replay, reference_lengths(chunks))
     if found.fault:
         faults.add(found.fault)
     if found.warning and int(os.environ.get("RANK", 0)) == 0:

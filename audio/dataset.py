@@ -1,6 +1,6 @@
 """Packed clips as waveforms: the pack behind a manifest, a PyTorch dataset of clips or chunks, and padding.
 
-B batch, S samples, N clips, M chunks.
+B batch, S samples, N clips.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from audio.cutting import Chunks
 from audio.io import from_int16, resample
 from audio.manifest import read_manifest, resolve
 from audio.shards import Shard
@@ -213,59 +214,25 @@ class ClipDataset(Dataset[dict[str, Any]]):
     Args:
         pack: where the clips are.
         sample_rates: in Hz; each item holds the waveform at every one of them.
-        bounds: int64 (M, 3): clip, first sample, end, in samples of the pack (see `chunk_bounds`); whole clips when
-            None.
+        chunks: of the pack; whole clips when None.
     """
 
-    def __init__(self, pack: Pack, sample_rates: Sequence[int], bounds: np.ndarray | None = None) -> None:
+    def __init__(self, pack: Pack, sample_rates: Sequence[int], chunks: Chunks | None = None) -> None:
         self.pack = pack
         self.sample_rates = list(sample_rates)
-        self.bounds = bounds
+        self.chunks = chunks
 
     def __len__(self) -> int:
-        return len(self.pack) if self.bounds is None else len(self.bounds)
+        return len(self.pack if self.chunks is None else self.chunks)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return `index`, the clip's `name` and `waveforms`: for each rate in Hz a float32 tensor (S,)."""
-        if self.bounds is None:
-            clip, waveform = index, self.pack.read(index)
-        else:
-            clip, start, stop = map(int, self.bounds[index])
-            waveform = self.pack.read(clip, start, stop)
+        clip, start, stop = (index, 0, None) if self.chunks is None else self.chunks[index]
+        waveform = self.pack.read(clip, start, stop)
         waveforms = {
             rate: torch.from_numpy(resample(waveform, self.pack.sample_rate, rate)) for rate in self.sample_rates
         }
         return {"index": index, "name": self.pack.names[clip], "waveforms": waveforms}
-
-
-def chunk_bounds(
-    n_samples: np.ndarray, sample_rate: int, chunk_seconds: float, drop_short_tail: bool = True
-) -> np.ndarray:
-    """Split clips into chunks, as CED does for its soft targets.
-
-    Args:
-        n_samples: length of each clip, int (N,).
-        sample_rate: in Hz.
-        chunk_seconds: length of a chunk; the last one of a clip is what is left.
-        drop_short_tail: leave out a last chunk shorter than half, unless it is the clip's only one.
-
-    Returns:
-        int64 (M, 3): clip, first sample, end; in the order of clips, then of time. A clip without samples has no chunk.
-
-    Raises:
-        UserError: a chunk of less than one sample.
-    """
-    chunk = round(chunk_seconds * sample_rate)
-    if chunk < 1:
-        raise UserError(f"chunks of {chunk_seconds} s at {sample_rate} Hz have no sample; wanted a longer chunk length")
-    n_samples = np.asarray(n_samples, dtype=np.int64)
-    n_whole, tail = np.divmod(n_samples, chunk)
-    keep_tail = (tail > 0) & ((n_whole == 0) | (2 * tail >= chunk) | (not drop_short_tail))
-    counts = n_whole + keep_tail
-    clip = np.repeat(np.arange(len(n_samples)), counts)
-    first_of_clip = np.repeat(np.cumsum(counts) - counts, counts)
-    start = (np.arange(counts.sum()) - first_of_clip) * chunk
-    return np.stack([clip, start, np.minimum(start + chunk, n_samples[clip])], axis=1).astype(np.int64)
 
 
 def loader_workers(wanted: int) -> int:

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset, Sampler
 
 from audio.dataset import Pack, pad_batch
 from audio.io import resample
+from distill.batch import Batch
+from distill.random_streams import Stream
 from distill.sources import LabelTargets, TargetSource
-
-FRESH_MASKS_STREAM, MIXUP_STREAM = 1, 3  # keep these random numbers apart from the run's other streams
 
 
 class ReplayDataset(Dataset[dict[str, Any]]):
@@ -60,22 +60,22 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         self.hash_sounds = hash_sounds
 
     def __len__(self) -> int:
-        return len(self.source.bounds)
+        return len(self.source.chunks)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """Return item `key[1]` as epoch `key[0]` shows it; see `collate` for the fields."""
+        """Return item `key[1]` as epoch `key[0]` shows it; see `Batch` for the fields."""
         epoch, item = key
-        clip, start, stop = (int(x) for x in self.source.bounds[item])
+        clip, start, stop = self.source.chunks[item]
         n_reference = int(self.source.n_reference[item])
         replay = self.source.replay
         draw = replay.draw(self.source.seed(epoch, item), n_reference)
         value, min_value = draw.value, draw.min_value
         if not self.consistent:
-            stream = np.random.default_rng([self.seed, FRESH_MASKS_STREAM, epoch, item])
+            stream = np.random.default_rng([self.seed, Stream.FRESH_MASKS, epoch, item])
             value, min_value = stream.random(2, dtype=np.float32).tolist()
         weight = 1.0
         if self.mixup is not None:
-            stream = np.random.default_rng([self.seed, MIXUP_STREAM, epoch, item])
+            stream = np.random.default_rng([self.seed, Stream.MIXUP, epoch, item])
             weight = float(stream.beta(self.mixup, self.mixup))
         rate = self.pack.sample_rate
         waveform = np.empty(0, np.float32)
@@ -85,6 +85,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
                 waveform = replay.transform_waveform(waveform, draw, rate)
         shown = {
             "item": item,
+            "epoch": epoch,
             "waveforms": {r: self._filled(resample(waveform, rate, r).copy(), r) for r in self.sample_rates},
             "value": value,
             "min_value": min_value,
@@ -111,33 +112,17 @@ class ReplayDataset(Dataset[dict[str, Any]]):
 
     def name(self, item: int) -> str:
         """Return the name of the clip that `item` is a chunk of."""
-        return self.pack.names[int(self.source.bounds[item, 0])]
+        return self.pack.names[self.source.chunks.clip[item]]
 
 
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put items together.
-
-    Returns:
-        `item` (B,) int64; `waveforms` and `lengths`, each {sample rate: (B, S) float32 / (B,) int64}; `value` and
-        `min_value` (B,) float32, the mask draws; `n_reference` (B,) int64; `target` (B, C) float32, and `labels` (B, C)
-        float32 and `cluster` (B,) int64 where the dataset has them; `mixup_weight` (B,) float32, each clip's share in
-        the mixture with its mirror in the batch, 1 where nothing is mixed.
-    """
+def collate(items: list[dict[str, Any]]) -> Batch:
+    """Put items of a `ReplayDataset` together."""
     padded = {rate: pad_batch([item["waveforms"][rate] for item in items]) for rate in items[0]["waveforms"]}
-    vectors = [key for key in ("target", "labels") if key in items[0]]
-    more = {key: torch.tensor([item[key] for item in items]) for key in ("cluster", "sound_hash") if key in items[0]}
-    return (
-        {
-            "item": torch.tensor([item["item"] for item in items]),
-            "waveforms": {rate: waveform for rate, (waveform, _) in padded.items()},
-            "lengths": {rate: lengths for rate, (_, lengths) in padded.items()},
-            "value": torch.tensor([item["value"] for item in items], dtype=torch.float32),
-            "min_value": torch.tensor([item["min_value"] for item in items], dtype=torch.float32),
-            "n_reference": torch.tensor([item["n_reference"] for item in items]),
-            "mixup_weight": torch.tensor([item["mixup_weight"] for item in items], dtype=torch.float32),
-        }
-        | {key: torch.stack([item[key] for item in items]) for key in vectors}
-        | more
+    others = {key: [item[key] for item in items] for key in items[0] if key != "waveforms"}
+    return Batch(
+        waveforms={rate: waveform for rate, (waveform, _) in padded.items()},
+        lengths={rate: lengths for rate, (_, lengths) in padded.items()},
+        **{k: torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v) for k, v in others.items()},
     )
 
 
@@ -213,18 +198,3 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
                 order = stream.choice(len(self.items), len(self.items), p=self.probabilities)
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: self.items[order]}
         return self._orders[epoch]
-
-
-def prepare_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move a collated batch to `device`; lengths become None where nothing is padded, so that nothing is masked."""
-    full = {rate: bool((batch["lengths"][rate] == w.shape[1]).all()) for rate, w in batch["waveforms"].items()}
-    moved = {key: _move(value, device) for key, value in batch.items()}
-    return moved | {"lengths": {rate: None if full[rate] else n for rate, n in moved["lengths"].items()}}
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {k: _move(v, device) for k, v in value.items()}
-    return value

@@ -9,6 +9,7 @@ Shapes: B batch · C classes · E embedding width of the student · W of the tea
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import Faults, UserError
+from distill.batch import Batch
 from distill.objectives import Objective, TargetLoss, mean_entropy, register_objective
 
 KINDS = ("cosine", "mse", "l1", "kl", "contrastive", "cluster_contrastive")
@@ -139,7 +141,7 @@ class EmbeddingDistillation(nn.Module):
             ]
         self.projection = nn.Sequential(*layers)
 
-    def forward(self, output: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the losses, computed in float32 whatever the precision around it.
 
         Args:
@@ -153,21 +155,23 @@ class EmbeddingDistillation(nn.Module):
         """
         if self.projection is None:
             raise RuntimeError("`attach` makes the projection and comes first")
-        target = batch["target"].float()
+        assert batch.embedding is not None
+        target = batch.target.float()
         with torch.autocast(target.device.type, enabled=False):
-            projected = self.projection(batch["embedding"].float())
+            projected = self.projection(batch.embedding.float())
             likeness = cosines(projected, target).mean()
             loss = to_teacher = self._to_teacher(projected, target, batch, likeness)
             losses = {"loss_teacher": to_teacher, "cosine": likeness.detach()}
             if self.to_labels:
-                to_labels = self.to_labels(output.float(), {"target": batch["labels"].float()})["loss"]
+                assert batch.labels is not None
+                to_labels = self.to_labels(output.float(), replace(batch, target=batch.labels.float()))["loss"]
                 loss = self.share * to_labels + (1 - self.share) * to_teacher
                 losses["loss_labels"] = to_labels
         return {"loss": loss, **losses}
 
-    def target_statistics(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def target_statistics(self, batch: Batch) -> dict[str, Tensor]:
         """Return the means over a batch that `constant_loss` needs; see `distill.objectives.Objective`."""
-        target = batch["target"].float()
+        target = batch.target.float()
         means: dict[str, Tensor] = {}
         if self.kind == "cosine":
             means["direction"] = F.normalize(target, eps=_SHORTEST).mean(dim=0)
@@ -177,7 +181,8 @@ class EmbeddingDistillation(nn.Module):
             share = (target / self.temperature).softmax(dim=1)
             means |= {"share": share.mean(dim=0), "entropy": torch.special.entr(share).sum(dim=1).mean()}
         if self.to_labels:
-            means |= self.to_labels.target_statistics({"target": batch["labels"]})
+            assert batch.labels is not None
+            means |= self.to_labels.target_statistics(replace(batch, target=batch.labels))
         return means
 
     def constant_loss(self, means: Mapping[str, Tensor]) -> float | None:
@@ -197,14 +202,14 @@ class EmbeddingDistillation(nn.Module):
             return None
         return None if to_labels is None else self.share * to_labels + (1 - self.share) * to_teacher
 
-    def _to_teacher(self, projected: Tensor, target: Tensor, batch: Mapping[str, Any], likeness: Tensor) -> Tensor:
+    def _to_teacher(self, projected: Tensor, target: Tensor, batch: Batch, likeness: Tensor) -> Tensor:
         if self.kind == "cosine":
             return 1 - likeness
         if self.kind in ("mse", "l1"):
             return (F.mse_loss if self.kind == "mse" else F.l1_loss)(projected, target)
         if self.kind == "kl":
             return divergence(projected, target, self.temperature)
-        return contrast(projected, target, self.temperature, batch["cluster"] if self.needs_clusters else None)
+        return contrast(projected, target, self.temperature, batch.cluster if self.needs_clusters else None)
 
 
 def _number(value: Any) -> float:

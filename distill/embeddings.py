@@ -86,17 +86,9 @@ class StoredEmbeddings(MatchedItems):
 
     def __init__(self, store: EmbeddingStore, pack: Pack, max_epochs: int = 0, check: Check = "sample") -> None:
         super().__init__(store, pack, max_epochs, check)
-        self.store, self.width = store, store.width
+        self.store: EmbeddingStore = store
+        self.width = store.width
         self._ends = {epoch: store.ends(epoch) for epoch in self.epochs}
-        self._seeds: dict[int, np.ndarray] = {}
-
-    def seed(self, epoch: int, item: int) -> int:
-        """Return the stored seed of `item` in `epoch`."""
-        stored, rows = self.stored(epoch)
-        if stored not in self._seeds:
-            self._seeds = dict(list(self._seeds.items())[-1:])  # a loader reads ahead into the next epoch
-            self._seeds[stored] = self.store.arrays(stored, "seeds")["seeds"]
-        return int(self._seeds[stored][rows[item]])
 
     def target(self, epoch: int, item: int) -> np.ndarray:
         """Return the stored embedding (E,) of `item` in `epoch`, float32."""
@@ -119,7 +111,7 @@ def clip_embeddings(store: EmbeddingStore, pack: Pack) -> np.ndarray:
     """
     items = MatchedItems(store, pack, max_epochs=1)
     epoch, rows = items.stored(1)
-    clips, seconds = items.bounds[:, 0], (items.bounds[:, 2] - items.bounds[:, 1]) / pack.sample_rate
+    clips, seconds = items.chunks.clip, items.chunks.seconds
     total = np.bincount(clips, seconds, len(pack))
     if not total.all():
         if len(set(pack.names)) < len(pack):

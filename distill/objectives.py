@@ -9,12 +9,14 @@ Shapes: B batch · C classes.
 import inspect
 import keyword
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, did_you_mean
+from distill.batch import Batch
 
 
 class Objective(Protocol):
@@ -43,7 +45,7 @@ class Objective(Protocol):
     def sample_rates(self) -> Sequence[int]:
         """Rates at which it wants waveforms in the batch, beside the student's own (an online teacher's, say)."""
 
-    def __call__(self, output: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def __call__(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the losses; `loss` is the one that is minimised, the others are logged."""
 
 
@@ -142,9 +144,9 @@ class TargetLoss:
         except (TypeError, ValueError) as error:
             raise UserError(f"loss {loss}: {error}".replace("__init__() ", "")) from None
 
-    def __call__(self, output: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return {loss: scalar} for `output` (B, C) and `batch["target"]` (B, C)."""
-        return {"loss": self.loss(output, self._smoothed(batch["target"])).mean()}
+    def __call__(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return {loss: scalar} for `output` (B, C) and `batch.target` (B, C)."""
+        return {"loss": self.loss(output, self._smoothed(batch.target)).mean()}
 
     def _smoothed(self, target: Tensor) -> Tensor:
         if not self.label_smoothing:
@@ -154,9 +156,9 @@ class TargetLoss:
         even = 1 / target.shape[1] if self.activation == "softmax" else 0.5
         return target + self.label_smoothing * (even - target)
 
-    def target_statistics(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def target_statistics(self, batch: Batch) -> dict[str, Tensor]:
         """Return the mean target (C,) as the loss compares it with; see `Objective`."""
-        target = self._smoothed(batch["target"].float())
+        target = self._smoothed(batch.target.float())
         if self.activation == "softmax":
             target = target / target.sum(dim=1, keepdim=True).clamp_min(1e-8)
         return {"target": target.mean(dim=0)}
@@ -234,7 +236,7 @@ class CrossModelDistillation:
         if not 0 < self.tau < float("inf"):
             raise UserError(f"objective cmkd: tau is {tau!r}; wanted a number above 0")
 
-    def __call__(self, output: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def __call__(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the losses.
 
         Args:
@@ -245,18 +247,20 @@ class CrossModelDistillation:
             `loss`, and what it is made of before it is weighed: `loss_labels`, and `loss_teacher`, which is 0 where the
             student says what the teacher says.
         """
-        to_labels = self.to_labels(output, {"target": batch["labels"]})["loss"]
+        assert batch.labels is not None
+        to_labels = self.to_labels(output, replace(batch, target=batch.labels))["loss"]
         # What is left of two numbers much alike: computed in float32 whatever the precision around it.
         with torch.autocast(output.device.type, enabled=False):
-            target = self._warmed(batch["target"].float())
-            to_teacher = self.to_teacher(output.float(), {"target": target})["loss"] - self._entropy(target)
+            target = self._warmed(batch.target.float())
+            to_teacher = self.to_teacher(output.float(), replace(batch, target=target))["loss"] - self._entropy(target)
         loss = self.share * to_labels + (1 - self.share) * to_teacher
         return {"loss": loss, "loss_labels": to_labels, "loss_teacher": to_teacher}
 
-    def target_statistics(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def target_statistics(self, batch: Batch) -> dict[str, Tensor]:
         """Return the mean of labels and teacher, weighed as the losses are, and the teacher's mean entropy."""
-        labels = self.to_labels.target_statistics({"target": batch["labels"]})["target"]
-        teacher = self._warmed(batch["target"].float())
+        assert batch.labels is not None
+        labels = self.to_labels.target_statistics(replace(batch, target=batch.labels))["target"]
+        teacher = self._warmed(batch.target.float())
         target = self.share * labels + (1 - self.share) * teacher.mean(dim=0)
         return {"target": target, "teacher_entropy": self._entropy(teacher)}
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from common.errors import Faults, UserError, did_you_mean
+from distill.batch import Batch
 
 REFERENCE_RATE = 16_000  # Hz
 REFERENCE_HOP_SECONDS = 0.01
@@ -310,19 +311,19 @@ class Replay:
             mel = torch.where(masked, fill, mel)
         return mel
 
-    def spectrogram(self, front_end: FrontEnd, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Return what a model hears of a prepared batch (see `distill.dataset.prepare_batch`).
+    def spectrogram(self, front_end: FrontEnd, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return the masked input of a model.
 
         Args:
             front_end: of the model; the batch holds waveforms at its rate.
-            batch: `waveforms`, `lengths` and the mask draws.
+            batch: on the model's device.
 
         Returns:
             The masked spectrogram (B, F, T), and the frames of each clip (B,), None where nothing is padded.
         """
-        waveform, lengths = batch["waveforms"][front_end.sample_rate], batch["lengths"][front_end.sample_rate]
+        waveform, lengths = batch.waveforms[front_end.sample_rate], batch.lengths[front_end.sample_rate]
         mel, n_frames = front_end.spectrogram(waveform, lengths)
-        draws = batch["value"], batch["min_value"], batch["n_reference"]
+        draws = batch.value, batch.min_value, batch.n_reference
         return self.mask_spectrogram(mel, front_end, *draws, n_frames), n_frames
 
     def _fill(self, mel: Tensor, grid: MelGrid, n_frames: Tensor | None) -> Tensor | float:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from audio.cutting import Chunks
 from audio.dataset import Pack
 from common.errors import Faults, some
 
@@ -44,7 +45,7 @@ def check_sounds(
     stored_rate: int | None,
     pack: Pack,
     rows: pd.DataFrame,
-    bounds: np.ndarray,
+    chunks: Chunks,
     faults: Faults,
     check: Check = "sample",
 ) -> None:
@@ -57,7 +58,7 @@ def check_sounds(
             compared.
         pack: the clips.
         rows: of the store, those whose clip is in the pack (n).
-        bounds: (n, 3) clip, first sample, end of each of them.
+        chunks: n, of each of them.
         faults: gets a sentence that names clips, what was found and what was wanted.
         check: compare the samples of `COMPARED` chunks where there are many ("sample"), of "all", or nothing at all
             ("none").
@@ -79,13 +80,13 @@ def check_sounds(
         return
     if stored_rate != pack.sample_rate:
         return
-    differing = _compare_lengths(rows, bounds, pack)
-    n_compared, compared = len(np.unique(bounds[:, 0])), "lengths"
+    differing = _compare_lengths(rows, chunks, pack)
+    n_compared, compared = len(np.unique(chunks.clip)), "lengths"
     if not differing and "sound_hash" in rows:
         is_small = len(rows) <= ALL_COMPARED
         chosen = np.arange(len(rows)) if check == "all" or is_small else _spread(len(rows), COMPARED)
-        differing = _compare_samples(rows.iloc[chosen], bounds[chosen], pack)
-        n_compared, compared = len(np.unique(bounds[chosen, 0])), "samples"
+        differing = _compare_samples(rows.iloc[chosen], chunks.select(chosen), pack)
+        n_compared, compared = len(np.unique(chunks.clip[chosen])), "samples"
     if differing:
         faults.add(
             f"{pack.manifest} holds other sounds than those that the {what} in {folder} were saved from, under the "
@@ -96,23 +97,23 @@ def check_sounds(
         )
 
 
-def _compare_lengths(rows: pd.DataFrame, bounds: np.ndarray, pack: Pack) -> dict[str, str]:
+def _compare_lengths(rows: pd.DataFrame, chunks: Chunks, pack: Pack) -> dict[str, str]:
     """Return name → what was found and wanted of each clip that has another length."""
-    found, wanted = np.asarray(pack.n_samples)[bounds[:, 0]], rows["clip_samples"].to_numpy(np.int64)
+    found, wanted = np.asarray(pack.n_samples)[chunks.clip], rows["clip_samples"].to_numpy(np.int64)
     rate = pack.sample_rate
     return {
-        pack.names[bounds[row, 0]]: f"found {found[row] / rate:.3f} s ({found[row]} samples), wanted "
+        pack.names[chunks.clip[row]]: f"found {found[row] / rate:.3f} s ({found[row]} samples), wanted "
         f"{wanted[row] / rate:.3f} s ({wanted[row]})"
         for row in np.flatnonzero(found != wanted)
     }
 
 
-def _compare_samples(rows: pd.DataFrame, bounds: np.ndarray, pack: Pack) -> dict[str, str]:
+def _compare_samples(rows: pd.DataFrame, chunks: Chunks, pack: Pack) -> dict[str, str]:
     """Return name → what was found and wanted of each clip that has another chunk."""
     differing = {}
     wanted = rows["sound_hash"].to_numpy(np.int64)
-    long = len(bounds) > 10_000
-    for row, (clip, start, stop) in enumerate(tqdm(bounds.tolist(), desc="comparing sounds", disable=not long)):
+    long = len(chunks) > 10_000
+    for row, (clip, start, stop) in enumerate(tqdm(chunks, desc="comparing sounds", disable=not long)):
         found = pack.hash_sound(clip, start, stop)
         if found != wanted[row] and pack.names[clip] not in differing:  # the first of its chunks is named
             second = start / pack.sample_rate

@@ -21,6 +21,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
+from audio.cutting import Chunks
 from audio.dataset import Pack
 from audio.hdf5 import describe_lock
 from audio.manifest import NameIndex
@@ -210,31 +211,34 @@ class MatchedItems:
             the stored epochs hold different chunks.
     """
 
+    held: ClassVar[tuple[str, ...]] = ("seeds",)  # datasets of the epochs in use that stay in memory
+
     def __init__(self, store: TargetStore, pack: Pack, max_epochs: int = 0, check: Check = "sample") -> None:
-        self.replay, self.chunk_seconds = store.replay, store.chunk_seconds
+        self.store, self.replay, self.chunk_seconds = store, store.replay, store.chunk_seconds
+        self._cache: dict[int, dict[str, np.ndarray]] = {}
         self.epochs = store.epochs[: max_epochs or None]
         faults = Faults(f"the match of {store.folder} with {pack.manifest}")
         names = NameIndex(pack.names)
         rows = store.rows(self.epochs[0])
-        clips, chunks = self._locate(names, rows)
+        clips, numbers = self._locate(names, rows)
         chunk_samples = round(store.chunk_seconds * pack.sample_rate)
-        starts = chunks * chunk_samples
-        n_samples = np.asarray(pack.n_samples)[clips]
-        stops = np.minimum(starts + chunk_samples, n_samples)
+        starts = numbers * chunk_samples
+        stops = np.minimum(starts + chunk_samples, np.asarray(pack.n_samples)[clips])
+        chunks = Chunks(clips, starts, stops, pack.sample_rate)
         found = clips >= 0
         stored_seconds = (rows["end"] - rows["start"]).to_numpy(np.float64)
         # Decoders differ by milliseconds; another clip of the same name differs by more.
         tolerance = min(0.5, 0.05 * store.chunk_seconds)
-        fits = (stops > starts) & (np.abs((stops - starts) / pack.sample_rate - stored_seconds) < tolerance)
+        fits = (chunks.n_samples > 0) & (np.abs(chunks.seconds - stored_seconds) < tolerance)
         used = found & fits
         self.n_unmatched = int((~found).sum())
         self.n_misfits = int((found & ~fits).sum())
         self.n_clips = len(np.unique(clips[used]))
-        self.bounds = np.stack([clips, starts, stops], axis=1)[used]  # (M, 3)
+        self.chunks = chunks.select(used)
         if "n_reference" in rows:
             self.n_reference = rows["n_reference"].to_numpy(np.int64)[used]
         else:
-            self.n_reference = self._published_lengths(rows[used], pack.sample_rate)
+            self.n_reference = self._published_lengths(rows[used])
         if not used.any():
             faults.add(
                 f"none of its {len(rows)} chunks belongs to a clip of the pack: the store names "
@@ -243,14 +247,14 @@ class MatchedItems:
                 + "; give the pack that the targets were saved from, or save targets for this pack"
             )
             faults.raise_if_any()
-        stored_rate, matched = store.meta.get("pack_rate"), np.stack([clips, starts, stops], axis=1)[found]
+        stored_rate, matched = store.meta.get("pack_rate"), chunks.select(found)
         check_sounds(store.what, store.folder, stored_rate, pack, rows[found], matched, faults, check)
-        self._rows = self._rows_of_epochs(store, names, clips, chunks, np.flatnonzero(used), faults)
+        self._rows = self._rows_of_epochs(store, names, clips, numbers, np.flatnonzero(used), faults)
         faults.raise_if_any()
         if self.n_unmatched or self.n_misfits or self.n_clips < len(pack):
             logger.info(
                 "%s: %d of %d chunks used (%d not in the pack, %d of another length), for %d of the %d clips",
-                store.what, len(self.bounds), len(rows), self.n_unmatched, self.n_misfits, self.n_clips, len(pack),
+                store.what, len(self.chunks), len(rows), self.n_unmatched, self.n_misfits, self.n_clips, len(pack),
             )  # fmt: skip
 
     def _locate(self, names: NameIndex, rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -259,13 +263,13 @@ class MatchedItems:
         clips = names.find_all([str(name) for name in unique])[codes]
         return clips, np.round(rows["start"].to_numpy(np.float64) / self.chunk_seconds).astype(np.int64)
 
-    def _published_lengths(self, rows: pd.DataFrame, sample_rate: int) -> np.ndarray:
+    def _published_lengths(self, rows: pd.DataFrame) -> np.ndarray:
         """Return the samples that the teacher heard: the stored seconds, which float32 rounds in long recordings.
 
         Where that rounding alone could explain the difference from the pack's own chunk, the chunk is right.
         """
         stored = np.round((rows["end"] - rows["start"]).to_numpy(np.float64) * REFERENCE_RATE).astype(np.int64)
-        own = reference_lengths(self.bounds, sample_rate)
+        own = reference_lengths(self.chunks)
         step = np.spacing(rows["end"].to_numpy(np.float32)).astype(np.float64) * REFERENCE_RATE
         return np.where(np.abs(stored - own) <= np.maximum(step, 0.5), own, stored)
 
@@ -274,17 +278,17 @@ class MatchedItems:
         store: TargetStore,
         names: NameIndex,
         clips: np.ndarray,
-        chunks: np.ndarray,
+        numbers: np.ndarray,
         used: np.ndarray,
         faults: Faults,
     ) -> list[np.ndarray]:
         """Return for each stored epoch the row of every item; files of one epoch may order them differently."""
-        wanted = (clips * _MAX_CHUNKS + chunks)[used]
+        wanted = (clips * _MAX_CHUNKS + numbers)[used]
         result = []
         for epoch in self.epochs:
             rows = store.rows(epoch)
-            key_clips, key_chunks = self._locate(names, rows)
-            keys = key_clips * _MAX_CHUNKS + key_chunks
+            key_clips, key_numbers = self._locate(names, rows)
+            keys = key_clips * _MAX_CHUNKS + key_numbers
             order = np.argsort(keys, kind="stable")
             place = np.searchsorted(keys, wanted, sorter=order)
             row = order[np.minimum(place, len(order) - 1)]
@@ -301,3 +305,17 @@ class MatchedItems:
         """Return the number of the stored epoch that `epoch` of training uses, and the row of every item in it (M,)."""
         index = (epoch - 1) % len(self.epochs)
         return self.epochs[index], self._rows[index]
+
+    def arrays(self, epoch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the row of every item in `epoch` of training (M,), and the datasets `held` of the stored epoch."""
+        stored, rows = self.stored(epoch)
+        if stored not in self._cache:
+            # Two are kept: a loader that reads ahead asks for the next epoch before it has left this one.
+            self._cache = dict(list(self._cache.items())[-1:])
+            self._cache[stored] = self.store.arrays(stored, *self.held)
+        return rows, self._cache[stored]
+
+    def seed(self, epoch: int, item: int) -> int:
+        """Return the stored seed of `item` in `epoch`."""
+        rows, arrays = self.arrays(epoch)
+        return int(arrays["seeds"][rows[item]])

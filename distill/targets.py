@@ -79,6 +79,8 @@ class StoredTargets(MatchedItems):
         UserError: see `distill.store.MatchedItems`; or the store holds classes beyond C.
     """
 
+    held = tuple(SoftTargetStore.types)
+
     def __init__(
         self,
         store: SoftTargetStore,
@@ -89,31 +91,17 @@ class StoredTargets(MatchedItems):
         check: Check = "sample",
     ) -> None:
         super().__init__(store, pack, max_epochs, check)
-        self.store, self.num_classes, self.label_type = store, num_classes, label_type
+        self.num_classes, self.label_type = num_classes, label_type
         highest = int(store.arrays(self.epochs[0], "topk_indexes")["topk_indexes"].max())
         if highest >= num_classes:
             raise UserError(
                 f"{store.folder} holds targets for class {highest}, but there are {num_classes} classes; give "
                 "num_classes or labels_csv as the teacher had them"
             )
-        self._cache: dict[int, dict[str, np.ndarray]] = {}
-
-    def _epoch_arrays(self, epoch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        stored, rows = self.stored(epoch)
-        if stored not in self._cache:
-            # Two are kept: a loader that reads ahead asks for the next epoch before it has left this one.
-            self._cache = dict(list(self._cache.items())[-1:])
-            self._cache[stored] = self.store.arrays(stored)
-        return rows, self._cache[stored]
-
-    def seed(self, epoch: int, item: int) -> int:
-        """Return the stored seed of `item` in `epoch`."""
-        rows, arrays = self._epoch_arrays(epoch)
-        return int(arrays["seeds"][rows[item]])
 
     def target(self, epoch: int, item: int) -> np.ndarray:
         """Return the rebuilt soft target (C,) of `item` in `epoch`."""
-        rows, arrays = self._epoch_arrays(epoch)
+        rows, arrays = self.arrays(epoch)
         row = rows[item]
         return dense_target(
             arrays["topk_values"][row],

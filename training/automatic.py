@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from audio.dataset import Pack, chunk_bounds
+from audio.cutting import Chunks
+from audio.dataset import Pack
 from common.errors import Faults, UserError
 from distill.targets import SoftTargetStore
 from models.loading import read_weights
@@ -79,8 +80,7 @@ def automatic_keys(settings: Mapping[str, Any]) -> list[str]:
 def measure_pack(pack: Pack, activation: str | None = None) -> DataFacts:
     """Look at lengths, labels and spectra of the clips to learn from."""
     seconds = pack.n_samples / pack.sample_rate
-    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, MOST_SECONDS)
-    chunks = bounds[:, 2] - bounds[:, 1]
+    lengths = Chunks.cut(pack.n_samples, pack.sample_rate, MOST_SECONDS).n_samples
     single = None
     if "labels" in pack.table:
         single = not pack.table["labels"].str.strip().str.strip(";").str.contains(";").any()
@@ -88,7 +88,7 @@ def measure_pack(pack: Pack, activation: str | None = None) -> DataFacts:
         n_clips=len(pack),
         median_seconds=float(np.median(seconds)),
         longest_seconds=float(seconds.max()),
-        equal_lengths=bool(chunks.max() <= 1.1 * chunks.min()),
+        equal_lengths=bool(lengths.max() <= 1.1 * lengths.min()),
         sample_rate=pack.sample_rate,
         band_limit=measure_band_limits(pack).limit,
         single_label=single,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from audio.audioset import other_name
-from audio.dataset import Pack, chunk_bounds
+from audio.cutting import Chunks
+from audio.dataset import Pack
 from audio.labels import list_classes
 from common.errors import Faults, UserError, some
 from distill.clusters import Clusters, balance
@@ -106,7 +107,7 @@ def open_training(
         if judge is not None:
             warn_of_overlap(pack, judge.pack, path)
     evaluation = packs[config.eval_data] if config.eval_data else None
-    items, valid = np.arange(len(source.bounds)), None
+    items, valid = np.arange(len(source.chunks)), None
     on_eval = config.select_on == "eval" or not (config.valid_data or config.valid_fraction)
     if on_eval:
         valid = evaluation
@@ -116,7 +117,7 @@ def open_training(
         held, valid = hold_out_clips(pack, config.valid_fraction, labels, faults)
         if valid is None:
             return None
-        items = np.flatnonzero(~held[source.bounds[:, 0]])
+        items = np.flatnonzero(~held[source.chunks.clip])
     clusters = _clusters(config.clusters, pack, source, faults) if config.clusters else None
     drawn = None
     if config.sampler == "balanced":
@@ -226,8 +227,8 @@ def _taught_source(
     if difference:
         faults.add(difference)
         return None
-    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length)
-    return pack, SeededItems(bounds, pack.sample_rate, replay, seed), taught
+    chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length)
+    return pack, SeededItems(chunks, replay, seed), taught
 
 
 def _embedded_source(
@@ -250,14 +251,14 @@ def _embedded_source(
         with faults.noted():
             return pack, StoredEmbeddings(store, pack, config.max_aug_epochs, config.check_sounds), labels
     elif replay is not None:
-        bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length)
-        return pack, SeededItems(bounds, pack.sample_rate, replay, seed), labels
+        chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length)
+        return pack, SeededItems(chunks, replay, seed), labels
     return None
 
 
 def _clusters(path: str, pack: Pack, source: TargetSource, faults: Faults) -> np.ndarray | None:
     """Return the cluster of each item, int64 (M,)."""
-    clips, starts = source.bounds[:, 0], source.bounds[:, 1] / pack.sample_rate
+    clips, starts = source.chunks.clip, source.chunks.start / pack.sample_rate
     with faults.noted():
         return Clusters.read(path).of_items([pack.names[clip] for clip in clips], starts)
     return None
@@ -295,8 +296,8 @@ def _label_source(config: TrainConfig, named: list[str] | None, seed: int, fault
             'clips of another ("other", say)'
         )
         return None
-    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length)
-    return pack, LabelTargets(bounds, indices, len(labels), pack.sample_rate, replay, seed), labels
+    chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length)
+    return pack, LabelTargets(chunks, indices, len(labels), replay, seed), labels
 
 
 def _suits_loss(config: TrainConfig, pack: Pack, indices: list[np.ndarray], faults: Faults) -> bool:
@@ -332,7 +333,7 @@ def _item_labels(
     indices = read_clip_labels(pack, labels, faults)
     if indices is None or not _suits_loss(config, pack, indices, faults):
         return None
-    return LabelTargets(source.bounds, indices, len(labels), pack.sample_rate, source.replay, seed)
+    return LabelTargets(source.chunks, indices, len(labels), source.replay, seed)
 
 
 def _balance(pack: Pack, source: TargetSource, labels: list[str], faults: Faults) -> np.ndarray | None:
@@ -345,4 +346,4 @@ def _balance(pack: Pack, source: TargetSource, labels: list[str], faults: Faults
         return None
     counts = np.bincount(np.concatenate(indices), minlength=len(labels))
     of_clip = np.array([(1.0 / counts[i]).max() for i in indices])
-    return of_clip[source.bounds[:, 0]]
+    return of_clip[source.chunks.clip]

@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audio.dataset import Pack, chunk_bounds
+from audio.cutting import Chunks
+from audio.dataset import Pack
 from audio.manifest import NameIndex
 from common.errors import Faults, UserError, some
 from common.files import sha256
+from distill.batch import Batch
 from models.loading import weights_hash
 from training.config import SoftTargetConfig
 from training.teacher import Hearing, load_teacher
@@ -52,11 +54,11 @@ class Embedder(Protocol):
     def describe(self) -> Any:
         """Return what decides its answers, as plain values."""
 
-    def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
+    def embeddings(self, batch: Batch, hear: Hearing) -> Tensor:
         """Return (B, E), float32.
 
         Args:
-            batch: prepared, see `distill.dataset.prepare_batch`.
+            batch: on the embedder's device.
             hear: what a model hears of it through a front-end, masks included; others get the waveforms.
         """
 
@@ -116,10 +118,10 @@ class FunctionEmbedder:
         return [facts | {"sha256": digest.hexdigest()}]
 
     @torch.no_grad()
-    def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
+    def embeddings(self, batch: Batch, hear: Hearing) -> Tensor:
         """Return (B, E), float32; masks of spectrograms are not for it."""
         rate = self.sample_rates[0]
-        waveform, lengths = batch["waveforms"][rate], batch["lengths"][rate]
+        waveform, lengths = batch.waveforms[rate], batch.lengths[rate]
         if lengths is None:
             lengths = torch.full((len(waveform),), waveform.shape[1], device=waveform.device)
         found = torch.as_tensor(self.function(waveform, lengths)).float()
@@ -141,7 +143,7 @@ class NpzEmbedder:
     Args:
         folder: with the files.
         pack: the clips.
-        bounds: (M, 3) their chunks, see `distill.sources.TargetSource`.
+        chunks: M, of these.
 
     Raises:
         UserError: the folder is not there; clips without a file, or whose file does not fit, told at once.
@@ -149,7 +151,7 @@ class NpzEmbedder:
 
     sample_rates: list[int] = []  # noqa: RUF012
 
-    def __init__(self, folder: str | Path, pack: Pack, bounds: np.ndarray) -> None:
+    def __init__(self, folder: str | Path, pack: Pack, chunks: Chunks) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"npz: {folder} is not a folder; wanted one with a .npz file a clip, array {NPZ_KEY!r}")
@@ -165,11 +167,11 @@ class NpzEmbedder:
                 f"{len(lacking)} of the {len(pack)} clips of {pack.manifest} have no .npz file of their own: "
                 f"{some(lacking)} (found {found}); add them, or take these clips out of the list"
             )
-        self.bounds, self.names = bounds, pack.names
+        self.chunks, self.names = chunks, pack.names
         self.files = [files[position] for position in place]
-        self.first = np.searchsorted(bounds[:, 0], np.arange(len(pack)))  # the first item of each clip
-        self.n_chunks = np.bincount(bounds[:, 0], minlength=len(pack))
-        self.lacking = np.zeros(len(bounds), bool)
+        self.first = np.searchsorted(chunks.clip, np.arange(len(pack)))  # the first item of each clip
+        self.n_chunks = np.bincount(chunks.clip, minlength=len(pack))
+        self.lacking = np.zeros(len(chunks), bool)
         misfits = Faults("chunks")
         for clip in np.flatnonzero((self.n_chunks > 1) & (place >= 0)).tolist():
             with misfits.noted():
@@ -183,7 +185,7 @@ class NpzEmbedder:
         """See which chunks of a long clip have rows."""
         n_rows, n_chunks = len(self._rows(clip)), int(self.n_chunks[clip])
         last = int(self.first[clip]) + n_chunks - 1
-        length, whole = (int(stop - start) for _, start, stop in self.bounds[[last, last - 1]])
+        length, whole = self.chunks.n_samples[[last, last - 1]]
         if n_rows == n_chunks - 1 and n_rows > 1 and length < whole:
             self.lacking[last] = True
         elif n_rows not in (1, n_chunks):
@@ -207,21 +209,21 @@ class NpzEmbedder:
             digest.update(f"{path.relative_to(self.folder)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
         return [{"npz": str(self.folder), "files": len(set(self.files)), "sha256": digest.hexdigest()}]
 
-    def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
+    def embeddings(self, batch: Batch, hear: Hearing) -> Tensor:
         """Return (B, E), float32, of the batch's items."""
-        items = batch["item"].tolist()
+        items = batch.item.tolist()
         found = [self._of(item) for item in items]
         for item, embedding in zip(items, found, strict=True):
             if len(embedding) != len(found[0]):
-                one, other = (self.files[int(self.bounds[i, 0])] for i in (item, items[0]))
+                one, other = (self.files[self.chunks.clip[i]] for i in (item, items[0]))
                 raise UserError(
                     f"{one}: {NPZ_KEY!r} is {len(embedding)} wide, that of {other} {len(found[0])}; wanted one width "
                     "in all files"
                 )
-        return torch.from_numpy(np.stack(found)).to(batch["item"].device)
+        return torch.from_numpy(np.stack(found)).to(batch.item.device)
 
     def _of(self, item: int) -> np.ndarray:
-        clip = int(self.bounds[item, 0])
+        clip = int(self.chunks.clip[item])
         rows = self._rows(clip)
         if len(rows) == 1:
             return rows[0]
@@ -251,9 +253,9 @@ def open_embedder(config: SoftTargetConfig, pack: Pack) -> Embedder:
     Raises:
         UserError: it cannot be had.
     """
-    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
+    chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
     if config.npz is not None:
-        return NpzEmbedder(config.npz, pack, bounds)
+        return NpzEmbedder(config.npz, pack, chunks)
     if config.callable is not None:
         return FunctionEmbedder(config.callable, config.callable_args, config.sample_rate or pack.sample_rate)
     assert config.model is not None

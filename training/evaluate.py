@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from audio.dataset import ClipDataset, Pack, chunk_bounds, loader_workers, pad_batch
+from audio.cutting import Chunks
+from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
 from common.errors import Faults, UserError, did_you_mean
 from common.files import whole_file, write_json
 from models import AudioTagger, load_tagger
@@ -90,29 +91,29 @@ def predict_pack(
     ranks = ranks or Ranks()
     compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     if isinstance(model, HeadedTagger):
-        bounds = chunk_bounds(pack.n_samples, pack.sample_rate, model.head.chunk_seconds, drop_short_tail=False)
+        chunks = Chunks.cut(pack.n_samples, pack.sample_rate, model.head.chunk_seconds, drop_short_tail=False)
         compute, width = partial(_embed_as_stored, model), model.embed_dim
     else:
-        bounds = np.stack([np.arange(len(pack)), np.zeros(len(pack), int), pack.n_samples], axis=1)  # (N,3)
+        chunks = Chunks.whole(pack.n_samples, pack.sample_rate)
         compute, width = model.predict, model.num_classes
-    lengths = bounds[:, 2] - bounds[:, 1]
+    lengths = chunks.n_samples
     # Clips of like length share a batch, so that little is padded.
     order = np.argsort(lengths, kind="stable")
     batches = group_by_length(order, lengths, batch_size, round(LONG_SECONDS * pack.sample_rate))
     batches = batches[ranks.rank :: ranks.world_size]
     loader = DataLoader(
-        ClipDataset(pack, [model.sample_rate], bounds),
+        ClipDataset(pack, [model.sample_rate], chunks),
         batch_sampler=batches,
         num_workers=loader_workers(num_workers),
         collate_fn=partial(_collate, sample_rate=model.sample_rate),
     )
     model.eval()
-    share = lengths / np.bincount(bounds[:, 0], lengths, len(pack)).clip(min=1)[bounds[:, 0]]  # of its clip
+    share = lengths / np.bincount(chunks.clip, lengths, len(pack)).clip(min=1)[chunks.clip]  # of its clip
     means = np.zeros((len(pack), width))
     with tqdm(
         total=sum(map(len, batches)),
         desc=description,
-        unit="clip" if len(bounds) == len(pack) else "chunk",
+        unit="clip" if len(chunks) == len(pack) else "chunk",
         leave=False,
         disable=not ranks.is_main,
         mininterval=0.1 if sys.stderr.isatty() else 30,
@@ -121,7 +122,7 @@ def predict_pack(
             rows = index.numpy()
             with precision.context():
                 found = compute(waveform.to(precision.device), n_samples.to(precision.device))
-            np.add.at(means, bounds[rows, 0], found.float().cpu().numpy() * share[rows, None])
+            np.add.at(means, chunks.clip[rows], found.float().cpu().numpy() * share[rows, None])
             progress.update(len(rows))
     results = torch.from_numpy(means.astype(np.float32))
     if ranks.world_size > 1:  # a chunk is in one rank's sums, and zero in the others'

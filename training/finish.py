@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distill.dataset import prepare_batch
 from training.averaging import norms_behind_weights, recomputed_batch_norm
 from training.baseline import add_baseline
 from training.checkpoints import FinalWeights, choose_final_weights, restore_best
@@ -84,4 +83,4 @@ def recompute_batch_norm(run: "Run") -> None:
     batches = [run.batches.batch(step) for step in range(first, run.step)]
     with recomputed_batch_norm(run.model), run.precision.context():
         for batch in run.loader(batches):
-            run.model.forward_spectrogram(*run.trainer.learner.spectrogram(prepare_batch(batch, run.device)))
+            run.model.forward_spectrogram(*run.trainer.learner.spectrogram(batch.to(run.device)))

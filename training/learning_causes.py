@@ -38,14 +38,14 @@ def likely_causes(run: "Run", constant: bool) -> list[str]:
 def _of_data(run: "Run") -> list[str]:
     data, found = run.data, []
     looked_at = data.items[np.unique(np.linspace(0, len(data.items) - 1, LOOKED_AT).astype(int))]
-    sounds = [data.pack.read(*(int(x) for x in data.source.bounds[item])) for item in looked_at]
+    sounds = [data.pack.read(*data.source.chunks[item]) for item in looked_at]
     if all(float(np.ptp(sound)) == 0 if len(sound) else True for sound in sounds):
         found.append(f"sounds: {len(sounds)} clips were looked at, and all are silent; look at how they were packed")
     elif len(sounds) > 1 and all(np.array_equal(sounds[0], sound) for sound in sounds[1:]):
         found.append(f"sounds: {len(sounds)} clips were looked at, and all are the same sound")
     labels = data.item_labels or data.source
     if isinstance(labels, LabelTargets):
-        rows = [labels.labels[labels.bounds[item, 0]] for item in data.items]
+        rows = [labels.labels[labels.chunks.clip[item]] for item in data.items]
         if len({tuple(sorted(row.tolist())) for row in rows}) == 1:
             found.append(f"labels: all {len(rows)} clips have the same ones, so there is nothing to tell apart")
         counts = np.bincount(np.concatenate(rows), minlength=labels.num_classes)

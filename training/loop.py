@@ -4,8 +4,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from tqdm import tqdm
 
 from audio.dataset import loader_workers
 from common.errors import UserError, some
-from distill.dataset import EpochBatches, ReplayDataset, collate, prepare_batch
+from distill.batch import Batch
+from distill.dataset import EpochBatches, ReplayDataset, collate
 from distill.objectives import Objective
+from distill.random_streams import Stream, stream_seed
 from models import AudioTagger
 from training.averaging import MovingAverage
 from training.chance import Chance, chance_bounds
@@ -41,11 +44,10 @@ from training.states import States
 from training.student import check_lengths, start_from_data
 from training.tally import Tally
 from training.teacher import Teacher
-from training.trainer import Learner, Trainer, stream_seed
+from training.trainer import Learner, Trainer
 
 logger = logging.getLogger(__name__)
 
-ORDER_STREAM, CHANCE_STREAM = 2, 6  # keep the run's random streams apart
 START_BATCHES = 16  # looked at by init_from_data
 
 
@@ -98,7 +100,7 @@ class Run:
         self.batches = EpochBatches(
             data.items,
             config.batch_size,
-            stream_seed(seed, ORDER_STREAM),
+            stream_seed(seed, Stream.ORDER),
             weights=data.balance,
             cut_passes=config.epoch_length is None,
             split=self._my_shares,
@@ -141,7 +143,7 @@ class Run:
         self.warmup = warmup
         return create_schedule(optimizer, config.schedule, warmup, total, config.decay_frac)
 
-    def loader(self, batches: Any) -> DataLoader[dict[str, Any]]:
+    def loader(self, batches: Any) -> Iterable[Batch]:
         """Return a loader of batches of (epoch, item)."""
         return DataLoader(
             self.dataset,
@@ -203,14 +205,14 @@ class Run:
                 break
         return sum(taken) / len(taken)
 
-    def _with_target(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Prepare a collated batch, and ask the teacher, where there is one, for the targets of its clips."""
-        batch = prepare_batch(batch, self.device)
+    def _with_target(self, batch: Batch) -> Batch:
+        """Move a batch to the device, and ask the teacher, where there is one, for the targets of its clips."""
+        batch = batch.to(self.device)
         if self.teacher is None or self.embeds:
             return batch
-        return batch | {"target": self.teacher.probabilities(batch, self.data.source.replay.spectrogram)}
+        return replace(batch, target=self.teacher.probabilities(batch, self.data.source.replay.spectrogram))
 
-    def _train(self, stream: Iterator[dict[str, Any]]) -> None:
+    def _train(self, stream: Iterator[Batch]) -> None:
         self.trainer.train_mode()
         self._began()
         with tqdm(
@@ -241,17 +243,17 @@ class Run:
     def _began(self) -> None:
         self.clips, self.waited, self.began = 0, 0.0, time.perf_counter()
 
-    def _advance(self, stream: Iterator[dict[str, Any]]) -> None:
+    def _advance(self, stream: Iterator[Batch]) -> None:
         n = self.batches.size(self.step)
         sizes = [len(share) for share in mirrored_shares(n, self.n_parts)]
         weights = [len(share) / sum(sizes) for share in self._my_shares(n)]
         asked = time.perf_counter()
-        parts = [prepare_batch(next(stream), self.device) for _ in weights]
+        parts = [next(stream).to(self.device) for _ in weights]
         self.waited += time.perf_counter() - asked
         losses = self.trainer.step(parts, weights, self.step)
         self.step += 1
         self.clips += n
-        self._unread.append((torch.cat([part["item"] for part in parts]), losses["loss"]))
+        self._unread.append((torch.cat([part.item for part in parts]), losses["loss"]))
         self.window.add(losses)
         self.epoch_tally.add(losses)
 
@@ -345,7 +347,7 @@ class Run:
         """Judge the model on the validation pack, and return what chance would give there as well."""
         assert self.data.valid is not None
         scores, targets = self._scores_on(self.data.valid), self.data.valid.multi_hot()
-        chance = chance_bounds(scores, targets, stream_seed(self.seed, CHANCE_STREAM, self.epoch))
+        chance = chance_bounds(scores, targets, stream_seed(self.seed, Stream.CHANCE, self.epoch))
         return evaluate_scores(scores, targets, self.model.labels), chance
 
     def _scores_on(self, data: LabelledPack) -> np.ndarray:

@@ -5,18 +5,18 @@ of the mixed target, and only targets and sounds are touched; so it is for cross
 The weights come with the batch, drawn for each clip and epoch: see `distill.dataset.ReplayDataset`.
 """
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from distill.batch import Batch
 
-def mix_targets(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return the batch with `target` (B, C), and `labels` (B, C) where it has them, mixed with their mirror.
 
-    Each row is mixed by its own `mixup_weight` (B,).
-    """
-    return batch | {key: _mixed(batch[key], batch["mixup_weight"]) for key in ("target", "labels") if key in batch}
+def mix_targets(batch: Batch) -> Batch:
+    """Return the batch with `target`, and `labels` where it has them, mixed with their mirror by `mixup_weight`."""
+    labels = None if batch.labels is None else _mixed(batch.labels, batch.mixup_weight)
+    return replace(batch, target=_mixed(batch.target, batch.mixup_weight), labels=labels)
 
 
 def mix_spectrograms(mel: Tensor, n_frames: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -33,14 +33,11 @@ def mix_spectrograms(mel: Tensor, n_frames: Tensor | None, weight: Tensor) -> tu
     return _mixed(mel, weight), None if n_frames is None else torch.maximum(n_frames, n_frames.flip(0))
 
 
-def mix_waveforms(batch: dict[str, Any]) -> dict[str, Any]:
-    """Mix the waveforms (B, S) of a prepared batch with their mirror, at every rate; return the batch with them."""
-    weight = batch["mixup_weight"]
-    lengths = {rate: None if n is None else torch.maximum(n, n.flip(0)) for rate, n in batch["lengths"].items()}
-    return batch | {
-        "waveforms": {rate: _mixed(waveform, weight) for rate, waveform in batch["waveforms"].items()},
-        "lengths": lengths,
-    }
+def mix_waveforms(batch: Batch) -> Batch:
+    """Return the batch with its waveforms mixed with their mirror, at every rate."""
+    lengths = {rate: None if n is None else torch.maximum(n, n.flip(0)) for rate, n in batch.lengths.items()}
+    waveforms = {rate: _mixed(waveform, batch.mixup_weight) for rate, waveform in batch.waveforms.items()}
+    return replace(batch, waveforms=waveforms, lengths=lengths)
 
 
 def _mixed(x: Tensor, weight: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
 
 from common.errors import UserError
+from distill.batch import Batch
 from distill.objectives import Objective
 from models import AudioTagger, create_model, list_models, load_weights, published_initialisation
 from training.config import TrainConfig
@@ -119,7 +120,7 @@ def check_lengths(model: AudioTagger, lengths: np.ndarray, world_size: int) -> N
 
 
 @torch.no_grad()
-def start_from_data(model: AudioTagger, batches: Iterable[dict[str, Any]], classes: str | None = "target") -> None:
+def start_from_data(model: AudioTagger, batches: Iterable[Batch], classes: str | None = "target") -> None:
     """Set what the first thousands of iterations would otherwise find out.
 
     Batch-norm statistics become those of the batches, and the last layer's bias becomes the log-odds of each class's
@@ -128,8 +129,8 @@ def start_from_data(model: AudioTagger, batches: Iterable[dict[str, Any]], class
 
     Args:
         model: on its device; left in training mode.
-        batches: collated and prepared, see `distill.dataset.collate`.
-        classes: what of a batch holds the targets of the classes (B, C); None where there are none.
+        batches: on the model's device.
+        classes: the field of a batch that holds the targets of the classes (B, C); None where there are none.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.num_batches_tracked]
     momenta = [norm.momentum for norm in norms]
@@ -143,8 +144,8 @@ def start_from_data(model: AudioTagger, batches: Iterable[dict[str, Any]], class
     targets = []
     rate = model.sample_rate
     for batch in batches:
-        model(batch["waveforms"][rate], batch["lengths"][rate])
-        targets += [] if classes is None else [batch[classes]]
+        model(batch.waveforms[rate], batch.lengths[rate])
+        targets += [] if classes is None else [getattr(batch, classes)]
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.train()

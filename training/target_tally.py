@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.batch import Batch
 from distill.objectives import Objective
 from training.parallel import Ranks
 
@@ -24,14 +25,13 @@ class TargetTally:
         self.sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def add(self, batch: Mapping[str, Any]) -> None:
+    def add(self, batch: Batch) -> None:
         """Count the clips of a batch whose `target`, and `labels`, are those that the loss sees: mixed, for one."""
         if self.objective is None:
             return
-        n_clips = batch["target"].shape[0]
         for name, mean in self.objective.target_statistics(batch).items():
-            self._add(name, mean.double() * n_clips)
-        self._add(CLIPS, torch.full((), float(n_clips), dtype=torch.float64, device=batch["target"].device))
+            self._add(name, mean.double() * len(batch))
+        self._add(CLIPS, torch.full((), float(len(batch)), dtype=torch.float64, device=batch.target.device))
 
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from distill.batch import Batch
 from models import AudioTagger, Ensemble, load_tagger
 from models.frontends import FrontEnd
 from models.headed import HeadedTagger
 from models.loading import weights_hash
 
 # What a front-end makes of a batch: the spectrograms (B, F, T), and the frames of each clip (B,) or None.
-Hearing = Callable[[FrontEnd, Mapping[str, Any]], tuple[Tensor, Tensor | None]]
+Hearing = Callable[[FrontEnd, Batch], tuple[Tensor, Tensor | None]]
 
 
 class Teacher:
@@ -76,11 +77,11 @@ class Teacher:
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
     @torch.no_grad()  # not inference mode, whose tensors a loss could not be computed from
-    def probabilities(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
+    def probabilities(self, batch: Batch, hear: Hearing) -> Tensor:
         """Return the mean of the members' probabilities (B, C), float32.
 
         Args:
-            batch: prepared, see `distill.dataset.prepare_batch`, with waveforms at the members' rates.
+            batch: on the members' device, with waveforms at their rates.
             hear: what each member hears of it, through its own front-end: `distill.replay.Replay.spectrogram` masks
                 the same seconds and hertz for all of them.
         """
@@ -90,7 +91,7 @@ class Teacher:
         return sum(answers[1:], answers[0]) / len(answers)
 
     @torch.no_grad()
-    def embeddings(self, batch: Mapping[str, Any], hear: Hearing) -> Tensor:
+    def embeddings(self, batch: Batch, hear: Hearing) -> Tensor:
         """Return the embeddings of the clips (B, E), float32; arguments as in `probabilities`.
 
         Raises:

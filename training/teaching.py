@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from audio.dataset import Pack, chunk_bounds, loader_workers
+from audio.cutting import Chunks
+from audio.dataset import Pack, loader_workers
 from common.errors import UserError
 from common.files import remove_dead_partials, sha256, write_json
-from distill.dataset import ReplayDataset, collate, prepare_batch
+from distill.batch import Batch
+from distill.dataset import ReplayDataset, collate
 from distill.embeddings import EmbeddingStore
 from distill.published_layout import published_rows, write_published_meta
 from distill.replay import REFERENCE_RATE, Replay
@@ -70,7 +72,7 @@ class Question(Protocol):
     def answerable(self, n_items: int) -> np.ndarray:
         """Return which of `n_items` items there is an answer to, ascending."""
 
-    def answers(self, batch: Mapping[str, Any], hear: Hearing) -> dict[str, Tensor]:
+    def answers(self, batch: Batch, hear: Hearing) -> dict[str, Tensor]:
         """Return the datasets of the store but the seeds, (B, ...) each."""
 
 
@@ -121,7 +123,7 @@ class SoftTargets:
         """Return all items."""
         return np.arange(n_items)
 
-    def answers(self, batch: Mapping[str, Any], hear: Hearing) -> dict[str, Tensor]:
+    def answers(self, batch: Batch, hear: Hearing) -> dict[str, Tensor]:
         """Return the highest probabilities (B, K) and their classes (B, K)."""
         top = self.teacher.probabilities(batch, hear).topk(self.topk)
         return {"topk_values": top.values, "topk_indexes": top.indices}
@@ -173,7 +175,7 @@ class Embeddings:
             logger.info("%d of %d chunks have no embedding and are left out", lacking.sum(), n_items)
         return np.flatnonzero(~lacking)
 
-    def answers(self, batch: Mapping[str, Any], hear: Hearing) -> dict[str, Tensor]:
+    def answers(self, batch: Batch, hear: Hearing) -> dict[str, Tensor]:
         """Return the embeddings (B, E), clipped with a warning where half precision cannot hold them."""
         found = self.embedder.embeddings(batch, hear)
         largest = torch.finfo(torch.float16).max
@@ -245,9 +247,9 @@ class Teaching:
         self.question = question
         question.to(self.device)
         self.replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
-        bounds = chunk_bounds(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
-        self.items = SeededItems(bounds, pack.sample_rate, self.replay, config.seed)
-        items = question.answerable(len(bounds))
+        chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
+        self.items = SeededItems(chunks, self.replay, config.seed)
+        items = question.answerable(len(chunks))
         self.parts = np.array_split(items, question.n_parts(len(items), world_size))
         self._claim_folder()
 
@@ -326,12 +328,11 @@ class Teaching:
         units = [unit for unit in wanted if not store.path_of(self.folder, unit.epoch, unit.part).is_file()]
         if len(units) < len(wanted):
             logger.info("%d of %d files are there already", len(wanted) - len(units), len(wanted))
-        lengths = self.items.bounds[:, 2] - self.items.bounds[:, 1]
         hashed = self.config.layout == "native" and bool(self.question.sample_rates)  # else no sound is read
         dataset = ReplayDataset(self.pack, self.items, self.question.sample_rates, hash_sounds=hashed)
         loader = DataLoader(
             dataset,
-            batch_sampler=_Batches(units, lengths, self.config.batch_size),
+            batch_sampler=_Batches(units, self.items.chunks.n_samples, self.config.batch_size),
             num_workers=loader_workers(self.config.num_workers),
             collate_fn=collate,
         )
@@ -342,19 +343,19 @@ class Teaching:
                 hashes = np.empty(len(unit.items), np.int64)
                 done = 0
                 while done < len(unit.items):
-                    batch = prepare_batch(next(stream), self.device)
-                    rows = np.searchsorted(unit.items, batch["item"].cpu().numpy())
+                    batch = next(stream).to(self.device)
+                    rows = np.searchsorted(unit.items, batch.item.cpu().numpy())
                     for name, answer in self._answers(dataset, batch).items():
                         if name not in arrays:
                             arrays[name] = np.empty((len(unit.items), *answer.shape[1:]), store.types[name])
                         if arrays[name].shape[1:] != answer.shape[1:]:
                             raise UserError(
-                                f"the teacher's answer to {dataset.name(int(batch['item'][0]))} has the shape "
+                                f"the teacher's answer to {dataset.name(int(batch.item[0]))} has the shape "
                                 f"{tuple(answer.shape[1:])}, those before it {arrays[name].shape[1:]}; wanted one width"
                             )
                         arrays[name][rows] = answer.cpu().numpy()
                     if hashed:
-                        hashes[rows] = batch["sound_hash"].cpu().numpy()
+                        hashes[rows] = batch.sound_hash.cpu().numpy()
                     done += len(rows)
                     progress.update(len(rows))
                 arrays["seeds"] = self.items.seeds(unit.epoch)[unit.items]
@@ -362,25 +363,25 @@ class Teaching:
                 store.write(self.folder, unit.epoch, unit.part, rows_of_unit, **arrays)
         return self.folder
 
-    def _answers(self, dataset: ReplayDataset, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _answers(self, dataset: ReplayDataset, batch: Batch) -> dict[str, Tensor]:
         with self.precision.context():
             answers = self.question.answers(batch, self.replay.spectrogram)
         for answer in answers.values():
             finite = answer.isfinite().all(dim=1)
             if not bool(finite.all()):
-                name = dataset.name(int(batch["item"][~finite][0]))
+                name = dataset.name(int(batch.item[~finite][0]))
                 raise UserError(f"the teacher's answer to {name} is not a number; look at that clip")
         return answers
 
     def _rows(self, items: np.ndarray, hashes: np.ndarray | None) -> pd.DataFrame:
-        clips, starts, stops = self.items.bounds[items].T
+        chunks = self.items.chunks.select(items)
         rows = pd.DataFrame(
             {
-                "filename": [self.pack.names[clip] for clip in clips],
-                "start": starts / self.pack.sample_rate,
-                "end": stops / self.pack.sample_rate,
+                "filename": [self.pack.names[clip] for clip in chunks.clip],
+                "start": chunks.start / self.pack.sample_rate,
+                "end": chunks.stop / self.pack.sample_rate,
                 "n_reference": self.items.n_reference[items],
-                "clip_samples": self.pack.n_samples[clips],
+                "clip_samples": self.pack.n_samples[chunks.clip],
             }
         )
         if hashes is not None:

@@ -1,15 +1,17 @@
 """The one step that trains everything; what differs is the objective and the source of its targets."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distill.batch import Batch
 from distill.objectives import Objective
+from distill.random_streams import Stream, stream_seed
 from distill.replay import Replay
 from models import AudioTagger
 from models.frontends import FrontEnd
@@ -19,13 +21,6 @@ from training.parallel import Ranks, share_batch_norm
 from training.precision import Precision
 from training.target_tally import TargetTally
 from training.teacher import Teacher
-
-DROP_STREAM, DROPOUT_STREAM = 4, 5  # keep the run's random streams apart
-
-
-def stream_seed(*key: int) -> int:
-    """Return a seed for one of the random streams of a run."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def _network(model: AudioTagger, objective: Objective) -> Callable[[Tensor, Tensor | None], tuple[Any, Any]]:
@@ -66,28 +61,29 @@ class Learner(nn.Module):
         self.network = torch.compile(network) if compiled else network
         self.targets = TargetTally(objective)  # of the batches that were learnt from
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the losses, means over the clips of a prepared batch (see `distill.dataset.prepare_batch`)."""
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the losses, means over the clips of a batch on the learner's device."""
         if self.mixup_on == "waveform":
             batch = mix_waveforms(batch)
         if self.mixup_on is not None:
             batch = mix_targets(batch)
         if self.teacher is not None:
             ask = self.teacher.embeddings if self.taught_to_embed else self.teacher.probabilities
-            batch = batch | {"target": ask(batch, self._hear)}
+            batch = replace(batch, target=ask(batch, self._hear))
         self.targets.add(batch)
-        output, embedding = self.network(*self._hear(self.model.front_end, batch))
-        return self.objective(output, batch if embedding is None else batch | {"embedding": embedding})
+        mel, n_frames = self._hear(self.model.front_end, batch)
+        output, embedding = self.network(mel, n_frames)
+        return self.objective(output, replace(batch, mel=mel, n_frames=n_frames, embedding=embedding))
 
-    def spectrogram(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Return the student's input for a prepared batch, augmented and mixed: (B, F, T), frames (B,) or None."""
+    def spectrogram(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return the student's input for a batch, augmented and mixed: (B, F, T), frames (B,) or None."""
         return self._hear(self.model.front_end, mix_waveforms(batch) if self.mixup_on == "waveform" else batch)
 
-    def _hear(self, front_end: FrontEnd, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _hear(self, front_end: FrontEnd, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return what a front-end makes of the clips or their mixtures, masked: (B, F, T), frames (B,) or None."""
         mel, n_frames = self.replay.spectrogram(front_end, batch)
         if self.mixup_on == "spectrogram":
-            mel, n_frames = mix_spectrograms(mel, n_frames, batch["mixup_weight"])
+            mel, n_frames = mix_spectrograms(mel, n_frames, batch.mixup_weight)
         return mel, n_frames
 
 
@@ -134,11 +130,11 @@ class Trainer:
         for module in self.resting:
             module.eval()
 
-    def step(self, parts: Sequence[dict[str, Any]], weights: Sequence[float], number: int) -> dict[str, Tensor]:
+    def step(self, parts: Sequence[Batch], weights: Sequence[float], number: int) -> dict[str, Tensor]:
         """Learn from one batch.
 
         Args:
-            parts: of the batch, prepared; several where gradients are accumulated, so that one at a time fits.
+            parts: of the batch, on the device; several where gradients are accumulated, so that one at a time fits.
             weights: the share of each part in the whole batch, over all ranks.
             number: of the step, from 0.
 
@@ -170,10 +166,10 @@ class Trainer:
 
     def _draw_from(self, number: int) -> None:
         """Set the random state of a step: patch-out is the same on all ranks, dropout is each one's own."""
-        torch.manual_seed(stream_seed(self.seed, DROPOUT_STREAM, number, self.ranks.rank))
+        torch.manual_seed(stream_seed(self.seed, Stream.DROPOUT, number, self.ranks.rank))
         generator = getattr(self.learner.model, "generator", None)
         if generator is not None:
-            generator.manual_seed(stream_seed(self.seed, DROP_STREAM, number))
+            generator.manual_seed(stream_seed(self.seed, Stream.PATCH_OUT, number))
 
     def _gradients_join(self, last: bool) -> Any:
         if last or not isinstance(self.wrapped, DistributedDataParallel):

@@ -3,12 +3,13 @@
 Letters: B batch, S samples, F mel bands, T frames, C classes, D width, H heads, N tokens, d width of a head.
 """
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.batch import Batch
 from models.audiotransformer import AudioTransformer
 from models.ced_mel import CedMel
 from models.layers import Attention, Block
@@ -32,13 +33,13 @@ def plain_mel(front_end: CedMel, waveform: Tensor) -> Tensor:
     return torch.maximum(decibels, decibels.amax((1, 2), keepdim=True) - front_end.TOP_DB)
 
 
-def plain_masks(mel: Tensor, batch: dict[str, Any]) -> Tensor:
+def plain_masks(mel: Tensor, batch: Batch) -> Tensor:
     """Mask one stretch of time and one of frequency in each clip: (B,F,T) -> (B,F,T)."""
     mel = mel.clone()
     for i in range(len(mel)):
         for bins, widest in ((mel[i].T, TIME_MASK), (mel[i], FREQUENCY_MASK)):
-            width = batch["value"][i] * widest
-            start = int(batch["min_value"][i] * (len(bins) - width))  # negative where the mask is the longer
+            width = batch.value[i] * widest
+            start = int(batch.min_value[i] * (len(bins) - width))  # negative where the mask is the longer
             bins[max(start, 0) : start + int(width)] = 0.0
     return mel
 

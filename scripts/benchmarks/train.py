@@ -4,7 +4,7 @@ Letters: B batch, S samples, F mel bands, T frames, C classes.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
+from distill.batch import Batch
 from distill.objectives import create_objective
 from distill.replay import REFERENCE_RATE, Replay
 from models import create_model
@@ -22,7 +23,7 @@ from training.optim import create_optimizer, parameter_groups
 from training.precision import Precision
 from training.trainer import Learner, Trainer
 
-Step = Callable[[dict[str, Any]], Tensor | float]  # learns from a batch, returns its loss
+Step = Callable[[Batch], Tensor | float]  # learns from a batch, returns its loss
 
 LEARNING_RATE = 1e-3
 
@@ -38,8 +39,8 @@ def create_transformer(name: str, num_classes: int) -> AudioTransformer:
     return cast(AudioTransformer, create_model(name, num_classes=num_classes, pooling="logit"))
 
 
-def make_batch(model: AudioTransformer, batch_size: int, seconds: float, device: torch.device, seed: int) -> Any:
-    """Return a prepared batch of noise with random targets: what `distill.dataset.prepare_batch` gives.
+def make_batch(model: AudioTransformer, batch_size: int, seconds: float, device: torch.device, seed: int) -> Batch:
+    """Return a batch of noise with random targets, on its device.
 
     Args:
         model: says the sample rate and the classes.
@@ -50,20 +51,20 @@ def make_batch(model: AudioTransformer, batch_size: int, seconds: float, device:
     """
     generator = torch.Generator().manual_seed(seed)
     n_samples = round(seconds * model.sample_rate)
-    batch = {
-        "item": torch.arange(batch_size),
-        "value": torch.rand(batch_size, generator=generator),
-        "min_value": torch.rand(batch_size, generator=generator),
-        "mixup_weight": torch.rand(batch_size, generator=generator),
-        "n_reference": torch.full((batch_size,), round(seconds * REFERENCE_RATE)),
-        "target": (torch.rand(batch_size, model.num_classes, generator=generator) < 0.01).float(),
-    }
+    value, min_value, mixup_weight = (torch.rand(batch_size, generator=generator) for _ in range(3))
+    target = (torch.rand(batch_size, model.num_classes, generator=generator) < 0.01).float()
     waveform = 0.1 * torch.randn(batch_size, n_samples, generator=generator)
-    return {
-        **{name: value.to(device) for name, value in batch.items()},
-        "waveforms": {model.sample_rate: waveform.to(device)},
-        "lengths": {model.sample_rate: None},  # nothing is padded
-    }
+    return Batch(
+        item=torch.arange(batch_size),
+        epoch=torch.ones(batch_size, dtype=torch.int64),
+        waveforms={model.sample_rate: waveform},
+        lengths={model.sample_rate: None},  # nothing is padded
+        value=value,
+        min_value=min_value,
+        n_reference=torch.full((batch_size,), round(seconds * REFERENCE_RATE)),
+        target=target,
+        mixup_weight=mixup_weight,
+    ).to(device)
 
 
 def project_step(model: AudioTransformer, mode: str, device: torch.device, compiled: bool) -> Step:
@@ -88,9 +89,9 @@ def plain_step(model: AudioTransformer, mode: str, device: torch.device) -> Step
     precision = Precision(mode, device)
     model.train()
 
-    def step(batch: dict[str, Any]) -> float:
-        mel = plain_masks(plain_mel(cast(CedMel, model.front_end), batch["waveforms"][model.sample_rate]), batch)
-        mel, target = plain_mixup(mel, batch["mixup_weight"]), plain_mixup(batch["target"], batch["mixup_weight"])
+    def step(batch: Batch) -> float:
+        mel = plain_masks(plain_mel(cast(CedMel, model.front_end), batch.waveforms[model.sample_rate]), batch)
+        mel, target = plain_mixup(mel, batch.mixup_weight), plain_mixup(batch.target, batch.mixup_weight)
         with precision.context():
             loss = F.binary_cross_entropy_with_logits(plain_logits(model, mel), target)
         optimizer.zero_grad()
@@ -102,9 +103,9 @@ def plain_step(model: AudioTransformer, mode: str, device: torch.device) -> Step
     return step
 
 
-def count_flops(model: AudioTransformer, batch: dict[str, Any]) -> int:
+def count_flops(model: AudioTransformer, batch: Batch) -> int:
     """Return the floating-point operations of one training step: products of matrices alone, forward and backward."""
-    mel = plain_mel(cast(CedMel, model.front_end), batch["waveforms"][model.sample_rate])
+    mel = plain_mel(cast(CedMel, model.front_end), batch.waveforms[model.sample_rate])
     with FlopCounterMode(display=False) as counter:
         plain_logits(model, mel).sum().backward()
     model.zero_grad()

@@ -11,8 +11,8 @@ WARMUP_STEPS = 2  # of each contender, not timed; compilation happens here
 
 
 def take_turns(
-    contenders: Mapping[str, Callable[[dict[str, Any]], object]],
-    batch: dict[str, Any],
+    contenders: Mapping[str, Callable[[Any], object]],
+    batch: Any,
     rounds: int,
     steps: int,
     device: torch.device,
@@ -22,7 +22,7 @@ def take_turns(
     Every other round runs in reverse order, so that none always follows the same one.
     """
 
-    def timed(step: Callable[[dict[str, Any]], object], n_steps: int) -> float:
+    def timed(step: Callable[[Any], object], n_steps: int) -> float:
         _synchronise(device)
         began = time.perf_counter()
         for _ in range(n_steps):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from audio.dataset import ClipDataset, Pack, chunk_bounds, pad_batch
+from audio.cutting import Chunks
+from audio.dataset import ClipDataset, Pack, pad_batch
 from audio.shards import LAYOUTS, ShardWriter
 from common.errors import UserError
 
@@ -99,9 +100,10 @@ def test_any_number_of_loader_workers_gives_the_same_items(
             assert len(item["waveforms"][32000]) == 2 * (100 + i)
 
 
-def test_bounds_choose_parts_of_clips_and_rates_resample_them(tmp_path: Path) -> None:
+def test_chunks_choose_parts_of_clips_and_rates_resample_them(tmp_path: Path) -> None:
     pack = Pack.open(make_pack(tmp_path))
-    dataset = ClipDataset(pack, [16000, 8000], np.array([[4, 0, 50], [2, 20, 102]]))
+    chunks = Chunks(np.array([4, 2]), np.array([0, 20]), np.array([50, 102]), pack.sample_rate)
+    dataset = ClipDataset(pack, [16000, 8000], chunks)
     assert len(dataset) == 2
     item = dataset[1]
     assert (item["index"], item["name"]) == (1, "audio/02.wav")
@@ -168,30 +170,6 @@ def test_all_absent_and_damaged_shards_are_told_at_once(tmp_path: Path) -> None:
 def test_shards_of_different_rates_are_no_pack(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"16000 Hz in x_0\.h5; 32000 Hz in x_1\.h5"):
         Pack.open(make_pack(tmp_path, rates=(16000, 32000)))
-
-
-def test_chunks_are_those_of_ced() -> None:
-    # 10-s chunks at 10 Hz: exactly one; a tail of 4.9 s and of 5 s; a short only chunk; nothing.
-    bounds = chunk_bounds(np.array([100, 149, 150, 7, 0, 200]), 10, 10.0)
-    assert bounds.dtype == np.int64
-    assert bounds.tolist() == [
-        [0, 0, 100],
-        [1, 0, 100],
-        [2, 0, 100],
-        [2, 100, 150],
-        [3, 0, 7],
-        [5, 0, 100],
-        [5, 100, 200],
-    ]
-
-
-def test_short_tails_are_kept_when_asked_for() -> None:
-    assert chunk_bounds(np.array([149]), 10, 10.0, drop_short_tail=False).tolist() == [[0, 0, 100], [0, 100, 149]]
-
-
-def test_a_chunk_without_samples_is_an_error() -> None:
-    with pytest.raises(UserError, match="have no sample"):
-        chunk_bounds(np.array([100]), 16000, 0.0)
 
 
 def test_a_batch_is_padded_with_zeros_behind_each_clip() -> None:

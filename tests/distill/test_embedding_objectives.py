@@ -1,6 +1,7 @@
 """Objectives over embeddings: each formula written out a clip at a time, in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from common.errors import UserError
 from distill.embedding_objectives import KINDS
 from distill.objectives import create_objective
+from tests.batches import make_batch
 
 B, E, W, C = 6, 5, 7, 4
 OFFERED = {"loss": "BCEWithLogitsLoss", "loss_args": {}, "label_smoothing": 0.0}
@@ -26,12 +28,12 @@ def create(kind, **arguments):
 
 def batch_of(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {
-        "embedding": torch.randn(B, E, generator=generator),
-        "target": 2 * torch.randn(B, W, generator=generator),
-        "labels": torch.eye(C)[[0, 3, 2, 2, 1, 0]],
-        "cluster": CLUSTER,
-    }
+    return make_batch(
+        embedding=torch.randn(B, E, generator=generator),
+        target=2 * torch.randn(B, W, generator=generator),
+        labels=torch.eye(C)[[0, 3, 2, 2, 1, 0]],
+        cluster=CLUSTER,
+    )
 
 
 def cosine(a, b):
@@ -74,11 +76,11 @@ def by_hand(kind, projected, target, temperature):
 def test_the_loss_is_its_formula(kind, given, temperature):
     objective, batch = create(kind, **given), batch_of()
     losses = objective(torch.empty(B, 0), batch)
-    projected = objective.projection(batch["embedding"])
-    expected = by_hand(kind, projected, batch["target"], temperature)
+    projected = objective.projection(batch.embedding)
+    expected = by_hand(kind, projected, batch.target, temperature)
     assert losses["loss"].item() == pytest.approx(expected, rel=1e-5)
     assert losses["loss_teacher"].item() == losses["loss"].item()
-    assert losses["cosine"].item() == pytest.approx(1 - by_hand("cosine", projected, batch["target"], 1), rel=1e-5)
+    assert losses["cosine"].item() == pytest.approx(1 - by_hand("cosine", projected, batch.target, 1), rel=1e-5)
     assert not losses["cosine"].requires_grad
     assert set(losses) == {"loss", "loss_teacher", "cosine"}
 
@@ -103,8 +105,8 @@ def test_losses_have_the_published_scale_at_any_width(kind, width):
     objective, batch = create_objective(kind, OFFERED), batch_of()
     objective.attach(E, width)
     target = 2 * torch.randn(B, width, generator=torch.Generator().manual_seed(1))
-    loss = objective.eval()(torch.empty(B, 0), batch | {"target": target})["loss"]
-    projected = objective.projection(batch["embedding"]).double()
+    loss = objective.eval()(torch.empty(B, 0), replace(batch, target=target))["loss"]
+    projected = objective.projection(batch.embedding).double()
     assert loss.item() == pytest.approx(published(kind, projected, target.double()).item(), rel=1e-4)
 
 
@@ -128,12 +130,12 @@ def test_the_loss_of_one_answer_for_all_clips_has_the_scale_of_the_loss(kind):
 def test_a_student_is_drawn_to_its_teacher(kind):
     """Some steps on the projection and the embedding alone bring every loss, and the angle, near."""
     objective, batch = create(kind, hidden=16), batch_of()
-    embedding = nn.Parameter(batch["embedding"])
+    embedding = nn.Parameter(batch.embedding)
     optimiser = torch.optim.Adam([embedding, *objective.parameters()], 0.05)
     first = objective(torch.empty(B, 0), batch)
     for _ in range(60):
         optimiser.zero_grad()
-        last = objective(torch.empty(B, 0), batch | {"embedding": embedding})
+        last = objective(torch.empty(B, 0), replace(batch, embedding=embedding))
         last["loss"].backward()
         optimiser.step()
     assert last["loss"] < 0.2 * first["loss"]
@@ -147,7 +149,7 @@ def test_the_projection_is_the_published_one():
     batch = batch_of()
     flat = create("cosine", hidden=0)
     assert torch.equal(
-        flat.projection(batch["embedding"]), batch["embedding"] @ flat.projection[0].weight.T + flat.projection[0].bias
+        flat.projection(batch.embedding), batch.embedding @ flat.projection[0].weight.T + flat.projection[0].bias
     )
     published = create_objective("cosine")
     published.attach(960, 3840)
@@ -167,7 +169,7 @@ def test_the_projection_is_made_once_and_before_use():
 def test_labels_have_their_share(share):
     objective, batch, output = create("l1", **{"lambda": share}), batch_of(), torch.randn(B, C)
     losses = objective(output, batch)
-    to_labels = nn.functional.binary_cross_entropy_with_logits(output, batch["labels"])
+    to_labels = nn.functional.binary_cross_entropy_with_logits(output, batch.labels)
     to_teacher = create("l1")(output, batch)["loss"]
     assert losses["loss_labels"].item() == pytest.approx(to_labels.item(), rel=1e-6)
     assert losses["loss_teacher"].item() == pytest.approx(to_teacher.item(), rel=1e-6)

@@ -1,5 +1,7 @@
 """Cross-model distillation: the published formula, written out with logits and plain sums."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 
 from common.errors import UserError
 from distill.objectives import create_objective, register_objective
+from tests.batches import make_batch
 
 LOSSES = ("BCEWithLogitsLoss", "BCELoss", "CrossEntropyLoss")
 
@@ -56,7 +59,7 @@ def test_the_loss_is_the_published_formula(loss, share, tau):
         labels[1, 0] = labels[4, 2] = 1.0
     objective = create(loss, **{"lambda": share, "tau": tau})
     output = answers(loss, student) if objective.wants == "probabilities" else student
-    losses = objective(output, {"labels": labels, "target": answers(loss, teacher)})
+    losses = objective(output, make_batch(labels=labels, target=answers(loss, teacher)))
     assert losses["loss"].item() == pytest.approx(by_hand(loss, student, labels, teacher, share, tau).item(), abs=1e-6)
     assert losses["loss_labels"].item() == pytest.approx(
         by_hand(loss, student, labels, teacher, 1.0, tau).item(), abs=1e-6
@@ -71,7 +74,7 @@ def test_a_student_that_agrees_with_its_teacher_has_nothing_to_learn_from_it(los
     x = logits(2).requires_grad_()
     objective = create(loss, **{"lambda": 0.0})
     output = answers(loss, x) if objective.wants == "probabilities" else x
-    losses = objective(output, {"labels": torch.eye(4)[[0, 1, 2, 3, 0]], "target": answers(loss, x.detach())})
+    losses = objective(output, make_batch(labels=torch.eye(4)[[0, 1, 2, 3, 0]], target=answers(loss, x.detach())))
     assert losses["loss"].item() == pytest.approx(0.0, abs=1e-6)
     losses["loss"].backward()
     assert x.grad.abs().max() < 1e-6
@@ -83,7 +86,7 @@ def test_certain_and_stored_answers_give_finite_losses_and_gradients(loss, tau):
     """Probabilities of exactly 0 and 1, as float16 and the top k of a store leave them."""
     x = logits(3).requires_grad_()
     certain = torch.eye(4)[[0, 1, 2, 3, 0]]
-    losses = create(loss, tau=tau)(x, {"labels": certain, "target": certain})
+    losses = create(loss, tau=tau)(x, make_batch(labels=certain, target=certain))
     losses["loss"].backward()
     assert torch.isfinite(losses["loss"])
     assert torch.isfinite(x.grad).all()
@@ -91,16 +94,16 @@ def test_certain_and_stored_answers_give_finite_losses_and_gradients(loss, tau):
         assert losses["loss_teacher"].item() == pytest.approx(F.cross_entropy(x, certain.argmax(1)).item(), abs=1e-5)
         # a top k that lacks the smallest classes counts as the distribution that it would be alone
         cut = torch.tensor([[0.6, 0.2, 0.0, 0.0]]).repeat(5, 1)
-        whole = {"labels": certain, "target": cut / 0.8}
+        whole = make_batch(labels=certain, target=cut / 0.8)
         assert torch.allclose(
-            create(loss, tau=tau)(x, whole | {"target": cut})["loss"], create(loss, tau=tau)(x, whole)["loss"]
+            create(loss, tau=tau)(x, replace(whole, target=cut))["loss"], create(loss, tau=tau)(x, whole)["loss"]
         )
 
 
 def test_loss_arguments_and_smoothing_are_of_the_labels_alone():
-    x, batch = logits(4), {"labels": torch.eye(4)[[0, 1, 2, 3, 0]], "target": logits(5).sigmoid()}
+    x, batch = logits(4), make_batch(labels=torch.eye(4)[[0, 1, 2, 3, 0]], target=logits(5).sigmoid())
     plain, smooth = create()(x, batch), create(smoothing=0.2)(x, batch)
-    expected = F.binary_cross_entropy_with_logits(x, batch["labels"] * 0.8 + 0.1)
+    expected = F.binary_cross_entropy_with_logits(x, batch.labels * 0.8 + 0.1)
     assert smooth["loss_labels"].item() == pytest.approx(expected.item(), abs=1e-6)
     assert smooth["loss_teacher"] == plain["loss_teacher"]
     weighed = create_objective("cmkd", loss="BCEWithLogitsLoss", loss_args={"pos_weight": torch.tensor([3.0])})
@@ -110,7 +113,7 @@ def test_loss_arguments_and_smoothing_are_of_the_labels_alone():
 
 def test_half_precision_around_it_does_not_blur_a_small_divergence():
     x = logits(6)
-    batch = {"labels": torch.eye(4)[[0, 1, 2, 3, 0]], "target": (x + 0.05).sigmoid()}
+    batch = make_batch(labels=torch.eye(4)[[0, 1, 2, 3, 0]], target=(x + 0.05).sigmoid())
     exact = create()(x, batch)["loss_teacher"].item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert create()(x, batch)["loss_teacher"].item() == pytest.approx(exact, abs=1e-7)

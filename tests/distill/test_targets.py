@@ -74,7 +74,7 @@ def test_published_folder_with_its_pickle_replays_every_reference_row(shared, tm
     store = SoftTargetStore(folder / "chunk_10")
     assert store.epochs == [1, 2]
     targets = StoredTargets(store, pack, 527, "zero")
-    item_of = {pack.names[clip]: item for item, clip in enumerate(targets.bounds[:, 0])}
+    item_of = {pack.names[clip]: item for item, clip in enumerate(targets.chunks.clip)}
     for row in reference:
         item = item_of[f"audio/{row['filename'].replace('.wav', '.ogg')}"]
         assert targets.seed(row["epoch"], item) == row["seed"]
@@ -91,7 +91,7 @@ def test_files_of_several_ranks_and_another_order_in_each_epoch_align(tmp_path):
     pack = pack_of(tmp_path / "pack", names)
     folder = store_of(tmp_path / "store", [[names[:3], names[3:]], [names[::-1][:2], names[::-1][2:]]])
     targets = StoredTargets(SoftTargetStore(folder), pack, 4, "zero")
-    for item, clip in enumerate(targets.bounds[:, 0]):
+    for item, clip in enumerate(targets.chunks.clip):
         for epoch in (1, 2):
             assert targets.seed(epoch, item) == 1000 * epoch + clip
             assert targets.target(epoch, item)[3] == pytest.approx(0.1 * epoch + clip / 100, abs=1e-3)
@@ -110,7 +110,7 @@ def test_chunks_of_a_long_clip_find_their_samples(tmp_path):
     write_epoch(tmp_path / "s", 1, 0, rows, np.full((3, 2), 0.5), np.tile([0, 1], (3, 1)), np.array([5, 6, 7]))
     (tmp_path / "s" / "meta.json").write_text("{}")
     targets = StoredTargets(SoftTargetStore(tmp_path / "s"), pack, 4, "zero")
-    assert targets.bounds.tolist() == [[0, 0, 160000], [0, 160000, 320000], [0, 320000, 400000]]
+    assert list(targets.chunks) == [(0, 0, 160000), (0, 160000, 320000), (0, 320000, 400000)]
     assert targets.n_reference.tolist() == [160000, 160000, 80000]
 
 
@@ -121,7 +121,7 @@ def test_a_pack_at_another_rate_takes_the_stored_length_at_the_reference_rate(tm
     (tmp_path / "s" / "meta.json").write_text("{}")
     targets = StoredTargets(SoftTargetStore(tmp_path / "s"), pack, 4, "zero")
     assert targets.n_reference.tolist() == [31999]
-    assert targets.bounds.tolist() == [[0, 0, 64000]]
+    assert list(targets.chunks) == [(0, 0, 64000)]
 
 
 def test_clips_beyond_the_pack_and_clips_of_another_length_are_left_out_and_counted(tmp_path):
@@ -132,7 +132,7 @@ def test_clips_beyond_the_pack_and_clips_of_another_length_are_left_out_and_coun
     rows.to_parquet(folder / "logits_ep1_0.parquet", index=False)
     targets = StoredTargets(SoftTargetStore(folder), pack_of(tmp_path / "pack", names[:3]), 4, "zero")
     assert (targets.n_unmatched, targets.n_misfits) == (1, 1)
-    assert targets.bounds[:, 0].tolist() == [0, 2]
+    assert targets.chunks.clip.tolist() == [0, 2]
 
 
 def test_a_store_of_other_clips_says_both_spellings(tmp_path):
@@ -208,7 +208,7 @@ def test_a_clip_that_ends_before_its_chunk_starts_is_left_out(tmp_path):
     rows = pd.DataFrame({"filename": ["clip_0.wav"] * 2, "start": [0.0, 0.6], "end": [0.5, 0.62]})
     write_epoch(tmp_path / "s", 1, 0, rows, np.full((2, 2), 0.5), np.tile([0, 1], (2, 1)), np.array([5, 6]))
     (tmp_path / "s" / "meta.json").write_text('{"config": {"chunk_length": 0.6}}')
-    assert StoredTargets(SoftTargetStore(tmp_path / "s"), pack, 4, "zero").bounds.tolist() == [[0, 0, 8000]]
+    assert list(StoredTargets(SoftTargetStore(tmp_path / "s"), pack, 4, "zero").chunks) == [(0, 0, 8000)]
 
 
 def test_meta_pt_beside_meta_json_is_not_read(shared, tmp_path):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from audio.cutting import Chunks
 from audio.dataset import Pack
 from common.errors import Faults
-from distill.dataset import EpochBatches, ReplayDataset, collate, prepare_batch
+from distill.dataset import EpochBatches, ReplayDataset, collate
 from distill.objectives import create_objective
 from distill.replay import Replay
 from distill.sources import SeededItems
@@ -49,7 +50,7 @@ def test_the_stored_epoch_is_right_with_workers_that_outlive_an_epoch(tmp_path, 
     stream = iter(loader)
     for epoch in (1, 2, 3, 1):
         batches = [next(stream), next(stream)]
-        items, values = (torch.cat([b[key] for b in batches]) for key in ("item", "target"))
+        items, values = (torch.cat([getattr(b, name) for b in batches]) for name in ("item", "target"))
         assert sorted(items.tolist()) == list(range(6))
         assert torch.allclose(values[:, 3], 0.1 * epoch + items / 100, atol=1e-3)
 
@@ -102,7 +103,7 @@ def test_one_step_serves_every_mode(tone_pack, mode, consistent, mixup):
     """The published code had three copies of its step; inconsistent masks worked in one of them, mixup in two."""
     torch.manual_seed(0)
     replay = Replay({}, [{"TimeMasking": {"time_mask_param": 20}}])
-    source = SeededItems(np.array([[i, 0, 16000] for i in range(4)]), 16000, replay, seed=3)
+    source = SeededItems(Chunks.whole(np.full(4, 16000), 16000), replay, seed=3)
     source.target = lambda epoch, item: np.eye(7, dtype=np.float32)[item]
     dataset = ReplayDataset(Pack.open(tone_pack), source, [16000], consistent=consistent, mixup=mixup)
     objective = create_objective("target", loss="BCEWithLogitsLoss", loss_args={"reduction": "none"})
@@ -110,7 +111,7 @@ def test_one_step_serves_every_mode(tone_pack, mode, consistent, mixup):
     optimizer = create_optimizer("AdamW", model.parameters(), {"lr": 1e-3}, CPU)
     learner = Learner(model, objective, replay, "spectrogram" if mixup else None)
     trainer = Trainer(learner, optimizer, None, Precision(mode, CPU), seed=0)
-    batch = prepare_batch(collate([dataset[(1, i)] for i in range(4)]), CPU)
+    batch = collate([dataset[(1, i)] for i in range(4)]).to(CPU)
     losses = [trainer.step([batch], [1.0], step)["loss"].item() for step in range(12)]
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]

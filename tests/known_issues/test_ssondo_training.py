@@ -9,6 +9,7 @@ import torch
 from distill.clusters import balance
 from distill.embedding_objectives import KINDS, contrast
 from distill.objectives import create_objective
+from tests.batches import make_batch
 
 
 def double_loop(p, t, cluster, temperature, leak=False):
@@ -67,7 +68,7 @@ def test_vectors_without_a_direction_give_finite_losses_and_gradients(kind):
     embedding = torch.zeros(4, 3).requires_grad_()
     for target in (torch.zeros(4, 6), torch.randn(4, 6)):
         losses = objective(
-            torch.empty(4, 0), {"embedding": embedding, "target": target, "cluster": torch.tensor([0, 0, 1, 2])}
+            torch.empty(4, 0), make_batch(embedding=embedding, target=target, cluster=torch.tensor([0, 0, 1, 2]))
         )
         losses["loss"].backward()
         assert all(torch.isfinite(value) for value in losses.values())

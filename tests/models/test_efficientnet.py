@@ -19,6 +19,7 @@ from models import create_model, load_model, load_weights, published_initialisat
 from models.efficientnet import AttentionPooling, EfficientNet
 from models.kaldi_mel import KaldiMel
 from models.onnx import export_onnx
+from tests.batches import make_batch
 from tests.models.sounds import noise, padded
 from training.parallel import share_batch_norm
 from training.student import start_from_data
@@ -225,14 +226,14 @@ def test_it_starts_from_pictures(pooling, tmp_path, caplog):
 def test_the_first_answer_is_the_prior(pooling):
     torch.manual_seed(0)
     model = create_model("efficientnet_b0", num_classes=2, pooling=pooling, n_mels=64, drop_path_rate=0.0)
-    batch = {
-        "waveforms": {16000: torch.stack([noise(8000, seed, 0.1**seed) for seed in range(4)])},
-        "lengths": {16000: torch.full((4,), 8000)},
-        "target": torch.tensor([[0.9, 0.02]]).expand(4, 2),
-    }
+    batch = make_batch(
+        waveforms={16000: torch.stack([noise(8000, seed, 0.1**seed) for seed in range(4)])},
+        lengths={16000: torch.full((4,), 8000)},
+        target=torch.tensor([[0.9, 0.02]]).expand(4, 2),
+    )
     start_from_data(model, [batch])
-    found = model.eval().predict(batch["waveforms"][16000])
-    torch.testing.assert_close(found, batch["target"], atol=0.1, rtol=0)
+    found = model.eval().predict(batch.waveforms[16000])
+    torch.testing.assert_close(found, batch.target, atol=0.1, rtol=0)
 
 
 def run(path, given):

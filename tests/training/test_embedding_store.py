@@ -8,11 +8,13 @@ import pytest
 import torch
 import yaml
 
-from audio.dataset import Pack, chunk_bounds
+from audio.cutting import Chunks
+from audio.dataset import Pack
 from common.errors import UserError
 from distill.embeddings import EmbeddingStore, StoredEmbeddings
 from distill.replay import Replay
 from models import create_model
+from tests.batches import make_batch
 from tests.conftest import run_command
 from training.config import SoftTargetConfig
 from training.embedders import FunctionEmbedder, NpzEmbedder, open_embedder
@@ -99,18 +101,18 @@ def test_npz_files_are_found_by_name_and_need_no_model(tone_pack, pack, tmp_path
 
 def test_npz_rows_are_the_chunks_of_their_clip(pack, tmp_path):
     write_npz(tmp_path / "t", pack, lambda n: np.arange(6).reshape(3, 2) + 10 * n)
-    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, 0.4)  # 1 s: two whole chunks and a half one
-    assert len(bounds) == 3 * 28
-    found = NpzEmbedder(tmp_path / "t", pack, bounds).embeddings({"item": torch.tensor([4, 3, 83])}, None)
+    chunks = Chunks.cut(pack.n_samples, pack.sample_rate, 0.4)  # 1 s: two whole chunks and a half one
+    assert len(chunks) == 3 * 28
+    found = NpzEmbedder(tmp_path / "t", pack, chunks).embeddings(make_batch(item=torch.tensor([4, 3, 83])), None)
     assert found.tolist() == [[12, 13], [10, 11], [274, 275]]
-    whole = chunk_bounds(pack.n_samples, pack.sample_rate, 0.2)
+    whole = Chunks.cut(pack.n_samples, pack.sample_rate, 0.2)
     with pytest.raises(
         UserError, match=r"'embed' has 3 rows, but .*tone_000\.wav has 5 chunks(?s:.*)and 25 more like these"
     ):
         NpzEmbedder(tmp_path / "t", pack, whole)
-    alone = chunk_bounds(pack.n_samples, pack.sample_rate, 10.0)
+    alone = Chunks.cut(pack.n_samples, pack.sample_rate, 10.0)
     with pytest.raises(UserError, match=r"'embed' has 3 rows, but .* has 1 chunks"):
-        NpzEmbedder(tmp_path / "t", pack, alone).embeddings({"item": torch.tensor([0])}, None)
+        NpzEmbedder(tmp_path / "t", pack, alone).embeddings(make_batch(item=torch.tensor([0])), None)
 
 
 def test_a_tail_without_a_row_is_left_out_of_the_store(pack, tmp_path):
@@ -129,39 +131,40 @@ def test_files_of_one_name_are_told_apart_by_their_folders(pack, tmp_path):
         (tmp_path / "t" / folder).mkdir()
         np.savez(tmp_path / "t" / folder / "tone_003.npz", embed=np.array([value, value]))
     (tmp_path / "t" / "tone_003.npz").unlink()
-    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, 10.0)
-    assert NpzEmbedder(tmp_path / "t", pack, bounds).embeddings({"item": torch.tensor([3])}, None).tolist() == [[5, 5]]
+    chunks = Chunks.cut(pack.n_samples, pack.sample_rate, 10.0)
+    found = NpzEmbedder(tmp_path / "t", pack, chunks).embeddings(make_batch(item=torch.tensor([3])), None)
+    assert found.tolist() == [[5, 5]]
 
 
 def test_files_of_other_widths_are_named(pack, tmp_path):
     write_npz(tmp_path / "t", pack, lambda n: np.zeros(2 + (n == 4)))
-    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, 10.0)
+    chunks = Chunks.cut(pack.n_samples, pack.sample_rate, 10.0)
     with pytest.raises(
         UserError, match=r"tone_004\.npz: 'embed' is 3 wide, that of .*tone_003\.npz 2; wanted one width"
     ):
-        NpzEmbedder(tmp_path / "t", pack, bounds).embeddings({"item": torch.tensor([3, 4])}, None)
+        NpzEmbedder(tmp_path / "t", pack, chunks).embeddings(make_batch(item=torch.tensor([3, 4])), None)
 
 
 def test_a_damaged_file_is_named(pack, tmp_path):
     write_npz(tmp_path / "t", pack, lambda n: np.zeros(500))
     path = tmp_path / "t" / "tone_002.npz"
     path.write_bytes(path.read_bytes()[:1000])
-    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, 10.0)
+    chunks = Chunks.cut(pack.n_samples, pack.sample_rate, 10.0)
     with pytest.raises(UserError, match=r"tone_002\.npz: wanted an array 'embed' of numbers"):
-        NpzEmbedder(tmp_path / "t", pack, bounds).embeddings({"item": torch.tensor([2])}, None)
+        NpzEmbedder(tmp_path / "t", pack, chunks).embeddings(make_batch(item=torch.tensor([2])), None)
 
 
 def test_missing_files_and_arrays_are_named(pack, tmp_path):
     write_npz(tmp_path / "t", pack, lambda n: np.zeros(2))
     (tmp_path / "t" / "tone_005.npz").unlink()
-    bounds = chunk_bounds(pack.n_samples, pack.sample_rate, 10.0)
+    chunks = Chunks.cut(pack.n_samples, pack.sample_rate, 10.0)
     with pytest.raises(
         UserError, match=r"1 of the 28 clips of .* have no \.npz file of their own: sounds/tone_005\.wav"
     ):
-        NpzEmbedder(tmp_path / "t", pack, bounds)
+        NpzEmbedder(tmp_path / "t", pack, chunks)
     np.savez(tmp_path / "t" / "tone_005.npz", embedding=np.zeros(2))
     with pytest.raises(UserError, match=r"tone_005\.npz: wanted an array 'embed'"):
-        NpzEmbedder(tmp_path / "t", pack, bounds).embeddings({"item": torch.tensor([5])}, None)
+        NpzEmbedder(tmp_path / "t", pack, chunks).embeddings(make_batch(item=torch.tensor([5])), None)
 
 
 MODULE = """
@@ -188,7 +191,7 @@ def test_a_function_gets_waveforms_at_its_rate_and_lengths(pack, tmp_path, monke
     np.testing.assert_allclose(store.read(1)[11], [2 * wave.mean(), 2 * wave.std(ddof=1)], rtol=2e-3, atol=1e-6)
     wrong = FunctionEmbedder("mine:wrong", None, 16000)
     with pytest.raises(UserError, match=r"gave \(\) for waveforms \(2, 5\); wanted one embedding a clip"):
-        wrong.embeddings({"waveforms": {16000: torch.zeros(2, 5)}, "lengths": {16000: None}}, None)
+        wrong.embeddings(make_batch(waveforms={16000: torch.zeros(2, 5)}), None)
     with pytest.raises(UserError, match="callable mine:nothing"):
         FunctionEmbedder("mine:nothing", None, 16000)
 
@@ -210,14 +213,12 @@ def test_one_is_asked(pack, changes, sentence):
 
 def test_embeddings_that_half_precision_cannot_hold_are_clipped_and_told(pack, model, tmp_path, monkeypatch, caplog):
     asked = Embeddings(open_of(model))
-    monkeypatch.setattr(asked.embedder, "embeddings", lambda batch, hear: torch.full((len(batch["item"]), 2), -1e6))
+    monkeypatch.setattr(asked.embedder, "embeddings", lambda batch, hear: torch.full((len(batch), 2), -1e6))
     with caplog.at_level("WARNING"):
         store = EmbeddingStore(Teaching(config(pack, model="x"), pack, asked, tmp_path / "a").save())
     assert (store.read(1) == -65504).all()
     assert "8 embeddings hold numbers beyond those of half precision, and are clipped at 65504" in caplog.text
-    monkeypatch.setattr(
-        asked.embedder, "embeddings", lambda batch, hear: torch.full((len(batch["item"]), 2), torch.nan)
-    )
+    monkeypatch.setattr(asked.embedder, "embeddings", lambda batch, hear: torch.full((len(batch), 2), torch.nan))
     with pytest.raises(UserError, match=r"answer to sounds/tone_\d+\.wav is not a number"):
         Teaching(config(pack, model="x"), pack, asked, tmp_path / "b").save()
 

@@ -1,6 +1,7 @@
 """A run that learns nothing says so, with causes; one that learns says nothing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -11,6 +12,7 @@ import torch
 
 from distill import embedding_objectives  # noqa: F401  (it registers its objectives)
 from distill.objectives import create_objective
+from tests.batches import make_batch
 from tests.training.test_loop import settings, train
 from tests.training.test_report import Page
 from training.chance import Chance, chance_bounds
@@ -42,25 +44,25 @@ def batch_of(name, n=60, width=5, seed=0):
     random = torch.Generator().manual_seed(seed)
     labels = torch.nn.functional.one_hot(torch.arange(n) % 3, width).float()
     if name.startswith(("cosine", "mse", "kl")):
-        return {"target": torch.randn(n, width, generator=random) + torch.arange(width), "labels": labels}
+        return make_batch(target=torch.randn(n, width, generator=random) + torch.arange(width), labels=labels)
     mixed = torch.lerp(labels.flip(0), labels, torch.rand(n, 1, generator=random))
     soft = torch.rand(n, width, generator=random)
     soft = soft / soft.sum(1, keepdim=True) if "softmax" in name else soft
-    return {"target": soft if "cmkd" in name else mixed, "labels": mixed}
+    return make_batch(target=soft if "cmkd" in name else mixed, labels=mixed)
 
 
 def best_constant(objective, batch, probabilities):
     """Search for the answer, the same for every clip, that has the smallest loss."""
-    n, width = batch["target"].shape
+    n, width = batch.target.shape
     answer = torch.zeros(width, dtype=torch.float64, requires_grad=True)
     vector = torch.ones(width, dtype=torch.float64, requires_grad=True)
-    batch = {name: value.double() for name, value in batch.items()}
+    batch = replace(batch, target=batch.target.double(), labels=batch.labels.double())
     optimizer = torch.optim.LBFGS([answer, vector], lr=0.5, max_iter=500, tolerance_change=1e-12)
 
     def loss():
         optimizer.zero_grad()
         output = (answer.sigmoid() if probabilities else answer).expand(n, width)
-        value = objective(output, batch | {"embedding": vector.expand(n, width)})["loss"]
+        value = objective(output, replace(batch, embedding=vector.expand(n, width)))["loss"]
         value.backward()
         return value
 
@@ -77,7 +79,7 @@ def test_the_constant_loss_is_the_smallest_that_one_answer_to_all_clips_has(name
     batch = batch_of(name)
     tally = TargetTally(objective)
     for rows in (slice(0, 7), slice(7, 40), slice(40, 60)):
-        tally.add({key: value[rows] for key, value in batch.items()})
+        tally.add(make_batch(target=batch.target[rows], labels=batch.labels[rows]))
     assert tally.constant_loss(Ranks()) == pytest.approx(
         best_constant(objective, batch, name == "probabilities"), rel=1e-4
     )
@@ -89,7 +91,7 @@ def test_counting_targets_reads_nothing_from_the_device(name):
     kind, arguments = CASES[name]
     tally = TargetTally(create_objective(kind, **arguments))
     for _ in range(2):
-        tally.add({key: value.to("meta") for key, value in batch_of(name).items()})
+        tally.add(batch_of(name).to(torch.device("meta")))
 
 
 def test_what_is_not_known_is_not_judged():

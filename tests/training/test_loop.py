@@ -9,6 +9,7 @@ import torch
 import torch.nn.utils.parametrize
 from scipy.stats import kstest
 
+from audio.cutting import Chunks
 from audio.dataset import Pack
 from common.errors import Faults, UserError
 from distill.dataset import ReplayDataset
@@ -92,7 +93,7 @@ def test_training_on_chunks_covers_the_whole_of_a_long_clip(tone_pack):
     faults = Faults("the test")
     data = open_training(settings(tone_pack, chunk_length=0.25), 1, faults)
     assert not faults.sentences
-    assert len(data.source.bounds) == 28 * 4
+    assert len(data.source.chunks) == 28 * 4
     assert np.array_equal(data.source.target(1, 5), np.eye(7)[1])
 
 
@@ -115,7 +116,7 @@ def test_the_first_batches_looked_at_are_trained_on_as_well(tone_pack, tmp_path,
     monkeypatch.setattr(
         Trainer,
         "step",
-        lambda self, parts, weights, number: seen.extend(parts[0]["item"].tolist()) or {"loss": torch.ones(())},
+        lambda self, parts, weights, number: seen.extend(parts[0].item.tolist()) or {"loss": torch.ones(())},
     )
     train(tmp_path, settings(tone_pack, epochs=1, valid_every=1))
     assert sorted(seen) == list(range(28))
@@ -131,7 +132,7 @@ def test_an_objective_of_its_own_brings_losses_parameters_and_rates(tone_pack, t
             self.level = torch.nn.Parameter(torch.tensor(start))
 
         def forward(self, output, batch):
-            assert batch["waveforms"][8000].shape[1] == 8000
+            assert batch.waveforms[8000].shape[1] == 8000
             return {"loss": (output.mean() - self.level) ** 2, "level": self.level}
 
     config = settings(tone_pack, epochs=2, valid_every=2, init_from_data=False)
@@ -168,10 +169,10 @@ def test_wrapped_parameters_are_trained_through_their_wrapping(tone_pack, tmp_pa
 def test_without_consistency_clips_are_not_shifted_and_masks_are_drawn_anew(tone_pack):
     """As the published code runs it: 0 of 24 clips shifted. The stored seed decides nothing about the input."""
     pack = Pack.open(tone_pack)
-    bounds = np.array([[i, 0, 16000] for i in range(24)])
+    chunks = Chunks.whole(np.full(24, 16000), 16000)
 
     def shown(consistent, store_seed, seed=3):
-        source = SeededItems(bounds, 16000, Replay({"Shift": {}}, [{"TimeMasking": {}}]), seed=store_seed)
+        source = SeededItems(chunks, Replay({"Shift": {}}, [{"TimeMasking": {}}]), seed=store_seed)
         dataset = ReplayDataset(pack, source, [16000], consistent=consistent, seed=seed)
         return [[dataset[(epoch, item)] for item in range(24)] for epoch in (1, 2)]
 
@@ -206,7 +207,7 @@ def test_the_key_disable_consistency_reaches_the_clips_of_a_run(tone_pack, tmp_p
     Teaching(config, Pack.open(tone_pack), SoftTargets(teacher, 3), store).save()
     changes = {"logitspath": str(store), "disable_consistency": disabled, "epochs": 1, "valid_every": 1}
     _, run = train(tmp_path / "run", settings(tone_pack, **changes))
-    for item, (clip, start, stop) in enumerate(run.data.source.bounds.tolist()):
+    for item, (clip, start, stop) in enumerate(run.data.source.chunks):
         shown = run.dataset[(1, item)]["waveforms"][16000].numpy()
         assert np.array_equal(shown, run.data.pack.read(clip, start, stop)) is disabled
 
@@ -214,8 +215,7 @@ def test_the_key_disable_consistency_reaches_the_clips_of_a_run(tone_pack, tmp_p
 @pytest.mark.parametrize(("fill_by", "tail"), [("silence", "zeros"), ("repeat", "the clip again")])
 def test_short_items_are_brought_to_one_length(tone_pack, fill_by, tail):
     pack = Pack.open(tone_pack)
-    bounds = np.array([[0, 0, 3000], [1, 0, 16000]])
-    source = SeededItems(bounds, pack.sample_rate, Replay(), 1)
+    source = SeededItems(Chunks.whole(np.array([3000, 16000]), pack.sample_rate), Replay(), 1)
     rates = [16000, 8000]
     plain = ReplayDataset(pack, source, rates)
     filled = ReplayDataset(pack, source, rates, fill_seconds=0.5, fill_by=fill_by)

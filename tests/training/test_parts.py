@@ -10,6 +10,7 @@ from scipy.stats import kstest
 from torch import nn
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, cross_entropy
 
+from audio.cutting import Chunks
 from audio.dataset import Pack
 from common.errors import UserError
 from distill.dataset import EpochBatches, ReplayDataset
@@ -18,6 +19,7 @@ from distill.replay import Replay
 from distill.sources import SeededItems
 from models import create_model
 from models.devices import choose_device
+from tests.batches import make_batch
 from training.averaging import MovingAverage, average_states
 from training.evaluate import group_by_length
 from training.mixup import mix_spectrograms, mix_targets, mix_waveforms
@@ -30,11 +32,11 @@ def test_mixup_of_targets_equals_the_published_mixture_of_losses():
     torch.manual_seed(0)
     mel, target, weight = torch.randn(6, 4, 10), torch.rand(6, 3), torch.rand(6)
     mixed, n_frames = mix_spectrograms(mel, None, weight)
-    batch = mix_targets({"target": target, "mixup_weight": weight})
+    batch = mix_targets(make_batch(target=target, mixup_weight=weight))
     logits, weight = torch.randn(6, 3), weight[:, None]
     expected = weight * binary_cross_entropy_with_logits(logits, target, reduction="none")
     expected += (1 - weight) * binary_cross_entropy_with_logits(logits, target.flip(0), reduction="none")
-    assert torch.allclose(binary_cross_entropy_with_logits(logits, batch["target"]), expected.mean(), atol=1e-6)
+    assert torch.allclose(binary_cross_entropy_with_logits(logits, batch.target), expected.mean(), atol=1e-6)
     for i in range(6):
         assert torch.allclose(mixed[i], weight[i] * mel[i] + (1 - weight[i]) * mel[5 - i], atol=1e-6)
     assert n_frames is None
@@ -42,10 +44,10 @@ def test_mixup_of_targets_equals_the_published_mixture_of_losses():
 
 def test_mixed_waveforms_are_the_sum_of_two_sounds_as_long_as_the_longer():
     waveform, n, weight = torch.randn(3, 50), torch.tensor([50, 20, 30]), torch.tensor([0.2, 0.5, 0.9])
-    batch = mix_waveforms({"waveforms": {8: waveform}, "lengths": {8: n}, "mixup_weight": weight})
-    assert torch.allclose(batch["waveforms"][8][0], 0.2 * waveform[0] + 0.8 * waveform[2], atol=1e-6)
-    assert batch["lengths"][8].tolist() == [50, 20, 50]
-    assert mix_waveforms({"waveforms": {}, "lengths": {8: None}, "mixup_weight": weight})["lengths"] == {8: None}
+    batch = mix_waveforms(make_batch(waveforms={8: waveform}, lengths={8: n}, mixup_weight=weight))
+    assert torch.allclose(batch.waveforms[8][0], 0.2 * waveform[0] + 0.8 * waveform[2], atol=1e-6)
+    assert batch.lengths[8].tolist() == [50, 20, 50]
+    assert mix_waveforms(make_batch(waveforms={8: waveform}, mixup_weight=weight)).lengths == {8: None}
 
 
 def test_a_mixture_is_as_long_as_its_longer_part():
@@ -56,7 +58,7 @@ def test_a_mixture_is_as_long_as_its_longer_part():
 
 def test_mixup_weights_follow_their_distribution_and_are_a_function_of_seed_epoch_and_item(tone_pack):
     pack = Pack.open(tone_pack)
-    source = SeededItems(np.array([[0, 0, 160]] * 400), 16000, Replay(), seed=3)
+    source = SeededItems(Chunks.cut(np.array([64000]), 16000, 0.01), Replay(), seed=3)
     dataset = ReplayDataset(pack, source, [], mixup=0.5, seed=3)
     drawn = np.array([dataset[(1, i)]["mixup_weight"] for i in range(400)])
     assert kstest(drawn, "beta", args=(0.5, 0.5)).pvalue > 0.01
@@ -183,11 +185,11 @@ def test_label_smoothing_moves_a_tenth_to_what_knows_nothing(loss, expected):
     one_hot = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     smoothed = create_objective("target", loss=loss, loss_args={}, label_smoothing=0.1)
     plain = create_objective("target", loss=loss, loss_args={})
-    assert smoothed(output, {"target": one_hot})["loss"] == pytest.approx(
-        plain(output, {"target": torch.tensor([expected])})["loss"].item()
+    assert smoothed(output, make_batch(target=one_hot))["loss"] == pytest.approx(
+        plain(output, make_batch(target=torch.tensor([expected])))["loss"].item()
     )
     if loss == "CrossEntropyLoss":
-        assert smoothed(output, {"target": one_hot})["loss"] == pytest.approx(
+        assert smoothed(output, make_batch(target=one_hot))["loss"] == pytest.approx(
             cross_entropy(output, one_hot, label_smoothing=0.1).item()
         )
 
@@ -205,7 +207,7 @@ def test_weights_that_were_loaded_are_left_as_they_are():
     model = create_model("audiotransformer_pico", num_classes=3, pooling="logit")
     nn.init.constant_(model.outputlayer[1].bias, 3.0)
     model.init_bn[1].num_batches_tracked.fill_(7)
-    batch = {"waveforms": {16000: torch.randn(2, 16000)}, "lengths": {16000: None}, "target": torch.ones(2, 3)}
+    batch = make_batch(waveforms={16000: torch.randn(2, 16000)}, target=torch.ones(2, 3))
     start_from_data(model, [batch])
     assert model.outputlayer[1].bias.tolist() == [3.0] * 3
 
@@ -254,7 +256,7 @@ def test_each_loss_equals_its_plain_definition(name):
         expected = binary_cross_entropy_with_logits(output, target)
     else:
         expected = cross_entropy(output, target / target.sum(1, keepdim=True))
-    assert torch.allclose(objective(output, {"target": target})["loss"], expected)
+    assert torch.allclose(objective(output, make_batch(target=target))["loss"], expected)
 
 
 def test_an_objective_is_added_in_one_place():
@@ -265,7 +267,7 @@ def test_an_objective_is_added_in_one_place():
         def __call__(self, output, batch):
             return {"loss": 2 * output.mean()}
 
-    assert create_objective("twice_the_mean")(torch.ones(2, 2), {})["loss"] == 2.0
+    assert create_objective("twice_the_mean")(torch.ones(2, 2), make_batch(target=torch.ones(2, 2)))["loss"] == 2.0
     with pytest.raises(UserError, match="did you mean 'twice_the_mean'"):
         create_objective("twice_the_meen")
 
@@ -275,7 +277,7 @@ def test_a_model_started_from_data_answers_with_the_prior_and_knows_the_level():
     model = create_model("audiotransformer_pico", num_classes=3, pooling="logit")
     waveform = 0.3 * torch.randn(8, 16000)
     target = torch.tensor([[1.0, 0.0, 0.2]]).repeat(8, 1)
-    batches = [{"waveforms": {16000: waveform}, "lengths": {16000: None}, "target": target}] * 3
+    batches = [make_batch(waveforms={16000: waveform}, target=target)] * 3
     start_from_data(model, batches)
     mel = model.front_end(waveform)
     norm = model.init_bn[1]

@@ -161,7 +161,7 @@ def test_the_published_rules_find_what_our_reader_does(published, published_modu
         dataset = ReplayDataset(pack, ours, [16000])
         items = {
             (Path(pack.names[clip]).name, round(start / 16000, 3)): item
-            for item, (clip, start, _) in enumerate(ours.bounds.tolist())
+            for item, (clip, start, _) in enumerate(ours.chunks)
         }
         n_shifted = 0
         for epoch in (1, 2):
@@ -174,7 +174,7 @@ def test_the_published_rules_find_what_our_reader_does(published, published_modu
                 assert torch.equal(sound, shown["waveforms"][16000])
                 assert (float(value), float(min_value)) == pytest.approx((shown["value"], shown["min_value"]), abs=0)
                 assert torch.equal(target, shown["target"])
-                clip, first, stop = ours.bounds[items[name, round(float(start), 3)]].tolist()
+                clip, first, stop = ours.chunks[items[name, round(float(start), 3)]]
                 n_shifted += not np.array_equal(sound.numpy(), pack.read(clip, first, stop))
         assert 5 < n_shifted < 29  # of 34: half of them
     (published / "meta.json").rename(published / "store/meta.json")

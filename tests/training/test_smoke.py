@@ -125,7 +125,7 @@ def test_made_up_targets_are_over_the_classes_that_are_wanted(tmp_path, changes,
     data = opened(short)
     assert data.labels == labels
     assert isinstance(data.source, StoredTargets)
-    assert (len(data.source.bounds), data.source.n_unmatched, data.source.n_misfits) == (16, 0, 0)
+    assert (len(data.source.chunks), data.source.n_unmatched, data.source.n_misfits) == (16, 0, 0)
     targets = np.stack([data.source.target(epoch, item) for epoch in (1, 2) for item in range(16)])
     assert targets.shape == (32, len(labels))
     assert ((targets > 0).sum(axis=1) == min(5, len(labels))).all()

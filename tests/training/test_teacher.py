@@ -11,8 +11,9 @@ import yaml
 
 from audio.dataset import Pack
 from common.errors import UserError
-from distill.dataset import collate, prepare_batch
+from distill.dataset import collate
 from models import create_model, load_model, save_checkpoint
+from tests.batches import make_batch
 from tests.training.test_resume import StoppedError, final_weights, lines_of, stop_after, weights_of
 from training.config import SoftTargetConfig
 from training.mixup import mix_targets
@@ -119,14 +120,14 @@ def test_the_target_is_the_teachers_answer_to_the_same_augmented_and_mixed_clip(
     )  # fmt: skip
     run = prepare(path).run
     keys = [(2, item) for item in (0, 5, 11, 23, 27)]
-    batch = prepare_batch(collate([run.dataset[key] for key in keys]), CPU)
+    batch = collate([run.dataset[key] for key in keys]).to(CPU)
     seen = Seen()
     learner = Learner(run.model.eval(), seen, run.data.source.replay, mixup_on, False, run.teacher)
     learner(batch)
     (told,) = seen.batches
     model = load_model(checkpoints / f"{kind}.pt")
     rate, replay = model.sample_rate, run.data.source.replay
-    items, weights = [run.dataset[key] for key in keys], batch["mixup_weight"]
+    items, weights = [run.dataset[key] for key in keys], batch.mixup_weight
     waves = [item["waveforms"][rate] for item in items]
     if mixup_on == "waveform":
         waves = [w * a + (1 - w) * b for w, a, b in zip(weights, waves, waves[::-1], strict=True)]
@@ -139,14 +140,14 @@ def test_the_target_is_the_teachers_answer_to_the_same_augmented_and_mixed_clip(
         mels = [w * a + (1 - w) * b for w, a, b in zip(weights, mels, mels[::-1], strict=True)]
     with torch.no_grad():
         expected = torch.cat([model.probabilities(model.forward_spectrogram(mel)) for mel in mels])
-    assert torch.allclose(told["target"], expected, atol=1e-4)
+    assert torch.allclose(told.target, expected, atol=1e-4)
     assert expected.std(0).max() > 0.01
     if kind == "ced":  # of the same front-end: what the student's network is given is what the teacher's was
         assert torch.allclose(student_hears(learner, batch), torch.cat(mels), atol=0.05)  # decibels, down to -100
     own = torch.eye(7)[[0, 5, 4, 2, 6]]
     if mixup_on:
         own = weights[:, None] * own + (1 - weights[:, None]) * own.flip(0)
-    assert torch.allclose(told["labels"], own, atol=1e-6)
+    assert torch.allclose(told.labels, own, atol=1e-6)
 
 
 def test_clips_of_several_lengths_are_answered_as_each_would_be_alone(checkpoints):
@@ -160,12 +161,12 @@ def test_clips_of_several_lengths_are_answered_as_each_would_be_alone(checkpoint
             sounds[rate][row, n:] = 0
 
     def hear(front_end, batch):
-        lengths = batch["lengths"][front_end.sample_rate]
+        lengths = batch.lengths[front_end.sample_rate]
         frames = None if lengths is None else front_end.n_frames(lengths)
-        return front_end(batch["waveforms"][front_end.sample_rate], lengths), frames
+        return front_end(batch.waveforms[front_end.sample_rate], lengths), frames
 
     lengths = {rate: torch.tensor(n) for rate, n in run_lengths.items()}
-    together = teacher.probabilities({"waveforms": sounds, "lengths": lengths}, hear)
+    together = teacher.probabilities(make_batch(waveforms=sounds, lengths=lengths), hear)
     for row in range(3):
         alone = {rate: sounds[rate][row : row + 1, : n[row]] for rate, n in run_lengths.items()}
         each = [member.predict(alone[member.sample_rate])[0] for member in teacher.members]
@@ -234,7 +235,7 @@ def test_asking_online_is_what_a_store_of_the_same_seed_would_say(configure, che
 def test_a_head_start_from_data_asks_the_teacher(configure, checkpoints):
     run = prepare(configure(teacher=str(checkpoints / "cnn.pt"), init_from_data=True, epochs=1)).run
     keys = [key for step in range(run.epoch_steps) for key in run.batches.batch(step)]
-    batch = prepare_batch(collate([run.dataset[key] for key in keys]), CPU)
+    batch = collate([run.dataset[key] for key in keys]).to(CPU)
     prior = run.teacher.probabilities(batch, run.data.source.replay.spectrogram).mean(0)
     biases = []
     make = run._make_trainer
@@ -350,8 +351,8 @@ def test_runs_that_were_begun_without_a_teacher_are_the_same_still(configure, tm
 
 def test_labels_are_mixed_like_targets():
     target, labels, weight = torch.rand(4, 3), torch.eye(3)[[0, 1, 2, 0]], torch.tensor([0.2, 0.5, 1.0, 0.0])
-    mixed = mix_targets({"target": target, "labels": labels, "mixup_weight": weight})
+    mixed = mix_targets(make_batch(target=target, labels=labels, mixup_weight=weight))
     for row in range(4):
-        for key, own in (("target", target), ("labels", labels)):
-            assert torch.allclose(mixed[key][row], weight[row] * own[row] + (1 - weight[row]) * own[3 - row])
-    assert mix_targets({"target": target, "mixup_weight": weight}).keys() == {"target", "mixup_weight"}
+        for found, own in ((mixed.target, target), (mixed.labels, labels)):
+            assert torch.allclose(found[row], weight[row] * own[row] + (1 - weight[row]) * own[3 - row])
+    assert mix_targets(make_batch(target=target, mixup_weight=weight)).labels is None

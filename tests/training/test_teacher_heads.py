@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from distill.dataset import collate, prepare_batch
+from distill.dataset import collate
 from models import create_model, save_checkpoint
 from models.headed import Head
 from models.heads import save_head
@@ -39,10 +39,10 @@ def test_the_students_targets_are_the_heads_probabilities(configure, work):  # n
     run = prepare(configure(teacher="cnn.pt", teacher_head="cnn", wavtransforms={}, spectransforms=[], **SOFTMAX)).run
     assert run.data.labels == run.model.labels == LABELS
     assert run.model.activation == "softmax"
-    batch = prepare_batch(collate([run.dataset[(1, item)] for item in range(5)]), CPU)
+    batch = collate([run.dataset[(1, item)] for item in range(5)]).to(CPU)
     found = run.teacher.probabilities(batch, run.data.source.replay.spectrogram)
     with torch.no_grad():
-        embeddings = teacher_model("cnn", num_classes=3, labels=["a", "b", "c"]).embed(batch["waveforms"][32000])[0]
+        embeddings = teacher_model("cnn", num_classes=3, labels=["a", "b", "c"]).embed(batch.waveforms[32000])[0]
         expected = head_for("cnn")(embeddings).softmax(1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert expected.std(0).max() > 1e-3

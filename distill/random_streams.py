@@ -1,0 +1,21 @@
+"""The random streams of a run, each apart from the others: their numbers are part of what a run computes, and stay."""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """What a stream is drawn for, and what it is a function of beside the run's seed."""
+
+    FRESH_MASKS = 1  # epoch, item: masks without the store's seeds (`disable_consistency`)
+    ORDER = 2  # the pass, see `distill.dataset.EpochBatches`
+    MIXUP = 3  # epoch, item: the weight of each clip
+    PATCH_OUT = 4  # the step; the same on all ranks
+    DROPOUT = 5  # the step and the rank; stochastic depth as well
+    CHANCE = 6  # the epoch: the permutations of `training.chance`
+
+
+def stream_seed(*key: int) -> int:
+    """Return a seed for what `key` says: the run's seed, a `Stream`, and what the stream is a function of."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
