@@ -1,19 +1,21 @@
 """A batch: what a training step knows of its clips, every field with its shape and unit."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from models.base import Encoded
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Clips, their augmentation and their targets, one row a clip; `dataclasses.replace` makes changed copies.
 
-    B clips, S samples of the longest, C classes, W width of a teacher's embedding, E of the student's, F mel bands,
-    T frames. What is None is not there: the run does not need it, or it is yet to be computed.
+    B clips, S samples of the longest, C classes, W width of a teacher's embedding, F mel bands, T
+    frames. What is None is not there: the run does not need it, or it is yet to be computed.
 
     Attributes:
         item: (B,) int64, numbers of the items of the `distill.sources.TargetSource`.
@@ -30,10 +32,10 @@ class Batch:
         labels: (B, C) float32, of the clips, where they are needed beside the target.
         cluster: (B,) int64, of each clip.
         sound_hash: (B,) int64, see `distill.sound_check`.
-        mel: (B, F, T) float32, the student's input in the scale of its front-end, augmented and mixed; there once
-            `training.trainer.Learner` has computed it.
+        mel: (B, F, T) float32, the student's input in the scale of its front-end, augmented and mixed; empty until
+            `training.loss_module.LossModule` has computed it.
         n_frames: (B,) int64, frames of each clip in `mel`; None where nothing is padded.
-        embedding: (B, E), the student's, where the objective compares it.
+        teacher: what an online teacher computed of the same clips, where the objective wants layers of it.
     """
 
     item: Tensor
@@ -48,9 +50,9 @@ class Batch:
     labels: Tensor | None = None
     cluster: Tensor | None = None
     sound_hash: Tensor | None = None
-    mel: Tensor | None = None
+    mel: Tensor = field(default_factory=lambda: torch.empty(0))
     n_frames: Tensor | None = None
-    embedding: Tensor | None = None
+    teacher: Encoded | None = None
 
     def __len__(self) -> int:
         """B."""

@@ -118,11 +118,11 @@ class ReplayDataset(Dataset[dict[str, Any]]):
 def collate(items: list[dict[str, Any]]) -> Batch:
     """Put items of a `ReplayDataset` together."""
     padded = {rate: pad_batch([item["waveforms"][rate] for item in items]) for rate in items[0]["waveforms"]}
-    others = {key: [item[key] for item in items] for key in items[0] if key != "waveforms"}
+    others: dict[str, Any] = {key: [item[key] for item in items] for key in items[0] if key != "waveforms"}
     return Batch(
         waveforms={rate: waveform for rate, (waveform, _) in padded.items()},
         lengths={rate: lengths for rate, (_, lengths) in padded.items()},
-        **{k: torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v) for k, v in others.items()},
+        **{k: torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v) for k, v in others.items()},  # type: ignore[arg-type]
     )
 
 

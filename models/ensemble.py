@@ -1,9 +1,11 @@
-"""Several taggers that vote with their probabilities.
+"""One tagger or several whose probabilities are averaged: a teacher, or a better tagger than each of them.
 
-Letters: B batch, S samples, C classes.
+Letters: B batch, S samples, F mel bands, T frames, C classes, E embedding width.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NoReturn, cast
 
@@ -11,11 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from models.base import AudioTagger
+from models.base import AudioTagger, Encoded
+from models.frontends import FrontEnd
+from models.headed import HeadedTagger
+from models.loading import weights_hash
+
+# From a front-end and a batch of any type to spectrograms (B,F,T), and the frames of each clip (B,) or None.
+Spectrogram = Callable[[FrontEnd, Any], tuple[Tensor, Tensor | None]]
 
 
 class Ensemble(nn.Module):
     """Averages the probabilities of its members, each with its own front-end and sample rate.
+
+    Members are frozen and stay in evaluation mode.
 
     Args:
         members: at least one tagger; all have the same classes in the same order.
@@ -41,9 +51,22 @@ class Ensemble(nn.Module):
                     f"{member.name!r} has {len(member.labels)}, and they part at class {where}"
                 )
         self.members = nn.ModuleList(members)
-        self.name = "_".join(member.name for member in members)
-        self.labels = list(first.labels)
-        self.num_classes = first.num_classes
+        self.eval().requires_grad_(False)
+        self.labels, self.num_classes = list(first.labels), first.num_classes
+
+    def train(self, mode: bool = True) -> "Ensemble":
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @property
+    def taggers(self) -> list[AudioTagger]:
+        """Its members."""
+        return [cast(AudioTagger, member) for member in self.members]
+
+    @property
+    def name(self) -> str:
+        """The members' names, with those of their heads, joined by `_`."""
+        return "_".join(member.full_name for member in self.taggers)
 
     @property
     def sample_rates(self) -> list[int]:
@@ -51,9 +74,72 @@ class Ensemble(nn.Module):
         return sorted({member.sample_rate for member in self.taggers})
 
     @property
-    def taggers(self) -> list[AudioTagger]:
-        """Its members."""
-        return [cast(AudioTagger, member) for member in self.members]
+    def activations(self) -> set[str]:
+        """What turns the members' logits into probabilities: "sigmoid", "softmax", or both."""
+        return {member.activation for member in self.taggers}
+
+    def check_classes(self) -> None:
+        """See that there are classes.
+
+        Raises:
+            UserError: a model that only embeds.
+        """
+        if not self.labels:
+            raise UserError(
+                f"{self.name} embeds and has no classes: take its embeddings (targets: embeddings, objective: cosine)"
+            )
+
+    @property
+    def single(self) -> AudioTagger:
+        """The one member, where what is wanted cannot be averaged.
+
+        Raises:
+            UserError: there are several.
+        """
+        if len(self.members) > 1:
+            raise UserError(f"{len(self.members)} models are given, but embeddings are taken from one: name it")
+        return self.taggers[0]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return what decides its output, as plain values: model, arguments, weights and head of each member."""
+        return [_describe(member) for member in self.taggers]
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of its description."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+    @torch.no_grad()  # not inference mode, whose tensors a loss could not be computed from
+    def probabilities(self, batch: Any, spectrogram: Spectrogram) -> Tensor:
+        """Return the mean of the members' probabilities (B,C), float32.
+
+        Args:
+            batch: what `spectrogram` takes.
+            spectrogram: the input of each member, through its own front-end: `distill.replay.Replay.spectrogram` masks
+                the same seconds and hertz for all of them.
+        """
+        found = []
+        for member in self.taggers:
+            output = member.forward_spectrogram(*spectrogram(member.front_end, batch))
+            found.append(member.probabilities(output).float())
+        return sum(found[1:], found[0]) / len(found)
+
+    @torch.no_grad()
+    def embeddings(self, batch: Any, spectrogram: Spectrogram) -> Tensor:
+        """Return the embeddings of the clips (B,E), float32; arguments as in `probabilities`.
+
+        Raises:
+            UserError: there are several members, whose embeddings have nothing in common.
+        """
+        return self.single.embed_clips(*spectrogram(self.single.front_end, batch)).float()
+
+    @torch.no_grad()
+    def encode(self, batch: Any, spectrogram: Spectrogram, layers: Sequence[int] = ()) -> Encoded:
+        """Return what the one member computes, with the outputs of some of its layers; see `AudioTagger.encode`.
+
+        Raises:
+            UserError: there are several members, or no such layer.
+        """
+        return self.single.encode(*spectrogram(self.single.front_end, batch), layers=layers)
 
     def forward(self, waveforms: Mapping[int, Tensor], lengths: Mapping[int, Tensor] | None = None) -> Tensor:
         """The same as `predict`."""
@@ -98,3 +184,10 @@ class Ensemble(nn.Module):
             UserError: always.
         """
         raise UserError("an ensemble has no embedding: embed with one of its members, `ensemble.members[0].embed(...)`")
+
+
+def _describe(member: AudioTagger) -> dict[str, Any]:
+    if not isinstance(member, HeadedTagger):
+        return {"model": member.name, "arguments": member.arguments, "sha256": weights_hash(member)}
+    head = {"name": member.head.facts.get("name"), "sha256": weights_hash(member.head)}
+    return _describe(member.model) | {"head": head | {"labels": member.labels, "activation": member.activation}}

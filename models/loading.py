@@ -281,7 +281,12 @@ def _best_of_run(folder: Path) -> Path:
     for name in ("averaged.pt", "best.pt"):
         if folder / name in files:
             return folder / name
-    scored = [(float(match[1]), file) for file in files if (match := re.search(r"mAP=(\d*\.\d+)", file.stem))]
+    scored = []
+    for file in files:
+        if match := re.search(r"mAP=(\d*\.\d+)$", file.stem):
+            scored.append((float(match[1]), file))
+        elif match := re.fullmatch(r"best_epoch=\d+_-?\w+=(-?\d[\d.e+-]*)", file.stem):  # of what else the smallest
+            scored.append((-float(match[1]), file))
     if scored:
         return max(scored)[1]
     if len(files) == 1:

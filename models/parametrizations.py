@@ -67,11 +67,11 @@ def fit_plain_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str
             if key in fitted and not any(other.startswith(inside) for other in fitted):
                 value = fitted.pop(key)
                 inverts = all(hasattr(change, "right_inverse") for change in changed.children())
-                if inverts and value.shape == cast(Tensor, getattr(module, name)).shape:
+                inverts &= value.shape == cast(Tensor, getattr(module, name)).shape
+                if inverts:
                     setattr(module, name, value)
-                    value = changed.state_dict().get("original")
                 own = {f"{inside}{part}": tensor for part, tensor in changed.state_dict().items()}
-                fitted |= own if value is None else own | {f"{inside}original": value}
+                fitted |= own if inverts else own | {f"{inside}original": value}
     return fitted
 
 

@@ -16,12 +16,11 @@ from common.errors import Faults, UserError, some
 from common.files import sha256
 from distill.embeddings import EmbeddingStore, clip_embeddings
 from distill.sound_check import fingerprint
-from models import AudioTagger, load_model
+from models import AudioTagger, Ensemble, load_model
 from models.devices import choose_device
 from models.heads import weights_sha256
 from probing.options import ProbeOptions
 from training.embedding import store_embeddings
-from training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def embed(source: Source, pack: Pack, options: ProbeOptions) -> np.ndarray:
 
 
 def _asked(model: AudioTagger, pack: Pack, options: ProbeOptions) -> EmbeddingStore:
-    maker = f"{model.name}_{Teacher([model]).fingerprint()[:12]}"
+    maker = f"{model.name}_{Ensemble([model]).fingerprint()[:12]}"
     list_of_clips = f"{pack.manifest.stem}_{sha256(pack.manifest)[:8]}_{fingerprint(pack)[:8]}"
     chunk = f"chunk_{options.chunk_length:g}" + ("" if options.mode == "fp32" else f"_{options.mode}")
     return store_embeddings(

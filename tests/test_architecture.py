@@ -21,7 +21,7 @@ def allowed(room):
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_what_the_plan_allows(room):
-    for path in (ROOT / room).glob("*.py"):
+    for path in (ROOT / room).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import UserError, some
 from models import AudioTagger, save_checkpoint
 from training.averaging import average_states
 from training.parallel import Ranks
@@ -21,28 +22,58 @@ AVERAGED, BEST = "averaged.pt", "best.pt"  # of which a finished run has one
 
 @dataclass
 class BestCheckpoints:
-    """Keeps the checkpoints with the highest scores on disk.
+    """Keeps the best checkpoints on disk: those with the highest mAP, or as `select_by` says.
 
     Args:
         folder: where they are written.
         n: how many.
+        select_by: a logged value, of which the smallest is best, or the largest with a `-` before its name; None for
+            the mAP on validation data.
         writes: whether this process does; the others keep count only.
     """
 
     folder: Path
     n: int
+    select_by: str | None = None
     writes: bool = True
-    saved: list[tuple[float, str]] = field(default_factory=list)  # highest first: score, name of the file
+    saved: list[tuple[float, str]] = field(default_factory=list)  # highest score first, and the name of the file
     needed: set[str] = field(default_factory=set)  # by the states that a run may go on from
 
-    def offer(self, model: AudioTagger, score: float, epoch: int) -> bool:
-        """Save the model if it is among the best n; return whether it is the best so far."""
+    @property
+    def by(self) -> str:
+        """What chooses, as it stands in the files' names."""
+        return self.select_by or "mAP"
+
+    def check_logged(self, values: Mapping[str, Any]) -> None:
+        """See that what chooses is among the logged values.
+
+        Raises:
+            UserError: it is not.
+        """
+        name = self.by.removeprefix("-")
+        if self.select_by and name not in values:
+            raise UserError(f"select_by is {self.select_by!r}, but this run logs {some(values)}; give one of these")
+
+    def update(self, model: AudioTagger, entry: Mapping[str, Any], epoch: int) -> bool:
+        """Save the model if it is among the best n; return whether it is the best so far.
+
+        Args:
+            model: as it is after the epoch.
+            entry: the figures of the epoch; `valid_mAP`, or what `select_by` names.
+            epoch: from 1.
+        """
+        if self.select_by is None:
+            value = score = float(entry.get("valid_mAP", 0.0))
+        else:
+            value = entry[self.by.removeprefix("-")] * (-1 if self.by.startswith("-") else 1)
+            score = -value
         best = not self.saved or score > self.saved[0][0]
         if len(self.saved) < self.n or score > self.saved[-1][0]:
-            name = f"best_epoch={epoch:04d}_mAP={score:.4f}.pt"
+            shown = f"{value:.4f}" if self.select_by is None else f"{value:.6g}"
+            name = f"best_epoch={epoch:04d}_{self.by}={shown}.pt"
             if self.writes:
-                save_checkpoint(self.folder / name, model, {"epoch": epoch, "mAP": score})
-            self.saved = sorted([*self.saved, (score, name)], key=lambda entry: -entry[0])[: self.n]
+                save_checkpoint(self.folder / name, model, {"epoch": epoch, self.by: value})
+            self.saved = sorted([*self.saved, (score, name)], key=lambda saved: -saved[0])[: self.n]
         return best
 
     def prune(self) -> None:
@@ -109,6 +140,11 @@ def choose_final_weights(
     average = average_states(saved) if saved else None
     alike = ranks.from_main(all(_equal(saved[0], state) for state in saved[1:]) if saved else None)
     _load(model, average, ranks)
+    if best.select_by:
+        _load(model, saved[0] if saved else None, ranks)
+        name = best.saved[0][1]
+        sentence = f"the best checkpoint ({_epoch(name)}), {best.by} {-best.saved[0][0]:.6g} on the training clips"
+        return _written(best, BEST, model, ranks, sentence, {})
     if validate is None or alike:
         sentence = "the only checkpoint saved" if n == 1 else f"the weights that all {n} checkpoints have"
         if validate is None:

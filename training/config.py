@@ -21,7 +21,7 @@ from pydantic import (
 
 from common.errors import did_you_mean
 from common.keys import check_value_given
-from distill.objectives import LOSSES
+from distill.objectives.target import LOSSES
 from distill.targets import LABEL_TYPES
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,8 @@ class TrainConfig(_Config):
     freeze: list[str] = []  # ours: patterns of parameter names that stay as they start, `blocks.[0-5].*`
 
     # --- targets
-    # ours: target = the targets alone, cmkd = labels and a teacher; cosine, mse, l1, kl, contrastive and
-    # cluster_contrastive = embeddings
+    # ours: a name of distill/objectives/: target = the targets alone; others are for labels and a teacher at once, and
+    # for embeddings
     objective: str = "target"
     objective_args: dict[str, Any] = {}  # settings of it: lambda, tau, temperature, hidden, dropout
     # BCELoss wants a network that gives probabilities, BCEWithLogitsLoss logits; CrossEntropyLoss one label a clip
@@ -152,6 +152,9 @@ class TrainConfig(_Config):
     # What chooses checkpoints and stops early: `valid` (valid_data, or the held-out valid_fraction) or `eval`, as CED
     # published. null = valid where either is given, else eval, with a warning that its figures are then optimistic.
     select_on: Literal["valid", "eval"] | None = None
+    # ours: without validation data, a value that is logged chooses them: `loss`, say, the smallest; with a `-` before
+    # its name the largest. null = the last weights are kept
+    select_by: str | None = None
     valid_every: int = Field(1, ge=1)  # epochs
     early_stop: int = Field(10, ge=1)  # validations without a better mAP
     average: bool = True  # average the weights of the best checkpoints, where that validates better than the best one
@@ -173,6 +176,9 @@ class TrainConfig(_Config):
             raise ValueError("select_on is valid, which needs valid_data or valid_fraction; or set select_on: null")
         if self.select_on == "eval" and not self.eval_data:
             raise ValueError("select_on is eval, which needs eval_data; or set select_on: null")
+        judges = [key for key in ("valid_data", "valid_fraction", "select_on") if getattr(self, key)]
+        if self.select_by and judges:
+            raise ValueError(f"select_by and {judges[0]} both say what chooses checkpoints; drop one of them")
         if self.layer_decay is not None and "lr" not in self.optimizer_args:
             raise ValueError("layer_decay needs optimizer_args.lr, the learning rate of the topmost layer")
         self._teachers_agree()
@@ -207,11 +213,6 @@ class TrainConfig(_Config):
             raise ValueError(
                 "disable_consistency concerns stored targets, whose augmentation is then not replayed; give logitspath "
                 "or embeddingspath, or drop it"
-            )
-        if self.objective == "cmkd" and not (self.teacher or self.logitspath):
-            raise ValueError(
-                "objective cmkd learns from a teacher beside the labels; give teacher (a model to ask) or logitspath "
-                "(its stored answers), or drop objective"
             )
 
     @field_validator("mixup", mode="before")

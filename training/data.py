@@ -12,6 +12,7 @@ from audio.labels import list_classes
 from common.errors import Faults, UserError, some
 from distill.clusters import Clusters, balance
 from distill.embeddings import EmbeddingStore, StoredEmbeddings
+from distill.objectives import Needs
 from distill.replay import Replay
 from distill.sources import LabelTargets, SeededItems, TargetSource
 from distill.store import MatchedItems
@@ -64,13 +65,7 @@ class TrainingData:
 
 
 def open_training(
-    config: TrainConfig,
-    seed: int,
-    faults: Faults,
-    *,
-    taught: list[str] | None = None,
-    needs_labels: bool = False,
-    embeds: bool = False,
+    config: TrainConfig, seed: int, faults: Faults, needs: Needs, teacher_labels: list[str] | None = None
 ) -> TrainingData | None:
     """Open everything a run needs.
 
@@ -78,37 +73,29 @@ def open_training(
         config: names the files.
         seed: of the run, for augmentation seeds that no store brings.
         faults: gets every fault found; where there is none, data is returned.
-        taught: the labels of `config.teacher`; None where there is none, or it could not be loaded.
-        needs_labels: labels are wanted beside the targets.
-        embeds: the targets are embeddings, which have no classes.
+        needs: of the run's objective.
+        teacher_labels: those of `config.teacher`; None where there is none, or it could not be loaded.
     """
     named = _named_labels(config, faults)
-    if embeds:
-        opened = _embedded_source(config, named, seed, faults, needs_labels)
-    elif config.logitspath:
-        opened = _stored_source(config, named, faults)
-    elif config.teacher:
-        opened = _taught_source(config, named, taught, seed, faults)
-    else:
-        opened = _label_source(config, named, seed, faults)
+    opened = _open_source(config, needs, named, teacher_labels, seed, faults)
     of_column = config.num_classes and not config.labels_csv  # by its names, where these are no numbers
-    labels = opened[2] if opened else taught or (None if of_column else named)
+    labels = opened[2] if opened else teacher_labels or (None if of_column else named)
     packs: dict[str, LabelledPack | None] = {}
     for path in dict.fromkeys(p for p in (config.valid_data, config.eval_data) if p):
         if labels:
             packs[path] = open_labelled(path, labels, faults)
         else:
             open_pack(path, faults, labelled=True)
-    item_labels = _item_labels(config, *opened, seed, faults) if opened and needs_labels else None
+    item_labels = _item_labels(config, needs, *opened, seed, faults) if opened and needs.labels else None
     if opened is None or faults.sentences:
         return None
     pack, source, labels = opened
-    for path, judge in packs.items():
-        if judge is not None:
-            warn_of_overlap(pack, judge.pack, path)
+    for path, labelled in packs.items():
+        if labelled is not None:
+            warn_of_overlap(pack, labelled.pack, path)
     evaluation = packs[config.eval_data] if config.eval_data else None
     items, valid = np.arange(len(source.chunks)), None
-    on_eval = config.select_on == "eval" or not (config.valid_data or config.valid_fraction)
+    on_eval = config.select_on == "eval" or not (config.valid_data or config.valid_fraction or config.select_by)
     if on_eval:
         valid = evaluation
     elif config.valid_data:
@@ -135,6 +122,8 @@ def open_training(
 
 
 def _selection(config: TrainConfig, on_eval: bool, valid: LabelledPack | None) -> str:
+    if config.select_by:
+        return f"checkpoints are chosen by {config.select_by} on the training clips"
     if valid is None:
         return "nothing chooses a checkpoint: the last one is kept"
     if on_eval:
@@ -166,116 +155,101 @@ def _named_labels(config: TrainConfig, faults: Faults) -> list[str] | None:
 Opened = tuple[Pack, TargetSource, list[str]]
 
 
-def _stored_source(config: TrainConfig, named: list[str] | None, faults: Faults) -> Opened | None:
-    pack = open_pack(config.train_data, faults)
-    try:
-        store = SoftTargetStore(config.logitspath or "")
-    except UserError as error:
-        faults.add(str(error))
+def _open_source(
+    config: TrainConfig,
+    needs: Needs,
+    named: list[str] | None,
+    teacher_labels: list[str] | None,
+    seed: int,
+    faults: Faults,
+) -> Opened | None:
+    """Open the clips, the names of their classes, and their targets: stored, from labels, or none of their own."""
+    path = {"classes": config.logitspath, "embeddings": config.embeddingspath, "none": None}[needs.targets]
+    from_labels = needs.targets == "classes" and not (path or config.teacher)
+    labelled = from_labels or (needs.labels and needs.targets != "classes")
+    pack = open_pack(config.train_data, faults, labelled=labelled)
+    store, replay = _open_store(config, needs, path, faults), None if path else _own_replay(config, faults)
+    if from_labels:
+        labels = None if pack is None else _column_labels(config, named, pack, faults)
+    elif needs.targets == "classes":
+        labels = _teacher_labels(config, needs, named, teacher_labels, store, faults)
+    elif needs.labels:
+        labels = None if pack is None else named or vocabulary(pack)
+    else:
+        labels = []
+    if pack is None or labels is None or (store is None and replay is None):
         return None
-    said = store.num_classes
-    difference = _differ_from_taught(config, named, store.labels, said, f"the teacher of {store.folder}")
-    if difference:
-        faults.add(difference)
+    if replay is not None:
+        chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length)
+        if not from_labels:
+            return pack, SeededItems(chunks, replay, seed), labels
+        indices = _class_indices(config, needs, pack, labels, faults)
+        return None if indices is None else (pack, LabelTargets(chunks, indices, len(labels), replay, seed), labels)
+    rest = (config.max_aug_epochs, config.check_sounds)
+    with faults.noted():
+        if isinstance(store, SoftTargetStore):
+            return pack, StoredTargets(store, pack, len(labels), config.label_type, *rest), labels
+        assert isinstance(store, EmbeddingStore)
+        return pack, StoredEmbeddings(store, pack, *rest), labels
+    return None
+
+
+def _open_store(
+    config: TrainConfig, needs: Needs, path: str | None, faults: Faults
+) -> SoftTargetStore | EmbeddingStore | None:
+    if path is None:
         return None
     if config.wavtransforms or config.spectransforms:
-        faults.add("wavtransforms and spectransforms come with the soft targets of logitspath; drop them here")
-    if store.meta.get("activation") == "softmax" and config.loss != "CrossEntropyLoss":
-        logger.warning(
-            "the probabilities of %s sum to one (a softmax), but loss %s learns each class on its own: the student's "
-            "will not; set loss: CrossEntropyLoss",
-            store.folder,
-            config.loss,
-        )
-    num_classes = said or (len(named) if named else AUDIOSET_CLASSES)
-    labels = named if config.labels_csv and named else store.labels or labels_for(num_classes, None)
-    if pack is None:
-        return None
-    try:
-        source = StoredTargets(store, pack, num_classes, config.label_type, config.max_aug_epochs, config.check_sounds)
-    except UserError as error:
-        faults.add(str(error))
-        return None
-    return pack, source, labels
+        where = "soft targets of logitspath" if needs.targets == "classes" else "store of embeddingspath"
+        faults.add(f"wavtransforms and spectransforms come with the {where}; drop them here")
+    with faults.noted():
+        return SoftTargetStore(path) if needs.targets == "classes" else EmbeddingStore(path)
+    return None
 
 
-def _differ_from_taught(
-    config: TrainConfig, named: list[str] | None, taught: list[str] | None, n_taught: int | None, who: str
-) -> str | None:
-    """Return where the classes that a configuration names part from those of its teacher; None where they do not."""
-    if named and n_taught and len(named) != n_taught:
-        return (
-            f"{who} knows {n_taught} classes, the configuration says {len(named)}; drop num_classes and labels_csv to "
-            "take the teacher's"
+def _teacher_labels(
+    config: TrainConfig,
+    needs: Needs,
+    named: list[str] | None,
+    of_model: list[str] | None,
+    store: SoftTargetStore | EmbeddingStore | None,
+    faults: Faults,
+) -> list[str] | None:
+    """Return the classes of stored soft targets, or of the online teacher; None where there are faults."""
+    if config.teacher:
+        who, labels, num_classes = f"teacher {config.teacher}", of_model, len(of_model or [])
+    elif isinstance(store, SoftTargetStore):
+        who, labels, num_classes = f"the teacher of {store.folder}", store.labels, store.num_classes or 0
+        if store.meta.get("activation") == "softmax" and needs.activation != "softmax":
+            logger.warning(
+                "the probabilities of %s sum to one (a softmax), but loss %s learns each class on its own: the "
+                "student's will not; set loss: CrossEntropyLoss",
+                store.folder,
+                config.loss,
+            )
+    else:
+        return None
+    if named and num_classes and len(named) != num_classes:
+        faults.add(
+            f"{who} knows {num_classes} classes, the configuration says {len(named)}; drop num_classes and labels_csv "
+            "to take the teacher's"
         )
-    if config.labels_csv and named and taught and named != taught:
-        wrong = next(index for index, pair in enumerate(zip(named, taught, strict=True)) if pair[0] != pair[1])
-        return (
-            f"{config.labels_csv} calls class {wrong} {named[wrong]!r}, {who} calls it {taught[wrong]!r}; drop "
+        return None
+    if config.labels_csv and named and labels and named != labels:
+        wrong = next(index for index, pair in enumerate(zip(named, labels, strict=True)) if pair[0] != pair[1])
+        faults.add(
+            f"{config.labels_csv} calls class {wrong} {named[wrong]!r}, {who} calls it {labels[wrong]!r}; drop "
             "labels_csv to take the teacher's names"
         )
-    return None
-
-
-def _taught_source(
-    config: TrainConfig, named: list[str] | None, taught: list[str] | None, seed: int, faults: Faults
-) -> Opened | None:
-    pack, replay = open_pack(config.train_data, faults), _own_replay(config, faults)
-    if taught is None or pack is None or replay is None:
         return None
-    difference = _differ_from_taught(config, named, taught, len(taught), f"teacher {config.teacher}")
-    if difference:
-        faults.add(difference)
-        return None
-    chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length)
-    return pack, SeededItems(chunks, replay, seed), taught
+    if config.teacher:
+        return labels
+    plain = labels_for(num_classes or (len(named) if named else AUDIOSET_CLASSES), None)
+    return named if config.labels_csv and named else labels or plain
 
 
-def _embedded_source(
-    config: TrainConfig, named: list[str] | None, seed: int, faults: Faults, needs_labels: bool
-) -> Opened | None:
-    """Open clips whose targets are embeddings, stored or asked for; classes are there only where labels are learnt."""
-    pack = open_pack(config.train_data, faults, labelled=needs_labels)
-    store = replay = None
-    if config.embeddingspath:
-        with faults.noted():
-            store = EmbeddingStore(config.embeddingspath)
-        if config.wavtransforms or config.spectransforms:
-            faults.add("wavtransforms and spectransforms come with the store of embeddingspath; drop them here")
-    else:
-        replay = _own_replay(config, faults)
-    if pack is None:
-        return None
-    labels = (named or vocabulary(pack)) if needs_labels else []
-    if store is not None:
-        with faults.noted():
-            return pack, StoredEmbeddings(store, pack, config.max_aug_epochs, config.check_sounds), labels
-    elif replay is not None:
-        chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length)
-        return pack, SeededItems(chunks, replay, seed), labels
-    return None
-
-
-def _clusters(path: str, pack: Pack, source: TargetSource, faults: Faults) -> np.ndarray | None:
-    """Return the cluster of each item, int64 (M,)."""
-    clips, starts = source.chunks.clip, source.chunks.start / pack.sample_rate
-    with faults.noted():
-        return Clusters.read(path).of_items([pack.names[clip] for clip in clips], starts)
-    return None
-
-
-def _own_replay(config: TrainConfig, faults: Faults) -> Replay | None:
-    try:
-        return Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
-    except UserError as error:
-        faults.add(str(error))
-        return None
-
-
-def _label_source(config: TrainConfig, named: list[str] | None, seed: int, faults: Faults) -> Opened | None:
-    pack, replay = open_pack(config.train_data, faults, labelled=True), _own_replay(config, faults)
-    if pack is None or replay is None:
-        return None
+def _column_labels(config: TrainConfig, named: list[str] | None, pack: Pack, faults: Faults) -> list[str] | None:
+    """Return the classes of a pack that is learnt from its own labels; None where they are not enough."""
     labels = named or vocabulary(pack)
     if config.num_classes and config.labels_csv is None:
         found = list_classes(map(str, pack.table["labels"].unique()))
@@ -287,39 +261,62 @@ def _label_source(config: TrainConfig, named: list[str] | None, seed: int, fault
                 "drop num_classes to take these, or give all names with labels_csv"
             )
             return None
-    indices = read_clip_labels(pack, labels, faults)
-    if indices is None or not _suits_loss(config, pack, indices, faults):
-        return None
     if len(labels) < 2:
         faults.add(
             f"{pack.manifest} labels every clip {labels[0]!r}: with one class nothing can be told apart; add "
             'clips of another ("other", say)'
         )
         return None
-    chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length)
-    return pack, LabelTargets(chunks, indices, len(labels), replay, seed), labels
+    return labels
 
 
-def _suits_loss(config: TrainConfig, pack: Pack, indices: list[np.ndarray], faults: Faults) -> bool:
-    """Note where a loss for exactly one class a clip meets clips with several; return whether there are none."""
+def _own_replay(config: TrainConfig, faults: Faults) -> Replay | None:
+    with faults.noted():
+        return Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
+    return None
+
+
+def _clusters(path: str, pack: Pack, source: TargetSource, faults: Faults) -> np.ndarray | None:
+    """Return the cluster of each item, int64 (M,)."""
+    clips, starts = source.chunks.clip, source.chunks.start / pack.sample_rate
+    with faults.noted():
+        return Clusters.read(path).of_items([pack.names[clip] for clip in clips], starts)
+    return None
+
+
+def _class_indices(
+    config: TrainConfig, needs: Needs, pack: Pack, labels: list[str], faults: Faults
+) -> list[np.ndarray] | None:
+    """Return the class indices of each clip; None where they are wrong, or several and the loss is for one."""
+    indices = read_clip_labels(pack, labels, faults)
+    if indices is None or needs.activation != "softmax":
+        return indices
     several = [row for row, classes in enumerate(indices) if len(classes) > 1]
-    if config.loss != "CrossEntropyLoss" or not several:
-        return True
+    if not several:
+        return indices
     rows = some(f"row {row + 1} ({pack.names[row]}: {pack.table['labels'][row]})" for row in several)
     faults.add(
-        f"loss CrossEntropyLoss is for exactly one label a clip, but {len(several)} of the {len(indices)} clips of "
+        f"loss {config.loss} is for exactly one label a clip, but {len(several)} of the {len(indices)} clips of "
         f"{pack.manifest} have several: {rows}. Set loss: BCEWithLogitsLoss, or give each clip one label"
     )
-    return False
+    return None
 
 
 def _item_labels(
-    config: TrainConfig, pack: Pack, source: TargetSource, labels: list[str], seed: int, faults: Faults
+    config: TrainConfig,
+    needs: Needs,
+    pack: Pack,
+    source: TargetSource,
+    labels: list[str],
+    seed: int,
+    faults: Faults,
 ) -> LabelTargets | None:
+    """Return the labels of every item, beside its target."""
     if "labels" not in pack.table:
+        alone = TrainConfig.model_fields["objective"].default
         faults.add(
             f"objective {config.objective} learns from labels as well, but {pack.manifest} has no `labels` column; add "
-            "it, or set objective: target to learn from the teacher alone"
+            f"it, or set objective: {alone} to learn from the teacher alone"
         )
         return None
     known = {*labels, *(other for label in labels if (other := other_name(label)))}
@@ -330,10 +327,8 @@ def _item_labels(
             f"{some(labels)}; give a teacher that was trained on the classes of these clips"
         )
         return None
-    indices = read_clip_labels(pack, labels, faults)
-    if indices is None or not _suits_loss(config, pack, indices, faults):
-        return None
-    return LabelTargets(source.chunks, indices, len(labels), source.replay, seed)
+    indices = _class_indices(config, needs, pack, labels, faults)
+    return None if indices is None else LabelTargets(source.chunks, indices, len(labels), source.replay, seed)
 
 
 def _balance(pack: Pack, source: TargetSource, labels: list[str], faults: Faults) -> np.ndarray | None:

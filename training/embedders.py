@@ -26,9 +26,10 @@ from audio.manifest import NameIndex
 from common.errors import Faults, UserError, some
 from common.files import sha256
 from distill.batch import Batch
+from models.ensemble import Spectrogram
 from models.loading import weights_hash
 from training.config import SoftTargetConfig
-from training.teacher import Hearing, load_teacher
+from training.teacher import load_teacher
 
 NPZ_KEY = "embed"  # S-SONDO's
 MOST_TOLD = 3  # files that do not fit
@@ -54,12 +55,12 @@ class Embedder(Protocol):
     def describe(self) -> Any:
         """Return what decides its answers, as plain values."""
 
-    def embeddings(self, batch: Batch, hear: Hearing) -> Tensor:
+    def embeddings(self, batch: Batch, spectrogram: Spectrogram) -> Tensor:
         """Return (B, E), float32.
 
         Args:
             batch: on the embedder's device.
-            hear: what a model hears of it through a front-end, masks included; others get the waveforms.
+            spectrogram: the input of a model through its front-end, masks included; others get the waveforms.
         """
 
 
@@ -118,7 +119,7 @@ class FunctionEmbedder:
         return [facts | {"sha256": digest.hexdigest()}]
 
     @torch.no_grad()
-    def embeddings(self, batch: Batch, hear: Hearing) -> Tensor:
+    def embeddings(self, batch: Batch, spectrogram: Spectrogram) -> Tensor:
         """Return (B, E), float32; masks of spectrograms are not for it."""
         rate = self.sample_rates[0]
         waveform, lengths = batch.waveforms[rate], batch.lengths[rate]
@@ -209,7 +210,7 @@ class NpzEmbedder:
             digest.update(f"{path.relative_to(self.folder)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
         return [{"npz": str(self.folder), "files": len(set(self.files)), "sha256": digest.hexdigest()}]
 
-    def embeddings(self, batch: Batch, hear: Hearing) -> Tensor:
+    def embeddings(self, batch: Batch, spectrogram: Spectrogram) -> Tensor:
         """Return (B, E), float32, of the batch's items."""
         items = batch.item.tolist()
         found = [self._of(item) for item in items]

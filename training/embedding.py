@@ -5,9 +5,8 @@ from typing import Any
 
 from audio.dataset import Pack
 from distill.embeddings import EmbeddingStore
-from models import AudioTagger
+from models import AudioTagger, Ensemble
 from training.config import SoftTargetConfig
-from training.teacher import Teacher
 from training.teaching import Embeddings, Teaching
 
 
@@ -42,5 +41,5 @@ def store_embeddings(
     settings |= {"chunk_length": chunk_length, "batch_size": batch_size, "num_workers": num_workers}
     settings |= {"device": device, "mode": mode}
     config = SoftTargetConfig.model_validate(settings)
-    asked = Embeddings(Teacher([model]))
+    asked = Embeddings(Ensemble([model]))
     return EmbeddingStore(Teaching(config, pack, asked, folder).save())

@@ -21,8 +21,9 @@ NOT_LOSSES: tuple[str, ...] = (
     "clips_per_second",
     "wait_share",
     "cosine",
+    "grad_norm",
+    "constant_loss",  # has a line of its own kind
 )
-NOT_LOSSES += ("constant_loss",)  # has a line of its own kind
 MOST_POINTS = 2000  # of a line; about as many as the picture has columns
 MOST_EPOCH_MARKS = 12
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # told apart also by the colour-blind
@@ -38,7 +39,7 @@ def png(figure: "Figure") -> bytes:
 
 
 def curves_figure(entries: list[dict[str, Any]]) -> "Figure":
-    """Return the curves of a run: losses, validation mAP, learning rate and speed, over steps and epochs.
+    """Return the curves of a run: losses, validation mAP, gradient norm, rate and speed, over steps and epochs.
 
     Args:
         entries: the lines of `metrics.jsonl`; panels without any value are left out.
@@ -51,6 +52,8 @@ def curves_figure(entries: list[dict[str, Any]]) -> "Figure":
         panels.append((_draw_validation, 2.2))
     if any("cosine" in entry for entry in epochs):
         panels.append((_draw_cosine, 1.8))
+    if any("grad_norm" in entry for entry in epochs):
+        panels.append((_draw_gradient, 1.3))
     if any("lr" in entry for entry in entries):
         panels.append((_draw_learning_rate, 1.3))
     if any("clips_per_second" in entry for entry in epochs):
@@ -193,6 +196,15 @@ def _draw_validation(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dic
         _plot(axis, x, y, color=INK, linewidth=1.2, linestyle=":", marker="", label="chance, at most")
     axis.set_ylabel("mAP")
     axis.margins(y=0.12)  # the star stays inside
+
+
+def _draw_gradient(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
+    x, y = _line(steps, "grad_norm")
+    _plot(axis, x, y, color=COLOURS[4], linewidth=0.8, alpha=0.6, marker="" if len(x) > 1 else "o")
+    x, means = _line(epochs, "grad_norm")
+    _plot(axis, x, means, color=COLOURS[4], linewidth=1.8)
+    _log_scale_if_wide(axis, np.concatenate([y, means]))
+    axis.set_ylabel("gradient norm")
 
 
 def _draw_learning_rate(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:

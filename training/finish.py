@@ -30,7 +30,7 @@ def finish_run(run: "Run") -> dict[str, Any]:
     """
     with run.averaged():
         if not run.best.saved:
-            run.best.offer(run.model, 0.0, run.epoch)
+            run.best.update(run.model, {}, run.epoch)
         run.best.prune()
     weights = _final_weights(run)
     result: dict[str, Any] = {"weights": str(weights.path), "weights_are": weights.sentence}
@@ -83,4 +83,4 @@ def recompute_batch_norm(run: "Run") -> None:
     batches = [run.batches.batch(step) for step in range(first, run.step)]
     with recomputed_batch_norm(run.model), run.precision.context():
         for batch in run.loader(batches):
-            run.model.forward_spectrogram(*run.trainer.learner.spectrogram(batch.to(run.device)))
+            run.model.forward_spectrogram(*run.trainer.loss_module.spectrogram(batch.to(run.device)))

@@ -4,26 +4,24 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from audio.dataset import loader_workers
-from common.errors import UserError, some
+from common.errors import UserError
 from distill.batch import Batch
 from distill.dataset import EpochBatches, ReplayDataset, collate
-from distill.objectives import Objective
+from distill.objectives import Needs, Objective
 from distill.random_streams import Stream, stream_seed
-from models import AudioTagger
+from models import AudioTagger, Ensemble
 from training.averaging import MovingAverage
 from training.chance import Chance, chance_bounds
 from training.checkpoints import BestCheckpoints
@@ -31,20 +29,22 @@ from training.config import TrainConfig
 from training.data import TrainingData
 from training.evaluate import predict_pack
 from training.finish import finish_run
+from training.finite_check import FiniteCheck
 from training.journal import Journal
 from training.labelled import LabelledPack
 from training.learning_causes import likely_causes
 from training.learning_check import LearningCheck
+from training.loss_module import LossModule, add_teacher_output
 from training.metrics import Metrics, evaluate_scores
-from training.optim import create_optimizer, create_schedule, freeze, parameter_groups
+from training.optim import count_warmup, create_optimizer, create_schedule, freeze, parameter_groups
 from training.parallel import Ranks, mirrored_shares
 from training.precision import Precision
 from training.report import draw_curves
 from training.states import States
 from training.student import check_lengths, start_from_data
 from training.tally import Tally
-from training.teacher import Teacher
-from training.trainer import Learner, Trainer
+from training.target_tally import TargetTally
+from training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -52,18 +52,20 @@ START_BATCHES = 16  # looked at by init_from_data
 
 
 class Run:
-    """One training run in one folder.
+    """One training run in one folder; `fit` is the run, from its first step to its report.
 
     Args:
         config: of the run.
         data: what it learns from.
         model: the student.
         objective: what it is trained towards.
+        needs: of the objective.
         folder: gets states, checkpoints, `metrics.jsonl`, curves, results and the report.
         device: to train on.
         seed: of everything random.
         ranks: the processes that train together.
-        teacher: is asked for the targets, on its device; None where `data` brings them.
+        teacher: whose output for the training clips is computed while the student learns, on its device; None where
+            `data` brings the targets, or there are none.
     """
 
     def __init__(
@@ -72,20 +74,20 @@ class Run:
         data: TrainingData,
         model: AudioTagger,
         objective: Objective,
+        needs: Needs,
         folder: Path,
         device: torch.device,
         seed: int,
         ranks: Ranks | None = None,
-        teacher: Teacher | None = None,
+        teacher: Ensemble | None = None,
     ) -> None:
-        self.config, self.data, self.model, self.folder, self.device = config, data, model, folder, device
-        self.seed, self.ranks, self.teacher = seed, ranks or Ranks(), teacher
+        self.config, self.data, self.model, self.objective, self.needs = config, data, model, objective, needs
+        self.folder, self.device, self.seed, self.ranks, self.teacher = folder, device, seed, ranks or Ranks(), teacher
         self.precision = Precision(config.mode, device)
-        self.embeds = getattr(objective, "needs_embedding", False)
         self.dataset = ReplayDataset(
             data.pack,
             data.source,
-            sorted({model.sample_rate, *objective.sample_rates, *(teacher.sample_rates if teacher else ())}),
+            sorted({model.sample_rate, *needs.sample_rates, *(teacher.sample_rates if teacher else ())}),
             labels=data.item_labels,
             clusters=data.clusters,
             consistent=not config.disable_consistency,
@@ -107,51 +109,22 @@ class Run:
         )
         self.epoch_steps = config.epoch_length or self.batches.batches_a_pass
         self.total_steps = self.epoch_steps * config.epochs
+        self.warmup = count_warmup(config, self.epoch_steps, self.total_steps)
         frozen = list(config.freeze)
-        if self.embeds and objective.wants is None:  # nothing is asked of its last layers
+        if needs.output is None:  # its last layers get no gradient
             frozen.append(f"{model.last_layer.split('.')[0]}.*")
-        self.resting = freeze(model, frozen) if frozen else []
-        groups = parameter_groups(model, objective, config.optimizer_args.get("lr"), config.layer_decay)
-        optimizer = create_optimizer(config.optimizer, groups, config.optimizer_args, device)
-        self.warmup = 0  # steps
-        schedule = self._schedule(optimizer) if config.use_scheduler else None
-        mixup_on = config.mixup_on if config.mixup is not None else None
-        learner = Learner(model, objective, data.source.replay, mixup_on, config.compile, teacher)
-        self._make_trainer = partial(Trainer, learner, optimizer, schedule, self.precision, seed)
-        if hasattr(model, "generator"):  # patch-out draws from here
-            setattr(model, "generator", torch.Generator(device))  # noqa: B010
+        self.frozen_modules = freeze(model, frozen) if frozen else []
+        model.generator = torch.Generator(device)  # patch-out and varied mel bands draw from here
         self.states = States(folder / "states")
-        self.best = BestCheckpoints(folder, config.n_saved, writes=self.ranks.is_main)
-        self.window, self.epoch_tally = Tally(), Tally()
+        self.best = BestCheckpoints(folder, config.n_saved, config.select_by, writes=self.ranks.is_main)
+        self.window, self.epoch_tally, self.targets = Tally(), Tally(), TargetTally(objective)
         causes = partial(likely_causes, self)
-        learns = (learner.targets, self.total_steps, config.epochs, causes, self.ranks, not config.smoke)
+        learns = (self.targets, self.total_steps, config.epochs, causes, self.ranks, not config.smoke)
         self.learning = LearningCheck(*learns)
         self.step, self.stale, self.seconds = 0, 0, 0.0
+        self.journal: Journal | None = None
         self._next_drawing = 0.0
-        self._unread: list[tuple[Tensor, Tensor]] = []  # items and loss of each step since the last look
-
-    def _my_shares(self, n: int) -> Any:
-        first = self.ranks.rank * self.config.accumulate
-        return mirrored_shares(n, self.n_parts)[first : first + self.config.accumulate]
-
-    def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        config, total = self.config, self.total_steps
-        warmup = config.warmup_iters or 0 if config.warmup_epochs is None else config.warmup_epochs * self.epoch_steps
-        if warmup >= total:
-            logger.warning("warm-up of %d iterations in a run of %d: shortened to %d", warmup, total, total // 10)
-            warmup = total // 10
-        self.warmup = warmup
-        return create_schedule(optimizer, config.schedule, warmup, total, config.decay_frac)
-
-    def loader(self, batches: Any) -> Iterable[Batch]:
-        """Return a loader of batches of (epoch, item)."""
-        return DataLoader(
-            self.dataset,
-            batch_sampler=batches,
-            num_workers=loader_workers(self.config.num_workers),
-            collate_fn=collate,
-            pin_memory=self.device.type == "cuda",
-        )
+        self.finite = FiniteCheck(self.dataset.name, self.ranks, norms=not self.precision.scaler.is_enabled())
 
     def fit(self, state: dict[str, Any] | None = None) -> dict[str, Any]:
         """Train, validate, average; return the figures of the final model and the path of its weights.
@@ -159,17 +132,10 @@ class Run:
         Args:
             state: of `training.states` to go on from, on rank 0; None to begin at the beginning.
         """
-        state = self.ranks.from_main(state)
-        if state is None and self.config.init_from_data:
-            first = [self.batches.batch(i) for i in range(min(START_BATCHES, self.epoch_steps))]
-            classes = "target" if not self.embeds else "labels" if self.data.item_labels is not None else None
-            start_from_data(self.model, (self._with_target(batch) for batch in self.loader(first)), classes)
-        self.trainer = self._make_trainer(
-            grad_clip=self.config.grad_clip,
-            average=MovingAverage(self.model, self.config.ema) if self.config.ema else None,
-            ranks=self.ranks,
-            resting=self.resting,
-        )
+        config, state = self.config, self.ranks.from_main(state)
+        if state is None and config.init_from_data:
+            self._start_from_data()
+        self.trainer = self.create_trainer()
         if state is not None:
             self._load(state)
         self.journal = Journal(self.folder, state["journal"] if state else 0) if self.ranks.is_main else None
@@ -178,43 +144,8 @@ class Run:
         self.batches.start = self.step
         # One endless stream: workers read ahead into the next epoch, since each index says its epoch.
         stream = iter(self.loader(self.batches))
-        self._train(stream)
-        del stream  # ends the workers, which would read ahead for ever
-        result = finish_run(self)
-        if self.journal is not None:
-            self.journal.close()
-        return result
-
-    def time_steps(self, most: int, most_seconds: float) -> float:
-        """Return the seconds a step takes, data included, without the first two; the model is trained meanwhile.
-
-        Args:
-            most: steps to time.
-            most_seconds: to spend on them, once one has been timed.
-        """
-        self.trainer = self._make_trainer(grad_clip=self.config.grad_clip, ranks=self.ranks, resting=self.resting)
         self.trainer.train_mode()
-        stream, taken = iter(self.loader(self.batches)), []
-        self._began()
-        for step in range(2 + most):
-            began = time.perf_counter()
-            self._advance(stream)
-            float(self._unread.pop()[1])  # waits for the device; what it is does not matter here
-            taken += [time.perf_counter() - began] if step > 1 else []
-            if sum(taken) > most_seconds:
-                break
-        return sum(taken) / len(taken)
-
-    def _with_target(self, batch: Batch) -> Batch:
-        """Move a batch to the device, and ask the teacher, where there is one, for the targets of its clips."""
-        batch = batch.to(self.device)
-        if self.teacher is None or self.embeds:
-            return batch
-        return replace(batch, target=self.teacher.probabilities(batch, self.data.source.replay.spectrogram))
-
-    def _train(self, stream: Iterator[Batch]) -> None:
-        self.trainer.train_mode()
-        self._began()
+        self.start_timer()
         with tqdm(
             total=self.total_steps,
             initial=self.step,
@@ -224,26 +155,78 @@ class Run:
             disable=not self.ranks.is_main,
             mininterval=0.1 if sys.stderr.isatty() else 30,
         ) as progress:
-            while self.step < self.total_steps and self.stale < self.config.early_stop:
-                self._advance(stream)
+            while not self.is_over:
+                self.train_step(stream)
                 progress.update()
                 ends = self.step % self.epoch_steps == 0
-                if self.step % self.config.log_every == 0 or ends:
-                    progress.set_postfix(self._look(), refresh=False)
+                if self.step % config.log_every == 0 or ends:
+                    progress.set_postfix(self._log_step(), refresh=False)
                 if ends:
                     self._end_epoch()
                     self.trainer.train_mode()
-                    self._began()
-                every = self.config.checkpoint_every or self.epoch_steps
-                if self.step % every == 0 or self.step == self.total_steps or self.stale >= self.config.early_stop:
+                    self.start_timer()
+                if self.step % (config.checkpoint_every or self.epoch_steps) == 0 or self.is_over:
                     self._save()
-        if self.stale >= self.config.early_stop:
-            logger.info("early stop: %d validations without a better mAP", self.stale)
+        if self.stale >= config.early_stop:
+            logger.info("early stop: %d evaluations without a better %s", self.stale, self.best.by)
+        del stream  # ends the workers, which would read ahead for ever
+        result = finish_run(self)
+        if self.journal is not None:
+            self.journal.close()
+        return result
 
-    def _began(self) -> None:
-        self.clips, self.waited, self.began = 0, 0.0, time.perf_counter()
+    def _start_from_data(self) -> None:
+        """Set batch-norm statistics and the bias of the last layer from the first batches, before any step."""
+        first = [self.batches.batch(i) for i in range(min(START_BATCHES, self.epoch_steps))]
+        batches = (batch.to(self.device) for batch in self.loader(first))
+        of_classes = self.needs.targets == "classes"
+        if self.teacher is not None and of_classes:
+            add = partial(add_teacher_output, self.teacher, self.needs)
+            batches = (add(batch, self.data.source.replay.spectrogram) for batch in batches)
+        start_from_data(self.model, batches, "target" if of_classes else "labels" if self.needs.labels else None)
 
-    def _advance(self, stream: Iterator[Batch]) -> None:
+    def create_trainer(self) -> Trainer:
+        """Build what makes the steps: losses, optimiser, schedule, averages."""
+        config, mixup_on = self.config, self.config.mixup_on if self.config.mixup is not None else None
+        losses = LossModule(
+            self.model,
+            self.objective,
+            self.needs,
+            self.data.source.replay,
+            mixup_on,
+            compiled=config.compile,
+            add_teacher=None if self.teacher is None else partial(add_teacher_output, self.teacher, self.needs),
+            targets=self.targets,
+        )
+        groups = parameter_groups(self.model, self.objective, config.optimizer_args.get("lr"), config.layer_decay)
+        optimizer = create_optimizer(config.optimizer, groups, config.optimizer_args, self.device)
+        schedule = None
+        if config.use_scheduler:
+            schedule = create_schedule(optimizer, config.schedule, self.warmup, self.total_steps, config.decay_frac)
+        return Trainer(
+            losses,
+            optimizer,
+            schedule,
+            self.precision,
+            self.seed,
+            self.total_steps,
+            grad_clip=config.grad_clip,
+            average=MovingAverage(self.model, config.ema) if config.ema else None,
+            ranks=self.ranks,
+            frozen_modules=self.frozen_modules,
+        )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are made, or nothing became better for too long."""
+        return self.step >= self.total_steps or self.stale >= self.config.early_stop
+
+    def _my_shares(self, n: int) -> Any:
+        first = self.ranks.rank * self.config.accumulate
+        return mirrored_shares(n, self.n_parts)[first : first + self.config.accumulate]
+
+    def train_step(self, stream: Iterator[Batch]) -> None:
+        """Make one step; nothing waits for the device."""
         n = self.batches.size(self.step)
         sizes = [len(share) for share in mirrored_shares(n, self.n_parts)]
         weights = [len(share) / sum(sizes) for share in self._my_shares(n)]
@@ -253,9 +236,23 @@ class Run:
         losses = self.trainer.step(parts, weights, self.step)
         self.step += 1
         self.clips += n
-        self._unread.append((torch.cat([part.item for part in parts]), losses["loss"]))
+        self.finite.add(torch.cat([part.item for part in parts]), losses["loss"], losses["grad_norm"])
         self.window.add(losses)
         self.epoch_tally.add(losses)
+
+    def loader(self, batches: Any) -> DataLoader[Any]:
+        """Return a loader of `distill.batch.Batch`, by batches of (epoch, item)."""
+        return DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            num_workers=loader_workers(self.config.num_workers),
+            collate_fn=collate,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def start_timer(self) -> None:
+        """Begin to count clips and the time that they take."""
+        self.clips, self.waited, self.began = 0, 0.0, time.perf_counter()
 
     @property
     def epoch(self) -> int:
@@ -267,10 +264,11 @@ class Run:
         """That of the topmost layers."""
         return max(group["lr"] for group in self.trainer.optimizer.param_groups)
 
-    def _look(self) -> dict[str, str]:
+    def _log_step(self) -> dict[str, str]:
         """Read the losses, which waits for the device; return what the progress bar shows."""
-        self._stop_if_not_finite()
+        self.finite.raise_if_not(self.step)
         losses = self.window.means(self.ranks)
+        self.best.check_logged(losses)
         place = {"kind": "step", "step": self.step, "epoch": self.epoch}
         self._record(place | losses | {"lr": self.learning_rate})
         self.learning.add_loss(losses["loss"])
@@ -285,20 +283,6 @@ class Run:
             **self.learning.postfix,
         }
 
-    def _stop_if_not_finite(self) -> None:
-        losses = torch.stack([loss for _, loss in self._unread]) if self._unread else torch.zeros(1)
-        bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
-        found = [entry for entry in self.ranks.of_all((bad[0], losses[bad[0]].item()) if bad else None) if entry]
-        if found:
-            first, loss = min(found)
-            held = self.ranks.of_all([self.dataset.name(int(item)) for item in self._unread[first][0]])
-            names = [name for names in held for name in names]
-            raise UserError(
-                f"the loss is {loss}; training stops here. That batch held {some(names, 64)}. Look at those clips, or "
-                "lower the learning rate or set grad_clip, which begins a new run"
-            )
-        self._unread = []
-
     def _end_epoch(self) -> None:
         seconds = time.perf_counter() - self.began
         self.seconds += seconds
@@ -312,20 +296,20 @@ class Run:
             "wait_share": self.waited / seconds,
         }
         self.epoch_tally.reset()
-        judged = self.data.valid and (self.epoch % self.config.valid_every == 0 or self.step == self.total_steps)
+        evaluated = self.epoch % self.config.valid_every == 0 or self.step == self.total_steps
         metrics = chance = None
-        if judged:
+        if evaluated and (self.data.valid or self.config.select_by):
             with self.averaged():
-                metrics, chance = self._validate()
-                better = self.best.offer(self.model, metrics.mAP, self.epoch)
-            self.stale = 0 if better else self.stale + 1
-            entry |= {"valid_mAP": metrics.mAP, "best": better}
-            logger.info(
-                "epoch %d: loss %.4g, mAP %.4f%s", self.epoch, entry["loss"], metrics.mAP, " (best)" if better else ""
-            )
-        ends = self.step == self.total_steps or self.stale >= self.config.early_stop
-        self._record(entry | self.learning.end_epoch(entry, metrics, chance, last=ends))
-        if judged and self.journal is not None and time.perf_counter() >= self._next_drawing:
+                if self.data.valid:
+                    metrics, chance = self._validate()
+                    entry["valid_mAP"] = metrics.mAP
+                entry["best"] = self.best.update(self.model, entry, self.epoch)
+            self.stale = 0 if entry["best"] else self.stale + 1
+            shown = f", mAP {metrics.mAP:.4f}" if metrics else ""
+            best = " (best)" if entry["best"] else ""
+            logger.info("epoch %d: loss %.4g%s%s", self.epoch, entry["loss"], shown, best)
+        self._record(entry | self.learning.end_epoch(entry, metrics, chance, last=self.is_over))
+        if metrics and self.journal is not None and time.perf_counter() >= self._next_drawing:
             began = time.perf_counter()
             draw_curves(self.folder, self.journal.entries())
             # Where evaluations follow each other fast, drawing takes no more than a twentieth of the time.
@@ -368,7 +352,7 @@ class Run:
     def _save(self) -> None:
         """Write a state that this run, killed at any moment from now on, goes on from."""
         # A state that holds nonsense would be no help; a finite loss may have had a gradient that was not.
-        self._stop_if_not_finite()
+        self.finite.raise_if_not(self.step)
         weights = [value for value in self.model.state_dict().values() if value.is_floating_point()]
         if not all(bool(value.isfinite().all()) for value in weights):
             raise UserError(

@@ -12,6 +12,7 @@ from torch import nn
 
 from common.errors import UserError, some
 from models import AudioTagger
+from training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
 
 
 def parameter_groups(
-    model: AudioTagger, objective: object, learning_rate: float | None = None, layer_decay: float | None = None
+    model: AudioTagger, objective: nn.Module, learning_rate: float | None = None, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
     """Return what to optimise, grouped by weight decay and, with `layer_decay`, by depth.
 
@@ -76,8 +77,7 @@ def parameter_groups(
     spared, depths = model.no_weight_decay(), layer_depths(model)
     top = max(depths.values())
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    own = objective.named_parameters(prefix="objective") if isinstance(objective, nn.Module) else []
-    for name, parameter in [*model.named_parameters(), *own]:
+    for name, parameter in [*model.named_parameters(), *objective.named_parameters(prefix="objective")]:
         if parameter.requires_grad:
             below = 0 if layer_decay is None else top - depths.get(name, top)
             groups.setdefault((below, parameter.ndim > 1 and name not in spared), []).append(parameter)
@@ -179,3 +179,15 @@ def create_schedule(
         return fitted_rate(iteration, shape, warmup, total, decay_frac)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def count_warmup(config: TrainConfig, epoch_steps: int, total_steps: int) -> int:
+    """Return the steps of the warm-up that a configuration asks for, shortened with a warning in short runs."""
+    if not config.use_scheduler:
+        return 0
+    wanted = config.warmup_iters or 0 if config.warmup_epochs is None else config.warmup_epochs * epoch_steps
+    if wanted < total_steps:
+        return wanted
+    shortened = total_steps // 10
+    logger.warning("warm-up of %d iterations in a run of %d: shortened to %d", wanted, total_steps, shortened)
+    return shortened

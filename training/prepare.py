@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
-
 from common.errors import Faults, UserError
 from common.files import sha256
-from distill import embedding_objectives  # noqa: F401  (it registers its objectives)
 from distill.embeddings import StoredEmbeddings
 from distill.mask_check import MaskFindings, check_masks
-from distill.objectives import Objective, create_objective
+from distill.objectives import TrainingFacts
 from distill.store import MatchedItems
+from models import Ensemble
 from models.devices import choose_device
 from training.automatic import Choice, automatic_keys, name_model, resolve, without_timed
 from training.band_limit import describe_unusable_bands, measure_band_limits
@@ -23,12 +21,12 @@ from training.budget import choose_epochs, choose_pace, time_run
 from training.config import AUTO, TrainConfig
 from training.data import TrainingData, open_training
 from training.loop import Run
+from training.needs import load_online_teacher, plan_run
 from training.parallel import Ranks
 from training.run_folder import RunFolder, choose_folder, log_to, recall_choices, run_identity
 from training.settings import check_settings, read_settings
 from training.smoke import smoke
 from training.student import create_student
-from training.teacher import Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -83,41 +81,33 @@ def prepare_run(
         stem = f"{stem}_smoke"  # beside the real runs, whose `latest` stays theirs
         config = ranks.from_main(smoke(config, Path(config.outputpath) / stem / "data") if ranks.is_main else None)
         assert config is not None
-    objective = data = model = device = teacher = None
+    plan = data = model = device = teacher = None
     masks = MaskFindings()
     if config:
         with faults.noted():
             device = choose_device(config.device)
-        with faults.noted():
-            loss = {name: getattr(config, name) for name in ("loss", "loss_args", "label_smoothing")}
-            objective = create_objective(config.objective, loss, **config.objective_args)
-            _check_embedding(config, objective, faults)
-        with faults.noted():
-            teacher = _online_teacher(config, objective) if config.teacher else None
-        data = open_training(
-            config,
-            seed,
-            faults,
-            taught=teacher.labels if teacher else None,
-            needs_labels=getattr(objective, "needs_labels", False),
-            embeds=getattr(objective, "needs_embedding", False),
-        )
+        plan = plan_run(config, faults)
+        if plan:
+            with faults.noted():
+                teacher = load_online_teacher(config, plan.needs) if config.teacher else None
+            data = open_training(config, seed, faults, plan.needs, teacher.labels if teacher else None)
         if data and config.train_data == train_data:  # sounds that stand in for missing ones are short
             masks = _check_masks(config, data, faults)
         with faults.noted():
-            if objective is not None:
-                model = create_student(config, data.labels if data else None, objective)
+            if plan:
+                model = create_student(config, data.labels if data else None, plan.needs)
     faults.raise_if_any()
-    if config is None or data is None or objective is None or model is None or device is None:
+    if config is None or data is None or plan is None or model is None or device is None:
         raise AssertionError("a part is missing, and no fault was noted")
-    if getattr(objective, "needs_embedding", False):
-        width = teacher.embed_dim if teacher else cast(StoredEmbeddings, data.source).width
-        cast(Any, objective).attach(model.embed_dim, width)
-    if isinstance(objective, nn.Module):
-        objective.to(device)
+    width = 0
+    if plan.needs.targets == "embeddings":
+        width = teacher.single.embed_dim if teacher else cast(StoredEmbeddings, data.source).width
+    objective = plan.build(model, TrainingFacts(seed, width)).to(device)
+    if teacher:
+        teacher.to(device)
 
     if given and given.get("epochs") == AUTO and "epochs" not in chosen and not config.smoke:
-        timed = (config, data, model, objective, device, seed, ranks.world_size, teacher and teacher.to(device))
+        timed = (config, data, model, objective, plan.needs, device, seed, ranks.world_size, teacher)
         timing = ranks.from_main(time_run(*timed) if ranks.is_main else None)
         absent = {"epoch_length": AUTO}  # a pass, unless the budget is shorter
         fitting = choose_epochs(config, len(data.items), timing)
@@ -130,7 +120,7 @@ def prepare_run(
     found = choose_folder(parent, identity, resume) if ranks.is_main else None
     path, state_path, there = ranks.from_main((found[0].path, found[1], found[2]) if found else None)
     run_folder = found[0] if found else RunFolder(path)
-    run = Run(config, data, model.to(device), objective, path, device, seed, ranks, teacher and teacher.to(device))
+    run = Run(config, data, model.to(device), objective, plan.needs, path, device, seed, ranks, teacher)
     state = None
     if ranks.is_main:
         if not there:
@@ -200,72 +190,7 @@ def _check_masks(config: TrainConfig, data: TrainingData, faults: Faults) -> Mas
     return found
 
 
-def _check_embedding(config: TrainConfig, objective: Objective, faults: Faults) -> None:
-    """Note where a configuration's keys do not go with learning embeddings, or with not learning them."""
-    name, embeds = config.objective, getattr(objective, "needs_embedding", False)
-    if config.embeddingspath and not embeds:
-        faults.add(
-            f"embeddingspath is given, but objective {name} learns probabilities; set objective: cosine (or mse, l1, "
-            "kl, contrastive, cluster_contrastive)"
-        )
-    if embeds and not (config.embeddingspath or config.teacher):
-        faults.add(
-            f"objective {name} learns a teacher's embeddings; give embeddingspath (stored ones, see save_logits.py "
-            "with targets: embeddings) or teacher (a model to ask)"
-            + ("; logitspath holds probabilities: drop it" if config.logitspath else "")
-        )
-    if embeds and config.mixup is not None and config.embeddingspath:
-        faults.add(
-            "mixup wants the embeddings of mixtures, which are not stored; drop mixup, or ask a teacher in place of "
-            "embeddingspath"
-        )
-    if embeds and objective.wants is None:
-        judges = [key for key in ("valid_data", "valid_fraction", "eval_data") if getattr(config, key)]
-        if judges:
-            faults.add(
-                f"{' and '.join(judges)} would judge a model's classes, but objective {name} learns none without "
-                "labels; drop that and judge the embeddings by `python run.py probe`, or give the labels a share: "
-                "--objective_args.lambda 0.1"
-            )
-    if getattr(objective, "needs_clusters", False) and not config.clusters:
-        faults.add(f"objective {name} needs clusters, a file that scripts/cluster_embeddings.py wrote; add it")
-    if config.clusters and config.sampler != "clusters" and not getattr(objective, "needs_clusters", False):
-        faults.add(
-            "clusters are given and nothing uses them; set sampler: clusters, or objective: cluster_contrastive, or "
-            "drop them"
-        )
-    if getattr(objective, "needs_clusters", False) and config.mixup is not None:
-        faults.add(f"objective {name} wants clips of one cluster each, which mixtures are not; drop mixup")
-
-
-def _online_teacher(config: TrainConfig, objective: Objective | None) -> Teacher:
-    """Load the teacher that a configuration wants to be asked while the student learns."""
-    assert config.teacher
-    try:
-        teacher = load_teacher(config.teacher, config.teacher_weights, heads=config.teacher_head)
-    except UserError as error:
-        raise UserError(f"teacher: {error}") from None
-    if getattr(objective, "needs_embedding", False):
-        if config.teacher_head:
-            raise UserError(
-                f"teacher_head is for probabilities, but objective {config.objective} learns the teacher's embeddings, "
-                "which are the same with any head; drop it"
-            )
-        teacher.embed_dim  # noqa: B018 - tells that several models cannot be asked
-        return teacher
-    teacher.check_classes()
-    wanted = getattr(objective, "activation", None)
-    if wanted and teacher.activations != {wanted}:
-        raise UserError(
-            f"teacher {config.teacher} answers by {' and '.join(sorted(teacher.activations))}, but loss {config.loss} "
-            f"is for {wanted}; set loss: "
-            + ("CrossEntropyLoss" if wanted == "sigmoid" else "BCEWithLogitsLoss")
-            + ", or give a teacher that was trained with this loss"
-        )
-    return teacher
-
-
-def _data_identity(config: TrainConfig, data: TrainingData, teacher: Teacher | None) -> dict[str, Any]:
+def _data_identity(config: TrainConfig, data: TrainingData, teacher: Ensemble | None) -> dict[str, Any]:
     """What must not change under a run: the lists of its clips, the labels, the store's description, the teacher."""
     facts: dict[str, Any] = {"labels": data.labels, "items": len(data.items)}
     facts["train_data_sha256"] = sha256(data.pack.manifest)

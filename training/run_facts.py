@@ -35,6 +35,7 @@ def describe_targets(run: "Run") -> str:
     if config.embeddingspath:
         targets = f"embeddings of {config.embeddingspath}"
     if run.teacher is not None:
-        targets = f"{'embeddings' if run.embeds else 'probabilities'} of {run.teacher.name}, computed while training"
-    labels = "labels" if targets is None or run.data.item_labels is not None else None
-    return " and ".join(filter(None, (labels, targets)))
+        what = {"classes": "probabilities", "embeddings": "embeddings", "none": "layers"}[run.needs.targets]
+        targets = f"{what} of {run.teacher.name}, computed while training"
+    from_labels = run.data.item_labels is not None or (targets is None and run.needs.targets == "classes")
+    return " and ".join(filter(None, ("labels" if from_labels else None, targets))) or "the sounds alone"

@@ -20,14 +20,15 @@ from audio.shards import ShardWriter
 from common.errors import Faults, UserError
 from common.files import whole_file
 from distill.clusters import write_clusters
-from models import AudioTagger, create_model, published_initialisation, save_checkpoint
+from distill.objectives import Needs
+from models import AudioTagger, Ensemble, create_model, published_initialisation, save_checkpoint
 from models.base import Activation
 from models.labels import audioset_labels, labels_for, read_labels
 from training.config import SoftTargetConfig, TrainConfig
 from training.data import open_training
 from training.embedding import store_embeddings
 from training.labelled import open_labelled, open_pack
-from training.teacher import Teacher, load_teacher
+from training.teacher import load_teacher
 from training.teaching import SoftTargets, Teaching
 
 logger = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ def _made_up_store(folder: Path, manifest: str, labels: list[str]) -> str:
     settings = {"epochs": EPOCHS, "topk": 5, "num_workers": 0, "device": "cpu"}
     config = SoftTargetConfig.model_validate({"train_data": manifest, "model": TEACHER, **settings})
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps over other classes
-    teacher = Teacher([_untrained(labels, "sigmoid")])
+    teacher = Ensemble([_untrained(labels, "sigmoid")])
     with torch.random.fork_rng(devices=[]):  # a loader draws from it
         return str(Teaching(config, Pack.open(manifest), SoftTargets(teacher, config.topk), folder).save())
 
@@ -225,7 +226,8 @@ def _made_up_clusters(path: Path, manifest: str) -> str:
 def _labels_of(config: TrainConfig, taught: list[str] | None) -> list[str] | None:
     """Return the class names of training data that exist, `taught` by a teacher; None where they cannot be opened."""
     alone = {"valid_data": None, "eval_data": None, "valid_fraction": None, "select_on": None}
-    data = open_training(config.model_copy(update=alone), SEED, Faults("the training data"), taught=taught)
+    config = config.model_copy(update=alone)
+    data = open_training(config, SEED, Faults("the training data"), Needs("classes"), taught)
     return data.labels if data else None
 
 

@@ -10,20 +10,20 @@ from torch import nn
 
 from common.errors import UserError
 from distill.batch import Batch
-from distill.objectives import Objective
+from distill.objectives import Needs
 from models import AudioTagger, create_model, list_models, load_weights, published_initialisation
 from training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 
-def create_student(config: TrainConfig, labels: list[str] | None, objective: Objective) -> AudioTagger:
+def create_student(config: TrainConfig, labels: list[str] | None, needs: Needs) -> AudioTagger:
     """Build the model of a configuration with its starting weights.
 
     Args:
         config: names the model, its arguments and where its weights start.
         labels: the class names, or None where the data did not say (its faults are told anyway).
-        objective: what it will be trained towards; says whether it wants logits or probabilities.
+        needs: of what it will be trained towards; they say whether it must give logits or probabilities.
 
     Raises:
         UserError: unknown model or argument; weights that cannot be had or do not fit; output that does not suit the
@@ -31,17 +31,16 @@ def create_student(config: TrainConfig, labels: list[str] | None, objective: Obj
     """
     arguments = dict(config.model_args)
     arguments.pop("outputdim", None)  # published files may repeat the number of classes
-    activation = getattr(objective, "activation", None)
-    if activation:
-        arguments.setdefault("activation", activation)
+    if needs.activation:
+        arguments.setdefault("activation", needs.activation)
     num_classes = None if labels is None else len(labels)  # 0 where embeddings alone are learnt
     model = create_model(config.model, num_classes=num_classes, labels=labels, **arguments)
-    if objective.wants and model.outputs != objective.wants:
+    if needs.output and model.outputs != needs.output:
         loss = "BCELoss" if model.outputs == "probabilities" else "BCEWithLogitsLoss"
-        pooling = {"logits": "logit", "probabilities": "mean"}[objective.wants]
+        pooling = {"logits": "logit", "probabilities": "mean"}[needs.output]
         other = f" or model_args: {{pooling: {pooling}}}" if hasattr(model, "pooling") else ""
         raise UserError(
-            f"loss {config.loss} wants {objective.wants}, but {config.model} gives {model.outputs}; set loss: {loss}"
+            f"loss {config.loss} wants {needs.output}, but {config.model} gives {model.outputs}; set loss: {loss}"
             f"{other}"
         )
     _start(model, config)

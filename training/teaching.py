@@ -27,12 +27,13 @@ from distill.sound_check import fingerprint
 from distill.sources import SeededItems
 from distill.store import TargetStore
 from distill.targets import SoftTargetStore
+from models import Ensemble
 from models.devices import choose_device
+from models.ensemble import Spectrogram
 from models.heads import weights_sha256
 from training.config import SoftTargetConfig
 from training.embedders import Embedder
 from training.precision import Precision
-from training.teacher import Hearing, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Question(Protocol):
     def answerable(self, n_items: int) -> np.ndarray:
         """Return which of `n_items` items there is an answer to, ascending."""
 
-    def answers(self, batch: Batch, hear: Hearing) -> dict[str, Tensor]:
+    def answers(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
         """Return the datasets of the store but the seeds, (B, ...) each."""
 
 
@@ -86,7 +87,7 @@ class SoftTargets:
 
     store = SoftTargetStore
 
-    def __init__(self, teacher: Teacher, topk: int) -> None:
+    def __init__(self, teacher: Ensemble, topk: int) -> None:
         teacher.check_classes()
         self.teacher, self.sample_rates = teacher, teacher.sample_rates
         self.topk = min(topk, len(teacher.labels))
@@ -107,7 +108,7 @@ class SoftTargets:
             "labels": self.teacher.labels,
             "num_classes": len(self.teacher.labels),
             "values": "probabilities",
-            "activation": self.teacher.members[0].activation,
+            "activation": self.teacher.taggers[0].activation,
             "topk": self.topk,
         }
 
@@ -123,9 +124,9 @@ class SoftTargets:
         """Return all items."""
         return np.arange(n_items)
 
-    def answers(self, batch: Batch, hear: Hearing) -> dict[str, Tensor]:
+    def answers(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
         """Return the highest probabilities (B, K) and their classes (B, K)."""
-        top = self.teacher.probabilities(batch, hear).topk(self.topk)
+        top = self.teacher.probabilities(batch, spectrogram).topk(self.topk)
         return {"topk_values": top.values, "topk_indexes": top.indices}
 
 
@@ -140,8 +141,8 @@ class Embeddings:
     store = EmbeddingStore
 
     def __init__(self, embedder: Embedder, part_size: int = 8192) -> None:
-        if isinstance(embedder, Teacher):
-            embedder.embed_dim  # noqa: B018 - tells that several models cannot be asked
+        if isinstance(embedder, Ensemble):
+            embedder.single  # noqa: B018 - raises for several models
         self.embedder, self.part_size = embedder, part_size
         self.sample_rates = embedder.sample_rates
 
@@ -156,8 +157,8 @@ class Embeddings:
     def facts(self) -> dict[str, Any]:
         """Return what the values are, and whose."""
         facts: dict[str, Any] = {"values": "embeddings", "part_size": self.part_size}
-        if isinstance(self.embedder, Teacher):  # what a head on these embeddings is for
-            facts["weights_sha256"] = weights_sha256(self.embedder.members[0])
+        if isinstance(self.embedder, Ensemble):  # what a head on these embeddings is for
+            facts["weights_sha256"] = weights_sha256(self.embedder.single)
         return facts
 
     def identity(self) -> tuple[str, ...]:
@@ -175,9 +176,9 @@ class Embeddings:
             logger.info("%d of %d chunks have no embedding and are left out", lacking.sum(), n_items)
         return np.flatnonzero(~lacking)
 
-    def answers(self, batch: Batch, hear: Hearing) -> dict[str, Tensor]:
+    def answers(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
         """Return the embeddings (B, E), clipped with a warning where half precision cannot hold them."""
-        found = self.embedder.embeddings(batch, hear)
+        found = self.embedder.embeddings(batch, spectrogram)
         largest = torch.finfo(torch.float16).max
         n_over = int((found.abs() > largest).any(dim=1).sum())
         if n_over:

@@ -13,15 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
 from distill.batch import Batch
-from distill.objectives import create_objective
+from distill.objectives import plan_objective
 from distill.replay import REFERENCE_RATE, Replay
 from models import create_model
 from models.audiotransformer import AudioTransformer
 from models.ced_mel import CedMel
 from scripts.benchmarks.plain import FREQUENCY_MASK, TIME_MASK, plain_logits, plain_masks, plain_mel, plain_mixup
+from training.loss_module import LossModule
 from training.optim import create_optimizer, parameter_groups
 from training.precision import Precision
-from training.trainer import Learner, Trainer
+from training.trainer import Trainer
 
 Step = Callable[[Batch], Tensor | float]  # learns from a batch, returns its loss
 
@@ -69,16 +70,17 @@ def make_batch(model: AudioTransformer, batch_size: int, seconds: float, device:
 
 def project_step(model: AudioTransformer, mode: str, device: torch.device, compiled: bool) -> Step:
     """Return the project's own training step of `model`."""
-    objective = create_objective("target", loss="BCEWithLogitsLoss", loss_args={})
+    plan = plan_objective("target", loss="BCEWithLogitsLoss")
+    objective = plan.build(model)
     replay = Replay(
         spectransforms=[
             {"TimeMasking": {"time_mask_param": TIME_MASK}},
             {"FrequencyMasking": {"freq_mask_param": FREQUENCY_MASK}},
         ]
     )
-    learner = Learner(model, objective, replay, "spectrogram", compiled)
+    losses = LossModule(model, objective, plan.needs, replay, "spectrogram", compiled=compiled)
     optimizer = create_optimizer("Adam", parameter_groups(model, objective), {"lr": LEARNING_RATE}, device)
-    trainer = Trainer(learner, optimizer, None, Precision(mode, device), seed=0)
+    trainer = Trainer(losses, optimizer, None, Precision(mode, device), seed=0, total_steps=1)
     trainer.train_mode()
     return lambda batch: trainer.step([batch], [1.0], 0)["loss"]
 

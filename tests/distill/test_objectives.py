@@ -1,6 +1,6 @@
 """Cross-model distillation: the published formula, written out with logits and plain sums."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,15 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import UserError
-from distill.objectives import create_objective, register_objective
+from distill.objectives import Needs, Objective, register_objective
 from tests.batches import make_batch
+from tests.objectives import build_objective, losses_of, needs_of
 
 LOSSES = ("BCEWithLogitsLoss", "BCELoss", "CrossEntropyLoss")
 
 
 def create(loss="BCEWithLogitsLoss", smoothing=0.0, **arguments):
     offered = {"loss": loss, "loss_args": {}, "label_smoothing": smoothing}
-    return create_objective("cmkd", offered, **arguments)
+    return build_objective("cmkd", offered, **arguments)
 
 
 def logits(seed: int) -> Tensor:
@@ -58,8 +59,8 @@ def test_the_loss_is_the_published_formula(loss, share, tau):
     if loss != "CrossEntropyLoss":
         labels[1, 0] = labels[4, 2] = 1.0
     objective = create(loss, **{"lambda": share, "tau": tau})
-    output = answers(loss, student) if objective.wants == "probabilities" else student
-    losses = objective(output, make_batch(labels=labels, target=answers(loss, teacher)))
+    output = answers(loss, student) if objective.label_loss.wants == "probabilities" else student
+    losses = losses_of(objective, make_batch(labels=labels, target=answers(loss, teacher)), output)
     assert losses["loss"].item() == pytest.approx(by_hand(loss, student, labels, teacher, share, tau).item(), abs=1e-6)
     assert losses["loss_labels"].item() == pytest.approx(
         by_hand(loss, student, labels, teacher, 1.0, tau).item(), abs=1e-6
@@ -73,8 +74,10 @@ def test_the_loss_is_the_published_formula(loss, share, tau):
 def test_a_student_that_agrees_with_its_teacher_has_nothing_to_learn_from_it(loss):
     x = logits(2).requires_grad_()
     objective = create(loss, **{"lambda": 0.0})
-    output = answers(loss, x) if objective.wants == "probabilities" else x
-    losses = objective(output, make_batch(labels=torch.eye(4)[[0, 1, 2, 3, 0]], target=answers(loss, x.detach())))
+    output = answers(loss, x) if objective.label_loss.wants == "probabilities" else x
+    losses = losses_of(
+        objective, make_batch(labels=torch.eye(4)[[0, 1, 2, 3, 0]], target=answers(loss, x.detach())), output
+    )
     assert losses["loss"].item() == pytest.approx(0.0, abs=1e-6)
     losses["loss"].backward()
     assert x.grad.abs().max() < 1e-6
@@ -86,7 +89,7 @@ def test_certain_and_stored_answers_give_finite_losses_and_gradients(loss, tau):
     """Probabilities of exactly 0 and 1, as float16 and the top k of a store leave them."""
     x = logits(3).requires_grad_()
     certain = torch.eye(4)[[0, 1, 2, 3, 0]]
-    losses = create(loss, tau=tau)(x, make_batch(labels=certain, target=certain))
+    losses = losses_of(create(loss, tau=tau), make_batch(labels=certain, target=certain), x)
     losses["loss"].backward()
     assert torch.isfinite(losses["loss"])
     assert torch.isfinite(x.grad).all()
@@ -96,40 +99,43 @@ def test_certain_and_stored_answers_give_finite_losses_and_gradients(loss, tau):
         cut = torch.tensor([[0.6, 0.2, 0.0, 0.0]]).repeat(5, 1)
         whole = make_batch(labels=certain, target=cut / 0.8)
         assert torch.allclose(
-            create(loss, tau=tau)(x, replace(whole, target=cut))["loss"], create(loss, tau=tau)(x, whole)["loss"]
+            losses_of(create(loss, tau=tau), replace(whole, target=cut), x)["loss"],
+            losses_of(create(loss, tau=tau), whole, x)["loss"],
         )
 
 
 def test_loss_arguments_and_smoothing_are_of_the_labels_alone():
     x, batch = logits(4), make_batch(labels=torch.eye(4)[[0, 1, 2, 3, 0]], target=logits(5).sigmoid())
-    plain, smooth = create()(x, batch), create(smoothing=0.2)(x, batch)
+    plain, smooth = losses_of(create(), batch, x), losses_of(create(smoothing=0.2), batch, x)
     expected = F.binary_cross_entropy_with_logits(x, batch.labels * 0.8 + 0.1)
     assert smooth["loss_labels"].item() == pytest.approx(expected.item(), abs=1e-6)
     assert smooth["loss_teacher"] == plain["loss_teacher"]
-    weighed = create_objective("cmkd", loss="BCEWithLogitsLoss", loss_args={"pos_weight": torch.tensor([3.0])})
-    assert weighed(x, batch)["loss_teacher"] == plain["loss_teacher"]
-    assert weighed(x, batch)["loss_labels"] > plain["loss_labels"]
+    weighed = build_objective("cmkd", loss="BCEWithLogitsLoss", loss_args={"pos_weight": torch.tensor([3.0])})
+    assert losses_of(weighed, batch, x)["loss_teacher"] == plain["loss_teacher"]
+    assert losses_of(weighed, batch, x)["loss_labels"] > plain["loss_labels"]
 
 
 def test_half_precision_around_it_does_not_blur_a_small_divergence():
     x = logits(6)
     batch = make_batch(labels=torch.eye(4)[[0, 1, 2, 3, 0]], target=(x + 0.05).sigmoid())
-    exact = create()(x, batch)["loss_teacher"].item()
+    exact = losses_of(create(), batch, x)["loss_teacher"].item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert create()(x, batch)["loss_teacher"].item() == pytest.approx(exact, abs=1e-7)
+        assert losses_of(create(), batch, x)["loss_teacher"].item() == pytest.approx(exact, abs=1e-7)
 
 
 def test_the_defaults_are_those_of_fastast():
     objective = create()
-    assert (objective.share, objective.tau, objective.needs_labels) == (0.1, 1.0, True)
-    assert create("CrossEntropyLoss").activation == "softmax"
+    needs = needs_of("cmkd", {"loss": "CrossEntropyLoss"})
+    assert (objective.share, objective.tau) == (0.1, 1.0)
+    assert (needs.targets, needs.labels, needs.teacher) == ("classes", True, "required")
+    assert (needs.output, needs.activation) == ("logits", "softmax")
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ({"lamda": 0.5}, r"cmkd has no argument 'lamda' \(did you mean 'lambda'\?\)"),
-        ({"lambda": 1.5}, "lambda is 1.5; it is the share of the labels, from 0 to 1"),
+        ({"lambda": 1.5}, "lambda is 1.5; wanted the share of the labels, from 0 to 1"),
         ({"lambda": "much"}, "lambda is 'much', which is no number"),
         ({"tau": 0}, "tau is 0; wanted a number above 0"),
     ],
@@ -143,16 +149,26 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
     assert create(**{"lambda": "1e-1"}).share == 0.1
 
 
-def test_an_objective_takes_what_it_has_arguments_for_of_what_is_offered():
+def test_an_objective_takes_what_it_has_settings_for_of_what_is_offered():
+    @dataclass(frozen=True)
+    class Own:
+        loss: str = ""
+        lambda_: float = 1.0
+        weight: float = 0.0
+
     @register_objective("takes_the_loss_name")
-    class TakesTheLossName:
-        wants = None
+    class TakesTheLossName(Objective):
+        Settings = Own
 
-        def __init__(self, loss, **others):
-            self.loss, self.others = loss, others
+        def __init__(self, settings, student, facts):
+            super().__init__(settings, student, facts)
+            self.settings = settings
 
-        def __call__(self, output, batch):
-            return {"loss": output.mean()}
+        @classmethod
+        def needs(cls, settings):
+            return Needs("none")
 
-    made = create_objective("takes_the_loss_name", {"loss": "L1", "label_smoothing": 0.1}, weight=2)
-    assert (made.loss, made.others) == ("L1", {"weight": 2})
+    made = build_objective("takes_the_loss_name", {"loss": "L1", "label_smoothing": 0.1}, weight=2, **{"lambda": 0.5})
+    assert made.settings == Own("L1", 0.5, 2)
+    with pytest.raises(UserError, match="takes_the_loss_name has no argument 'label_smoothing'"):
+        build_objective("takes_the_loss_name", label_smoothing=0.1)

@@ -13,20 +13,20 @@ from audio.cutting import Chunks
 from audio.dataset import Pack
 from common.errors import Faults
 from distill.dataset import EpochBatches, ReplayDataset, collate
-from distill.objectives import create_objective
+from distill.objectives import plan_objective
 from distill.replay import Replay
 from distill.sources import SeededItems
 from distill.targets import SoftTargetStore, StoredTargets, dense_target
-from models import create_model
+from models import Ensemble, create_model
 from tests.distill.stores import write_epoch
 from tests.distill.test_targets import pack_of, store_of
 from training.config import SoftTargetConfig, TrainConfig
+from training.loss_module import LossModule
 from training.optim import create_optimizer
 from training.precision import Precision
 from training.settings import read_config
-from training.teacher import Teacher
 from training.teaching import SoftTargets, Teaching
-from training.trainer import Learner, Trainer
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def test_more_workers_and_larger_batches_than_there_are_clips_store_every_chunk(
     config = SoftTargetConfig(
         train_data=str(tone_pack), model="audiotransformer_pico", epochs=1, num_workers=8, batch_size=128, device="cpu"
     )
-    teacher = Teacher([create_model("audiotransformer_pico", num_classes=50)])
+    teacher = Ensemble([create_model("audiotransformer_pico", num_classes=50)])
     Teaching(config, Pack.open(tone_pack), SoftTargets(teacher, config.topk), tmp_path).save()
     with h5py.File(tmp_path / "logits_ep1_0.h5") as file:
         assert file["topk_values"].shape == (28, 20)
@@ -106,11 +106,11 @@ def test_one_step_serves_every_mode(tone_pack, mode, consistent, mixup):
     source = SeededItems(Chunks.whole(np.full(4, 16000), 16000), replay, seed=3)
     source.target = lambda epoch, item: np.eye(7, dtype=np.float32)[item]
     dataset = ReplayDataset(Pack.open(tone_pack), source, [16000], consistent=consistent, mixup=mixup)
-    objective = create_objective("target", loss="BCEWithLogitsLoss", loss_args={"reduction": "none"})
+    plan = plan_objective("target", loss="BCEWithLogitsLoss", loss_args={"reduction": "none"})
     model = create_model("audiotransformer_pico", num_classes=7, pooling="logit").train()
     optimizer = create_optimizer("AdamW", model.parameters(), {"lr": 1e-3}, CPU)
-    learner = Learner(model, objective, replay, "spectrogram" if mixup else None)
-    trainer = Trainer(learner, optimizer, None, Precision(mode, CPU), seed=0)
+    losses = LossModule(model, plan.build(model), plan.needs, replay, "spectrogram" if mixup else None)
+    trainer = Trainer(losses, optimizer, None, Precision(mode, CPU), seed=0, total_steps=12)
     batch = collate([dataset[(1, i)] for i in range(4)]).to(CPU)
     losses = [trainer.step([batch], [1.0], step)["loss"].item() for step in range(12)]
     assert np.isfinite(losses).all()

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from distill.clusters import balance
-from distill.embedding_objectives import KINDS, contrast
-from distill.objectives import create_objective
+from distill.objectives.embedding import KINDS, contrast
 from tests.batches import make_batch
+from tests.objectives import build_objective, losses_of
 
 
 def double_loop(p, t, cluster, temperature, leak=False):
@@ -61,15 +61,13 @@ def test_a_batch_of_one_cluster_or_of_one_clip_has_no_negatives_and_costs_nothin
 @pytest.mark.parametrize("kind", KINDS)
 def test_vectors_without_a_direction_give_finite_losses_and_gradients(kind):
     """Silence may embed as zeros, and a projection may die: identical vectors of zero length on both sides."""
-    objective = create_objective(kind, hidden=0)
-    objective.attach(3, 6)
+    objective = build_objective(kind, embed_dim=3, width=6, hidden=0)
     for parameter in objective.parameters():
         torch.nn.init.zeros_(parameter)
     embedding = torch.zeros(4, 3).requires_grad_()
     for target in (torch.zeros(4, 6), torch.randn(4, 6)):
-        losses = objective(
-            torch.empty(4, 0), make_batch(embedding=embedding, target=target, cluster=torch.tensor([0, 0, 1, 2]))
-        )
+        batch = make_batch(target=target, cluster=torch.tensor([0, 0, 1, 2]))
+        losses = losses_of(objective, batch, embedding=embedding)
         losses["loss"].backward()
         assert all(torch.isfinite(value) for value in losses.values())
         assert losses["cosine"].item() == 0

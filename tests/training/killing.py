@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from run import Runner
+from tests.training import methods  # noqa: F401  (it registers its objectives)
 
 
 def start(config: str, output: str, workers: int) -> int:

@@ -13,7 +13,6 @@ from audio.io import to_int16
 from audio.shards import ShardWriter
 from common.errors import Faults, UserError
 from common.files import sha256, write_json
-from distill.objectives import create_objective
 from models import create_model
 from tests.conftest import run_command
 from training import automatic, prepare
@@ -22,6 +21,7 @@ from training.band_limit import usable_limit
 from training.budget import Timing, choose_epochs, time_run
 from training.config import TrainConfig, read_minutes
 from training.data import open_training
+from training.needs import plan_run
 from training.prepare import prepare_run
 from training.run_folder import recall_choices
 
@@ -153,10 +153,11 @@ def opened(tone_pack, **changes):
     overrides |= {"num_workers": 0, "device": "cpu", "baseline": False, "model_args.width": 4} | changes
     faults = Faults("the test")
     config = read_train_config(TEACHER, overrides, faults)
-    data = open_training(config, 1, faults)
+    plan = plan_run(config, faults)
+    data = open_training(config, 1, faults, plan.needs)
     faults.raise_if_any()
     model = create_model(config.model, num_classes=7, labels=data.labels, **config.model_args)
-    return config, data, model, create_objective("target", loss=config.loss, loss_args={})
+    return config, data, model, plan.build(model), plan.needs
 
 
 @pytest.mark.parametrize(("budget", "passes"), [("1s", None), ("30s", (2, 199)), ("100h", (200, 200))])
@@ -187,10 +188,10 @@ def test_an_epoch_length_that_is_given_counts_in_the_budget(tone_pack):
 
 
 def test_steps_are_timed_on_copies(tone_pack):
-    config, data, model, objective = opened(tone_pack)
+    config, data, model, objective, needs = opened(tone_pack)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(5)
-    timing = time_run(config, data, model, objective, torch.device("cpu"), 1)
+    timing = time_run(config, data, model, objective, needs, torch.device("cpu"), 1)
     assert 0 < timing.step_seconds < 60
     assert 0 < timing.valid_seconds < 60
     drawn = torch.rand(3)

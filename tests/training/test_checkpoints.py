@@ -38,7 +38,7 @@ def saved(folder, scores, n=4):
     model, best = tagger(), BestCheckpoints(folder, n)
     for epoch, score in enumerate(scores, 1):
         nn.init.constant_(model.outputlayer[1].bias, epoch)
-        best.offer(model, score, epoch)
+        best.update(model, {"valid_mAP": score}, epoch)
     best.prune()
     return model, best
 
@@ -53,7 +53,7 @@ def test_the_best_n_checkpoints_are_kept(tmp_path):
     answers = []
     for epoch, score in enumerate([0.3, 0.5, 0.2, 0.4], 1):
         nn.init.constant_(model.outputlayer[1].bias, epoch)
-        answers.append(best.offer(model, score, epoch))
+        answers.append(best.update(model, {"valid_mAP": score}, epoch))
         best.prune()
     assert len(list(tmp_path.glob("best*"))) == 3  # what the state before still speaks of
     best.prune()
@@ -93,7 +93,7 @@ def test_one_checkpoint_or_equal_ones_are_kept_without_another_validation(tmp_pa
     model = tagger(1.0)
     best = BestCheckpoints(tmp_path, 4)
     for epoch, score in enumerate(scores, 1):
-        best.offer(model, score, epoch)
+        best.update(model, {"valid_mAP": score}, epoch)
     weights = choose_final_weights(best, tagger(9.0), Ranks(), lambda: pytest.fail("validated"))
     assert files(tmp_path) == ["averaged.pt"]
     assert bias_of(load_model(tmp_path)) == 1.0

@@ -73,9 +73,9 @@ def test_what_is_written_stays_and_what_is_missing_is_made_by_any_number_of_proc
 
 
 def open_of(model):
-    from training.teacher import Teacher
+    from models import Ensemble
 
-    return Teacher([model])
+    return Ensemble([model])
 
 
 def write_npz(folder, pack, of_clip):

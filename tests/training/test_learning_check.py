@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from distill import embedding_objectives  # noqa: F401  (it registers its objectives)
-from distill.objectives import create_objective
+from distill.objectives import Needs, Objective
 from tests.batches import make_batch
+from tests.objectives import build_objective, losses_of
 from tests.training.test_loop import settings, train
 from tests.training.test_report import Page
 from training.chance import Chance, chance_bounds
@@ -62,7 +62,7 @@ def best_constant(objective, batch, probabilities):
     def loss():
         optimizer.zero_grad()
         output = (answer.sigmoid() if probabilities else answer).expand(n, width)
-        value = objective(output, replace(batch, embedding=vector.expand(n, width)))["loss"]
+        value = losses_of(objective, batch, output, vector.expand(n, width))["loss"]
         value.backward()
         return value
 
@@ -73,8 +73,8 @@ def best_constant(objective, batch, probabilities):
 @pytest.mark.parametrize("name", CASES)
 def test_the_constant_loss_is_the_smallest_that_one_answer_to_all_clips_has(name):
     kind, arguments = CASES[name]
-    objective = create_objective(kind, **arguments)
-    if hasattr(objective, "attach"):
+    objective = build_objective(kind, **arguments)
+    if hasattr(objective, "projection"):
         objective.projection = torch.nn.Identity()  # the answer itself is searched for
     batch = batch_of(name)
     tally = TargetTally(objective)
@@ -89,20 +89,19 @@ def test_the_constant_loss_is_the_smallest_that_one_answer_to_all_clips_has(name
 def test_counting_targets_reads_nothing_from_the_device(name):
     """A tensor on the meta device has no values: whatever waited for one would raise."""
     kind, arguments = CASES[name]
-    tally = TargetTally(create_objective(kind, **arguments))
+    tally = TargetTally(build_objective(kind, **arguments))
     for _ in range(2):
         tally.add(batch_of(name).to(torch.device("meta")))
 
 
 def test_what_is_not_known_is_not_judged():
-    class Custom:
-        wants, sample_rates = None, ()
+    class Custom(Objective):
+        @classmethod
+        def needs(cls, settings):
+            return Needs("classes")
 
-        def __call__(self, output, batch):
-            return {"loss": output.mean()}
-
-    contrastive, weighed = create_objective("contrastive"), CLASSES | {"loss_args": {"pos_weight": torch.ones(1)}}
-    for objective in (Custom(), contrastive, create_objective("target", **weighed)):
+    contrastive, weighed = build_objective("contrastive"), CLASSES | {"loss_args": {"pos_weight": torch.ones(1)}}
+    for objective in (Custom(None, None, None), contrastive, build_objective("target", **weighed)):
         tally = TargetTally(objective)
         tally.add(batch_of("kl"))
         assert tally.constant_loss(Ranks()) is None
@@ -191,7 +190,7 @@ def test_it_is_said_once_that_nothing_is_learnt_and_once_that_something_is(caplo
 
 
 def test_its_state_goes_on_where_it_was(caplog):
-    objective = create_objective("target", **SOFTMAX)
+    objective = build_objective("target", **SOFTMAX)
     one, other = (LearningCheck(TargetTally(objective), 100, 10, lambda _: ["a cause"], Ranks()) for _ in range(2))
     batches = [batch_of("softmax", seed=seed) for seed in range(4)]
     one.targets.add(batches[0])

@@ -1,6 +1,7 @@
 """Training, for real, on a few tones."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,15 @@ from audio.cutting import Chunks
 from audio.dataset import Pack
 from common.errors import Faults, UserError
 from distill.dataset import ReplayDataset
-from distill.objectives import create_objective, register_objective
+from distill.objectives import Needs, Objective, register_objective
 from distill.replay import Replay
 from distill.sources import SeededItems
-from models import create_model
+from models import Ensemble, create_model
 from training.config import SoftTargetConfig, TrainConfig
 from training.data import open_training
 from training.loop import Run
+from training.needs import plan_run
 from training.student import create_student
-from training.teacher import Teacher
 from training.teaching import SoftTargets, Teaching
 from training.trainer import Trainer
 
@@ -55,11 +56,11 @@ def train(folder: Path, config: TrainConfig, seed=1):
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     faults = Faults("the test")
-    data = open_training(config, seed, faults)
+    plan = plan_run(config, faults)
+    data = open_training(config, seed, faults, plan.needs)
     faults.raise_if_any()
-    objective = create_objective(config.objective, loss=config.loss, loss_args=config.loss_args)
-    model = create_student(config, data.labels, objective)
-    run = Run(config, data, model, objective, folder, CPU, seed)
+    model = create_student(config, data.labels, plan.needs)
+    run = Run(config, data, model, plan.build(model), plan.needs, folder, CPU, seed)
     return run.fit(), run
 
 
@@ -91,7 +92,7 @@ def test_the_same_seed_gives_the_same_weights_with_any_number_of_workers(tone_pa
 
 def test_training_on_chunks_covers_the_whole_of_a_long_clip(tone_pack):
     faults = Faults("the test")
-    data = open_training(settings(tone_pack, chunk_length=0.25), 1, faults)
+    data = open_training(settings(tone_pack, chunk_length=0.25), 1, faults, Needs("classes"))
     assert not faults.sentences
     assert len(data.source.chunks) == 28 * 4
     assert np.array_equal(data.source.target(1, 5), np.eye(7)[1])
@@ -113,33 +114,42 @@ def test_a_loss_that_is_not_finite_stops_with_the_names_of_the_batch(tone_pack, 
 def test_the_first_batches_looked_at_are_trained_on_as_well(tone_pack, tmp_path, monkeypatch):
     """Every stored epoch in order: looking at the data first must not use any of it up."""
     seen = []
-    monkeypatch.setattr(
-        Trainer,
-        "step",
-        lambda self, parts, weights, number: seen.extend(parts[0].item.tolist()) or {"loss": torch.ones(())},
-    )
+
+    def look(self, parts, weights, number):
+        seen.extend(parts[0].item.tolist())
+        return {"loss": torch.ones(()), "grad_norm": torch.ones(())}
+
+    monkeypatch.setattr(Trainer, "step", look)
     train(tmp_path, settings(tone_pack, epochs=1, valid_every=1))
     assert sorted(seen) == list(range(28))
 
 
 def test_an_objective_of_its_own_brings_losses_parameters_and_rates(tone_pack, tmp_path):
+    @dataclass(frozen=True)
+    class Own:
+        start: float = 0.0
+
     @register_objective("towards_a_learnt_level")
-    class LearntLevel(torch.nn.Module):
-        wants, sample_rates = None, (8000,)
+    class LearntLevel(Objective):
+        Settings = Own
 
-        def __init__(self, start):
-            super().__init__()
-            self.level = torch.nn.Parameter(torch.tensor(start))
+        def __init__(self, settings, student, facts):
+            super().__init__(settings, student, facts)
+            self.level = torch.nn.Parameter(torch.tensor(settings.start))
 
-        def forward(self, output, batch):
+        @classmethod
+        def needs(cls, settings):
+            return Needs("classes", output="logits", sample_rates=(8000,))
+
+        def forward(self, student, batch):
             assert batch.waveforms[8000].shape[1] == 8000
+            output = student.forward_spectrogram(batch.mel, batch.n_frames)
             return {"loss": (output.mean() - self.level) ** 2, "level": self.level}
 
     config = settings(tone_pack, epochs=2, valid_every=2, init_from_data=False)
-    faults = Faults("the test")
-    data = open_training(config, 1, faults)
-    objective = create_objective("towards_a_learnt_level", start=5.0)
-    Run(config, data, create_student(config, data.labels, objective), objective, tmp_path, CPU, 1).fit()
+    config = config.model_copy(update={"objective": "towards_a_learnt_level", "objective_args": {"start": 5.0}})
+    _, run = train(tmp_path, config)
+    objective = run.objective
     assert objective.level.item() < 5.0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "epoch"]
@@ -155,13 +165,13 @@ def test_wrapped_parameters_are_trained_through_their_wrapping(tone_pack, tmp_pa
 
     config = settings(tone_pack, epochs=1, valid_every=1, init_from_data=False)
     faults = Faults("the test")
-    data = open_training(config, 1, faults)
-    objective = create_objective("target", loss=config.loss, loss_args={})
-    model = create_student(config, data.labels, objective)
+    plan = plan_run(config, faults)
+    data = open_training(config, 1, faults, plan.needs)
+    model = create_student(config, data.labels, plan.needs)
     layer = model.blocks[0].mlp.fc1
     torch.nn.utils.parametrize.register_parametrization(layer, "weight", Sign())
     before = layer.parametrizations.weight.original.detach().clone()
-    Run(config, data, model, objective, tmp_path, CPU, 1).fit()
+    Run(config, data, model, plan.build(model), plan.needs, tmp_path, CPU, 1).fit()
     assert not torch.equal(before, layer.parametrizations.weight.original)
     assert torch.allclose(layer.weight.abs(), layer.weight.abs().mean(), rtol=1e-5)
 
@@ -202,7 +212,7 @@ def test_the_key_disable_consistency_reaches_the_clips_of_a_run(tone_pack, tmp_p
     given = {"model": "audiotransformer_pico", "epochs": 1, "topk": 3, "num_workers": 0, "device": "cpu"}
     given |= {"wavtransforms": {"Shift": {"p": 1.0}}, "spectransforms": []}
     labels = [f"tone {i}" for i in range(7)]
-    teacher = Teacher([create_model("audiotransformer_pico", num_classes=7, labels=labels, depth=1)])
+    teacher = Ensemble([create_model("audiotransformer_pico", num_classes=7, labels=labels, depth=1)])
     config = SoftTargetConfig(train_data=str(tone_pack), **given)
     Teaching(config, Pack.open(tone_pack), SoftTargets(teacher, 3), store).save()
     changes = {"logitspath": str(store), "disable_consistency": disabled, "epochs": 1, "valid_every": 1}

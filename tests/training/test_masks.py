@@ -5,10 +5,9 @@ import yaml
 
 from audio.dataset import Pack
 from common.errors import UserError
-from models import create_model
+from models import Ensemble, create_model
 from training.config import SoftTargetConfig
 from training.prepare import prepare_run
-from training.teacher import Teacher
 from training.teaching import SoftTargets, Teaching
 
 SETTINGS = {
@@ -63,7 +62,7 @@ def test_what_single_clips_can_lose_is_in_the_log(prepare, masks, warned):
 def test_masks_of_stored_targets_are_warned_of_since_the_run_cannot_change_them(prepare, tone_pack, tmp_path):
     settings = {"epochs": 1, "topk": 3, "num_workers": 0, "device": "cpu"}  # masks of up to 1.92 s by default
     config = SoftTargetConfig(train_data=str(tone_pack), model="audiotransformer_pico", **settings)
-    teacher = Teacher([create_model("audiotransformer_pico", num_classes=7, depth=1)])
+    teacher = Ensemble([create_model("audiotransformer_pico", num_classes=7, depth=1)])
     store = Teaching(config, Pack.open(tone_pack), SoftTargets(teacher, 3), tmp_path / "store").save()
     log = (prepare([], logitspath=str(store)).folder.path / "train.log").read_text()
     assert f"the targets of {store} were stored with masks" in log

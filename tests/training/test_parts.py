@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from audio.cutting import Chunks
 from audio.dataset import Pack
 from common.errors import UserError
 from distill.dataset import EpochBatches, ReplayDataset
-from distill.objectives import LOSSES, create_objective, register_objective
+from distill.objectives import Needs, Objective, plan_objective, register_objective
+from distill.objectives.target import LOSSES
 from distill.replay import Replay
 from distill.sources import SeededItems
 from models import create_model
 from models.devices import choose_device
 from tests.batches import make_batch
+from tests.objectives import build_objective, losses_of
 from training.averaging import MovingAverage, average_states
 from training.evaluate import group_by_length
 from training.mixup import mix_spectrograms, mix_targets, mix_waveforms
@@ -114,7 +117,7 @@ def test_an_unknown_device_is_a_sentence():
 
 def test_norms_biases_and_position_embeddings_are_not_decayed():
     model = create_model("audiotransformer_pico", num_classes=2)
-    decayed, others = parameter_groups(model, None)
+    decayed, others = parameter_groups(model, nn.Identity())
     names = {id(p): name for name, p in model.named_parameters()}
     spared = {names[id(p)] for p in others["params"]}
     assert others["weight_decay"] == 0.0
@@ -127,7 +130,7 @@ def test_norms_biases_and_position_embeddings_are_not_decayed():
 def test_layer_decay_slows_each_block_relative_to_the_one_above():
     model = create_model("audiotransformer_pico", num_classes=2)  # four blocks
     rates = {}
-    for group in parameter_groups(model, None, 0.01, 0.5):
+    for group in parameter_groups(model, nn.Identity(), 0.01, 0.5):
         rates |= {id(p): group["lr"] for p in group["params"]}
     by_name = {name: rates[id(p)] for name, p in model.named_parameters()}
     assert by_name["outputlayer.1.weight"] == by_name["norm.bias"] == 0.01
@@ -148,7 +151,7 @@ def test_frozen_parameters_stay_and_their_modules_rest():
     }
     assert model.init_bn[1] in resting
     assert model.blocks[2] not in resting
-    trained = sum(len(group["params"]) for group in parameter_groups(model, None))
+    trained = sum(len(group["params"]) for group in parameter_groups(model, nn.Identity()))
     assert trained == sum(p.requires_grad for p in model.parameters())
     with pytest.raises(UserError, match=r"no parameter matches 'stem.1'.*blocks"):
         freeze(model, ["stem.1"])
@@ -183,13 +186,13 @@ def test_the_moving_average_equals_its_plain_recurrence_and_leaves_the_model_as_
 def test_label_smoothing_moves_a_tenth_to_what_knows_nothing(loss, expected):
     output = torch.randn(1, 4)
     one_hot = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
-    smoothed = create_objective("target", loss=loss, loss_args={}, label_smoothing=0.1)
-    plain = create_objective("target", loss=loss, loss_args={})
-    assert smoothed(output, make_batch(target=one_hot))["loss"] == pytest.approx(
-        plain(output, make_batch(target=torch.tensor([expected])))["loss"].item()
+    smoothed = build_objective("target", loss=loss, loss_args={}, label_smoothing=0.1)
+    plain = build_objective("target", loss=loss, loss_args={})
+    assert losses_of(smoothed, make_batch(target=one_hot), output)["loss"] == pytest.approx(
+        losses_of(plain, make_batch(target=torch.tensor([expected])), output)["loss"].item()
     )
     if loss == "CrossEntropyLoss":
-        assert smoothed(output, make_batch(target=one_hot))["loss"] == pytest.approx(
+        assert losses_of(smoothed, make_batch(target=one_hot), output)["loss"] == pytest.approx(
             cross_entropy(output, one_hot, label_smoothing=0.1).item()
         )
 
@@ -248,7 +251,7 @@ def test_balanced_sampling_draws_as_the_weights_say():
 def test_each_loss_equals_its_plain_definition(name):
     torch.manual_seed(0)
     output, target = torch.randn(5, 4), torch.rand(5, 4)
-    objective = create_objective("target", loss=name, loss_args={"reduction": "none"} if "BCE" in name else {})
+    objective = build_objective("target", loss=name, loss_args={"reduction": "none"} if "BCE" in name else {})
     if name == "BCELoss":
         output = output.sigmoid()
         expected = binary_cross_entropy(output, target)
@@ -256,20 +259,30 @@ def test_each_loss_equals_its_plain_definition(name):
         expected = binary_cross_entropy_with_logits(output, target)
     else:
         expected = cross_entropy(output, target / target.sum(1, keepdim=True))
-    assert torch.allclose(objective(output, make_batch(target=target))["loss"], expected)
+    assert torch.allclose(losses_of(objective, make_batch(target=target), output)["loss"], expected)
 
 
 def test_an_objective_is_added_in_one_place():
+    @dataclass(frozen=True)
+    class Own:
+        factor: float = 2.0
+
     @register_objective("twice_the_mean")
-    class TwiceTheMean:
-        wants = None
+    class TwiceTheMean(Objective):
+        Settings = Own
 
-        def __call__(self, output, batch):
-            return {"loss": 2 * output.mean()}
+        @classmethod
+        def needs(cls, settings):
+            return Needs("none", output="logits")
 
-    assert create_objective("twice_the_mean")(torch.ones(2, 2), make_batch(target=torch.ones(2, 2)))["loss"] == 2.0
+        def forward(self, student, batch):
+            return {"loss": 2 * student.forward_spectrogram(batch.mel).mean()}
+
+    assert losses_of(build_objective("twice_the_mean"), make_batch(target=torch.ones(2, 2)), torch.ones(2, 2)) == {
+        "loss": 2.0
+    }
     with pytest.raises(UserError, match="did you mean 'twice_the_mean'"):
-        create_objective("twice_the_meen")
+        plan_objective("twice_the_meen")
 
 
 def test_a_model_started_from_data_answers_with_the_prior_and_knows_the_level():

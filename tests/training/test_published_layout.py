@@ -21,10 +21,9 @@ from distill.published_layout import check_published, dump, write_published_meta
 from distill.published_meta import read_published_meta
 from distill.replay import Replay
 from distill.targets import SoftTargetStore, StoredTargets
-from models import create_model
+from models import Ensemble, create_model
 from tests.conftest import run_command
 from training.config import SoftTargetConfig
-from training.teacher import Teacher
 from training.teaching import SoftTargets, Teaching
 
 # --- What the published code brings along: its modules, by the published names ---
@@ -136,7 +135,7 @@ def published(tmp_path_factory, tone_pack):
     assert packed.returncode == 0, packed.stderr
     pack = Pack.open(folder / "pack/labels/tones.tsv")
     torch.manual_seed(0)
-    teacher = Teacher([create_model("audiotransformer_pico", num_classes=7)])
+    teacher = Ensemble([create_model("audiotransformer_pico", num_classes=7)])
     settings = {"epochs": 2, "batch_size": 8, "num_workers": 0, "topk": 5, "device": "cpu", "chunk_length": 0.4}
     config = SoftTargetConfig(train_data=str(pack.manifest), model="x", layout="published", **settings)
     for rank in (1, 0):
@@ -299,7 +298,7 @@ def test_packing_refuses_base_names_that_clips_share_and_another_rate(tmp_path, 
 
 def test_a_folder_in_one_layout_is_not_continued_in_the_other(published):
     pack = Pack.open(published / "pack/labels/tones.tsv")
-    teacher = Teacher([create_model("audiotransformer_pico", num_classes=7)])
+    teacher = Ensemble([create_model("audiotransformer_pico", num_classes=7)])
     config = SoftTargetConfig(
         train_data=str(pack.manifest), model="x", epochs=2, topk=5, chunk_length=0.4, device="cpu"
     )

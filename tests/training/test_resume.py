@@ -128,14 +128,14 @@ def stop_after(monkeypatch, step: int):
     """Let training end with an exception after a step, as a crash would."""
     from training.loop import Run
 
-    advance = Run._advance
+    train_step = Run.train_step
 
     def patched(self, stream):
         if self.step == step:
             raise StoppedError
-        advance(self, stream)
+        train_step(self, stream)
 
-    monkeypatch.setattr(Run, "_advance", patched)
+    monkeypatch.setattr(Run, "train_step", patched)
 
 
 @pytest.fixture
@@ -294,7 +294,7 @@ def test_weights_that_are_not_finite_are_never_saved(tone_pack, tmp_path, monkey
         losses = step(self, parts, weights, number)
         if number == 4:
             with torch.no_grad():
-                self.learner.model.norm.weight.mul_(torch.nan)
+                self.loss_module.model.norm.weight.mul_(torch.nan)
         return losses
 
     monkeypatch.setattr(Trainer, "step", poisoned)

@@ -13,13 +13,14 @@ import yaml
 from audio.dataset import Pack
 from common.errors import Faults, UserError
 from distill.targets import SoftTargetStore, StoredTargets
-from models import create_model, load_model, save_checkpoint
+from models import Ensemble, create_model, load_model, save_checkpoint
 from models.labels import audioset_labels
 from training.config import SoftTargetConfig, TrainConfig
 from training.data import open_training
+from training.needs import plan_run
 from training.prepare import prepare_run
 from training.smoke import smoke
-from training.teacher import Teacher, load_teacher
+from training.teacher import load_teacher
 from training.teaching import SoftTargets, Teaching
 
 # What a smoke run may change; everything else is what is being tried.
@@ -45,9 +46,9 @@ def settings(**changes):
     )
 
 
-def opened(config, **more):
+def opened(config, teacher_labels=None):
     faults = Faults("the test")
-    data = open_training(config, 1, faults, **more)
+    data = open_training(config, 1, faults, plan_run(config, faults).needs, teacher_labels)
     faults.raise_if_any()
     assert data is not None
     return data
@@ -66,7 +67,7 @@ def store(tone_pack, tmp_path):
     )
     teacher = create_model("audiotransformer_pico", labels=[f"tone {i}" for i in range(7)], num_classes=7, depth=1)
     return Teaching(
-        config, Pack.open(tone_pack), SoftTargets(Teacher([teacher]), config.topk), tmp_path / "store"
+        config, Pack.open(tone_pack), SoftTargets(Ensemble([teacher]), config.topk), tmp_path / "store"
     ).save()
 
 
@@ -285,7 +286,7 @@ def test_a_teacher_that_is_not_here_is_stood_in_for_over_the_same_classes(
         stand_in = load_teacher(short.teacher, short.teacher_weights)
         assert stand_in.labels == labels
         assert stand_in.activations == {"softmax" if loss == "CrossEntropyLoss" else "sigmoid"}
-        data = opened(short, taught=stand_in.labels, needs_labels=True)
+        data = opened(short, stand_in.labels)
         assert data.labels == labels
         assert np.array_equal(data.item_labels.target(1, 3), np.eye(len(labels))[3])
     assert f"teacher {teacher} is not there: a small, untrained one stands in" in caplog.text
@@ -294,7 +295,7 @@ def test_a_teacher_that_is_not_here_is_stood_in_for_over_the_same_classes(
 def test_made_up_sounds_are_labelled_with_the_classes_of_a_teacher_that_is_here(checkpoint, tmp_path):
     short = smoke(settings(teacher=checkpoint, objective="cmkd"), tmp_path / "smoke")
     assert short.teacher == checkpoint
-    data = opened(short, taught=load_teacher(checkpoint).labels, needs_labels=True)
+    data = opened(short, load_teacher(checkpoint).labels)
     assert data.labels == [f"tone {i}" for i in range(7)]
     assert [int(i[0]) for i in data.evaluation.labels[:8]] == [0, 1, 2, 3, 4, 5, 6, 0]
 
@@ -311,7 +312,7 @@ def test_unlabelled_sounds_are_taught_audiosets_classes_where_nothing_says_other
     table.to_csv("bare.tsv", sep="\t", index=False)
     for changes, n_classes in (({}, 527), ({"num_classes": 3}, 3)):
         short = smoke(settings(train_data="bare.tsv", teacher="gone.pt", **changes), tmp_path / "smoke")
-        data = opened(short, taught=load_teacher(short.teacher).labels)
+        data = opened(short, load_teacher(short.teacher).labels)
         assert len(data.labels) == data.evaluation.num_classes == n_classes
 
 

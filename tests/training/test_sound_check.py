@@ -16,9 +16,8 @@ from common.errors import UserError
 from distill.embeddings import EmbeddingStore, StoredEmbeddings
 from distill.sound_check import COMPARED, fingerprint
 from distill.targets import SoftTargetStore, StoredTargets
-from models import create_model
+from models import Ensemble, create_model
 from training.config import SoftTargetConfig
-from training.teacher import Teacher
 from training.teaching import Embeddings, SoftTargets, Teaching
 
 N, RATE = 100, 16000
@@ -49,10 +48,10 @@ def altered(pack: Pack, clip: int, place: int) -> dict[int, np.ndarray]:
 @pytest.fixture(scope="module")
 def teacher():
     torch.manual_seed(0)
-    return Teacher([create_model("audiotransformer_pico", num_classes=3)])
+    return Ensemble([create_model("audiotransformer_pico", num_classes=3)])
 
 
-def save(pack: Pack, teacher: Teacher, folder: Path, targets: str = "probabilities", **changes):
+def save(pack: Pack, teacher: Ensemble, folder: Path, targets: str = "probabilities", **changes):
     settings = {"epochs": 1, "batch_size": 64, "num_workers": 0, "topk": 3, "device": "cpu", "chunk_length": 1.0}
     config = SoftTargetConfig(train_data=str(pack.manifest), model="x", targets=targets, **settings | changes)
     content = SoftTargets(teacher, 3) if targets == "probabilities" else Embeddings(teacher)

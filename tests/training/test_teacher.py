@@ -1,6 +1,7 @@
 """An online teacher: it hears what the student hears, answers, and stays as it is."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,18 @@ import yaml
 from audio.dataset import Pack
 from common.errors import UserError
 from distill.dataset import collate
-from models import create_model, load_model, save_checkpoint
+from distill.objectives import Objective
+from models import Ensemble, create_model, load_model, save_checkpoint
 from tests.batches import make_batch
 from tests.training.test_resume import StoppedError, final_weights, lines_of, stop_after, weights_of
 from training.config import SoftTargetConfig
+from training.loss_module import LossModule, add_teacher_output
 from training.mixup import mix_targets
 from training.prepare import prepare_run
 from training.run_facts import describe_targets
 from training.run_folder import RunFolder
-from training.teacher import Teacher, load_teacher
+from training.teacher import load_teacher
 from training.teaching import SoftTargets, Teaching
-from training.trainer import Learner
 
 CPU = torch.device("cpu")
 LABELS = [f"tone {index}" for index in range(7)]
@@ -87,27 +89,16 @@ def prepare(path: str, seed: int = 3, **more):
     return prepare_run(path, {}, seed, resume="never", **more)
 
 
-class Seen:
-    """An objective that keeps the batches which reach it."""
-
-    wants, sample_rates = None, ()
+class Seen(Objective):
+    """Keeps the batches that it is given."""
 
     def __init__(self):
+        super().__init__(None, None, None)
         self.batches = []
 
-    def __call__(self, output, batch):
+    def forward(self, student, batch):
         self.batches.append(batch)
-        return {"loss": output.mean()}
-
-
-def student_hears(learner: Learner, batch):
-    """Return the spectrograms that reach the student's network."""
-    heard = []
-    network = learner.network
-    learner.network = lambda mel, n_frames: heard.append(mel) or network(mel, n_frames)
-    learner(batch)
-    learner.network = network
-    return heard[0]
+        return {"loss": batch.mel.mean()}
 
 
 @pytest.mark.parametrize("kind", ["ced", "cnn"])
@@ -122,8 +113,9 @@ def test_the_target_is_the_teachers_answer_to_the_same_augmented_and_mixed_clip(
     keys = [(2, item) for item in (0, 5, 11, 23, 27)]
     batch = collate([run.dataset[key] for key in keys]).to(CPU)
     seen = Seen()
-    learner = Learner(run.model.eval(), seen, run.data.source.replay, mixup_on, False, run.teacher)
-    learner(batch)
+    add = partial(add_teacher_output, run.teacher, run.needs)
+    losses = LossModule(run.model.eval(), seen, run.needs, run.data.source.replay, mixup_on, add_teacher=add)
+    losses(batch)
     (told,) = seen.batches
     model = load_model(checkpoints / f"{kind}.pt")
     rate, replay = model.sample_rate, run.data.source.replay
@@ -143,7 +135,7 @@ def test_the_target_is_the_teachers_answer_to_the_same_augmented_and_mixed_clip(
     assert torch.allclose(told.target, expected, atol=1e-4)
     assert expected.std(0).max() > 0.01
     if kind == "ced":  # of the same front-end: what the student's network is given is what the teacher's was
-        assert torch.allclose(student_hears(learner, batch), torch.cat(mels), atol=0.05)  # decibels, down to -100
+        assert torch.allclose(told.mel, torch.cat(mels), atol=0.05)  # decibels, down to -100
     own = torch.eye(7)[[0, 5, 4, 2, 6]]
     if mixup_on:
         own = weights[:, None] * own + (1 - weights[:, None]) * own.flip(0)
@@ -200,10 +192,10 @@ def test_any_teacher_teaches_any_student_and_stays_as_it_is(configure, checkpoin
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in member.parameters())
     assert any(not torch.equal(own[key], value) for key, value in run.model.state_dict().items())
     assert run.trainer.state_dict()["model"].keys() == own.keys()
-    assert not any("teacher" in key for key in run.trainer.learner.state_dict())
-    trained = {id(parameter) for parameter in run.trainer.parameters}
+    assert not any("teacher" in key for key in run.trainer.loss_module.state_dict())
+    trained = {id(parameter) for parameter in run.trainer.guard.parameters}
     assert trained == {id(parameter) for parameter in run.model.parameters()}
-    assert states[-1]["trainer"].keys() == {"model", "optimizer", "schedule", "scaler", "average"}
+    assert states[-1]["trainer"].keys() == {"model", "optimizer", "schedule", "scaler", "average", "objective"}
     saved = torch.load(final_weights(prepared.folder.path), weights_only=True)
     assert saved["model"].keys() == own.keys()
     assert saved["config"]["labels"] == LABELS
@@ -238,8 +230,8 @@ def test_a_head_start_from_data_asks_the_teacher(configure, checkpoints):
     batch = collate([run.dataset[key] for key in keys]).to(CPU)
     prior = run.teacher.probabilities(batch, run.data.source.replay.spectrogram).mean(0)
     biases = []
-    make = run._make_trainer
-    run._make_trainer = lambda **more: biases.append(run.model.outputlayer[1].bias.detach().clone()) or make(**more)
+    make = run.create_trainer
+    run.create_trainer = lambda: biases.append(run.model.outputlayer[1].bias.detach().clone()) or make()
     run.fit()
     assert torch.allclose(biases[0], torch.logit(prior), atol=1e-3)
 
@@ -330,7 +322,7 @@ def test_a_stopped_run_goes_on_with_its_teacher_and_with_no_other(configure, che
 def test_what_a_teacher_was_created_with_is_part_of_its_fingerprint():
     def fingerprint(**arguments):
         torch.manual_seed(0)
-        return Teacher([create_model("audiotransformer_pico", num_classes=2, depth=1, **arguments)]).fingerprint()
+        return Ensemble([create_model("audiotransformer_pico", num_classes=2, depth=1, **arguments)]).fingerprint()
 
     assert fingerprint() == fingerprint()
     assert fingerprint() != fingerprint(pooling="logit")

@@ -12,10 +12,9 @@ from audio.dataset import Pack
 from common.errors import UserError
 from distill.replay import Replay
 from distill.targets import SoftTargetStore, StoredTargets
-from models import create_model
+from models import Ensemble, create_model
 from tests.batches import make_batch
 from training.config import SoftTargetConfig
-from training.teacher import Teacher
 from training.teaching import SoftTargets, Teaching
 
 
@@ -36,13 +35,13 @@ def config(tone_pack, **changes):
 @pytest.fixture(scope="module")
 def teacher():
     torch.manual_seed(0)
-    return Teacher([create_model("audiotransformer_pico", num_classes=7)])
+    return Ensemble([create_model("audiotransformer_pico", num_classes=7)])
 
 
 @pytest.fixture(scope="module")
 def other_teacher():
     torch.manual_seed(1)
-    return Teacher([create_model("mn01_as", num_classes=7)])
+    return Ensemble([create_model("mn01_as", num_classes=7)])
 
 
 def files(folder: Path):
@@ -138,7 +137,7 @@ def test_more_epochs_can_be_added_but_other_settings_not_mixed_in(tone_pack, pac
 def test_an_ensemble_averages_probabilities_over_front_ends_and_rates(
     tone_pack, pack, teacher, other_teacher, tmp_path
 ):
-    both = Teacher([*teacher.members, *other_teacher.members])
+    both = Ensemble([*teacher.taggers, *other_teacher.taggers])
     for name, asked in (("a", teacher), ("b", other_teacher), ("ab", both)):
         teaching(config(tone_pack, topk=7, epochs=1), pack, asked, tmp_path / name).save()
     dense = {n: StoredTargets(SoftTargetStore(tmp_path / n), pack, 7, "zero") for n in ("a", "b", "ab")}
@@ -164,7 +163,7 @@ def test_a_teacher_that_answers_nan_stops_with_the_clips_name(tone_pack, pack, t
     broken = create_model("audiotransformer_pico", num_classes=7)
     torch.nn.init.constant_(broken.outputlayer[1].bias, float("nan"))
     with pytest.raises(UserError, match=r"sounds/tone_.*is not a number"):
-        teaching(config(tone_pack, epochs=1), pack, Teacher([broken]), tmp_path).save()
+        teaching(config(tone_pack, epochs=1), pack, Ensemble([broken]), tmp_path).save()
     assert not list(tmp_path.glob("*.h5"))
 
 
@@ -172,5 +171,5 @@ def test_probabilities_are_never_squashed_twice(teacher):
     logits = create_model("audiotransformer_pico", num_classes=7, pooling="logit")
     logits.load_state_dict(teacher.members[0].state_dict())
     batch = make_batch(waveforms={16000: torch.randn(2, 16000)})
-    answers = [asked.probabilities(batch, Replay().spectrogram) for asked in (teacher, Teacher([logits]))]
+    answers = [asked.probabilities(batch, Replay().spectrogram) for asked in (teacher, Ensemble([logits]))]
     assert torch.allclose(*answers, atol=1e-6)

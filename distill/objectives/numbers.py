@@ -1,0 +1,32 @@
+"""Numbers among the settings of objectives, as YAML and command lines have them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from common.errors import UserError
+
+
+def read_number(name: str, value: Any, fits: Callable[[float], bool], wanted: str) -> float:
+    """Read a number.
+
+    Args:
+        name: of the setting.
+        value: as it was given; YAML reads 1e-1 as text.
+        fits: whether a number is in range.
+        wanted: what is, as a sentence goes on.
+
+    Raises:
+        UserError: it is no number, or out of range.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is {value!r}, which is no number; wanted {wanted}") from None
+    if not fits(number):
+        raise UserError(f"{name} is {value!r}; wanted {wanted}")
+    return number
+
+
+def read_label_share(value: Any) -> float:
+    """Read `lambda`, the share of the labels in a loss."""
+    return read_number("lambda", value, lambda share: 0 <= share <= 1, "the share of the labels, from 0 to 1")

@@ -1,0 +1,45 @@
+"""Objectives on given outputs and embeddings, without a network."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from distill.batch import Batch
+from distill.objectives import Objective, TrainingFacts, plan_objective
+
+
+class GivenStudent:
+    """A student whose output and clip embeddings are given."""
+
+    def __init__(self, output: Tensor | None = None, embedding: Tensor | None = None) -> None:
+        self.output, self.embedding = output, embedding
+
+    def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
+        return self.output
+
+    def embed_clips(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
+        return self.embedding
+
+    def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.output, self.embedding
+
+
+def build_objective(
+    name: str, offered: dict[str, Any] | None = None, /, *, embed_dim: int = 5, width: int = 7, **arguments: Any
+) -> Objective:
+    """Build an objective for a student and a teacher of these widths."""
+    plan = plan_objective(name, offered, **arguments)
+    return plan.build(SimpleNamespace(embed_dim=embed_dim), TrainingFacts(target_width=width))
+
+
+def losses_of(
+    objective: Objective, batch: Batch, output: Tensor | None = None, embedding: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return the losses of an output (B,C) and embeddings (B,E) for the targets of a batch."""
+    return objective(GivenStudent(output, embedding), batch)
+
+
+def needs_of(name: str, offered: dict[str, Any] | None = None, /, **arguments: Any) -> Any:
+    """Return what an objective needs with these settings."""
+    return plan_objective(name, offered, **arguments).needs

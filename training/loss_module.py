@@ -1,0 +1,105 @@
+"""From a prepared batch to its losses: mixtures, spectrograms, the teacher's output, the objective."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distill.batch import Batch
+from distill.objectives import Needs, Objective
+from distill.replay import Replay
+from models import AudioTagger, Ensemble
+from models.ensemble import Spectrogram
+from models.frontends import FrontEnd
+from training.mixup import mix_spectrograms, mix_targets, mix_waveforms
+from training.target_tally import TargetTally
+
+
+class _CompiledStudent:
+    """A student whose computations are compiled as they are used first; in all else the student itself."""
+
+    def __init__(self, student: AudioTagger) -> None:
+        self._student = student
+        for name in ("encode", "forward_spectrogram", "embed_clips", "tag_and_embed"):
+            setattr(self, name, torch.compile(getattr(student, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._student, name)
+
+
+class LossModule(nn.Module):
+    """Student and objective as one module, so that what joins the gradients of several processes sees both.
+
+    Args:
+        model: the student.
+        objective: student and batch → losses; its own parameters are trained as well.
+        needs: of the objective.
+        replay: the augmentation of the batches' draws.
+        mixup_on: `spectrogram`, `waveform`, or None for no mixup.
+        compiled: compile the student's network with `torch.compile`.
+        add_teacher: returns the batch with a teacher's output for the student's input, see `add_teacher_output`; None
+            where the batch brings targets. A function, since the teacher is no part of what is trained.
+        targets: counts what the losses see.
+    """
+
+    def __init__(
+        self,
+        model: AudioTagger,
+        objective: Objective,
+        needs: Needs,
+        replay: Replay,
+        mixup_on: str | None,
+        *,
+        compiled: bool = False,
+        add_teacher: Callable[[Batch, Spectrogram], Batch] | None = None,
+        targets: TargetTally | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.objective, self.needs = model, objective, needs
+        self.replay, self.mixup_on, self.add_teacher = replay, mixup_on, add_teacher
+        self.targets = targets or TargetTally(objective)
+        self._compiled = _CompiledStudent(model) if compiled else None
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the losses of a batch on its device, means over its clips."""
+        if self.mixup_on == "waveform":
+            batch = mix_waveforms(batch)
+        if self.mixup_on is not None:
+            batch = mix_targets(batch)
+        if self.add_teacher is not None:
+            batch = self.add_teacher(batch, self._spectrogram)
+        self.targets.add(batch)
+        mel, n_frames = self._spectrogram(self.model.front_end, batch)
+        student = self.model if self._compiled is None else cast(AudioTagger, self._compiled)
+        return self.objective(student, replace(batch, mel=mel, n_frames=n_frames))
+
+    def spectrogram(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return the student's input for a batch, augmented and mixed: (B, F, T), frames (B,) or None."""
+        return self._spectrogram(self.model.front_end, mix_waveforms(batch) if self.mixup_on == "waveform" else batch)
+
+    def _spectrogram(self, front_end: FrontEnd, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return what a front-end makes of the clips or their mixtures, masked: (B, F, T), frames (B,) or None."""
+        mel, n_frames = self.replay.spectrogram(front_end, batch)
+        if self.mixup_on == "spectrogram":
+            mel, n_frames = mix_spectrograms(mel, n_frames, batch.mixup_weight)
+        return mel, n_frames
+
+
+def add_teacher_output(teacher: Ensemble, needs: Needs, batch: Batch, spectrogram: Spectrogram) -> Batch:
+    """Return a batch with what a teacher computes of the same clips, augmented and mixed alike.
+
+    Args:
+        teacher: on the batch's device.
+        needs: of the objective, which say whether its probabilities, embeddings or layers are wanted.
+        batch: on its device.
+        spectrogram: the input of a model through its front-end.
+    """
+    if needs.targets == "classes":
+        batch = replace(batch, target=teacher.probabilities(batch, spectrogram))
+    elif needs.targets == "embeddings":
+        batch = replace(batch, target=teacher.embeddings(batch, spectrogram))
+    if needs.teacher_layers:
+        batch = replace(batch, teacher=teacher.encode(batch, spectrogram, needs.teacher_layers))
+    return batch
