@@ -221,7 +221,7 @@ def _describe(run: Run, there: bool, state: dict[str, Any] | None) -> None:
         len(data.pack),
     )
     if run.teacher is not None:
-        logger.info("%s is asked for the targets while the student learns", run.teacher.name)
+        logger.info("the output of %s is computed while the student learns", run.teacher.name)
     on_eval = data.valid is not None and data.valid is data.evaluation
     logger.log(logging.WARNING if on_eval and config.select_on is None else logging.INFO, "%s", data.selection)
     if isinstance(data.source, MatchedItems):

@@ -1,7 +1,6 @@
 """What constant answers would have cost: a running mean of the targets of an epoch, as they went into the loss."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +16,16 @@ class TargetTally:
     """Sums of an objective's target statistics over clips; they stay on the device until they are read.
 
     Args:
-        objective: of the run; one without `target_statistics` (see `distill.objectives.Objective`) is not tallied.
+        objective: of the run.
     """
 
     def __init__(self, objective: Objective) -> None:
-        self.objective: Any = objective if hasattr(objective, "target_statistics") else None
+        self.objective = objective
         self.sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
         """Count the clips of a batch whose `target`, and `labels`, are those that the loss sees: mixed, for one."""
-        if self.objective is None:
-            return
         for name, mean in self.objective.target_statistics(batch).items():
             self._add(name, mean.double() * len(batch))
         self._add(CLIPS, torch.full((), float(len(batch)), dtype=torch.float64, device=batch.target.device))
@@ -42,8 +39,7 @@ class TargetTally:
             return None
         sums = {name: ranks.sum(value).cpu() for name, value in self.sums.items()}
         n_clips = sums.pop(CLIPS)
-        loss: float | None = self.objective.constant_loss({name: value / n_clips for name, value in sums.items()})
-        return loss
+        return self.objective.constant_loss({name: value / n_clips for name, value in sums.items()})
 
     def reset(self) -> None:
         """Begin again."""
