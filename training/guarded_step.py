@@ -21,6 +21,9 @@ class GuardedStep:
             the step, and tries a smaller scale.
         buffers: that the forward pass of a step changes.
         grad_clip: largest norm of the gradient, or None.
+
+    Attributes:
+        has_stepped: whether a gradient was finite in this process.
     """
 
     def __init__(
@@ -32,14 +35,22 @@ class GuardedStep:
     ) -> None:
         self.optimizer, self.scaler, self.grad_clip = optimizer, scaler, grad_clip
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.buffers, self.kept = list(buffers), [torch.empty_like(buffer) for buffer in buffers]
+        kinds = {buffer.dtype for buffer in buffers}
+        self.buffers = [[buffer for buffer in buffers if buffer.dtype == kind] for kind in kinds]
+        self.kept: list[Tensor] = []
         self.skips = bool(optimizer.defaults.get("fused"))
-        self.has_stepped = False  # in this process
+        self.has_stepped = False
 
     def keep_buffers(self) -> None:
         """Keep the buffers as they are before the forward pass of a step."""
-        if self.buffers:
-            torch._foreach_copy_(self.kept, self.buffers)
+        # Those of a type end to end: a network has hundreds, and a kernel for each would take time.
+        self.kept = [torch.cat([buffer.flatten() for buffer in group]) for group in self.buffers]
+
+    def _restore_buffers(self, is_bad: Tensor) -> None:
+        for group, kept in zip(self.buffers, self.kept, strict=True):
+            now = torch.cat([buffer.flatten() for buffer in group])
+            chosen = torch.where(is_bad, kept, now).split([buffer.numel() for buffer in group])
+            torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(chosen, group, strict=True)])
 
     def step(self) -> Tensor:
         """Step after the backward pass, where the gradient is finite; return its total norm, on the device.
@@ -53,11 +64,11 @@ class GuardedStep:
         else:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
         is_bad = ~norm.isfinite()
-        for buffer, kept in zip(self.buffers, self.kept, strict=True):
-            torch.where(is_bad, kept, buffer, out=buffer)
+        self._restore_buffers(is_bad)
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            self.has_stepped = True
             return norm.masked_fill(is_bad, 0)  # a mean over steps leaves out those that were skipped
         # Only here the device is waited for: a skipped first step would leave the momentum of a fused SGD, which it
         # allocates without filling it.

@@ -157,6 +157,8 @@ class Run:
         ) as progress:
             while not self.is_over:
                 self.train_step(stream)
+                if not self.trainer.guard.has_stepped:  # the first gradient of this process is bad: it ends here
+                    self.finite.raise_if_not(self.step)
                 progress.update()
                 ends = self.step % self.epoch_steps == 0
                 if self.step % config.log_every == 0 or ends:

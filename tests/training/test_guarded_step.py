@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,3 +179,38 @@ def test_the_norm_of_the_gradient_is_that_of_the_whole_batch_in_any_number_of_pr
     )
     for a, b in zip(one, two, strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_a_bad_first_step_ends_the_run_at_once(tone_pack, tmp_path):
+    """Also where losses are read later, and in a run that goes on."""
+    changes = {"objective": "bad_gradient", "objective_args": {"epoch": 1}, "init_from_data": False, "log_every": 99}
+    changes |= {"batch_size": 28, "optimizer": "SGD", "optimizer_args": {"lr": 0.01, "momentum": 0.9}, "epochs": 3}
+    path = tmp_path / "first.yaml"
+    path.write_text(yaml.safe_dump(settings(tone_pack, **changes).model_dump(exclude_unset=True)))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"norm of the gradient is (inf|nan) in step 1; "):
+            prepare_run(str(path), {"outputpath": str(tmp_path / "runs")}, 1).fit()
+    assert len(list((tmp_path / "runs").glob("*/*/*/run.json"))) == 1
+
+
+def test_under_float16_a_step_that_overflows_is_skipped_and_nothing_ends():
+    """With a scaler whose scale is far too large at first, on tensors of float32: the same code as on a GPU."""
+    trainer = build("SGD")
+    trainer.guard.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1000)
+    trainer.precision.scaler = scaler
+    before, _ = states_of(trainer)
+    large = [replace(part, target=1000 * part.target) for part in parts(bad=False)]
+    losses = trainer.step(large, [0.5, 0.5], 0)
+    after, _ = states_of(trainer)
+    assert losses["grad_norm"] == 0  # no mean is spoilt
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    scales = [scaler.get_scale()]
+    for step in range(1, 130):
+        losses = trainer.step(large, [0.5, 0.5], step)
+        scales.append(scaler.get_scale())
+        if losses["grad_norm"] > 0:
+            break
+    assert losses["grad_norm"] > 0
+    assert scales == sorted(scales, reverse=True)
+    later, _ = states_of(trainer)
+    assert any(not torch.equal(later[name], value) for name, value in before.items())
