@@ -124,9 +124,14 @@ class EmbeddingDistillation(Objective):
         self.kind, self.share, self.temperature = settings.kind, settings.lambda_, settings.temperature
         self.label_loss = settings.class_loss() if self.share else None
         embed_dim, width, hidden = student.embed_dim, facts.target_width, settings.hidden
-        layers: list[nn.Module] = [nn.Linear(embed_dim, hidden or width)]
+        layers: list[nn.Module] = [nn.Linear(embed_dim, width)]  # drawn in any case, so that seeds give what they gave
         if hidden:
-            layers += [nn.Hardswish(), nn.Dropout(settings.dropout), nn.Linear(hidden, width)]
+            layers = [
+                nn.Linear(embed_dim, hidden),
+                nn.Hardswish(),
+                nn.Dropout(settings.dropout),
+                nn.Linear(hidden, width),
+            ]
         self.projection = nn.Sequential(*layers)
 
     @classmethod
