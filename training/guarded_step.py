@@ -60,7 +60,7 @@ class GuardedStep:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.grad_clip is None:
-            norm = nn.utils.get_total_norm(gradients)
+            norm = nn.utils.get_total_norm(gradients, foreach=True)
         else:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
         is_bad = ~norm.isfinite()

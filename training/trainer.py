@@ -99,7 +99,11 @@ class Trainer:
 
     def _draw_from(self, number: int) -> None:
         """Set the random state of a step: patch-out is the same on all ranks, dropout is each one's own."""
-        torch.manual_seed(stream_seed(self.seed, Stream.DROPOUT, number, self.ranks.rank))
+        seed = stream_seed(self.seed, Stream.DROPOUT, number, self.ranks.rank)
+        # As `torch.manual_seed`, which writes down a stack for every device that is not in use: 0.3 ms a step.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
         if self.loss_module.model.generator is not None:
             self.loss_module.model.generator.manual_seed(stream_seed(self.seed, Stream.PATCH_OUT, number))
 
