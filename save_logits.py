@@ -29,13 +29,13 @@ from training.embedders import open_embedder
 from training.labelled import open_pack
 from training.settings import read_config
 from training.teacher import load_teacher
-from training.teaching import Embeddings, Question, SoftTargets, Teaching
+from training.teaching import Embeddings, SoftTargets, StoreContent, Teaching
 
 logger = logging.getLogger(__name__)
 
 
-def open_question(config: SoftTargetConfig, pack: Pack | None) -> tuple[Question | None, str]:
-    """Return what is asked, and the name of who is; embeddings can only be asked for where the pack is there."""
+def open_content(config: SoftTargetConfig, pack: Pack | None) -> tuple[StoreContent | None, str]:
+    """Return what is to be stored and the name of its source; embeddings may need the pack."""
     if config.targets == "embeddings":
         embedder = None if pack is None else open_embedder(config, pack)
         return (None, "") if embedder is None else (Embeddings(embedder, config.part_size), embedder.name)
@@ -78,7 +78,7 @@ def save_logits(config_file: str, *, m: str | None = None, **overrides: Any) -> 
     faults = Faults(config_file)
     config = read_config(SoftTargetConfig, config_file, overrides, faults)
     pack = open_pack(config.train_data, faults) if config else None
-    question, name = None, ""
+    content, name = None, ""
     if config:
         with faults.noted():
             replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
@@ -87,15 +87,15 @@ def save_logits(config_file: str, *, m: str | None = None, **overrides: Any) -> 
                 if config.layout == "published":
                     check_published(replay, pack, faults)
         with faults.noted():
-            question, name = open_question(config, pack)
+            content, name = open_content(config, pack)
     faults.raise_if_any()
-    if config is None or pack is None or question is None:
+    if config is None or pack is None or content is None:
         raise AssertionError("a part is missing, and no fault was noted")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = Teaching(config, pack, question, store_folder(config, name), rank, world_size).save()
+    folder = Teaching(config, pack, content, store_folder(config, name), rank, world_size).save()
     if rank == 0:
         key = "embeddingspath" if config.targets == "embeddings" else "logitspath"
-        print(f"{question.store.what}: {folder}\nnext: python run.py train CONFIG.yaml --{key} {folder}")
+        print(f"{content.store.what}: {folder}\nnext: python run.py train CONFIG.yaml --{key} {folder}")
 
 
 if __name__ == "__main__":

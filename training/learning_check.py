@@ -9,7 +9,7 @@ from typing import Any
 from training.chance import Chance
 from training.metrics import Metrics
 from training.parallel import Ranks
-from training.target_tally import TargetTally
+from training.tally import TargetTally
 
 logger = logging.getLogger(__name__)
 
@@ -134,14 +134,14 @@ class LearningCheck:
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` takes, of this rank and all."""
         names = ("losses", "constant", "by_chance", "clear", "alarmed", "figures")
-        return {name: getattr(self, name) for name in names} | {"targets": self.targets.state_dict(self.ranks)}
+        return {name: getattr(self, name) for name in names} | {"targets": self.targets.over_ranks(self.ranks)}
 
     def load_state_dict(self, state: Mapping[str, Any] | None, device: Any) -> None:
         """Go on from what `state_dict` returned; None, of a state that an earlier version wrote, begins anew."""
         if state is None:
             return
         state = dict(state)
-        self.targets.load_state_dict(state.pop("targets"), self.ranks, device)
+        self.targets.restore(state.pop("targets"), self.ranks, device)
         for name, value in state.items():
             setattr(self, name, value)
         self.losses = list(self.losses)

@@ -42,8 +42,7 @@ from training.precision import Precision
 from training.report import draw_curves
 from training.states import States
 from training.student import check_lengths, start_from_data
-from training.tally import Tally
-from training.target_tally import TargetTally
+from training.tally import Tally, TargetTally
 from training.trainer import Trainer
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from models import AudioTagger, Ensemble
 from models.ensemble import Spectrogram
 from models.frontends import FrontEnd
 from training.mixup import mix_spectrograms, mix_targets, mix_waveforms
-from training.target_tally import TargetTally
+from training.tally import TargetTally
 
 
 class _CompiledStudent:

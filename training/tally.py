@@ -1,26 +1,46 @@
-"""Sums of losses that stay on the device until somebody reads them."""
+"""Sums that stay on the device until somebody reads them: of losses over steps, of targets over clips."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill.batch import Batch
+from distill.objectives import Objective
 from training.parallel import Ranks
 
 
-class Tally:
-    """The mean of each loss over the steps since the last reset."""
+class Sums:
+    """Named sums of tensors, in float64; each rank adds up its own share."""
 
     def __init__(self) -> None:
-        self.steps = 0
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Count one step; nothing waits for the device."""
+    def add_to(self, name: str, value: Tensor) -> None:
+        """Add to one of them; nothing waits for the device."""
+        value = value.detach().double()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def over_ranks(self, ranks: Ranks) -> dict[str, Tensor]:
+        """Return the sums over all ranks, on the CPU."""
+        return {name: ranks.sum(value).cpu() for name, value in self.sums.items()}
+
+    def restore(self, sums: Mapping[str, Tensor], ranks: Ranks, device: torch.device) -> None:
+        """Go on from what `over_ranks` returned; rank 0 carries it."""
+        self.sums = {name: value.to(device) * (1.0 if ranks.is_main else 0.0) for name, value in sums.items()}
+
+
+class Tally(Sums):
+    """The mean of each loss over the steps since the last reset."""
+
+    steps = 0
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Count one step."""
         self.steps += 1
         for name, value in losses.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.add_to(name, value)
 
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Return the mean of each loss over steps, summed over ranks (each of which counted its share)."""
@@ -34,11 +54,44 @@ class Tally:
         self.steps, self.sums = 0, {}
 
     def state_dict(self, ranks: Ranks) -> dict[str, Any]:
-        """Return what `load_state_dict` takes: the sums over all ranks."""
-        return {"steps": self.steps, "sums": {name: ranks.sum(value).cpu() for name, value in self.sums.items()}}
+        """Return what `load_state_dict` takes."""
+        return {"steps": self.steps, "sums": self.over_ranks(ranks)}
 
     def load_state_dict(self, state: dict[str, Any], ranks: Ranks, device: torch.device) -> None:
-        """Go on from what `state_dict` returned; rank 0 carries the sums."""
+        """Go on from what `state_dict` returned."""
         self.steps = state["steps"]
-        share = 1.0 if ranks.is_main else 0.0
-        self.sums = {name: value.to(device) * share for name, value in state["sums"].items()}
+        self.restore(state["sums"], ranks, device)
+
+
+CLIPS = "clips"  # among the sums of targets
+
+
+class TargetTally(Sums):
+    """What constant outputs would have cost: sums over clips of an objective's target statistics.
+
+    Args:
+        objective: of the run.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Count the clips of a batch whose `target`, and `labels`, are those that the loss sees: mixed, for one."""
+        for name, mean in self.objective.target_statistics(batch).items():
+            self.add_to(name, mean.double() * len(batch))
+        self.add_to(CLIPS, torch.full((), float(len(batch)), dtype=torch.float64, device=batch.target.device))
+
+    def constant_loss(self, ranks: Ranks) -> float | None:
+        """Return the loss of the best constant output for the clips of all ranks; None where it is not known."""
+        if CLIPS not in self.sums:
+            return None
+        sums = self.over_ranks(ranks)
+        n_clips = sums.pop(CLIPS)
+        return self.objective.constant_loss({name: value / n_clips for name, value in sums.items()})
+
+    def reset(self) -> None:
+        """Begin again."""
+        self.sums = {}

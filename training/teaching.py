@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,70 +37,61 @@ from training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
-# What must stay as it is for files of another day to belong to the same store, beside what the question adds.
+# What must stay as it is for files of another day to belong to the same store, beside `StoreContent.identity`.
 IDENTITY = ("wavtransforms", "spectransforms", "mask_fill", "teacher", "manifest_sha256", "pack_rate", "seed", "mode")
-
-
 MOST_SHARED, LEAST_SHARED = 64, 256  # parts of a small store, and what makes another one worth while
 
 
-class Question(Protocol):
-    """What a teacher is asked, and how the answer is kept."""
+class StoreContent:
+    """What a store holds of each chunk, and what computes it.
 
-    @property
-    def store(self) -> type[TargetStore]:
-        """The kind of store that is made."""
+    Args:
+        source: a teacher, or another source of embeddings.
 
-    @property
-    def sample_rates(self) -> list[int]:
-        """Hertz at which a batch must hold waveforms."""
+    Attributes:
+        store: the kind of store that is made.
+        identity: which of `facts` must stay as they are for files of another day to belong to the same store.
+    """
 
-    def to(self, device: torch.device) -> None:
-        """Move the teacher to a device."""
+    store: ClassVar[type[TargetStore]]
+    identity: ClassVar[tuple[str, ...]]
 
-    def describe(self) -> list[dict[str, Any]]:
-        """Return what decides the teacher's answers, as plain values."""
+    def __init__(self, source: Embedder) -> None:
+        self.source = source
 
     def facts(self) -> dict[str, Any]:
         """Return what else `meta.json` says."""
-
-    def identity(self) -> tuple[str, ...]:
-        """Return which of these facts must stay as they are."""
+        raise NotImplementedError
 
     def n_parts(self, n_items: int, world_size: int) -> int:
         """Return how many files an epoch of `n_items` goes to."""
+        raise NotImplementedError
 
-    def answerable(self, n_items: int) -> np.ndarray:
-        """Return which of `n_items` items there is an answer to, ascending."""
+    def list_available(self, n_items: int) -> np.ndarray:
+        """Return which of `n_items` items can be computed, ascending."""
+        return np.arange(n_items)
 
-    def answers(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
+    def compute(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
         """Return the datasets of the store but the seeds, (B, ...) each."""
+        raise NotImplementedError
 
 
-class SoftTargets:
-    """Probabilities, of which the K highest are kept.
+class SoftTargets(StoreContent):
+    """Probabilities, of which the K highest are kept; one file a process, as published, or fewer of fewer items.
 
     Args:
-        teacher: who is asked.
+        teacher: computes them.
         topk: K, at most the number of classes.
     """
 
-    store = SoftTargetStore
+    store, identity = SoftTargetStore, ("topk", "world_size")
 
     def __init__(self, teacher: Ensemble, topk: int) -> None:
+        super().__init__(teacher)
         teacher.check_classes()
-        self.teacher, self.sample_rates = teacher, teacher.sample_rates
-        self.topk = min(topk, len(teacher.labels))
+        self.teacher, self.topk = teacher, min(topk, len(teacher.labels))
         if self.topk < topk:
             logger.info("topk %d: the teacher has %d classes, all are stored", topk, len(teacher.labels))
-
-    def to(self, device: torch.device) -> None:
-        """Move the teacher to a device."""
-        self.teacher.to(device)
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Return model, arguments and weights of each member."""
-        return self.teacher.describe()
 
     def facts(self) -> dict[str, Any]:
         """Return the classes and what the values are."""
@@ -112,73 +103,50 @@ class SoftTargets:
             "topk": self.topk,
         }
 
-    def identity(self) -> tuple[str, ...]:
-        """Return which facts must stay as they are."""
-        return ("topk", "world_size")
-
     def n_parts(self, n_items: int, world_size: int) -> int:
-        """Return one a process, as published; fewer only where there are fewer items."""
+        """Return one a process; fewer only where there are fewer items."""
         return min(world_size, n_items)
 
-    def answerable(self, n_items: int) -> np.ndarray:
-        """Return all items."""
-        return np.arange(n_items)
-
-    def answers(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
+    def compute(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
         """Return the highest probabilities (B, K) and their classes (B, K)."""
         top = self.teacher.probabilities(batch, spectrogram).topk(self.topk)
         return {"topk_values": top.values, "topk_indexes": top.indices}
 
 
-class Embeddings:
-    """Clip embeddings.
+class Embeddings(StoreContent):
+    """Clip embeddings; any number of processes may go on with a store.
 
     Args:
-        embedder: who is asked.
+        source: computes them.
         part_size: chunks whose embeddings go to one file.
     """
 
-    store = EmbeddingStore
+    store, identity = EmbeddingStore, ("values", "parts")
 
-    def __init__(self, embedder: Embedder, part_size: int = 8192) -> None:
-        if isinstance(embedder, Ensemble):
-            embedder.single  # noqa: B018 - raises for several models
-        self.embedder, self.part_size = embedder, part_size
-        self.sample_rates = embedder.sample_rates
-
-    def to(self, device: torch.device) -> None:
-        """Move the embedder to a device."""
-        self.embedder.to(device)
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Return what decides the embeddings."""
-        return self.embedder.describe()
+    def __init__(self, source: Embedder, part_size: int = 8192) -> None:
+        super().__init__(source)
+        self.part_size = part_size
+        self.model = source.single if isinstance(source, Ensemble) else None  # raises for several
 
     def facts(self) -> dict[str, Any]:
         """Return what the values are, and whose."""
         facts: dict[str, Any] = {"values": "embeddings", "part_size": self.part_size}
-        if isinstance(self.embedder, Ensemble):  # what a head on these embeddings is for
-            facts["weights_sha256"] = weights_sha256(self.embedder.single)
-        return facts
-
-    def identity(self) -> tuple[str, ...]:
-        """Return which facts must stay as they are: any number of processes may go on."""
-        return ("values", "parts")
+        return facts if self.model is None else facts | {"weights_sha256": weights_sha256(self.model)}  # for heads
 
     def n_parts(self, n_items: int, world_size: int) -> int:
         """Return one for each `part_size` items, and where there are few, enough for many processes to share."""
         return max(1, -(-n_items // self.part_size), min(MOST_SHARED, n_items // LEAST_SHARED))
 
-    def answerable(self, n_items: int) -> np.ndarray:
+    def list_available(self, n_items: int) -> np.ndarray:
         """Return the items that have an embedding: all, but where files lack some."""
-        lacking = getattr(self.embedder, "lacking", np.zeros(n_items, bool))
+        lacking = getattr(self.source, "lacking", np.zeros(n_items, bool))
         if lacking.any():
             logger.info("%d of %d chunks have no embedding and are left out", lacking.sum(), n_items)
         return np.flatnonzero(~lacking)
 
-    def answers(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
+    def compute(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
         """Return the embeddings (B, E), clipped with a warning where half precision cannot hold them."""
-        found = self.embedder.embeddings(batch, spectrogram)
+        found = self.source.embeddings(batch, spectrogram)
         largest = torch.finfo(torch.float16).max
         n_over = int((found.abs() > largest).any(dim=1).sum())
         if n_over:
@@ -224,7 +192,7 @@ class Teaching:
     Args:
         config: what to make.
         pack: the clips.
-        question: who is asked for what.
+        content: what is stored.
         folder: to write into.
         rank: of this process.
         world_size: how many processes share the work.
@@ -237,7 +205,7 @@ class Teaching:
         self,
         config: SoftTargetConfig,
         pack: Pack,
-        question: Question,
+        content: StoreContent,
         folder: Path,
         rank: int = 0,
         world_size: int = 1,
@@ -245,21 +213,21 @@ class Teaching:
         self.config, self.pack, self.folder, self.rank, self.world_size = config, pack, folder, rank, world_size
         self.device = choose_device(config.device)
         self.precision = Precision(config.mode or "noamp", self.device)
-        self.question = question
-        question.to(self.device)
+        self.content = content
+        content.source.to(self.device)
         self.replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
         chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
         self.items = SeededItems(chunks, self.replay, config.seed)
-        items = question.answerable(len(chunks))
-        self.parts = np.array_split(items, question.n_parts(len(items), world_size))
+        items = content.list_available(len(chunks))
+        self.parts = np.array_split(items, content.n_parts(len(items), world_size))
         self._claim_folder()
 
     def meta(self) -> dict[str, Any]:
         """Return what `meta.json` says of the store."""
         return {
             **self.replay.settings(),
-            "teacher": self.question.describe(),
-            **self.question.facts(),
+            "teacher": self.content.source.describe(),
+            **self.content.facts(),
             "reference_rate": REFERENCE_RATE,
             "pack_rate": self.pack.sample_rate,
             "manifest": str(self.pack.manifest),
@@ -276,10 +244,10 @@ class Teaching:
     def _claim_folder(self) -> None:
         remove_dead_partials(self.folder)
         target, meta = self.folder / "meta.json", json.loads(json.dumps(self.meta()))
-        what, prefix = self.question.store.what, self.question.store.prefix
+        what, prefix = self.content.store.what, self.content.store.prefix
         if target.is_file():
             there = json.loads(target.read_text(encoding="utf-8"))
-            other = [key for key in (*IDENTITY, *self.question.identity()) if there.get(key) != meta[key]]
+            other = [key for key in (*IDENTITY, *self.content.identity) if there.get(key) != meta[key]]
             was = there.get("config", {})
             if was.get("chunk_length") != self.config.chunk_length:
                 other.append("chunk_length")
@@ -307,7 +275,7 @@ class Teaching:
 
     def _check_sounds(self, stored: str | None, found: str) -> None:
         """Refuse to go on where the pack was made anew with other sounds under the same names."""
-        what = self.question.store.what
+        what = self.content.store.what
         if stored is None:
             logger.info("%s does not say what sounds its %s are of: this is not compared", self.folder, what)
         elif stored != found:
@@ -319,7 +287,7 @@ class Teaching:
 
     def save(self) -> Path:
         """Write every file that is not there yet; return the folder."""
-        store = self.question.store
+        store = self.content.store
         wanted = [
             _Unit(epoch, part, items)
             for epoch in range(1, self.config.epochs + 1)
@@ -329,8 +297,8 @@ class Teaching:
         units = [unit for unit in wanted if not store.path_of(self.folder, unit.epoch, unit.part).is_file()]
         if len(units) < len(wanted):
             logger.info("%d of %d files are there already", len(wanted) - len(units), len(wanted))
-        hashed = self.config.layout == "native" and bool(self.question.sample_rates)  # else no sound is read
-        dataset = ReplayDataset(self.pack, self.items, self.question.sample_rates, hash_sounds=hashed)
+        hashed = self.config.layout == "native" and bool(self.content.source.sample_rates)  # else no sound is read
+        dataset = ReplayDataset(self.pack, self.items, self.content.source.sample_rates, hash_sounds=hashed)
         loader = DataLoader(
             dataset,
             batch_sampler=_Batches(units, self.items.chunks.n_samples, self.config.batch_size),
@@ -366,7 +334,7 @@ class Teaching:
 
     def _answers(self, dataset: ReplayDataset, batch: Batch) -> dict[str, Tensor]:
         with self.precision.context():
-            answers = self.question.answers(batch, self.replay.spectrogram)
+            answers = self.content.compute(batch, self.replay.spectrogram)
         for answer in answers.values():
             finite = answer.isfinite().all(dim=1)
             if not bool(finite.all()):

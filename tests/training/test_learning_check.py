@@ -20,7 +20,7 @@ from training.learning_causes import likely_causes
 from training.learning_check import LearningCheck
 from training.metrics import evaluate_scores
 from training.parallel import Ranks
-from training.target_tally import TargetTally
+from training.tally import TargetTally
 
 CLASSES = {"loss": "BCEWithLogitsLoss", "loss_args": {}, "label_smoothing": 0.0}
 SOFTMAX = CLASSES | {"loss": "CrossEntropyLoss"}
@@ -336,7 +336,7 @@ def test_a_long_warm_up_is_named_and_the_epoch_from_which_it_learns(tone_pack, t
 def test_it_changes_nothing_that_is_learnt(tone_pack, tmp_path, monkeypatch):
     config = settings(tone_pack, epochs=3, valid_every=1, mixup=0.5)
     with_it = train(tmp_path / "with", config)[1].model.state_dict()
-    monkeypatch.setattr("training.target_tally.TargetTally.add", lambda *_: None)
+    monkeypatch.setattr("training.tally.TargetTally.add", lambda *_: None)
     monkeypatch.setattr("training.loop.chance_bounds", lambda *_: Chance(1.0, None))
     without = train(tmp_path / "without", config)[1].model.state_dict()
     assert all(torch.equal(with_it[key], without[key]) for key in with_it)
