@@ -213,12 +213,12 @@ def test_one_is_asked(pack, changes, sentence):
 
 def test_embeddings_that_half_precision_cannot_hold_are_clipped_and_told(pack, model, tmp_path, monkeypatch, caplog):
     asked = Embeddings(open_of(model))
-    monkeypatch.setattr(asked.embedder, "embeddings", lambda batch, hear: torch.full((len(batch), 2), -1e6))
+    monkeypatch.setattr(asked.source, "embeddings", lambda batch, hear: torch.full((len(batch), 2), -1e6))
     with caplog.at_level("WARNING"):
         store = EmbeddingStore(Teaching(config(pack, model="x"), pack, asked, tmp_path / "a").save())
     assert (store.read(1) == -65504).all()
     assert "8 embeddings hold numbers beyond those of half precision, and are clipped at 65504" in caplog.text
-    monkeypatch.setattr(asked.embedder, "embeddings", lambda batch, hear: torch.full((len(batch), 2), torch.nan))
+    monkeypatch.setattr(asked.source, "embeddings", lambda batch, hear: torch.full((len(batch), 2), torch.nan))
     with pytest.raises(UserError, match=r"answer to sounds/tone_\d+\.wav is not a number"):
         Teaching(config(pack, model="x"), pack, asked, tmp_path / "b").save()
 
