@@ -184,7 +184,15 @@ def _open_source(
         if not from_labels:
             return pack, SeededItems(chunks, replay, seed), labels
         indices = _class_indices(config, needs, pack, labels, faults)
-        return None if indices is None else (pack, LabelTargets(chunks, indices, len(labels), replay, seed), labels)
+        if indices is None:
+            return None
+        if len(labels) < 2:
+            faults.add(
+                f"{pack.manifest} labels every clip {labels[0]!r}: with one class nothing can be told apart; add "
+                'clips of another ("other", say)'
+            )
+            return None
+        return pack, LabelTargets(chunks, indices, len(labels), replay, seed), labels
     rest = (config.max_aug_epochs, config.check_sounds)
     with faults.noted():
         if isinstance(store, SoftTargetStore):
@@ -249,7 +257,7 @@ def _teacher_labels(
 
 
 def _column_labels(config: TrainConfig, named: list[str] | None, pack: Pack, faults: Faults) -> list[str] | None:
-    """Return the classes of a pack that is learnt from its own labels; None where they are not enough."""
+    """Return the classes of a pack that is learnt from its own labels; None where they are not as many as wanted."""
     labels = named or vocabulary(pack)
     if config.num_classes and config.labels_csv is None:
         found = list_classes(map(str, pack.table["labels"].unique()))
@@ -261,12 +269,6 @@ def _column_labels(config: TrainConfig, named: list[str] | None, pack: Pack, fau
                 "drop num_classes to take these, or give all names with labels_csv"
             )
             return None
-    if len(labels) < 2:
-        faults.add(
-            f"{pack.manifest} labels every clip {labels[0]!r}: with one class nothing can be told apart; add "
-            'clips of another ("other", say)'
-        )
-        return None
     return labels
 
 

@@ -14,7 +14,6 @@ from common.errors import UserError
 from distill.objectives import plan_objective
 from distill.replay import Replay
 from models import create_model
-from run import Runner
 from tests.batches import make_batch
 from tests.conftest import run_command, torchrun
 from tests.training import methods  # noqa: F401  (it registers its objectives)
@@ -165,20 +164,6 @@ def test_all_processes_skip_the_step_of_one_of_them(config, tmp_path):
         assert run.dataset.name(item) in result.stderr
     (folder,) = (tmp_path / "runs").glob("*/*/*/states")
     assert max(folder.glob("step=*.pt")).name == f"step={step:09d}.pt"
-
-
-def test_the_norm_of_the_gradient_is_that_of_the_whole_batch_in_any_number_of_processes(config, tmp_path):
-    words = ["train", config, "--outputpath", tmp_path / "two", "--objective_args.epoch", "99", "--epochs", "1"]
-    result = run_command(*torchrun(), "tests/training/methods/train.py", "--seed", "1", *words)
-    assert result.returncode == 0, result.stderr
-    options = {"outputpath": str(tmp_path / "one"), "objective_args.epoch": 99, "epochs": 1}
-    Runner(seed=1).train(str(config), **options)
-    one, two = (
-        [json.loads(line) for line in next((tmp_path / name).glob("*/*/*/metrics.jsonl")).read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    for a, b in zip(one, two, strict=True):
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
 def test_a_bad_first_step_ends_the_run_at_once(tone_pack, tmp_path):

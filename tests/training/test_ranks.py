@@ -87,11 +87,10 @@ def test_two_ranks_follow_the_curve_of_one_process_and_judge_alike(tone_pack, tm
     path = configure(tmp_path, tone_pack, valid_every=5, **changes)
     alone = train_here(path, tmp_path / "one")
     together = train(path, tmp_path / "two", launcher=torchrun())
-    one, two = (
-        np.array([line["loss"] for line in lines_of(folder) if line["kind"] == "step"]) for folder in (alone, together)
-    )
-    assert len(one) >= 50
-    np.testing.assert_allclose(two, one, rtol=1e-5)
+    for figure in ("loss", "grad_norm"):
+        one, two = ([line[figure] for line in lines_of(f) if line["kind"] == "step"] for f in (alone, together))
+        assert len(one) >= 50
+        np.testing.assert_allclose(two, one, rtol=1e-5)
     results = [json.loads((folder / "results.json").read_text()) for folder in (alone, together)]
     assert results[0] == results[1]
     valid = [[line["valid_mAP"] for line in lines_of(f) if "valid_mAP" in line] for f in (alone, together)]
@@ -105,8 +104,9 @@ def test_gradients_in_parts_are_those_of_the_whole(tone_pack, tmp_path):
     path = configure(tmp_path, tone_pack, model_args=arguments, batch_size=7, epochs=6, optimizer_args={"lr": 0.001})
     whole = train_here(path, tmp_path / "whole")
     parts = train_here(path, tmp_path / "parts", accumulate=3)
-    one, other = ([line["loss"] for line in lines_of(f) if line["kind"] == "step"] for f in (whole, parts))
-    np.testing.assert_allclose(one, other, rtol=1e-5)
+    for figure in ("loss", "grad_norm"):
+        one, other = ([line[figure] for line in lines_of(f) if line["kind"] == "step"] for f in (whole, parts))
+        np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 RESTARTED = """
