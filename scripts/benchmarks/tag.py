@@ -15,6 +15,7 @@ import soundfile
 import torch
 
 from audio.io import find_audio_files
+from common.columns import align_columns
 from common.errors import UserError
 from models import create_model, load_model, save_checkpoint
 
@@ -169,5 +170,4 @@ def _table(seconds: dict[str, list[tuple[float, float]]], far: dict[str, float],
                 f"{far[name]:.1e}" if name in far else "",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("   ".join(f"{cell:{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(align_columns(rows, between="   "))

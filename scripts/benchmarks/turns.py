@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from common.columns import align_columns
+
 WARMUP_STEPS = 2  # of each contender, not timed; compilation happens here
 
 
@@ -75,8 +77,7 @@ def table(
         row = [name, *_spread([batch_size / t for t in times], 1), *_spread(ratios(seconds[baseline], times), 2)]
         row += [f"{tflops:.3g}"] + ([] if peak_tflops is None else [f"{100 * tflops / peak_tflops:.1f} %"])
         rows.append(row + [column[name] for column in (more or {}).values()])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("   ".join(f"{cell:{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(align_columns(rows, between="   "))
 
 
 def _spread(values: Sequence[float], digits: int) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from common.columns import align_columns
 from scripts.sweeps.token_merging import Metric, Point, Row, Spread
 from training.figures import COLOURS, FAINT, INK, style
 
@@ -32,10 +33,7 @@ def markdown(rows: Sequence[Row], metric: Metric) -> str:
             row = next((row for row in own if row.r == r), None)
             line += _cells(row) if row else ["", "", ""]
         lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "| " + " | ".join(f"{cell:>{n}}" for cell, n in zip(line, widths, strict=True)) + " |" for line in lines
-    )
+    return "\n".join(f"| {line} |" for line in align_columns(lines, ">", ">", " | "))
 
 
 def _cells(row: Row) -> list[str]:
