@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from audio.dataset import Pack
+from common.columns import align_columns
 from common.errors import Faults, UserError
 from common.files import sha256, whole_file, write_json
 from models.devices import choose_device
@@ -265,8 +266,7 @@ def _table(
     if facts["baseline"] is not None:
         below = ", which is BETTER: fine-tune this model, or take another one" * (facts["baseline"] > result.value)
         rows.append(("baseline", f"{facts['baseline']:.4f} by simple features (scripts/baseline.py){below}"))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    lines = align_columns(rows)
     lines.append(f"head: {path} (figures: {path.with_suffix('.json')}, picture: {path.with_suffix('.png')})")
     head = options.name if Path(options.outputpath) == Path(FOLDER) else str(path)
     model = source.given

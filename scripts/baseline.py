@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project i
 
 from audio.dataset import Pack
 from audio.labels import count_classes, describe_lookalikes, list_classes, parse_labels
+from common.columns import align_columns
 from common.errors import Faults, did_you_mean, print_user_errors, some
 from common.files import write_json
 from probing.data import in_order
@@ -101,10 +102,9 @@ def _report(baseline: Baseline, judged: Score) -> str:
         where = "whole clip" if variant.parts == 1 else "each quarter"
         mark = "chosen" if variant == baseline.variant else ""
         rows.append((variant.spectrum, where, variant.model, _text(value, baseline.choice_metric), mark))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{cell:<{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows]
     low, high = (_text(value, judged.metric) for value in _interval(judged))
-    lines += [
+    lines = [
+        *align_columns(rows),
         "",
         f"test: {judged.metric} {_text(judged.value, judged.metric)}, {100 * COVERAGE:.0f} % interval {low} to {high}; "
         f"chance {_text(judged.chance, judged.metric)}; {judged.metrics.n_clips:,} clips",

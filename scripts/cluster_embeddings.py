@@ -23,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
+from common.columns import align_columns
 from common.errors import Faults, UserError, print_user_errors
 from common.files import sha256, whole_file
 from common.parser import Parser
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
             partial.write_bytes(png(figure(place, cluster[on_map], sizes, _title(said, len(cluster)))))
         lines.append(_line(said, sizes))
         written.append(path)
-    print(_table(lines))
+    print("\n".join(align_columns([_COLUMNS, *lines], ">", ">")))
     print(
         f"silhouette ({MOST_COMPARED:,} embeddings at most) and Calinski-Harabasz: higher is better; Davies-Bouldin: "
         "lower is better"
@@ -156,12 +157,6 @@ def _line(said: dict[str, Any], sizes: np.ndarray) -> list[str]:
 
 def _text(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
-
-
-def _table(lines: list[list[str]]) -> str:
-    rows = [list(_COLUMNS), *lines]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{cell:>{n}}" for cell, n in zip(row, widths, strict=True)) for row in rows)
 
 
 if __name__ == "__main__":

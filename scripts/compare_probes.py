@@ -8,15 +8,15 @@ turn; several files for one task (seeds, folds) give a mean and a standard devia
 each seed, files of a task being taken in the order of their names. FOLDER gets probes.md, probes.csv and probes.png.
 """
 
-import csv
 import glob
-import io
 import json
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -92,13 +92,14 @@ def markdown(rows: list[Row], teacher: Row | None) -> str:
 
 def table_csv(rows: list[Row], teacher: Row | None) -> str:
     """Write one line a row, task and seed."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["row", "task", "seed", "value"])
-    for row in [*rows, *([teacher] if teacher else [])]:
-        for task, values in row.values.items():
-            writer.writerows([row.name, task, seed, f"{value:.6g}"] for seed, value in enumerate(values, 1))
-    return buffer.getvalue()
+    lines = [
+        (row.name, task, seed, value)
+        for row in [*rows, *([teacher] if teacher else [])]
+        for task, values in row.values.items()
+        for seed, value in enumerate(values, 1)
+    ]
+    table = pd.DataFrame(lines, columns=["row", "task", "seed", "value"])
+    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 def figure(rows: list[Row], teacher: Row | None) -> "Figure":

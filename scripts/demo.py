@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.columns import align_columns
 from common.errors import fail
 from common.files import write_json
 from common.parser import Parser
@@ -69,8 +70,7 @@ def weights_of(folder: Path) -> Path:
 
 def table(rows: list[tuple[str, str]]) -> str:
     """Return two aligned columns."""
-    width = max(len(left) for left, _ in rows)
-    return "\n".join(f"  {left:<{width}}  {right}" for left, right in rows)
+    return "\n".join(f"  {line}" for line in align_columns(rows))
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import remove_dead_partials, whole_file
 from tagging.files import TaggedFile
-from tagging.parts import LastOne, Share, check_made_with
+from tagging.parts import LastOne, Output, Share, check_made_with
 from tagging.rows import as_text, from_text
 
 CHUNK_BYTES = 1 << 26  # of embeddings held before they are written
@@ -30,7 +30,7 @@ CHUNK_SECONDS = 30.0  # from one part to the next, at most, while files are thro
 MOST_OPEN = 16  # files at once
 
 
-class Embeddings:
+class Embeddings(Output):
     """Writes embeddings part by part into TARGET.parts/, and the whole file at the end.
 
     Args:
@@ -43,14 +43,12 @@ class Embeddings:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], share: Share) -> None:
+        super().__init__()
         self.path, self.settings, self.share = path, dict(settings), share
         self.last_one = LastOne(path, share)
         self.folder = path.with_name(f"{path.name}.parts")
         self.folder.mkdir(exist_ok=True)
         remove_dead_partials(self.folder)
-        self.done: set[str] = set()
-        self.faults: dict[str, str] = {}
-        self.warnings: dict[str, str] = {}
         for source in self._sources():
             with _opened(source, settings) as file:
                 self.done |= set(from_text(_names(file)))

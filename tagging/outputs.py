@@ -9,18 +9,19 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from common.errors import UserError
 from common.files import remove_dead_partials, write_text
 from tagging.embeddings import is_made, is_part
 from tagging.files import TaggedFile
-from tagging.parts import LastOne, Share, claim_folder, let_go, marks_of, take
+from tagging.parts import LastOne, Output, Share, claim_folder, let_go, marks_of, take
 from tagging.rows import (
     AppendedRows,
     JsonRows,
     ParquetTable,
     Place,
+    describe_warnings,
     find_rows,
     form_of,
     is_hardly_begun,
@@ -30,35 +31,6 @@ from tagging.rows import (
 )
 
 TRACKS = "audacity"
-
-
-class Output(Protocol):
-    """Takes tagged files.
-
-    Attributes:
-        done: names of the files that it, or another process's part of it, holds.
-        faults: name → reason of those that could not be read.
-        warnings: name → what is odd about those that are, see `tagging.rows.describe_warnings`; rows alone keep it.
-    """
-
-    done: set[str]
-    faults: dict[str, str]
-    warnings: dict[str, str]
-
-    def write(self, file: TaggedFile) -> None:
-        """Add a file, unless it is there."""
-        ...
-
-    def flush(self) -> None:
-        """Write what is held, so that nothing is lost if the session ends here."""
-        ...
-
-    def close(self, paths: Iterable[Path]) -> bool:
-        """Finish; `paths` is the order wanted. False where other processes have not finished theirs.
-
-        Where they have, this is the last process, and `faults` are then those of all.
-        """
-        ...
 
 
 class OwnRows(AppendedRows):
@@ -75,7 +47,7 @@ class OwnRows(AppendedRows):
         return True
 
 
-class SharedRows:
+class SharedRows(Output):
     """Rows of several processes, or in a form that cannot be appended to.
 
     Each process appends to a part of its own, TARGET.part-RANK-of-N.jsonl; the last one to finish adds all parts to the
@@ -88,18 +60,17 @@ class SharedRows:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], share: Share) -> None:
+        super().__init__()
         self.path, self.settings = path, dict(settings)
         self.last_one = LastOne(path, share)
-        self.done: set[str] = set()
-        self.faults: dict[str, str] = {}
-        self.warnings: dict[str, str] = {}
         if path.suffix.lower() == ".parquet":
             table = ParquetTable(path, settings)
-            self._note(table.done, table.faults)
+            self.done |= table.done
+            self.faults |= table.faults
             self.warnings |= table.warnings
         elif path.exists() and not is_hardly_begun(path, form_of(path)):
             self._note_places(find_rows(path, form_of(path), settings)[0])
-        for part in self._parts():
+        for part in parts_of(path):
             self._note_places(_find_in_part(part, settings))
         self.part = AppendedRows(path.with_name(f"{path.name}.part-{share}.jsonl"), JsonRows(), settings)
 
@@ -107,11 +78,7 @@ class SharedRows:
         """Add a file, unless it is there."""
         if str(file.path) not in self.done:
             self.part.write(file)
-            self._note({str(file.path)}, {str(file.path): file.fault} if file.fault else {})
-            self.warnings |= self.part.warnings
-
-    def flush(self) -> None:
-        """Nothing is held."""
+            self.note(str(file.path), file.fault, describe_warnings(file.warnings))
 
     def close(self, paths: Iterable[Path]) -> bool:
         """Finish this part; the last one to do so writes the file wanted."""
@@ -119,12 +86,13 @@ class SharedRows:
         with self.last_one.finish(self.faults) as everyones:
             if everyones is None:
                 return False
-            parts = self._parts()
+            parts = parts_of(self.path)
             there = {name: (part, at) for part in parts for name, at in _find_in_part(part, self.settings).items()}
             target = open_rows(self.path, self.settings)
             order = (name for name in dict.fromkeys([*map(str, paths), *there]) if name in there)
             target.extend(read_file(part, name, place) for name in order for part, place in [there[name]])
-            self._note(target.done, everyones)
+            self.done |= target.done
+            self.faults |= everyones
             self.warnings |= {name: place.warning for name, (_, place) in there.items() if place.warning}
             for part in parts:
                 part.unlink()
@@ -133,16 +101,9 @@ class SharedRows:
                 partial.unlink()  # of processes that were killed
         return True
 
-    def _note(self, done: set[str], faults: Mapping[str, str]) -> None:
-        self.done |= done
-        self.faults |= faults
-
     def _note_places(self, places: Mapping[str, Place]) -> None:
-        self._note(set(places), {name: place.fault for name, place in places.items() if place.fault})
-        self.warnings |= {name: place.warning for name, place in places.items() if place.warning}
-
-    def _parts(self) -> list[Path]:
-        return parts_of(self.path)
+        for name, place in places.items():
+            self.note(name, place.fault, place.warning)
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -156,7 +117,7 @@ def _find_in_part(part: Path, settings: Mapping[str, Any]) -> dict[str, Place]:
     return find_rows(part, JsonRows(), settings)[0]
 
 
-class FileEach:
+class FileEach(Output):
     """A folder with a file for each sound that can be read.
 
     Args:
@@ -169,14 +130,13 @@ class FileEach:
     extension: str
 
     def __init__(self, folder: Path, paths: Iterable[Path], settings: Mapping[str, Any], share: Share) -> None:
+        super().__init__()
         self.targets = beside(folder, paths, self.extension)
         self.last_one = LastOne(folder, share)
         claim_folder(folder, settings)
         for parent in {folder, *(target.parent for target in self.targets.values())}:
             remove_dead_partials(parent)
         self.done = {name for name, target in self.targets.items() if os.path.exists(target)}  # whatever its length
-        self.faults: dict[str, str] = {}
-        self.warnings: dict[str, str] = {}
 
     def write(self, file: TaggedFile) -> None:
         """Make a sound's file, unless it is there or the sound cannot be read."""
@@ -195,9 +155,6 @@ class FileEach:
     def make(self, file: TaggedFile, target: Path) -> None:
         """Make the file of a sound that could be read."""
         raise NotImplementedError
-
-    def flush(self) -> None:
-        """Nothing is held."""
 
     def close(self, paths: Iterable[Path]) -> bool:
         """Finish; there is nothing to join."""

@@ -5,13 +5,14 @@ import glob
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from common.errors import UserError
 from common.files import remove_dead_partials, write_json, write_text
+from tagging.files import TaggedFile
 
 
 class Share(NamedTuple):
@@ -78,6 +79,47 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     elif folder.is_dir() and any(not path.name.startswith(".") and path != note for path in folder.iterdir()):
         raise UserError(f"{folder} holds files of something else: write elsewhere")
     write_json(note, dict(settings))
+
+
+class Record:
+    """What an output holds.
+
+    Attributes:
+        done: names of the files that it, or another process's part of it, holds.
+        faults: name → reason of those that could not be read.
+        warnings: name → what is odd about those that are, see `tagging.rows.describe_warnings`; rows alone keep it.
+    """
+
+    def __init__(self) -> None:
+        self.done: set[str] = set()
+        self.faults: dict[str, str] = {}
+        self.warnings: dict[str, str] = {}
+
+    def note(self, name: str, fault: str | None, warning: str | None) -> None:
+        """Add a file, with why it could not be read and what is odd about it, None where there is nothing."""
+        self.done.add(name)
+        if fault is not None:
+            self.faults[name] = fault
+        if warning is not None:
+            self.warnings[name] = warning
+
+
+class Output(Record):
+    """Takes tagged files."""
+
+    def write(self, file: TaggedFile) -> None:
+        """Add a file, unless it is there."""
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Write what is held, so that nothing is lost if the session ends here; by default nothing is."""
+
+    def close(self, paths: Iterable[Path]) -> bool:
+        """Finish; `paths` is the order wanted. False where other processes have not finished theirs.
+
+        Where they have, this is the last process, and `faults` are then those of all.
+        """
+        raise NotImplementedError
 
 
 _TAKEN: dict[Path, IO[bytes]] = {}  # by this process; each file once, since closing it gives up all its locks

@@ -17,7 +17,7 @@ from audio.io import LOSSES
 from common.errors import UserError
 from common.files import whole_file, write_json
 from tagging.files import TaggedFile, TaggedWindow
-from tagging.parts import check_made_with
+from tagging.parts import Output, Record, check_made_with
 
 COLUMNS = ("filename", "start", "end", "label", "probability", "error", "warning")
 GROUP = 1 << 16  # rows that are held, of a parquet file
@@ -140,7 +140,7 @@ def read_file(path: Path, name: str, place: Place) -> TaggedFile:
     return tagged
 
 
-class AppendedRows:
+class AppendedRows(Output):
     """A file of rows that grows by one sound file at a time.
 
     Args:
@@ -153,18 +153,15 @@ class AppendedRows:
     """
 
     def __init__(self, path: Path, rows: Rows, settings: Mapping[str, Any]) -> None:
+        super().__init__()
         self.path, self.rows, self.settings = path, rows, dict(settings)
-        self.done: set[str] = set()
-        self.faults: dict[str, str] = {}
-        self.warnings: dict[str, str] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self.n_whole = 0
         if path.exists() and not is_hardly_begun(path, rows):
             places, self.n_whole = find_rows(path, rows, settings)
-            self.done |= places.keys()
-            self.faults |= {name: place.fault for name, place in places.items() if place.fault}
-            self.warnings |= {name: place.warning for name, place in places.items() if place.warning}
-            self._note()  # first: it never says more than there is
+            for name, place in places.items():
+                self.note(name, place.fault, place.warning)
+            self._write_meta()  # first: it never says more than there is
             os.truncate(path, self.n_whole)
         self.file = open(path, "ab" if self.n_whole else "wb")  # noqa: SIM115 - open as long as the output
         if not self.n_whole:
@@ -172,24 +169,15 @@ class AppendedRows:
 
     def write(self, file: TaggedFile) -> None:
         """Add a file, unless it is there."""
-        name = str(file.path)
-        if name in self.done:
-            return
-        self._append(self.rows.text(file))
-        self.done.add(name)
-        if file.fault is not None:
-            self.faults[name] = file.fault
-        if odd := describe_warnings(file.warnings):
-            self.warnings[name] = odd
+        if str(file.path) not in self.done:
+            self._append(self.rows.text(file))
+            self.note(str(file.path), file.fault, describe_warnings(file.warnings))
 
     def extend(self, files: Iterable[TaggedFile]) -> None:
         """Add files that are not there, and close."""
         for file in files:
             self.write(file)
         self.close()
-
-    def flush(self) -> None:
-        """Nothing is held."""
 
     def close(self, paths: Iterable[Path] = ()) -> bool:
         """Flush to disk."""
@@ -201,9 +189,9 @@ class AppendedRows:
     def _append(self, text: str) -> None:
         self.n_whole += self.file.write(_bytes(text))
         self.file.flush()
-        self._note()
+        self._write_meta()
 
-    def _note(self) -> None:
+    def _write_meta(self) -> None:
         # Renamed but not flushed to disk, for speed: after a power cut the rows may be fewer than it says.
         meta = meta_of(self.path)
         partial = meta.with_name(f".{meta.name}.partial")
@@ -290,17 +278,15 @@ class _Lines:
         return _text(line)
 
 
-class ParquetTable:
+class ParquetTable(Record):
     """A parquet file in `COLUMNS`, written whole together with what it held before; names as `as_text`."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         import pyarrow
         import pyarrow.parquet
 
+        super().__init__()
         self.path, self.settings = path, dict(settings)
-        self.done: set[str] = set()
-        self.faults: dict[str, str] = {}
-        self.warnings: dict[str, str] = {}
         if path.exists():
             try:
                 made_with = json.loads(meta_of(path).read_text(encoding="utf-8"))
@@ -310,11 +296,7 @@ class ParquetTable:
                         raise ValueError(f"it has no column {', '.join(sorted(missing))}")
                     for batch in held.iter_batches(columns=["filename", "error", "warning"]):
                         for row in batch.to_pylist():
-                            self.done.add(row["filename"])
-                            if row["error"] is not None:
-                                self.faults[row["filename"]] = row["error"]
-                            if row["warning"] is not None:
-                                self.warnings[row["filename"]] = row["warning"]
+                            self.note(row["filename"], row["error"], row["warning"])
             except (OSError, ValueError, pyarrow.ArrowException) as error:
                 raise UserError(
                     f"{path} exists and cannot be added to ({error}): write elsewhere, or remove it"

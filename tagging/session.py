@@ -18,8 +18,8 @@ from tagging.embeddings import Embeddings
 from tagging.engines import Engine
 from tagging.events import merge_events
 from tagging.files import TaggedWindow, Wanted, create_windows, embedding_engine, tag_files
-from tagging.outputs import Output, check_form, check_ours, open_output, remove_output
-from tagging.parts import ALONE, Share, let_go, take
+from tagging.outputs import check_form, check_ours, open_output, remove_output
+from tagging.parts import ALONE, Output, Share, let_go, take
 from tagging.pictures import Pictures
 from tagging.rows import as_text, describe_warnings, has_lost_sound
 

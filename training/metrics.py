@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from common.columns import align_columns
 from common.errors import UserError, some
 
 AUC_MARGIN = 1e-6  # an AUC of 0 or 1 is read as this far from it, which keeps d-prime within +-6.72
@@ -61,8 +62,7 @@ class Metrics:
             value = getattr(self, name)
             if value is not None:
                 rows.append((name.replace("_", " "), f"{value:.4f}"))
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return "\n".join(align_columns(rows))
 
 
 def d_prime(auc: float) -> float:

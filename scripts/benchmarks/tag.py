@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ import soundfile
 import torch
 
 from audio.io import find_audio_files
+from common.columns import align_columns
 from common.errors import UserError
 from models import create_model, load_model, save_checkpoint
+from scripts.benchmarks.turns import alternate, describe_spread, ratios
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = 44100  # of sounds made here
@@ -100,10 +103,7 @@ def tag_benchmark(sounds: str | None, model: str, chunk_seconds: float, rounds: 
             ("project, ONNX int8", "int8"),
         ):
             contenders[name] = [*ours, "-m", paths[path], "--output", work / f"{path}.csv"]
-        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-        for number in range(rounds):  # every other one in reverse order, so that none always follows the same one
-            for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
-                seconds[name].append(_run(contenders[name], work))
+        seconds = alternate({name: partial(_run, words, work) for name, words in contenders.items()}, rounds)
         reference = json.loads((work / "plain.json").read_text())
         n_windows = sum(map(len, reference.values()))
         labels = load_model(paths["torch"]).labels
@@ -156,18 +156,7 @@ def _table(seconds: dict[str, list[tuple[float, float]]], far: dict[str, float],
     rows = [[*head, "processor seconds", "largest difference"]]
     for name, measured in seconds.items():
         times, spent = zip(*measured, strict=True)
-        ratios = [plain / own for plain, own in zip(baseline, times, strict=True)]
-        rows.append(
-            [
-                name,
-                f"{statistics.median(times):.1f}",
-                f"({min(times):.1f}, {max(times):.1f})",
-                f"{n_windows / statistics.median(times):.1f}",
-                f"{statistics.median(ratios):.2f}",
-                f"({min(ratios):.2f}, {max(ratios):.2f})",
-                f"{statistics.median(spent):.1f}",
-                f"{far[name]:.1e}" if name in far else "",
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("   ".join(f"{cell:{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
+        row = [name, *describe_spread(times, 1), f"{n_windows / statistics.median(times):.1f}"]
+        row += describe_spread(ratios(baseline, times), 2)
+        rows.append([*row, f"{statistics.median(spent):.1f}", f"{far[name]:.1e}" if name in far else ""])
+    return "\n".join(align_columns(rows, between="   "))

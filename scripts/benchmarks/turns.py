@@ -3,10 +3,14 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
+from common.columns import align_columns
+
+T = TypeVar("T")
 WARMUP_STEPS = 2  # of each contender, not timed; compilation happens here
 
 
@@ -32,12 +36,16 @@ def take_turns(
 
     for step in contenders.values():
         timed(step, WARMUP_STEPS)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    return alternate({name: partial(timed, step, steps) for name, step in contenders.items()}, rounds)
+
+
+def alternate(contenders: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """Call each contender `rounds` times and return what it gave, every other round in reverse order."""
+    measured: dict[str, list[T]] = {name: [] for name in contenders}
     for number in range(rounds):
-        names = list(contenders)
-        for name in names if number % 2 == 0 else reversed(names):
-            seconds[name].append(timed(contenders[name], steps))
-    return seconds
+        for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
+            measured[name].append(contenders[name]())
+    return measured
 
 
 def _synchronise(device: torch.device) -> None:
@@ -72,13 +80,16 @@ def table(
     rows = [head + ([] if peak_tflops is None else ["utilisation"]) + list(more or {})]
     for name, times in seconds.items():
         tflops = flops[name] / statistics.median(times) / 1e12
-        row = [name, *_spread([batch_size / t for t in times], 1), *_spread(ratios(seconds[baseline], times), 2)]
+        row = [
+            name,
+            *describe_spread([batch_size / t for t in times], 1),
+            *describe_spread(ratios(seconds[baseline], times), 2),
+        ]
         row += [f"{tflops:.3g}"] + ([] if peak_tflops is None else [f"{100 * tflops / peak_tflops:.1f} %"])
         rows.append(row + [column[name] for column in (more or {}).values()])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("   ".join(f"{cell:{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(align_columns(rows, between="   "))
 
 
-def _spread(values: Sequence[float], digits: int) -> tuple[str, str]:
+def describe_spread(values: Sequence[float], digits: int) -> tuple[str, str]:
     """Median, and smallest and largest."""
     return f"{statistics.median(values):.{digits}f}", f"({min(values):.{digits}f}, {max(values):.{digits}f})"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from audio.labels import describe_lookalikes
+from common.columns import align_columns
 from common.errors import some
 from scripts.lists.groups import Groups
 from scripts.lists.sound_folders import SoundFolder, count_extensions
@@ -106,11 +107,7 @@ def _lay_out(counts: LabelCounts, names: list[str], parts: list[str], groups: Gr
     all_groups = [str(len(set(groups.joined.tolist())))] if grouped else []
     rows.append(["clips", *(str(of_part[name]) for name in names), *all_groups])
     cells = [[printable(row[0]), *row[1:]] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join([f"{row[0]:<{widths[0]}}", *(f"{c:>{n}}" for c, n in zip(row[1:], widths[1:], strict=True))])
-        for row in cells
-    ]
+    return align_columns(cells, others=">")
 
 
 def _warn(counts: LabelCounts, names: list[str], split: Split, groups: Groups) -> list[str]:

@@ -1,11 +1,12 @@
 """What a sweep over token merging found, as a table, as CSV and as a picture."""
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
+from common.columns import align_columns
 from scripts.sweeps.token_merging import Metric, Point, Row, Spread
 from training.figures import COLOURS, FAINT, INK, style
 
@@ -32,10 +33,7 @@ def markdown(rows: Sequence[Row], metric: Metric) -> str:
             row = next((row for row in own if row.r == r), None)
             line += _cells(row) if row else ["", "", ""]
         lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "| " + " | ".join(f"{cell:>{n}}" for cell, n in zip(line, widths, strict=True)) + " |" for line in lines
-    )
+    return "\n".join(f"| {line} |" for line in align_columns(lines, ">", ">", " | "))
 
 
 def _cells(row: Row) -> list[str]:
@@ -52,32 +50,29 @@ def _text(spread: Spread, form: str) -> str:
 def rows_csv(rows: Iterable[Row], metric: Metric) -> str:
     """Write the rows as CSV, values in percent."""
     names = ["group", "r", "checkpoints", metric, f"{metric}_std", "drop", "drop_std"]
-    lines: list[Sequence[object]] = [[*names, "clips_per_second", "lowest", "highest"]]
+    lines = []
     for row in rows:
         drop = (None, None) if row.drop is None else (row.drop.mean, row.drop.deviation)
         speed = row.clips_per_second
         speeds = [statistics.median(speed), min(speed), max(speed)]
         values = [row.value.mean, row.value.deviation, *drop, *speeds]
-        lines.append([row.group, f"{row.r:g}", row.n_checkpoints, *map(_number, values)])
-    return _csv(lines)
+        lines.append([row.group, f"{row.r:g}", row.n_checkpoints, *values])
+    return write_csv(lines, [*names, "clips_per_second", "lowest", "highest"])
 
 
 def points_csv(points: Sequence[Point], values: Sequence[float], metric: Metric) -> str:
     """Write the value of every checkpoint at every r as CSV, in percent."""
-    lines: list[Sequence[object]] = [["group", "r", "checkpoint", "test_data", metric]]
-    for point, value in zip(points, values, strict=True):
-        lines.append([point.group, f"{point.r:g}", point.source, point.test_data, _number(value)])
-    return _csv(lines)
+    lines = [
+        [point.group, f"{point.r:g}", point.source, point.test_data, value]
+        for point, value in zip(points, values, strict=True)
+    ]
+    return write_csv(lines, ["group", "r", "checkpoint", "test_data", metric])
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
-
-
-def _csv(lines: Iterable[Sequence[object]]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(lines)
-    return buffer.getvalue()
+def write_csv(lines: Sequence[Sequence[object]], names: Sequence[str]) -> str:
+    """Write lines below the names of their columns; numbers with six digits, nothing for None."""
+    table = pd.DataFrame(lines, columns=list(names))
+    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 def _by_group(rows: Iterable[Row]) -> dict[str, list[Row]]:
