@@ -199,3 +199,16 @@ def test_under_float16_a_step_that_overflows_is_skipped_and_nothing_ends():
     assert scales == sorted(scales, reverse=True)
     later, _ = states_of(trainer)
     assert any(not torch.equal(later[name], value) for name, value in before.items())
+
+
+def test_a_state_of_an_earlier_version_says_nothing_of_an_objective_without_parameters():
+    trainer, other = build(), build()
+    trainer.step(parts(bad=False), [0.5, 0.5], 0)
+    state = copy.deepcopy(trainer.state_dict())
+    assert not state.pop("objective")
+    other.load_state_dict(state)
+    for one in (trainer, other):
+        one.step(parts(bad=False, seed=1), [0.5, 0.5], 1)
+    (model, moments), (same, same_moments) = states_of(trainer), states_of(other)
+    assert all(torch.equal(same[name], value) for name, value in model.items())
+    assert moments.keys() == same_moments.keys()

@@ -17,11 +17,15 @@ from distill.dataset import ReplayDataset
 from distill.objectives import Needs, Objective, register_objective
 from distill.replay import Replay
 from distill.sources import SeededItems
-from models import Ensemble, create_model
+from models import Ensemble, create_model, load_tagger
+from models.parametrizations import register_parametrization
 from training.config import SoftTargetConfig, TrainConfig
 from training.data import open_training
+from training.evaluate import evaluate
+from training.labelled import open_labelled
 from training.loop import Run
 from training.needs import plan_run
+from training.precision import Precision
 from training.student import create_student
 from training.teaching import SoftTargets, Teaching
 from training.trainer import Trainer
@@ -156,24 +160,34 @@ def test_an_objective_of_its_own_brings_losses_parameters_and_rates(tone_pack, t
     assert lines[1]["level"] < lines[0]["level"] < 5.0
 
 
-def test_wrapped_parameters_are_trained_through_their_wrapping(tone_pack, tmp_path):
-    """Two-level weights by a straight-through estimator: the loop sees parameters, not what wraps them."""
+class Sign(torch.nn.Module):
+    """Two-level weights, by a straight-through estimator."""
 
-    class Sign(torch.nn.Module):
-        def forward(self, weight):
-            return weight + (weight.sign() * weight.abs().mean() - weight).detach()
+    def forward(self, weight):
+        return weight + (weight.sign() * weight.abs().mean() - weight).detach()
 
-    config = settings(tone_pack, epochs=1, valid_every=1, init_from_data=False)
-    faults = Faults("the test")
-    plan = plan_run(config, faults)
-    data = open_training(config, 1, faults, plan.needs)
-    model = create_student(config, data.labels, plan.needs)
-    layer = model.blocks[0].mlp.fc1
-    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Sign())
-    before = layer.parametrizations.weight.original.detach().clone()
-    Run(config, data, model, plan.build(model), plan.needs, tmp_path, CPU, 1).fit()
-    assert not torch.equal(before, layer.parametrizations.weight.original)
+
+@register_parametrization("test_signs")
+def _sign_weights(model, *, only):
+    for name, layer in model.named_modules():
+        if name.endswith(only):
+            torch.nn.utils.parametrize.register_parametrization(layer, "weight", Sign())
+
+
+def test_changed_parameters_are_trained_saved_evaluated_and_tagged_with(tone_pack, tmp_path):
+    """What training wrote is what every command computes with; nothing but the argument says that they are changed."""
+    changed = {"pooling": "logit", "parametrize": {"test_signs": {"only": "fc1"}}}
+    result, run = train(tmp_path, settings(tone_pack, model_args=changed, epochs=6, valid_every=3))
+    layer = run.model.blocks[0].mlp.fc1
     assert torch.allclose(layer.weight.abs(), layer.weight.abs().mean(), rtol=1e-5)
+    assert layer.parametrizations.weight.original.abs().std() > 1e-3  # what is learnt is not
+    model = load_tagger(result["weights"])
+    sound = torch.randn(2, 16000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.predict(sound), run.model.eval().predict(sound))
+    data = open_labelled(str(tone_pack), model.labels, Faults("the test"))
+    found = evaluate(model, data, batch_size=8, num_workers=0, precision=Precision("fp32", CPU))
+    assert found.mAP == result["mAP"]
+    assert torch.allclose(model.blocks[0].mlp.fc1.weight.abs().std(), torch.zeros(()), atol=1e-6)
 
 
 def test_without_consistency_clips_are_not_shifted_and_masks_are_drawn_anew(tone_pack):
