@@ -149,6 +149,7 @@ def test_a_run_with_clusters_goes_on_to_the_same_bits(tone_pack, store, tmp_path
     assert identity["clusters_sha256"] == sha256(store / "clusters_k2.parquet")
 
 
+@pytest.mark.long
 def test_two_ranks_draw_and_learn_as_one(tone_pack, store, tmp_path):
     more = {"sampler": "clusters", "clusters": str(store / "clusters_k2.parquet"), "epochs": 2}
     path = configure(tmp_path, tone_pack, store, objective_args={"hidden": 32, "dropout": 0.0}, **more)

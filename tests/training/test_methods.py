@@ -95,7 +95,7 @@ def test_it_learns_from_an_unlabelled_pack_and_keeps_what_was_best(config, tmp_p
 
 @pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.long)])
 def test_killed_it_goes_on_to_the_same_bits(config, tmp_path, name):
-    words = ["tests/training/killing.py", config(name), tmp_path / "runs", "3", "3", "0", "2"]
+    words = ["tests/training/killing.py", config(name), tmp_path / "runs", "2", "3", "0", "2"]
     result = run_command(*words)
     assert result.returncode == 0, result.stderr + (tmp_path / "log.txt").read_text()
     assert_same(the_run(tmp_path / "runs_whole"), the_run(tmp_path / "runs"))
