@@ -1,7 +1,11 @@
 """Bytes as they come: a pipe that can be looked into, and cut into parts that decoders read like files."""
 
+import re
 from collections.abc import Iterator
+from io import RawIOBase
 from typing import BinaryIO, NamedTuple
+
+_BLOCK = 1 << 16  # bytes taken from a source at once, where it gives what is there
 
 
 class ByteStream:
@@ -9,40 +13,61 @@ class ByteStream:
 
     Args:
         source: a pipe, a socket's file, an open file.
+
+    Attributes:
+        position: bytes taken so far.
     """
 
-    def __init__(self, source: BinaryIO) -> None:
+    def __init__(self, source: BinaryIO | RawIOBase) -> None:
         self.source = source
-        self._read = getattr(source, "read1", source.read)  # what is there, rather than wait for all it could take
-        self._ahead = b""
+        self.position = 0
+        gives_what_is_there = hasattr(source, "read1")  # rather than wait for all that it could take
+        self._read = source.read1 if gives_what_is_there else source.read  # type: ignore[union-attr]
+        self._n_block = _BLOCK if gives_what_is_there else 0
+        self._ahead, self._at = b"", 0  # what was read, and where in it the next byte lies
 
     def peek(self, n_bytes: int) -> bytes:
         """Wait for so many bytes and return them, without taking them; fewer at the end alone."""
-        while len(self._ahead) < n_bytes and (more := self._read(n_bytes - len(self._ahead))):
-            self._ahead += more
-        return self._ahead[:n_bytes]
+        while (n_wanted := self._at + n_bytes - len(self._ahead)) > 0:
+            more = self._read(max(n_wanted, self._n_block))
+            if not more:
+                break
+            self._ahead, self._at = self._ahead[self._at :] + more, 0
+        return self._ahead[self._at : self._at + n_bytes]
 
     def read1(self, n_bytes: int) -> bytes:
         """Take what is there, at most so many bytes; none at the end alone."""
-        if not self._ahead:
-            return self._read(n_bytes) or b""
-        data, self._ahead = self._ahead[:n_bytes], self._ahead[n_bytes:]
+        if self._at == len(self._ahead):
+            self._ahead, self._at = self._read(n_bytes) or b"", 0
+        data = self._ahead[self._at : self._at + n_bytes]
+        self._at += len(data)
+        self.position += len(data)
         return data
 
     def read(self, n_bytes: int) -> bytes:
         """Wait for so many bytes and take them; fewer at the end alone."""
         data = self.peek(n_bytes)
-        self._ahead = self._ahead[n_bytes:]
+        self._at += len(data)
+        self.position += len(data)
         return data
 
     def unread(self, data: bytes) -> None:
         """Put bytes back in front of all others."""
-        self._ahead = data + self._ahead
+        self._ahead, self._at = data + self._ahead[self._at :], 0
+        self.position -= len(data)
 
     def skip(self, n_bytes: int) -> None:
         """Take so many bytes, and forget them."""
-        while n_bytes > 0 and (data := self.read1(min(n_bytes, 1 << 16))):
+        while n_bytes > 0 and (data := self.read1(min(n_bytes, _BLOCK))):
             n_bytes -= len(data)
+
+    def skip_to(self, pattern: re.Pattern[bytes]) -> int:
+        """Pass over a byte and all behind it up to the next match, in what is there; return how many."""
+        data = self.read1(_BLOCK)
+        found = pattern.search(data, 1)
+        n_skipped = found.start() if found else len(data)
+        self.unread(data[n_skipped:])
+        return n_skipped
 
     def seekable(self) -> bool:
         """Return False."""
@@ -59,6 +84,24 @@ class Piece(NamedTuple):
 
     data: bytes
     is_first: bool = False
+
+
+class StreamPieces:
+    """A stream of parts that lie one behind the other. Iterating, once, gives the pieces of each as they come.
+
+    Args:
+        stream: to read from.
+
+    Attributes:
+        warnings: kind of oddity → a sentence without its subject; known at the end.
+    """
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.stream = stream
+        self.warnings: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[Piece]:
+        raise NotImplementedError
 
 
 class StreamPart:

@@ -1,15 +1,17 @@
-"""FLAC files: their announced length, and what lies behind the first stream.
+"""FLAC: streams one behind the other, in a file and as they come.
 
 Format: RFC 9639.
 """
 
-import os
+from collections.abc import Iterator
+from itertools import pairwise
 
-from audio.parts import PLAIN_FLAC, Contents, Part
+from audio.byte_stream import ByteStream, Piece, StreamPieces
+from audio.parts import PLAIN_FLAC, Contents, Part, Slice
 
 MARKER = b"fLaC\x00\x00\x00\x22"  # a stream begins, with its STREAMINFO
 _BUFFER = 1 << 14  # bytes that a decoder may have read beyond the last frame
-_BLOCK = 1 << 22
+_BLOCK = 1 << 12
 
 
 def find_flac(descriptor: int, size: int, head: bytes) -> Contents:
@@ -37,17 +39,29 @@ def find_rest(descriptor: int, position: int, size: int) -> list[Part]:
 
 def find_streams(descriptor: int, first: int, size: int) -> list[Part]:
     """Find where streams begin from a byte on; what is in front of the first marker is one, too."""
-    starts = [first]
+    starts: list[int] = []
     position = first
-    while position < size:
-        block = os.pread(descriptor, min(_BLOCK, size - position), position)
-        at = block.find(MARKER)
-        while at >= 0:
-            if position + at > first:
-                starts.append(position + at)
-            at = block.find(MARKER, at + 1)
-        if position + len(block) >= size or len(block) <= len(MARKER):
-            break
-        position += len(block) - len(MARKER) + 1
-    stops = [*starts[1:], size]
-    return [Part(*ends, decoder="ffmpeg", container="flac") for ends in zip(starts, stops, strict=True)]
+    for piece in FlacPieces(ByteStream(Slice(descriptor, first, size))):
+        if piece.is_first:
+            starts.append(position)
+        position += len(piece.data)
+    return [Part(*ends, decoder="ffmpeg", container="flac") for ends in pairwise([*starts, size])]
+
+
+class FlacPieces(StreamPieces):
+    """FLAC streams, one behind the other; the decoder finds what is missing in them."""
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Give what has come, less a marker's length."""
+        held, is_first = b"", True
+        while data := self.stream.read1(_BLOCK):
+            held += data
+            while (at := held.find(MARKER, 1)) > 0:
+                yield Piece(held[:at], is_first)
+                held, is_first = held[at:], True
+            n_given = len(held) - len(MARKER)
+            if n_given > 0:
+                yield Piece(held[:n_given], is_first)
+                held, is_first = held[n_given:], False
+        if held:
+            yield Piece(held, is_first)

@@ -6,14 +6,18 @@ Formats: ISO/IEC 11172-3 and 13818-3, the Xing and VBRI headers, ID3v2, APEv2.
 """
 
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from audio.parts import PLAIN_FLAC, Contents, Part, describe_cut
+from audio.byte_stream import ByteStream, Piece, StreamPieces
+from audio.parts import PLAIN_FLAC, Contents, Part, Slice, describe_cut
 
-_BLOCK = 1 << 20
-_LARGEST_FRAME = 1 << 12  # bytes: 2,881 of layer 2
+_ANNOUNCEMENT = 64  # bytes from a frame's start to the end of what a Xing or VBRI header announces
+_LYRICS = 1 << 16  # bytes in which the end of a tag of lyrics is looked for
+_MARKS = re.compile(rb"\xff|ID3|TAG|APET|LYRI")  # a frame or a tag may begin
 _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 _V1 = {
     3: (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
@@ -42,24 +46,20 @@ class MpegStream:
 
     Attributes:
         start: first byte.
-        stop: behind the last one.
         rate: in Hz.
+        stop: behind the last one.
         announced: frames, by a Xing or VBRI header; None without one.
         n_frames: that there are, without that header.
         n_samples: in them.
-        n_garbage: bytes between its frames that are none.
-        has_xing: its first frame is no sound but a Xing header.
         is_cut: its last frame is not whole.
     """
 
     start: int
-    stop: int
     rate: int
+    stop: int = 0
     announced: int | None = None
     n_frames: int = 0
     n_samples: int = 0
-    n_garbage: int = 0
-    has_xing: bool = False
     is_cut: bool = False
 
 
@@ -79,24 +79,70 @@ def parse_frame(second: int, third: int) -> MpegFrame | None:
     return MpegFrame(n_samples // 8 * bits // rate + padding, n_samples, rate, side)
 
 
-class _Bytes:
-    """A file read forward in blocks.
+class MpegPieces(StreamPieces):
+    """The streams of MPEG audio (MP3, MP2), frame after frame.
+
+    A stream ends where the rate changes, a tag or another header with a length begins.
 
     Args:
-        descriptor: of the file.
-        size: of it.
+        stream: to read from.
+
+    Attributes:
+        current: the stream under way.
+        n_garbage: bytes between frames that are none.
+        warnings: kind of oddity → a sentence without its subject; known at the end.
     """
 
-    def __init__(self, descriptor: int, size: int) -> None:
-        self.descriptor, self.size = descriptor, size
-        self.base, self.block = 0, b""
+    current: MpegStream | None = None
+    n_garbage = 0
 
-    def at(self, position: int) -> int:
-        """Return where in `block` a byte is, with a whole frame and a header behind it there as far as there is one."""
-        end = self.base + len(self.block)
-        if position < self.base or (position + 2 * _LARGEST_FRAME > end and end < self.size):
-            self.base, self.block = position, os.pread(self.descriptor, min(_BLOCK, self.size - position), position)
-        return position - self.base
+    def __iter__(self) -> Iterator[Piece]:
+        """Give frame after frame; tags, and bytes that belong to no frame, are passed over."""
+        current = self.current
+        n_garbage = 0  # since the last frame
+        is_first = True
+        while len(head := self.stream.peek(4)) == 4:
+            frame = parse_frame(head[1], head[2]) if head[0] == 0xFF else None
+            is_other = current is None or (frame is not None and frame.rate != current.rate)
+            if frame is None or ((is_first or n_garbage or is_other) and not self._is_followed(frame)):
+                n_tag = self._measure_tag(head)
+                self.stream.skip(n_tag)
+                is_first |= n_tag > 0 and head[:3] == b"ID3"  # another file begins
+                n_garbage += 0 if n_tag else self.stream.skip_to(_MARKS)
+                continue
+            data = self.stream.peek(max(frame.n_bytes, _ANNOUNCEMENT))
+            tag = find_announcement(data.ljust(_ANNOUNCEMENT, b"\0"), 0, frame)
+            is_first |= tag is not None or is_other
+            if current is None or is_first:
+                n_garbage = 0  # what is in front of a stream is no loss
+                current = self.current = MpegStream(self.stream.position, frame.rate)
+            self.n_garbage += n_garbage
+            n_garbage = 0
+            current.is_cut = len(data) < frame.n_bytes
+            if tag is not None:
+                current.announced = tag or None
+            elif not current.is_cut:
+                current.n_frames += 1
+                current.n_samples += frame.n_samples
+            self.stream.skip(frame.n_bytes)
+            current.stop = self.stream.position
+            yield Piece(data[: frame.n_bytes], is_first)
+            is_first = False
+        if current is not None and current.n_frames:
+            self.warnings = describe_loss(current, self.n_garbage)
+
+    def _is_followed(self, frame: MpegFrame) -> bool:
+        """Whether another frame of the same rate, or the end of the stream, lies behind a frame."""
+        behind = self.stream.peek(frame.n_bytes + 3)[frame.n_bytes :]
+        if len(behind) < 3:
+            return len(behind) == 0
+        following = parse_frame(behind[1], behind[2]) if behind[0] == 0xFF else None
+        return following is not None and following.rate == frame.rate
+
+    def _measure_tag(self, head: bytes) -> int:
+        if head[:3] not in (b"ID3", b"TAG") and head not in (b"APET", b"LYRI"):
+            return 0
+        return measure_tag(self.stream.peek(_LYRICS if head == b"LYRI" else 128))
 
 
 def find_mpeg(descriptor: int, size: int, head: bytes) -> Contents:
@@ -104,30 +150,29 @@ def find_mpeg(descriptor: int, size: int, head: bytes) -> Contents:
     start = measure_id3(head[:10])
     if start and os.pread(descriptor, 4, start) == b"fLaC":
         return PLAIN_FLAC
-    streams = _scan(descriptor, size)
+    pieces = MpegPieces(ByteStream(Slice(descriptor, 0, size)))
+    begun = [pieces.current for piece in pieces if piece.is_first]
+    streams = [stream for stream in begun if stream is not None and stream.n_frames]
     if not streams:
         return Contents()
-    first = streams[0]
-    is_plain = (
-        len(streams) == 1
-        and first.start == start
-        and first.has_xing
-        and first.announced is not None
-        and not first.n_garbage
-    )
+    first, n_garbage = streams[0], pieces.n_garbage
+    is_plain = len(streams) == 1 and first.start == start and first.announced is not None and not n_garbage
     if is_plain and not first.is_cut and abs((first.announced or 0) - first.n_frames) <= 1:
         return Contents([Part(seconds=first.n_samples / first.rate)], "mp3")
     parts = [
         Part(stream.start, stream.stop, decoder="ffmpeg", container="mp3", seconds=stream.n_samples / stream.rate)
         for stream in streams
     ]
-    return Contents(parts, "mp3", describe_loss(streams))
+    return Contents(parts, "mp3", describe_loss(streams[-1], n_garbage))
 
 
-def describe_loss(streams: list[MpegStream]) -> dict[str, str]:
-    """Say what is missing in streams that lie one behind the other: kind → sentence."""
-    last = streams[-1]
-    n_garbage = sum(stream.n_garbage for stream in streams)
+def describe_loss(last: MpegStream, n_garbage: int) -> dict[str, str]:
+    """Say what is missing: kind → sentence.
+
+    Args:
+        last: of streams that lie one behind the other.
+        n_garbage: bytes between their frames that are none.
+    """
     missing = (last.announced or 0) - last.n_frames
     seconds = last.n_samples / last.rate
     announced = seconds + missing * last.n_samples / last.n_frames / last.rate
@@ -139,60 +184,6 @@ def describe_loss(streams: list[MpegStream]) -> dict[str, str]:
     if last.is_cut:
         return {"truncated": "ends early: its last frame is not whole"}
     return {}
-
-
-def _scan(descriptor: int, size: int) -> list[MpegStream]:
-    """Walk from frame to frame."""
-    data = _Bytes(descriptor, size)
-    streams: list[MpegStream] = []
-    stream: MpegStream | None = None
-    position = n_garbage = 0
-    while position + 4 <= size:
-        at = data.at(position)
-        block = data.block
-        frame = parse_frame(block[at + 1], block[at + 2]) if block[at] == 0xFF else None
-        is_new = stream is None or n_garbage > 0 or (frame is not None and frame.rate != stream.rate)
-        if frame is None or (is_new and not _is_followed(data, position, frame)):
-            skipped = measure_tag(block, at, size - position)
-            if skipped:
-                position += skipped
-                if block[at : at + 3] == b"ID3":
-                    stream = None  # another file begins
-                continue
-            found = block.find(b"\xff", at + 1)
-            step = (found if found > 0 else len(block)) - at
-            n_garbage += step
-            position += max(step, 1)
-            continue
-        tag = find_announcement(block, at, frame)
-        if stream is None or tag is not None or frame.rate != stream.rate:
-            stream = MpegStream(position, position, frame.rate, has_xing=tag is not None)
-            streams.append(stream)
-            n_garbage = 0
-        stream.n_garbage += n_garbage
-        n_garbage = 0
-        if tag is None:
-            stream.n_frames += 1
-            stream.n_samples += frame.n_samples
-        else:
-            stream.announced = tag or None
-        position += frame.n_bytes
-        stream.stop = min(position, size)
-        stream.is_cut = position > size
-    if stream is not None and stream.is_cut:
-        stream.n_frames -= 1
-        stream.n_samples -= frame.n_samples if frame else 0
-    return [stream for stream in streams if stream.n_frames]
-
-
-def _is_followed(data: _Bytes, position: int, frame: MpegFrame) -> bool:
-    """Whether another frame of the same rate, or the end of the file, lies behind a frame."""
-    behind = position + frame.n_bytes
-    if behind + 4 > data.size:
-        return behind == data.size
-    at = data.at(position) + frame.n_bytes
-    following = parse_frame(data.block[at + 1], data.block[at + 2]) if data.block[at] == 0xFF else None
-    return following is not None and following.rate == frame.rate
 
 
 def find_announcement(block: bytes, at: int, frame: MpegFrame) -> int | None:
@@ -217,16 +208,15 @@ def measure_id3(head: bytes) -> int:
     return length + (10 if head[5] & 0x10 else 0)
 
 
-def measure_tag(block: bytes, at: int, n_left: int) -> int:
+def measure_tag(block: bytes) -> int:
     """Return how many bytes of a tag begin here, 0 if none does."""
-    first = block[at : at + 32]
-    if first[:3] == b"ID3":
-        return measure_id3(first[:10])
-    if first[:3] == b"TAG" and n_left >= 128:
+    if block[:3] == b"ID3":
+        return measure_id3(block[:10])
+    if block[:3] == b"TAG" and len(block) >= 128:
         return 128
-    if first[:8] == b"APETAGEX":
-        return 32 + (int.from_bytes(first[12:16], "little") if first[23] & 0x20 else 0)
-    if first[:11] == b"LYRICSBEGIN":
-        end = max(block.find(b"LYRICS200", at), block.find(b"LYRICSEND", at))
-        return end + 9 - at if end > 0 else 0
+    if block[:8] == b"APETAGEX" and len(block) >= 32:
+        return 32 + (int.from_bytes(block[12:16], "little") if block[23] & 0x20 else 0)
+    if block[:11] == b"LYRICSBEGIN":
+        end = max(block.find(b"LYRICS200"), block.find(b"LYRICSEND"))
+        return end + 9 if end > 0 else 0
     return 0

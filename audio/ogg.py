@@ -1,36 +1,37 @@
-"""Ogg files: their links, and what is missing in them.
+"""Ogg, in a file and as it comes: its links, and what is missing in them.
 
 Streams may be chained: each link begins with pages that are marked as the beginning of a stream, and may have other
 rates and channels. Pages carry a number, a checksum, and the place in the stream. Format: RFC 3533; the place in Opus
 streams: RFC 7845.
 """
 
-import os
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from audio.parts import Contents, Part
+from audio.byte_stream import ByteStream, Piece, StreamPieces
+from audio.parts import Contents, Part, Slice
 
-PAGE_HEADER = 27  # bytes
-_LARGEST_PAGE = PAGE_HEADER + 255 + 255 * 255
-_BLOCK = 1 << 20
-_CONTINUED, FIRST_PAGE, _LAST = 1, 2, 4  # bits of a page's type
+_HEADER = 27  # bytes
+_MARK = re.compile(b"O")  # of "OggS", which may be cut in two
+_FIRST, _LAST = 2, 4  # bits of a page's type
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # zlib has the bits the other way round
 _OPUS_RATE = 48000
 
 
 class OggPage(NamedTuple):
-    """What a page's header says, and where the page lies."""
+    """A page, and what its header says."""
 
-    start: int
-    stop: int  # of the header's word; beyond the end of a file that is cut
+    start: int  # byte of the stream
+    data: bytes
     type: int
     place: int
     serial: int
     number: int
-    body: bytes
+    body: bytes  # the beginning of it
+    is_complete: bool  # nothing is missing at its end
     is_whole: bool
 
 
@@ -42,7 +43,6 @@ class OggStream:
     rate: int = 0
     n_skipped: int = 0
     number: int = 0
-    first_place: int | None = None
     place: int = 0
     is_ended: bool = False
 
@@ -54,77 +54,100 @@ class OggLink:
     start: int
     stop: int = 0
     streams: dict[int, OggStream] = field(default_factory=dict)
-    n_lost: int = 0  # pages
     in_front: bool = True  # of the first page that begins no stream
+
+    def add(self, page: OggPage) -> int:
+        """Note a page in that of its stream; return how many pages are missing in front of it."""
+        self.stop = page.start + len(page.data)
+        if page.type & _FIRST:
+            self.streams[page.serial] = _begin_stream(page)
+            return 0
+        self.in_front = False
+        stream = self.streams.get(page.serial)
+        if stream is None:
+            return 0
+        n_missing = max(page.number - stream.number - 1, 0) if page.is_whole else 0
+        stream.number = page.number
+        if page.place > 0:
+            stream.place = page.place
+        stream.is_ended |= bool(page.type & _LAST)
+        return n_missing
+
+    def sounds(self) -> list[OggStream]:
+        """Return the streams that hold sound."""
+        return [stream for stream in self.streams.values() if stream.name]
+
+
+class OggPieces(StreamPieces):
+    """The links of an Ogg stream, page by page.
+
+    Args:
+        stream: to read from.
+
+    Attributes:
+        link: the one under way.
+        warnings: kind of oddity → a sentence without its subject; known at the end.
+    """
+
+    link: OggLink | None = None
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Give page after page; bytes that belong to none are passed over."""
+        link = self.link
+        n_lost = 0
+        is_complete = True
+        for page in read_pages(self.stream):
+            is_first = link is None or (bool(page.type & _FIRST) and not link.in_front)
+            if link is None or is_first:
+                link = self.link = OggLink(page.start)
+            n_lost += link.add(page) + (page.is_complete and not page.is_whole)
+            is_complete = page.is_complete
+            yield Piece(page.data, is_first)
+        if link is not None and not (is_complete and all(stream.is_ended for stream in link.sounds())):
+            self.warnings["truncated"] = "ends early: its last page is missing, which would be marked as the end"
+        if n_lost:
+            are = "is" if n_lost == 1 else "are"
+            self.warnings["damaged"] = f"is damaged: {n_lost} of its pages {are} not whole"
 
 
 def find_links(descriptor: int, size: int, head: bytes = b"") -> Contents:
     """Find the links of an Ogg file, each of which is decoded on its own."""
-    links: list[OggLink] = []
-    is_cut = False
-    for page in _pages(descriptor, size):
-        if page.type & FIRST_PAGE and (not links or not links[-1].in_front):
-            links.append(OggLink(page.start))
-        if not links:
-            return Contents()  # it begins in the middle of a stream: the decoders may find something
-        link = links[-1]
-        link.stop = min(page.stop, size)
-        is_cut = page.stop > size
-        link.n_lost += not page.is_whole and not is_cut
-        if page.type & FIRST_PAGE:
-            link.streams[page.serial] = begin_stream(page)
-        else:
-            link.in_front = False
-            add_page(link, page)
-    if not links:
-        return Contents()
+    pieces = OggPieces(ByteStream(Slice(descriptor, 0, size)))
+    links = [pieces.link for piece in pieces if piece.is_first and pieces.link is not None]
+    if not links or not links[0].streams:
+        return Contents()  # it begins in the middle of a stream: the decoders may find something
     parts = [_part(link) for link in links]
     if len(parts) == 1 and parts[0].decoder == "libsndfile":
         parts = [Part(seconds=parts[0].seconds)]
-    contents = Contents(parts, "ogg")
-    open_ended = [i for i, link in enumerate(links) if not all(stream.is_ended for stream in sounds_of(link))]
-    if is_cut or len(links) - 1 in open_ended:
-        contents.warnings["truncated"] = "ends early: its last page is missing, which would be marked as the end"
-    n_lost = sum(link.n_lost for link in links)
-    if n_lost:
-        contents.warnings["damaged"] = f"is damaged: {n_lost} of its pages {'is' if n_lost == 1 else 'are'} not whole"
-    return contents
+    return Contents(parts, "ogg", pieces.warnings)
 
 
-def _pages(descriptor: int, size: int) -> Iterator[OggPage]:
-    """Yield every page; bytes that belong to none are passed over."""
-    position, base, block = 0, 0, b""
-    while position + PAGE_HEADER <= size:
-        if position + _LARGEST_PAGE > base + len(block) < size or position < base:
-            base, block = position, os.pread(descriptor, min(_BLOCK, size - position), position)
-        at = position - base
-        if block[at : at + 4] != b"OggS":
-            found = block.find(b"OggS", at)
-            if found < 0:
-                position = max(base + len(block) - 3, position + 1)
-                if len(block) < _BLOCK:
-                    return
-            else:
-                position = base + found
+def read_pages(stream: ByteStream) -> Iterator[OggPage]:
+    """Take every page; bytes that belong to none are passed over."""
+    while len(head := stream.peek(_HEADER)) == _HEADER:
+        if head[:4] != b"OggS":
+            stream.skip_to(_MARK)
             continue
-        n_segments = block[at + 26]
-        lacing = block[at + PAGE_HEADER : at + PAGE_HEADER + n_segments]
-        n_body = PAGE_HEADER + n_segments + sum(lacing)
-        data = block[at : at + n_body]
-        is_whole = len(data) == n_body and checksum(data) == int.from_bytes(data[22:26], "little")
-        if not is_whole and len(data) == n_body and block.find(b"OggS", at + 4, at + n_body) >= 0:
-            n_body = block.find(b"OggS", at + 4, at + n_body) - at  # bytes are missing
+        start = stream.position
+        n_header = _HEADER + head[26]
+        n_bytes = n_header + sum(stream.peek(n_header)[_HEADER:])
+        data = stream.peek(n_bytes)
+        is_complete = len(data) == n_bytes
+        is_whole = is_complete and checksum(data) == int.from_bytes(data[22:26], "little")
+        if not is_whole and is_complete and (found := data.find(b"OggS", 4)) > 0:
+            data = data[:found]  # bytes are missing
+        stream.skip(len(data))
         yield OggPage(
-            position,
-            position + n_body,
+            start,
+            data,
             data[5],
             int.from_bytes(data[6:14], "little", signed=True),
             int.from_bytes(data[14:18], "little"),
             int.from_bytes(data[18:22], "little"),
-            data[PAGE_HEADER + n_segments : PAGE_HEADER + n_segments + 64],
+            data[n_header : n_header + 64],
+            is_complete,
             is_whole,
         )
-        position += n_body
 
 
 def checksum(page: bytes) -> int:
@@ -134,7 +157,7 @@ def checksum(page: bytes) -> int:
     return int.from_bytes(value.to_bytes(4, "little").translate(_REVERSED), "big")
 
 
-def begin_stream(page: OggPage) -> OggStream:
+def _begin_stream(page: OggPage) -> OggStream:
     """Read what a stream is from its first page."""
     body, stream = page.body, OggStream(number=page.number)
     if body[1:7] == b"vorbis":
@@ -148,26 +171,8 @@ def begin_stream(page: OggPage) -> OggStream:
     return stream
 
 
-def add_page(link: OggLink, page: OggPage) -> None:
-    """Note a page that begins no stream in that of its stream."""
-    stream = link.streams.get(page.serial)
-    if stream is None:
-        return
-    if page.number > stream.number + 1 and page.is_whole:
-        link.n_lost += page.number - stream.number - 1
-    stream.number = page.number
-    if page.place > 0:
-        stream.place = page.place
-    stream.is_ended |= bool(page.type & _LAST)
-
-
-def sounds_of(link: OggLink) -> list[OggStream]:
-    """Return the streams that hold sound."""
-    return [stream for stream in link.streams.values() if stream.name]
-
-
 def _part(link: OggLink) -> Part:
-    sounds = sounds_of(link)
+    sounds = link.sounds()
     if len(link.streams) != 1 or not sounds or sounds[0].name == "speex":
         return Part(link.start, link.stop, decoder="ffmpeg", container="ogg")
     (stream,) = sounds

@@ -110,6 +110,8 @@ class Slice(io.RawIOBase):
         self._position += len(data)
         return data
 
+    read1 = read
+
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """Fill a buffer as far as there is something."""
         n_read = 0

@@ -7,18 +7,20 @@ S samples.
 """
 
 from collections.abc import Iterator
+from io import RawIOBase
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-from audio.byte_stream import ByteStream, split_parts
+from audio.byte_stream import ByteStream, StreamPieces, split_parts
 from audio.decoders import Blocks, FileDecoder
 from audio.errors import AudioReadError
 from audio.ffmpeg import FFmpegBlocks, FFmpegError
-from audio.mpeg import measure_id3
+from audio.flac import FlacPieces
+from audio.mpeg import MpegPieces, measure_id3
+from audio.ogg import OggPieces
 from audio.parts import RawFormat
 from audio.recognition import N_GUESSED, describe_foreign, guess_frames, has_signature
-from audio.stream_parts import FlacParts, MpegParts, OggParts
 from audio.stream_samples import (
     FORMATS,
     Encoding,
@@ -86,9 +88,9 @@ class StreamDecoder(FileDecoder):
         is_file = _is_file(self.stream.source)
         head = self.stream.peek(4)
         if head == b"OggS":
-            yield from self._streams(OggParts(self.stream), "ogg")
+            yield from self._streams(OggPieces(self.stream), "ogg")
         elif head == b"fLaC":
-            yield from self._streams(FlacParts(self.stream), "flac")
+            yield from self._streams(FlacPieces(self.stream), "flac")
         elif head[:3] == b"ID3":
             yield from self._tagged()
         elif head == b".snd" or choose_layout(self.stream.peek(12)) is not None:
@@ -106,7 +108,7 @@ class StreamDecoder(FileDecoder):
                 raise FFmpegError(f"no sound found in it: {foreign}")
             container = guess_frames(head)
             if container == "mp3":
-                yield from self._streams(MpegParts(self.stream), "mp3")
+                yield from self._streams(MpegPieces(self.stream), "mp3")
                 return
             if container is not None:
                 yield from self._foreign(self.stream, container)
@@ -119,11 +121,11 @@ class StreamDecoder(FileDecoder):
         while n_tag := measure_id3(self.stream.peek(10)):
             self.stream.skip(n_tag)
         if self.stream.peek(4) == b"fLaC":
-            yield from self._streams(FlacParts(self.stream), "flac")
+            yield from self._streams(FlacPieces(self.stream), "flac")
         elif guess_frames(self.stream.peek(N_GUESSED)) == "aac":
             yield from self._foreign(self.stream, "aac")
         else:
-            yield from self._streams(MpegParts(self.stream), "mp3")
+            yield from self._streams(MpegPieces(self.stream), "mp3")
 
     def _with_signature(self, head: bytes, is_file: bool) -> Blocks:
         """Decode what FFmpeg knows by its first bytes; a file that was redirected here can be read backwards."""
@@ -161,23 +163,23 @@ class StreamDecoder(FileDecoder):
             position += max(int.from_bytes(head[:4], "big"), 8)
         return False
 
-    def _foreign(self, source: ByteStream | BinaryIO, container: str) -> Blocks:
+    def _foreign(self, source: ByteStream | BinaryIO | RawIOBase, container: str) -> Blocks:
         """Decode with FFmpeg."""
         blocks = FFmpegBlocks(source, block_seconds=self.block_seconds, container=container)  # type: ignore[arg-type]
         yield from self._with_ffmpeg(blocks, 0, None)
 
-    def _streams(self, parts: OggParts | FlacParts | MpegParts, container: str) -> Blocks:
+    def _streams(self, pieces: StreamPieces, container: str) -> Blocks:
         """Decode streams that lie one behind the other, each on its own."""
         error: FFmpegError | None = None
         is_decoded = False
-        for part in split_parts(iter(parts)):
+        for part in split_parts(iter(pieces)):
             try:
                 for block in self._foreign(part, container):  # type: ignore[arg-type]
                     is_decoded = True
                     yield block
             except FFmpegError as raised:
                 error = raised
-        self.warnings |= parts.warnings
+        self.warnings |= pieces.warnings
         if not is_decoded:
             raise error or FFmpegError("no sound found in it")
         if error is not None and not error.empty:
@@ -213,7 +215,7 @@ class StreamDecoder(FileDecoder):
         return self._restored(blocks) if raw.subtype in ("FLOAT", "DOUBLE") else blocks
 
 
-def _is_file(source: BinaryIO) -> bool:
+def _is_file(source: BinaryIO | RawIOBase) -> bool:
     """Whether this is a file at its beginning, in which decoders may move."""
     try:
         return source.seekable() and source.tell() == 0
