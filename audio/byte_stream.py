@@ -63,10 +63,11 @@ class ByteStream:
 
     def skip_to(self, pattern: re.Pattern[bytes]) -> int:
         """Pass over a byte and all behind it up to the next match, in what is there; return how many."""
-        data = self.read1(_BLOCK)
-        found = pattern.search(data, 1)
-        n_skipped = found.start() if found else len(data)
-        self.unread(data[n_skipped:])
+        self.peek(1)
+        found = pattern.search(self._ahead, self._at + 1)
+        n_skipped = (found.start() if found else len(self._ahead)) - self._at
+        self._at += n_skipped
+        self.position += n_skipped
         return n_skipped
 
     def seekable(self) -> bool:

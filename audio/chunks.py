@@ -8,10 +8,12 @@ Format, Sun's AU.
 import errno
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from audio.parts import PLAIN_WAV, Contents, Part, RawFormat, describe_cut
+from audio.byte_stream import ByteStream
+from audio.parts import PLAIN_WAV, Contents, Part, RawFormat, Slice, describe_cut
 
 # Lengths that a program writing to a pipe puts into a header because it cannot know better.
 UNKNOWN_LENGTHS = {0, 0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0xFFFFFFFF}
@@ -30,15 +32,15 @@ _WAV_SUBTYPES = {
 _BIG_SUBTYPES = {1: "PCM_S8", 2: "PCM_16", 3: "PCM_24", 4: "PCM_32"}
 _AIFC_SUBTYPES = {b"fl32": "FLOAT", b"FL32": "FLOAT", b"fl64": "DOUBLE", b"FL64": "DOUBLE"}
 _AIFC_SUBTYPES |= {b"ulaw": "ULAW", b"ULAW": "ULAW", b"alaw": "ALAW", b"ALAW": "ALAW"}
-AU_SUBTYPES = {1: ("ULAW", 1), 2: ("PCM_S8", 1), 3: ("PCM_16", 2), 4: ("PCM_24", 3), 5: ("PCM_32", 4)}
-AU_SUBTYPES |= {6: ("FLOAT", 4), 7: ("DOUBLE", 8), 27: ("ALAW", 1)}
+_AU_SUBTYPES = {1: ("ULAW", 1), 2: ("PCM_S8", 1), 3: ("PCM_16", 2), 4: ("PCM_24", 3), 5: ("PCM_32", 4)}
+_AU_SUBTYPES |= {6: ("FLOAT", 4), 7: ("DOUBLE", 8), 27: ("ALAW", 1)}
 # Chunks behind the samples, whatever length they announce.
 TRAILING_CHUNKS = {b"LIST", b"id3 ", b"ID3 ", b"bext", b"cue ", b"smpl", b"fact", b"PEAK", b"iXML", b"_PMX", b"JUNK"}
 TRAILING_CHUNKS |= {b"junk", b"inst", b"afsp", b"cart", b"axml", b"plst", b"levl", b"umid", b"DISP", b"labl", b"note"}
 TRAILING_CHUNKS |= {b"PAD ", b"FLLR", b"Fake", b"acid", b"strc", b"minf", b"elm1", b"regn", b"SAUR", b"chna", b"LGWV"}
 TRAILING_CHUNKS |= {b"NAME", b"AUTH", b"ANNO", b"(c) ", b"COMT", b"MARK", b"INST", b"APPL", b"MIDI", b"AESD", b"SAXL"}
-_TAIL_BYTES = 1 << 20  # of the end of a file of unknown length, in which chunks behind the samples are looked for
-_LONGEST_HEADER = 1 << 16  # bytes kept of a header that is to be repaired
+_LARGEST_TRAILER = 1 << 20  # bytes at the end in which chunks behind samples of unknown length are looked for
+_LARGEST_CHUNK = 1 << 16  # bytes kept of a header
 _MOST_CHUNKS = 1000
 _ZEROS = bytes(1 << 20)
 
@@ -70,118 +72,145 @@ class ChunkLayout:
     read_format: Callable[[bytes], RawFormat | None]
 
 
-def find_wav(descriptor: int, size: int, head: bytes) -> Contents:
-    """Find the samples of a WAV, also a big-endian one (RIFX) or one of more than 4 GB (RF64, BW64)."""
+class Header(NamedTuple):
+    """What is in front of the samples.
+
+    Attributes:
+        raw: how these lie; None where they are compressed, or the header says too little.
+        n_bytes: of samples, as the header has it; 0 or less, or one of `UNKNOWN_LENGTHS`, where it does not know.
+        data: its own bytes, without chunks that are large.
+        layout: of the chunks behind the samples; None where there are none.
+    """
+
+    raw: RawFormat | None
+    n_bytes: int
+    data: bytes
+    layout: ChunkLayout | None
+
+
+def has_header(head: bytes) -> bool:
+    """Whether a file or stream that begins with these twelve bytes is of a kind that is known here."""
+    return head[:4] == b".snd" or _choose_layout(head) is not None
+
+
+def _choose_layout(head: bytes) -> ChunkLayout | None:
+    """Return how chunks lie in what begins with these twelve bytes; None of anything else (AVI, say)."""
+    if head[8:12] == b"WAVE" and head[:4] in (b"RIFF", b"RF64", b"BW64", b"RIFX"):
+        return RIFX_LAYOUT if head[:4] == b"RIFX" else WAV_LAYOUT
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
+        return AIFF_LAYOUT
+    return {b"riff": W64_LAYOUT, b"caff": CAF_LAYOUT}.get(head[:4])
+
+
+def read_header(stream: ByteStream) -> Header | None:
+    """Take a header up to the first sample; None where the stream ends within it."""
+    layout = _choose_layout(stream.peek(12))
+    if layout is None:
+        return _read_au_header(stream)
+    start, size64 = stream.position, 0
+    kept = bytearray(stream.read(layout.first))
+    raw: RawFormat | None = None
+    for _ in range(_MOST_CHUNKS):
+        head = stream.read(layout.header)
+        if len(head) < layout.header:
+            return None
+        name, n_bytes = layout.parse(head)
+        if name == layout.data_name:
+            kept += head + stream.read(layout.skip)
+            n_bytes = size64 if n_bytes == 0xFFFFFFFF and size64 else n_bytes - layout.skip
+            return Header(raw, n_bytes, bytes(kept), layout)
+        if n_bytes < 0:
+            return None
+        padded = n_bytes + -(stream.position - start + n_bytes) % layout.align
+        body = stream.read(min(padded, _LARGEST_CHUNK))
+        stream.skip(padded - len(body))
+        if len(body) == padded:
+            kept += head + body
+        if name == layout.format_name:
+            raw = layout.read_format(body[:n_bytes])
+        elif name == b"ds64" and len(body) >= 16:
+            (size64,) = struct.unpack("<Q", body[8:16])
+    return None
+
+
+def _read_au_header(stream: ByteStream) -> Header | None:
+    data = stream.read(24)
+    if len(data) < 24:
+        return None
+    start, n_bytes, encoding, rate, channels = struct.unpack(">5I", data[4:24])
+    data += stream.read(min(max(start - 24, 0), _LARGEST_CHUNK))
+    subtype, width = _AU_SUBTYPES.get(encoding, ("", 0))
+    raw = None
+    if subtype and rate and 0 < channels < 1024 and len(data) == start:
+        raw = RawFormat(rate, channels, subtype, "BIG", width * channels)
+    return Header(raw, n_bytes, data, None)
+
+
+def find_samples(descriptor: int, size: int, head: bytes) -> Contents:
+    """Find the samples of a file of chunks or of an AU: compare their length with the file's, find what to decode."""
     if head[36:40] == b"data" and head[8:16] == b"WAVEfmt " and head[:4] == b"RIFF":  # most files, in a few steps
         n_bytes = int.from_bytes(head[40:44], "little")
         if n_bytes and 0 <= size - 44 - n_bytes <= n_bytes % 2:
             return PLAIN_WAV
-    if head[8:12] != b"WAVE":  # AVI, say
+    if not has_header(head[:12]):
         return Contents()
-    return _find(descriptor, size, head, RIFX_LAYOUT if head[:4] == b"RIFX" else WAV_LAYOUT)
-
-
-def find_w64(descriptor: int, size: int, head: bytes) -> Contents:
-    """Find the samples of a Wave64."""
-    return _find(descriptor, size, head, W64_LAYOUT)
-
-
-def find_aiff(descriptor: int, size: int, head: bytes) -> Contents:
-    """Find the samples of an AIFF or AIFF-C."""
-    return _find(descriptor, size, head, AIFF_LAYOUT) if head[8:12] in (b"AIFF", b"AIFC") else Contents()
-
-
-def find_caf(descriptor: int, size: int, head: bytes) -> Contents:
-    """Find the samples of a Core Audio file."""
-    return _find(descriptor, size, head, CAF_LAYOUT)
-
-
-def find_au(descriptor: int, size: int, head: bytes) -> Contents:
-    """Find the samples of an AU: they end with the file."""
-    if len(head) < 24:
+    stream = ByteStream(Slice(descriptor, 0, size))
+    header = read_header(stream)
+    start = stream.position
+    if header is None or start >= size:
         return PLAIN_WAV
-    start, n_bytes, encoding, rate, channels = struct.unpack(">5I", head[4:24])
-    subtype, width = AU_SUBTYPES.get(encoding, ("", 0))
-    if not subtype or not rate or not 0 < channels < 1024 or not 24 <= start < size:
-        return PLAIN_WAV
-    raw = RawFormat(rate, channels, subtype, "BIG", width * channels)
-    return _compare(start, n_bytes, size - start, raw, b"")
-
-
-def _find(descriptor: int, size: int, head: bytes, layout: ChunkLayout) -> Contents:
-    """Walk to the samples, compare their length with the file's, and find what to decode."""
-    raw: RawFormat | None = None
-    size64 = 0
-    for name, start, n_bytes in _walk(descriptor, size, head, layout, layout.first):
-        if name == layout.format_name:
-            raw = layout.read_format(_read(descriptor, head, start, min(n_bytes, 256)))
-        elif name == b"ds64":
-            size64 = struct.unpack("<Q", _read(descriptor, head, start + 8, 8).ljust(8, b"\0"))[0]
-        elif name == layout.data_name:
-            break
-    else:
-        return PLAIN_WAV
-    start += layout.skip
-    n_bytes = size64 if n_bytes == 0xFFFFFFFF and size64 else n_bytes - layout.skip
-    held = size - start
-    if held <= 0:
-        return PLAIN_WAV
+    raw, n_bytes, _, layout = header
+    if layout is None:  # the samples end with the file
+        return PLAIN_WAV if raw is None else _compare(start, size - start, header)
     more, behind = _find_behind(descriptor, size, start, n_bytes, layout)
     if n_bytes > 0 and behind:
         if not more:
             return PLAIN_WAV
         frame = raw.frame_bytes if raw else 1
-        parts = [_samples(descriptor, head, start, start + n_bytes // frame * frame, raw, layout)]
+        parts = [_samples(start, start + n_bytes // frame * frame, header)]
         for first, stop in more:  # a second chunk of samples, or a second file
-            whole = _read(descriptor, b"", first, 4) in FILE_MARKS
-            parts.append(Part(first, stop) if whole else _samples(descriptor, head, first, stop, raw, layout))
+            whole = os.pread(descriptor, 4, first) in FILE_MARKS
+            parts.append(Part(first, stop) if whole else _samples(first, stop, header))
         return Contents(parts, "wav")
-    stop = start + _length_without_trailing(descriptor, size, start, layout)
-    head_bytes = _read(descriptor, head, 0, min(start, _LONGEST_HEADER))
-    return _compare(start, n_bytes, stop - start, raw, _patch(head_bytes, start, stop - start, layout))
+    return _compare(start, _length_without_trailing(descriptor, size, start, layout), header)
 
 
 FILE_MARKS = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"riff", b"caff")
 
 
-def _compare(start: int, announced: int, held: int, raw: RawFormat | None, head: bytes) -> Contents:
+def _compare(start: int, held: int, header: Header) -> Contents:
     """Return what to decode of samples whose announced length is not that of the file.
 
     Args:
         start: first byte of the samples.
-        announced: bytes, by the header.
-        held: bytes that there are.
-        raw: how they lie, if that is simple.
-        head: a repaired header.
+        held: bytes of them that there are.
+        header: in front of them.
     """
+    raw, announced = header.raw, header.n_bytes
     is_unknown = announced <= 0 or announced in UNKNOWN_LENGTHS or (announced >= NEARLY_UNKNOWN and announced > held)
     frame = raw.frame_bytes if raw else 1
     if 0 <= announced - held < frame and announced > 0:
         return PLAIN_WAV
-    if raw is None:
-        if not head or (is_unknown and announced > 0):
-            return PLAIN_WAV
-        part = Part(0, start + held, head=head)
-        seconds: tuple[float | None, float | None] = (None, None)
-    else:
-        stop = start + held // raw.frame_bytes * raw.frame_bytes
-        part = Part(start, stop, raw)
-        seconds = tuple(n // raw.frame_bytes / raw.sample_rate for n in (held, announced))  # type: ignore[assignment]
+    part = _samples(start, start + held // frame * frame, header)
+    seconds: tuple[float, float] | None = None
+    if raw is not None:
+        seconds = held // frame / raw.sample_rate, announced // frame / raw.sample_rate
+    elif not part.head or (is_unknown and announced > 0):
+        return PLAIN_WAV
     if is_unknown:
         return Contents([part], "wav")
     if announced > held:
-        return Contents([part], "wav", warnings={"truncated": describe_cut(*seconds)})
-    lengths = "" if raw is None else f" ({seconds[1]:.2f} s)"
-    holds = "" if raw is None else f" ({seconds[0]:.2f} s)"
+        return Contents([part], "wav", warnings={"truncated": describe_cut(*seconds or ())})
+    holds, lengths = ("", "") if seconds is None else (f" ({n:.2f} s)" for n in seconds)
     sentence = f"announces less sound in its header{lengths} than it holds{holds}; all was read"
     return Contents([part], "wav", warnings={"repaired": sentence})
 
 
-def _samples(descriptor: int, head: bytes, start: int, stop: int, raw: RawFormat | None, layout: ChunkLayout) -> Part:
-    """Return a part of samples without a header of their own."""
-    if raw is not None:
-        return Part(start, stop, raw)
-    return Part(0, stop, head=_patch(_read(descriptor, head, 0, start), start, stop - start, layout))
+def _samples(start: int, stop: int, header: Header) -> Part:
+    """Return a part of samples: by how they lie, or behind a repaired header where that is not known."""
+    if header.raw is not None:
+        return Part(start, stop, header.raw)
+    return Part(0, stop, head=_patch(header, start, stop - start))
 
 
 def _find_behind(
@@ -201,7 +230,7 @@ def _find_behind(
     for end in dict.fromkeys((stop + -stop % layout.align, stop)):  # some leave the padding out
         more: list[tuple[int, int]] = []
         position, is_understood = end, size - end < layout.header
-        for name, body, n_body in _walk(descriptor, size, b"", layout, end):
+        for name, body, n_body in _walk(descriptor, layout, end):
             if name in FILE_MARKS:
                 more.append((body - layout.header, size))
                 position = size
@@ -243,14 +272,16 @@ def _is_padding(descriptor: int, start: int, stop: int) -> bool:
 
 def _length_without_trailing(descriptor: int, size: int, start: int, layout: ChunkLayout) -> int:
     """Return how many bytes of samples there are if only chunks of something else may follow them."""
-    first = max(start, size - _TAIL_BYTES)
+    first = max(start, size - _LARGEST_TRAILER)
     tail = os.pread(descriptor, size - first, first)
     best = size
     for name in TRAILING_CHUNKS:
         at = tail.find(name)
         while at >= 0:
             position = first + at
-            if position < best and (position % 2 == 0 or layout.align == 1) and _ends_file(tail[at:], layout):
+            behind = ByteStream(Slice(descriptor, position, size))
+            is_aligned = position % 2 == 0 or layout.align == 1
+            if position < best and is_aligned and count_rest(behind, layout, names=TRAILING_CHUNKS) == 0:
                 best = position
             at = tail.find(name, at + 1)
     if best == size and size - start > 128 and tail[-128:-125] == b"TAG":
@@ -258,26 +289,38 @@ def _length_without_trailing(descriptor: int, size: int, start: int, layout: Chu
     return best - start
 
 
-def _ends_file(tail: bytes, layout: ChunkLayout) -> bool:
-    """Whether bytes are chunks with names that are known, the last of which ends where they end."""
-    position = 0
-    while position + layout.header <= len(tail):
-        name, n_bytes = layout.parse(tail[position : position + layout.header])
-        if name not in TRAILING_CHUNKS or n_bytes < 0:
-            return False
-        position += layout.header + n_bytes
-        if position == len(tail):
-            return True
-        position += -position % layout.align
-    return position == len(tail)
+def count_rest(
+    stream: ByteStream, layout: ChunkLayout, position: int = 0, names: Collection[bytes] | None = None
+) -> int | None:
+    """Look ahead to the end of a stream that ends with chunks.
+
+    Args:
+        stream: that is looked into.
+        layout: of the chunks.
+        position: bytes ahead at which the first one begins.
+        names: that they may have; None: any.
+
+    Returns:
+        Bytes behind the last chunk, too few for another one; None: the stream does not end with chunks.
+    """
+    while position < _LARGEST_TRAILER:
+        head = stream.peek(position + layout.header)[position:]
+        if len(head) < layout.header:
+            return len(head)
+        name, n_bytes = layout.parse(head)
+        if not (is_chunk_name(name) if names is None else name in names) or not 0 <= n_bytes < _LARGEST_TRAILER:
+            return None
+        end = position + layout.header + n_bytes
+        if len(stream.peek(end)) < end:
+            return None
+        position = end + -n_bytes % layout.align
+    return None
 
 
-def _walk(
-    descriptor: int, size: int, head: bytes, layout: ChunkLayout, position: int
-) -> Iterator[tuple[bytes, int, int]]:
+def _walk(descriptor: int, layout: ChunkLayout, position: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield name, first byte and length of each chunk."""
     for _ in range(_MOST_CHUNKS):
-        raw = _read(descriptor, head, position, layout.header)
+        raw = os.pread(descriptor, layout.header, position)
         if len(raw) < layout.header:
             return
         name, n_bytes = layout.parse(raw)
@@ -288,14 +331,13 @@ def _walk(
         position += -position % layout.align
 
 
-def _read(descriptor: int, head: bytes, start: int, n_bytes: int) -> bytes:
-    return head[start : start + n_bytes] if start + n_bytes <= len(head) else os.pread(descriptor, n_bytes, start)
-
-
-def _patch(head: bytes, start: int, n_bytes: int, layout: ChunkLayout) -> bytes:
+def _patch(header: Header, start: int, n_bytes: int) -> bytes:
     """Return a header with the true length of the samples; empty where it cannot be written."""
-    order = {"wav": "<", "rifx": ">", "aiff": ">"}.get(layout.kind)
-    if order is None or n_bytes + layout.skip >= 1 << 32 or len(head) < start or head[:4] in (b"RF64", b"BW64"):
+    layout, head = header.layout, header.data
+    order = {"wav": "<", "rifx": ">", "aiff": ">"}.get(layout.kind if layout else "")
+    if layout is None or order is None or n_bytes + layout.skip >= 1 << 32:
+        return b""
+    if len(head) < start or head[:4] in (b"RF64", b"BW64"):
         return b""
     patched = bytearray(head)
     struct.pack_into(f"{order}I", patched, 4, min(start + n_bytes - 8, 0xFFFFFFFF))

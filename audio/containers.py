@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from audio.chunks import find_aiff, find_au, find_caf, find_w64, find_wav
+from audio.chunks import find_samples
 from audio.flac import find_flac
 from audio.mpeg import find_mpeg
 from audio.ogg import find_links
@@ -16,14 +16,7 @@ from audio.parts import Contents, Part
 
 _HEAD_BYTES = 4096
 _FINDERS: dict[bytes, Callable[[int, int, bytes], Contents]] = {
-    b"RIFF": find_wav,
-    b"RIFX": find_wav,
-    b"RF64": find_wav,
-    b"BW64": find_wav,
-    b"riff": find_w64,
-    b"FORM": find_aiff,
-    b"caff": find_caf,
-    b".snd": find_au,
+    **dict.fromkeys((b"RIFF", b"RIFX", b"RF64", b"BW64", b"riff", b"FORM", b"caff", b".snd"), find_samples),
     b"fLaC": find_flac,
     b"OggS": find_links,
 }

@@ -149,9 +149,7 @@ class FileDecoder:
 
     def _open(self, descriptor: int, part: Part, bytes_of_part: Callable[[], Slice]) -> soundfile.SoundFile:
         if part.raw is not None:
-            raw = part.raw
-            how = {"samplerate": raw.sample_rate, "channels": raw.channels, "subtype": raw.subtype}
-            return soundfile.SoundFile(bytes_of_part(), format="RAW", endian=raw.endian, **how)
+            return part.raw.open(bytes_of_part())
         if part.stop is not None:
             return soundfile.SoundFile(bytes_of_part())
         if os.fspath(self.path).endswith((".gsm", ".vox", ".raw")):  # known by their names alone

@@ -3,7 +3,9 @@
 import io
 import os
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
+
+import soundfile
 
 
 class RawFormat(NamedTuple):
@@ -22,6 +24,11 @@ class RawFormat(NamedTuple):
     subtype: str
     endian: str
     frame_bytes: int
+
+    def open(self, source: BinaryIO | io.RawIOBase) -> soundfile.SoundFile:
+        """Open such samples."""
+        how = {"samplerate": self.sample_rate, "channels": self.channels, "subtype": self.subtype}
+        return soundfile.SoundFile(source, format="RAW", endian=self.endian, **how)
 
 
 @dataclass(frozen=True)

@@ -7,35 +7,17 @@ S samples.
 """
 
 import re
-import struct
 from collections.abc import Iterator
-from functools import cache
 from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 
 from audio.byte_stream import ByteStream
-from audio.chunks import (
-    AIFF_LAYOUT,
-    AU_SUBTYPES,
-    CAF_LAYOUT,
-    FILE_MARKS,
-    NEARLY_UNKNOWN,
-    RIFX_LAYOUT,
-    TRAILING_CHUNKS,
-    UNKNOWN_LENGTHS,
-    W64_LAYOUT,
-    WAV_LAYOUT,
-    ChunkLayout,
-    is_chunk_name,
-)
+from audio.chunks import FILE_MARKS, NEARLY_UNKNOWN, TRAILING_CHUNKS, UNKNOWN_LENGTHS, Header, count_rest, is_chunk_name
 from audio.parts import RawFormat
 from common.errors import UserError
 
-_LARGEST_CHUNK = 1 << 16  # bytes kept of a header
-_LARGEST_TRAILER = 1 << 20  # bytes that are waited for to see whether the stream ends with them
 _ZEROS = bytes(1 << 16)
 _TRAILING_NAME = re.compile(b"|".join(re.escape(name) for name in sorted(TRAILING_CHUNKS)))
 
@@ -63,16 +45,6 @@ FORMATS: dict[str, tuple[str, int]] = {
     "f32le": ("FLOAT", 4),
     "f64le": ("DOUBLE", 8),
 }
-# libsndfile's name -> numpy type, what is full scale, what is silence
-_TYPES: dict[str, tuple[str, float, float]] = {
-    "PCM_U8": ("u1", 128.0, 128.0),
-    "PCM_S8": ("i1", 128.0, 0.0),
-    "PCM_16": ("i2", 32768.0, 0.0),
-    "PCM_24": ("i4", 2147483648.0, 0.0),
-    "PCM_32": ("i4", 2147483648.0, 0.0),
-    "FLOAT": ("f4", 1.0, 0.0),
-    "DOUBLE": ("f8", 1.0, 0.0),
-}
 
 
 def raw_format(encoding: Encoding) -> RawFormat:
@@ -95,96 +67,8 @@ def decode_samples(pieces: Iterator[bytes], raw: RawFormat) -> Iterator[np.ndarr
         whole = len(data) // raw.frame_bytes * raw.frame_bytes
         data, rest = data[:whole], data[whole:]
         if data:
-            yield _to_floats(data, raw).reshape(-1, raw.channels)
-
-
-def _to_floats(data: bytes, raw: RawFormat) -> np.ndarray:
-    if raw.subtype in ("ULAW", "ALAW"):
-        return _logarithmic(raw.subtype)[np.frombuffer(data, np.uint8)]
-    kind, full_scale, silence = _TYPES[raw.subtype]
-    order = "<" if raw.endian == "LITTLE" else ">"
-    if raw.subtype == "PCM_24":  # into the upper three bytes of four
-        padded = np.zeros((len(data) // 3, 4), np.uint8)
-        padded[:, slice(1, 4) if order == "<" else slice(0, 3)] = np.frombuffer(data, np.uint8).reshape(-1, 3)
-        samples = padded.view(f"{order}i4")[:, 0]
-    else:
-        samples = np.frombuffer(data, f"{order}{kind}")
-    if full_scale == 1.0:
-        return samples.astype(np.float32)
-    return ((samples.astype(np.float64) - silence) / full_scale).astype(np.float32)
-
-
-@cache
-def _logarithmic(subtype: str) -> np.ndarray:
-    """The value of each byte, float32 (256,)."""
-    how = {"samplerate": 8000, "channels": 1, "format": "RAW", "subtype": subtype}
-    return soundfile.read(BytesIO(bytes(range(256))), dtype="float32", **how)[0]
-
-
-class Header(NamedTuple):
-    """What is in front of the samples.
-
-    Attributes:
-        raw: how these lie; None where they are compressed, or the header says too little.
-        n_bytes: of samples, as the header has it; 0 or less, or one of `UNKNOWN_LENGTHS`, where it does not know.
-        data: its own bytes, without chunks that are large.
-        layout: of the chunks behind the samples; None where there are none.
-    """
-
-    raw: RawFormat | None
-    n_bytes: int
-    data: bytes
-    layout: ChunkLayout | None
-
-
-def choose_layout(head: bytes) -> ChunkLayout | None:
-    """Return how chunks lie in a stream that begins with these twelve bytes; None of any other stream."""
-    if head[8:12] == b"WAVE" and head[:4] in (b"RIFF", b"RF64", b"BW64", b"RIFX"):
-        return RIFX_LAYOUT if head[:4] == b"RIFX" else WAV_LAYOUT
-    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
-        return AIFF_LAYOUT
-    return {b"riff": W64_LAYOUT, b"caff": CAF_LAYOUT}.get(head[:4])
-
-
-def read_header(stream: ByteStream, layout: ChunkLayout) -> Header | None:
-    """Take a header up to the first sample; None where the stream ends within it."""
-    kept = bytearray(stream.read(layout.first))
-    position, size64 = layout.first, 0
-    raw: RawFormat | None = None
-    while len(head := stream.read(layout.header)) == layout.header:
-        name, n_bytes = layout.parse(head)
-        position += layout.header
-        if name == layout.data_name:
-            kept += head + stream.read(layout.skip)
-            n_bytes = size64 if n_bytes == 0xFFFFFFFF and size64 else n_bytes - layout.skip
-            return Header(raw, n_bytes, bytes(kept), layout)
-        if n_bytes < 0:
-            return None
-        padded = n_bytes + -(position + n_bytes) % layout.align
-        position += padded
-        body = stream.read(min(padded, _LARGEST_CHUNK))
-        stream.skip(padded - len(body))
-        if len(body) == padded:
-            kept += head + body
-        if name == layout.format_name:
-            raw = layout.read_format(body[:n_bytes])
-        elif name == b"ds64" and len(body) >= 16:
-            (size64,) = struct.unpack("<Q", body[8:16])
-    return None
-
-
-def read_au_header(stream: ByteStream) -> Header | None:
-    """Take the header of an AU up to the first sample; None where the stream ends within it."""
-    data = stream.read(24)
-    if len(data) < 24:
-        return None
-    start, n_bytes, encoding, rate, channels = struct.unpack(">5I", data[4:24])
-    data += stream.read(min(max(start - 24, 0), _LARGEST_CHUNK))
-    subtype, width = AU_SUBTYPES.get(encoding, ("", 0))
-    raw = None
-    if subtype and rate and 0 < channels < 1024 and len(data) == start:
-        raw = RawFormat(rate, channels, subtype, "BIG", width * channels)
-    return Header(raw, n_bytes, data, None)
+            with raw.open(BytesIO(data)) as file:
+                yield file.read(dtype="float32", always_2d=True)
 
 
 class SampleBytes:
@@ -248,7 +132,7 @@ class SampleBytes:
                 self.stream.skip(n_padding + layout.header + n_behind)
                 yield from self._behind(n_behind - layout.skip)
                 return
-            if is_chunk_name(name) and self._is_last(n_padding, layout):
+            if is_chunk_name(name) and count_rest(self.stream, layout, n_padding) is not None:
                 return
         yield from self._grown()
 
@@ -279,7 +163,7 @@ class SampleBytes:
                 self.stream.unread(data[found.start() :])
                 if found.start():
                     yield data[: found.start()]
-                if self._is_last(0, layout, TRAILING_CHUNKS):
+                if count_rest(self.stream, layout, names=TRAILING_CHUNKS) is not None:
                     return
                 yield self.stream.read(1)
                 held = b""
@@ -290,18 +174,3 @@ class SampleBytes:
             held = data[n_given:]
         if held:
             yield held
-
-    def _is_last(self, position: int, layout: ChunkLayout, names: set[bytes] | None = None) -> bool:
-        """Whether the stream ends with chunks that begin so many bytes ahead; of these names only, if there are any."""
-        while position < _LARGEST_TRAILER:
-            head = self.stream.peek(position + layout.header)[position:]
-            if len(head) < layout.header:
-                return True
-            name, n_bytes = layout.parse(head)
-            if not (is_chunk_name(name) if names is None else name in names) or not 0 <= n_bytes < _LARGEST_TRAILER:
-                return False
-            end = position + layout.header + n_bytes
-            if len(self.stream.peek(end)) < end:
-                return False
-            position = end + -n_bytes % layout.align
-        return False

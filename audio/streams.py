@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from audio.byte_stream import ByteStream, StreamPieces, split_parts
+from audio.chunks import has_header, read_header
 from audio.decoders import Blocks, FileDecoder
 from audio.errors import AudioReadError
 from audio.ffmpeg import FFmpegBlocks, FFmpegError
@@ -21,16 +22,7 @@ from audio.mpeg import MpegPieces, measure_id3
 from audio.ogg import OggPieces
 from audio.parts import RawFormat
 from audio.recognition import N_GUESSED, describe_foreign, guess_frames, has_signature
-from audio.stream_samples import (
-    FORMATS,
-    Encoding,
-    SampleBytes,
-    choose_layout,
-    decode_samples,
-    raw_format,
-    read_au_header,
-    read_header,
-)
+from audio.stream_samples import FORMATS, Encoding, SampleBytes, decode_samples, raw_format
 
 __all__ = ["FORMATS", "Encoding", "StreamDecoder"]
 
@@ -93,7 +85,7 @@ class StreamDecoder(FileDecoder):
             yield from self._streams(FlacPieces(self.stream), "flac")
         elif head[:3] == b"ID3":
             yield from self._tagged()
-        elif head == b".snd" or choose_layout(self.stream.peek(12)) is not None:
+        elif has_header(self.stream.peek(12)):
             yield from self._uncompressed(is_file)
         elif has_signature(head := self.stream.peek(_HEAD)):
             yield from self._with_signature(head, is_file)
@@ -188,8 +180,7 @@ class StreamDecoder(FileDecoder):
     def _uncompressed(self, is_file: bool) -> Blocks:
         """Read WAV, Wave64, AIFF, CAF or AU, and whatever of them lies behind."""
         while True:
-            layout = choose_layout(self.stream.peek(12))
-            header = read_au_header(self.stream) if layout is None else read_header(self.stream, layout)
+            header = read_header(self.stream)
             if header is None:
                 raise FFmpegError("it ends within its header, or holds no samples")
             if header.raw is None:
