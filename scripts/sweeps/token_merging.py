@@ -17,7 +17,7 @@ from audio.dataset import ClipDataset, Pack
 from common.errors import Faults, UserError, did_you_mean, some
 from models import AudioTagger, load_model
 from models.vit import SpectrogramTransformer
-from scripts.benchmarks.turns import take_turns
+from scripts.benchmarks.timing import time_steps
 from training.evaluate import evaluate
 from training.labelled import LabelledPack, open_labelled
 from training.precision import Precision
@@ -257,7 +257,7 @@ def clock(
 
     which = list(dict.fromkeys((point.network, point.schedule) for point in sweep.points))
     contenders = {str(number): lambda _, pair=pair: passing(*pair) for number, pair in enumerate(which)}
-    seconds = take_turns(contenders, {}, rounds, 1, precision.device)
+    seconds = time_steps(contenders, {}, rounds, 1, precision.device)
     return {pair: [batch_size / t for t in seconds[str(number)]] for number, pair in enumerate(which)}
 
 

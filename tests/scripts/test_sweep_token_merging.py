@@ -74,12 +74,12 @@ def read(path):
 def no_clock(monkeypatch):
     """Every setting is run once, and the n-th is said to take n + 1 seconds, and twice as long in a second round."""
 
-    def turns(contenders, batch, rounds, steps, device):
-        for step in contenders.values():
+    def turns(candidates, batch, rounds, steps, device):
+        for step in candidates.values():
             step(batch)
-        return {name: [1.0 + number, 2.0 + 2 * number] for number, name in enumerate(contenders)}
+        return {name: [1.0 + number, 2.0 + 2 * number] for number, name in enumerate(candidates)}
 
-    monkeypatch.setattr(token_merging, "take_turns", turns)
+    monkeypatch.setattr(token_merging, "time_steps", turns)
 
 
 @pytest.mark.usefixtures("no_clock")
