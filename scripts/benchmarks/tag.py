@@ -99,8 +99,10 @@ def benchmark_tagging(sounds: str | None, model: str, chunk_seconds: float, roun
     ):
         tag = [ROOT / "inference.py", tagged, "-c", chunk_seconds, "--quiet", "--overwrite", "--device", "cpu"]
         plain = [ROOT / "scripts/benchmarks/plain_tag.py", paths["torch"], work / "plain.json", chunk_seconds, *inputs]
-        commands = {name: [*tag, "-m", paths[key], "--output", work / f"{key}.csv"] for name, key in MODELS.items()}
-        candidates = {"plain, one window at a time": plain, **commands}
+        commands: dict[str, list[object]] = {
+            name: [*tag, "-m", paths[key], "--output", work / f"{key}.csv"] for name, key in MODELS.items()
+        }
+        candidates: dict[str, list[object]] = {"plain, one window at a time": plain, **commands}
         measured = run_rounds({name: partial(_run, words, work) for name, words in candidates.items()}, rounds)
         reference = json.loads((work / "plain.json").read_text())
         n_windows = sum(map(len, reference.values()))

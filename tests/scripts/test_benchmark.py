@@ -7,6 +7,7 @@ from common.errors import UserError
 from scripts.benchmark import Benchmark
 from scripts.benchmarks import tome
 from scripts.benchmarks.tag import find_largest_difference, make_sounds
+from scripts.benchmarks.timing import compute_tflops, format_table, time_steps
 from scripts.benchmarks.tome import count_block_flops, create_network, with_naive_attention
 from scripts.benchmarks.train import (
     count_flops,
@@ -15,7 +16,6 @@ from scripts.benchmarks.train import (
     make_plain_step,
     make_project_step,
 )
-from scripts.benchmarks.timing import compute_tflops, format_table, time_steps
 
 CPU = torch.device("cpu")
 
