@@ -11,17 +11,17 @@ from typing import Any, Union, get_args, get_origin
 
 import fire
 from fire.parser import DefaultParseValue
-from pydantic import BaseModel
 
 from common.errors import did_you_mean, fail
 from common.help import describe_command, describe_commands, is_positional, list_commands, name_places
+from common.options import Options
 
 _HELP = ("--help", "-h")
 _NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def run_commands(
-    component: Callable[..., Any], *, as_text: bool = False, keys: Mapping[str, type[BaseModel]] | None = None
+    component: Callable[..., Any], *, as_text: bool = False, keys: Mapping[str, type[Options]] | None = None
 ) -> None:
     """Hand the command line to Fire, once it is checked: Fire alone runs a command first and complains afterwards.
 
