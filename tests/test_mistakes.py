@@ -173,8 +173,8 @@ COMMANDS = {
     "a command that is none": ("run.py evaluat model.pt", ["no command 'evaluat' (did you mean 'evaluate'?)"]),
     "no configuration": ("run.py train", ["CONFIG_FILE is not given", "python run.py train CONFIG_FILE"]),
     "a key without dashes": ("run.py train mine.yaml epochs=3", ["'epochs=3'", "did you mean --epochs 3?"]),
-    "a word too many": ("run.py evaluate model.pt single.tsv more", ["'more' belongs to nothing"]),
-    "a seed in words": ("run.py --seed one train mine.yaml", ["--seed is 'one'; wanted a whole number"]),
+    "a word too many": ("run.py evaluate model.pt single.tsv more", ["'more' is not an argument"]),
+    "a seed in words": ("run.py --seed one train mine.yaml", ["--seed is 'one'; expected a whole number"]),
     "a key without a value": ("run.py train mine.yaml --epochs", ["epochs", "without a value"]),
     "an option without a value": ("run.py evaluate model.pt --test_data", ["--test_data is given without a value"]),
     "clips at once in words": (
@@ -318,7 +318,7 @@ COMMANDS = {
     "a probe's learning rate in words": (f"{PROBE} --train_data single.tsv --name p --lr fast", ["--lr is 'fast'"]),
     "targets of no classes": ("save_logits.py targets.yaml --topk 0", ["topk is 0"]),
     "targets of an unpacked list": ("save_logits.py targets.yaml --train_data list.tsv", ["not packed yet"]),
-    "a second file for targets": ("save_logits.py targets.yaml mine.yaml", ["'mine.yaml' belongs to nothing"]),
+    "a second file for targets": ("save_logits.py targets.yaml mine.yaml", ["'mine.yaml' is not an argument"]),
     # --- tagging
     "threshold misspelt": (
         "inference.py sound.wav --treshold 0.5",
