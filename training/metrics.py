@@ -62,7 +62,7 @@ class Metrics:
             value = getattr(self, name)
             if value is not None:
                 rows.append((name.replace("_", " "), f"{value:.4f}"))
-        return "\n".join(align_columns(rows))
+        return align_columns(rows)
 
 
 def d_prime(auc: float) -> float:
