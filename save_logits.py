@@ -28,8 +28,8 @@ from training.config import SoftTargetConfig
 from training.embedders import open_embedder
 from training.labelled import open_pack
 from training.settings import read_config
+from training.store_writer import EmbeddingContent, SoftTargetContent, StoreContent, StoreWriter
 from training.teacher import load_teacher
-from training.teaching import Embeddings, SoftTargets, StoreContent, Teaching
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ def open_content(config: SoftTargetConfig, pack: Pack | None) -> tuple[StoreCont
     """Return what is to be stored and the name of its source; embeddings may need the pack."""
     if config.targets == "embeddings":
         embedder = None if pack is None else open_embedder(config, pack)
-        return (None, "") if embedder is None else (Embeddings(embedder, config.part_size), embedder.name)
+        return (None, "") if embedder is None else (EmbeddingContent(embedder, config.part_size), embedder.name)
     assert config.model is not None
     teacher = load_teacher(config.model, config.weights, config.model_args, config.head)
-    return SoftTargets(teacher, config.topk), teacher.name
+    return SoftTargetContent(teacher, config.topk), teacher.name
 
 
 def store_folder(config: SoftTargetConfig, name: str) -> Path:
@@ -92,7 +92,7 @@ def save_logits(config_file: str, *, m: str | None = None, **overrides: Any) -> 
     if config is None or pack is None or content is None:
         raise AssertionError("a part is missing, and no fault was noted")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = Teaching(config, pack, content, store_folder(config, name), rank, world_size).save()
+    folder = StoreWriter(config, pack, content, store_folder(config, name), rank, world_size).save()
     if rank == 0:
         key = "embeddingspath" if config.targets == "embeddings" else "logitspath"
         print(f"{content.store.what}: {folder}\nnext: python run.py train CONFIG.yaml --{key} {folder}")

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probing.scores import Score
-from training.figures import COLOURS, INK, confusion_figure, drawable, style
-from training.report import MOST_DRAWN_CLASSES
+from training.figures import COLOURS, INK, confusion_figure, drawable_labels, style
+from training.report import MAX_DRAWN_CLASSES
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, which only those who draw should wait for
     from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ def probe_figure(result: Score, labels: list[str], title: str) -> "Figure":
         title: of the picture.
     """
     confusion = result.metrics.confusion
-    if result.metric == "accuracy" and confusion is not None and len(labels) <= MOST_DRAWN_CLASSES:
+    if result.metric == "accuracy" and confusion is not None and len(labels) <= MAX_DRAWN_CLASSES:
         figure = confusion_figure(confusion, labels)
         figure.axes[0].set_title(title, fontsize=10, color=INK, parse_math=False)
         return figure
@@ -39,7 +39,7 @@ def precision_figure(result: Score, labels: list[str], title: str) -> "Figure":
     if len(order) > MOST_BARS:
         title += f"\nthe {MOST_BARS // 2} classes it knows best, and the {MOST_BARS // 2} it knows worst"
         order = np.concatenate([order[: MOST_BARS // 2], order[-MOST_BARS // 2 :]])
-    names = drawable(labels)
+    names = drawable_labels(labels)
     counts = result.metrics.per_class["n_positive"].to_numpy()
     figure = Figure(figsize=(8, 1.4 + 0.22 * len(order)), layout="constrained")
     axis = figure.subplots()

@@ -32,7 +32,7 @@ from probing.options import ProbeOptions
 from probing.pictures import probe_figure
 from probing.scores import COVERAGE, N_DRAWS, Metric, Score, score, value_of
 from probing.source import Source, embed, open_source
-from training.figures import png
+from training.figures import render_png
 from training.holdout import find_groups, hold_out
 from training.metrics import evaluate_scores
 
@@ -237,7 +237,7 @@ def _write(
     low, high = result.interval
     title = f"{options.name}: {result.metric} {result.value:.3f} ({low:.3f} to {high:.3f}), {facts['data']}"
     with whole_file(target.with_suffix(".png")) as partial:
-        partial.write_bytes(png(probe_figure(result, labels, title)))
+        partial.write_bytes(render_png(probe_figure(result, labels, title)))
     save_head(target, head)
     return target
 

@@ -31,7 +31,7 @@ from distill.clusters import write_clusters
 from distill.embeddings import EmbeddingStore
 from scripts.clusters.kmeans import MOST_COMPARED, find_clusters, quality
 from scripts.clusters.picture import figure, flatten
-from training.figures import png
+from training.figures import render_png
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         path = store.folder / f"clusters_k{k}.parquet"
         write_clusters(path, store.rows(store.epochs[0]), cluster, said | _facts(options, store, embeddings, sizes))
         with whole_file(path.with_suffix(".png")) as partial:
-            partial.write_bytes(png(figure(place, cluster[on_map], sizes, _title(said, len(cluster)))))
+            partial.write_bytes(render_png(figure(place, cluster[on_map], sizes, _title(said, len(cluster)))))
         lines.append(_line(said, sizes))
         written.append(path)
     print("\n".join(align_columns([_COLUMNS, *lines], ">", ">")))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.commands import run_commands
 from common.errors import Faults, did_you_mean, print_user_errors
 from common.files import whole_file, write_text
-from training.figures import COLOURS, INK, png, style
+from training.figures import COLOURS, INK, render_png, style
 
 if TYPE_CHECKING:  # takes a second to import
     from matplotlib.figure import Figure
@@ -163,7 +163,7 @@ def compare(
     write_text(folder / "probes.md", text + "\n")
     write_text(folder / "probes.csv", table_csv(read, taught))
     with whole_file(folder / "probes.png") as partial:
-        partial.write_bytes(png(figure(read, taught)))
+        partial.write_bytes(render_png(figure(read, taught)))
     print(f"{text}\n\nwritten: {folder / 'probes.md'}, probes.csv, probes.png")
 
 

@@ -32,7 +32,7 @@ from models.devices import choose_device
 from scripts.sweeps.results import figure, markdown, points_csv, rows_csv
 from scripts.sweeps.token_merging import clock, judge, plan, rows_of
 from training.config import Mode
-from training.figures import png
+from training.figures import render_png
 from training.precision import Precision
 
 OPTIONS = ("test_data", "r", "output", "metric", "batch_size", "rounds", "mode", "device", "num_workers")
@@ -104,7 +104,7 @@ def sweep(
     write_text(folder / "sweep_checkpoints.csv", points_csv(checked.points, values, checked.metric))
     write_text(folder / "sweep.md", text)
     with whole_file(folder / "sweep.png") as partial:
-        partial.write_bytes(png(figure(rows, checked.metric)))
+        partial.write_bytes(render_png(figure(rows, checked.metric)))
     print(f"{text}\nresults: {folder}/sweep.csv, sweep_checkpoints.csv, sweep.md, sweep.png")
 
 

@@ -34,8 +34,8 @@ from training.teacher import load_teacher
 
 logger = logging.getLogger(__name__)
 
-MOST_SECONDS = 10.0  # a chunk has at most
-MOST_RATE = 32_000  # Hz of a front-end; higher bands say little about what a sound is
+MAX_SECONDS = 10.0  # a chunk has at most
+MAX_RATE = 32_000  # Hz of a front-end; higher bands say little about what a sound is
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Choice:
     reason: str
 
 
-def automatic_keys(settings: Mapping[str, Any]) -> list[str]:
+def list_automatic_keys(settings: Mapping[str, Any]) -> list[str]:
     """Return the keys of a configuration that say `auto`, wholly or for the rest of a mapping."""
     values = {key: value for key, value in settings.items() if key != "device"}  # whose `auto` is a value of its own
     return [key for key, value in values.items() if value == AUTO or (isinstance(value, dict) and value.get(AUTO))]
@@ -80,7 +80,7 @@ def automatic_keys(settings: Mapping[str, Any]) -> list[str]:
 def measure_pack(pack: Pack, activation: str | None = None) -> DataFacts:
     """Look at lengths, labels and spectra of the clips to learn from."""
     seconds = pack.n_samples / pack.sample_rate
-    lengths = Chunks.cut(pack.n_samples, pack.sample_rate, MOST_SECONDS).n_samples
+    lengths = Chunks.cut(pack.n_samples, pack.sample_rate, MAX_SECONDS).n_samples
     single = None
     if "labels" in pack.table:
         single = not pack.table["labels"].str.strip().str.strip(";").str.contains(";").any()
@@ -107,7 +107,7 @@ def choose(settings: Mapping[str, Any], facts: DataFacts, faults: Faults) -> dic
     Returns:
         Key → its value and the reason, in the order of the rules.
     """
-    wanted = automatic_keys(settings)
+    wanted = list_automatic_keys(settings)
     for key in wanted:
         if key not in RULES and key not in TIMED:
             faults.add(f"{key} says auto, which only {', '.join([*RULES, *TIMED])} can; give a value")
@@ -171,8 +171,8 @@ def _model_args(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
             arguments["band_limit"] = usable_limit(facts.band_limit)
             reason += f", without what lies above: clips reach up to {facts.band_limit:g} Hz"
         return Choice(arguments, reason)
-    seconds = min(facts.median_seconds, MOST_SECONDS)
-    rate = int(given.get("sample_rate", min(facts.sample_rate, MOST_RATE)))  # hops and windows follow from it
+    seconds = min(facts.median_seconds, MAX_SECONDS)
+    rate = int(given.get("sample_rate", min(facts.sample_rate, MAX_RATE)))  # hops and windows follow from it
     limit = rate / 2
     if facts.band_limit < min(limit, facts.sample_rate / 2):
         limit = usable_limit(facts.band_limit)
@@ -185,7 +185,7 @@ def _model_args(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
     elif "patch_stride" in known and "init_bn" in known:  # CED
         arguments |= {"f_max": min(limit, 8000.0)} if limit < 8000 else {}
         if seconds < 3:
-            arguments |= {"patch_stride": 8, "target_length": _frames(min(facts.longest_seconds, MOST_SECONDS))}
+            arguments |= {"patch_stride": 8, "target_length": _frames(min(facts.longest_seconds, MAX_SECONDS))}
     elif facts.band_limit < _highest_hz(entry, given):  # bands as they are, those above silent
         arguments["band_limit"] = usable_limit(facts.band_limit)
     return Choice(arguments, reason)
@@ -213,8 +213,8 @@ def _loss(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
 
 
 def _chunk_length(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
-    seconds = math.ceil(1000 * min(facts.longest_seconds, MOST_SECONDS)) / 1000
-    return Choice(seconds, f"the longest clip has {facts.longest_seconds:.3g} s, chunks at most {MOST_SECONDS:g} s")
+    seconds = math.ceil(1000 * min(facts.longest_seconds, MAX_SECONDS)) / 1000
+    return Choice(seconds, f"the longest clip has {facts.longest_seconds:.3g} s, chunks at most {MAX_SECONDS:g} s")
 
 
 def _fill_chunks(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
@@ -310,7 +310,7 @@ def read_train_config(path: str | Path, overrides: dict[str, Any], faults: Fault
     Arguments as of `training.settings.read_config`.
     """
     settings = _read_chosen(path, overrides, faults)
-    return None if settings is None else check_settings(TrainConfig, without_timed(settings), faults)
+    return None if settings is None else check_settings(TrainConfig, fill_timed(settings), faults)
 
 
 def describe_train_config(path: str | Path, overrides: dict[str, Any]) -> str:
@@ -321,7 +321,7 @@ def describe_train_config(path: str | Path, overrides: dict[str, Any]) -> str:
     """
     faults = Faults(str(path))
     settings = _read_chosen(path, overrides, faults)
-    config = None if settings is None else check_settings(TrainConfig, without_timed(settings), faults)
+    config = None if settings is None else check_settings(TrainConfig, fill_timed(settings), faults)
     if config is not None:
         with faults.noted():
             model_entry(config.model)
@@ -341,7 +341,7 @@ def _read_chosen(path: str | Path, overrides: dict[str, Any], faults: Faults) ->
     return settings | {key: choice.value for key, choice in resolve(settings, faults).items()}
 
 
-def without_timed(settings: dict[str, Any]) -> dict[str, Any]:
+def fill_timed(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings in which 1 completes what is still to be timed."""
     return settings | {key: 1 for key in TIMED if settings.get(key) == AUTO}
 

@@ -15,7 +15,7 @@ import numpy as np
 from audio.dataset import Pack
 from models import AudioTagger
 
-MOST_READ = 256  # clips whose spectrum is looked at
+MAX_CLIPS_READ = 256  # clips whose spectrum is looked at
 READ_SECONDS = 10.0  # of each
 # Of them, which may reach above a limit: 3 % of clips that were cut while loud, or clipped, were measured to.
 FULL_BAND_SHARE = 0.1
@@ -52,7 +52,7 @@ def measure_band_limits(pack: Pack) -> BandLimits:
     step: 1/12 of its square). It holds mirror images where the power is far below that just under the limit
     (`IMAGE_POWER`): some speech looks like that, too, but not nine clips of ten.
     """
-    rows = np.unique(np.linspace(0, len(pack) - 1, min(MOST_READ, len(pack))).round().astype(int))
+    rows = np.unique(np.linspace(0, len(pack) - 1, min(MAX_CLIPS_READ, len(pack))).round().astype(int))
     window = np.hanning(N_FFT)
     rounding = 10 * (1 / 32768) ** 2 / 12 * (window**2).sum()
     powers = []

@@ -40,9 +40,9 @@ logger = logging.getLogger(__name__)
 
 Metric = Literal["accuracy", "mAP"]
 
-MOST_CLIPS, MOST_VALID_CLIPS = 4000, 1000  # to fit to, and to choose by
+MAX_CLIPS, MAX_VALID_CLIPS = 4000, 1000  # to fit to, and to choose by
 TRAIN_HOURS = 10.0  # of sound that are read for training, so that clips of hours are looked at in parts
-LEAST_SECONDS, MOST_SECONDS = 10.0, 600.0  # that are read of a longer clip, by how many there are
+MIN_SECONDS, MAX_SECONDS = 10.0, 600.0  # that are read of a longer clip, by how many there are
 FIT_CLIPS, FIT_HOURS = 40_000, 40.0  # `fits_in_seconds`: a core reads an hour at 16 kHz in about a second
 FEW_CLIPS = 1000  # up to here five folds, then three
 SPLIT_COLUMNS = (*GROUP_COLUMNS, "fold")  # clips that share a value are never on both sides of a split
@@ -79,7 +79,7 @@ class Baseline:
     @property
     def value(self) -> float:
         """Its figure."""
-        return figure_of(self.metrics, self.metric)
+        return get_value(self.metrics, self.metric)
 
     @property
     def sentence(self) -> str:
@@ -107,7 +107,7 @@ class Baseline:
         }
 
 
-def figure_of(metrics: Metrics, metric: str) -> float:
+def get_value(metrics: Metrics, metric: str) -> float:
     """Return the figure `metric`, "accuracy" or "mAP", of a set."""
     value = metrics.top1 if metric == "accuracy" else metrics.mAP
     assert value is not None
@@ -115,7 +115,7 @@ def figure_of(metrics: Metrics, metric: str) -> float:
 
 
 def _text(metrics: Metrics, metric: str) -> str:
-    value = figure_of(metrics, metric)
+    value = get_value(metrics, metric)
     return f"{100 * value:.1f} %" if metric == "accuracy" else f"mAP {value:.4f}"
 
 
@@ -123,7 +123,7 @@ def fits_in_seconds(n_clips: int, hours: float, sample_rate: int = 16000) -> boo
     """Whether data are small enough for a baseline beside a training run: a minute on one core at most.
 
     Args:
-        n_clips: training clips that are fitted to (`MOST_CLIPS` at most) and all test clips.
+        n_clips: training clips that are fitted to (`MAX_CLIPS` at most) and all test clips.
         hours: what they last together.
         sample_rate: of the pack; an hour takes the longer, the higher it is.
     """
@@ -133,7 +133,7 @@ def fits_in_seconds(n_clips: int, hours: float, sample_rate: int = 16000) -> boo
 def fit_baseline(train: LabelledPack, test: LabelledPack, valid: LabelledPack | None = None) -> Baseline:
     """Choose a variant, fit it and judge it; see the head of this file.
 
-    More than `MOST_CLIPS` training clips are thinned out by the hash of their names, class by class. Where clips last
+    More than `MAX_CLIPS` training clips are thinned out by the hash of their names, class by class. Where clips last
     hours, about `TRAIN_HOURS` in all are read, as short stretches from all over each clip. With many clips or classes
     fewer variants are tried. `Baseline.notes` say so.
 
@@ -167,8 +167,8 @@ def _one_thread() -> Iterator[None]:
 
 def _fit_baseline(train: LabelledPack, test: LabelledPack, valid: LabelledPack | None, started: float) -> Baseline:
     notes: list[str] = []
-    train = _thinned(train, MOST_CLIPS, "training", notes)
-    most_seconds = seconds_read(len(train.pack))
+    train = _thinned(train, MAX_CLIPS, "training", notes)
+    most_seconds = limit_seconds(len(train.pack))
     longest = max(int(part.pack.n_samples.max()) for part in (train, test)) / test.pack.sample_rate
     if longest > most_seconds:
         notes.append(
@@ -181,7 +181,7 @@ def _fit_baseline(train: LabelledPack, test: LabelledPack, valid: LabelledPack |
         how = f"by {len(splits)}-fold cross-validation of the training clips"
         how += f", each `{column}` in one fold" if column else ""
     else:
-        valid = _thinned(valid, MOST_VALID_CLIPS, "validation", notes)
+        valid = _thinned(valid, MAX_VALID_CLIPS, "validation", notes)
         of_valid = compute_features(valid.pack, most_seconds)
         features = {key: np.concatenate([table, of_valid[key]]) for key, table in features.items()}
         targets = np.concatenate([targets, valid.multi_hot()])
@@ -236,9 +236,9 @@ def _check_alike(*packs: LabelledPack) -> None:
         raise UserError(f"a baseline wants packs labelled with the same classes; found {found}")
 
 
-def seconds_read(n_clips: int) -> float:
+def limit_seconds(n_clips: int) -> float:
     """Return how much of a longer clip is read, where so many clips are fitted to."""
-    return min(max(TRAIN_HOURS * 3600 / n_clips, LEAST_SECONDS), MOST_SECONDS)
+    return min(max(TRAIN_HOURS * 3600 / n_clips, MIN_SECONDS), MAX_SECONDS)
 
 
 def _strata(data: LabelledPack) -> np.ndarray:
@@ -292,7 +292,7 @@ def _figure_on_splits(
     for held in splits:
         single = metric == "accuracy"
         scores = class_scores(variant, table[~held], targets[~held], table[held], single=single)
-        values.append(figure_of(evaluate_scores(scores, targets[held]), metric))
+        values.append(get_value(evaluate_scores(scores, targets[held]), metric))
         sizes.append(int(held.sum()))
     return float(np.average(values, weights=sizes)) if values else float("nan")
 
@@ -310,7 +310,7 @@ def training_packs(data: TrainingData) -> tuple[LabelledPack, LabelledPack, Labe
         raise UserError("there are no evaluation data")
     if "labels" not in pack.table:
         raise UserError(f"{pack.manifest} has no `labels` column")
-    n_fitted = min(len(pack), MOST_CLIPS)
+    n_fitted = min(len(pack), MAX_CLIPS)
     too_large = UserError(
         f"{len(pack):,} training and {len(test.pack):,} test clips take more than seconds; scripts/baseline.py fits one"
     )
@@ -323,7 +323,7 @@ def training_packs(data: TrainingData) -> tuple[LabelledPack, LabelledPack, Labe
     except UserError:
         raise UserError(f"the labels of {pack.manifest} are not all classes of this run") from None
     train = LabelledPack(pack, labels, len(data.labels))
-    train_hours = _hours_read(thin_out(train, MOST_CLIPS).pack, n_fitted)
+    train_hours = _hours_read(thin_out(train, MAX_CLIPS).pack, n_fitted)
     if not fits_in_seconds(n_fitted + len(test.pack), train_hours + test_hours, pack.sample_rate):
         raise too_large
     if valid is test or (valid is not None and valid.pack.manifest == pack.manifest):
@@ -332,7 +332,7 @@ def training_packs(data: TrainingData) -> tuple[LabelledPack, LabelledPack, Labe
 
 
 def _hours_read(pack: Pack, n_fitted: int) -> float:
-    seconds = np.minimum(pack.n_samples / pack.sample_rate, seconds_read(n_fitted))
+    seconds = np.minimum(pack.n_samples / pack.sample_rate, limit_seconds(n_fitted))
     return float(seconds.sum()) / 3600
 
 
@@ -365,7 +365,7 @@ def add_baseline(data: TrainingData, metrics: Metrics, folder: Path) -> Baseline
 
 def warning(baseline: Baseline, metrics: Metrics) -> str | None:
     """Return a sentence where a model is below the baseline on the same clips, otherwise None."""
-    if figure_of(metrics, baseline.metric) >= baseline.value:
+    if get_value(metrics, baseline.metric) >= baseline.value:
         return None
     return (
         f"the model is BELOW THE BASELINE: {_text(metrics, baseline.metric)}, where {baseline.variant} reaches "

@@ -43,7 +43,7 @@ class LogMel(CedMel):
             win_size=window,
             hop_size=max(1, round(HOP_SECONDS * sample_rate)),
             f_max=None,
-            center=False,  # blocks of a clip are framed by `log_mel`, which centres them
+            center=False,  # blocks of a clip are framed by `compute_log_mel`, which centres them
         )
 
     def compressed(self, mel: Tensor, alien: Tensor | None) -> Tensor:
@@ -68,7 +68,7 @@ def frame_ranges(n_frames: int, most_frames: int) -> Iterator[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def log_mel(pack: Pack, clip: int, front_end: LogMel, most_seconds: float) -> np.ndarray:
+def compute_log_mel(pack: Pack, clip: int, front_end: LogMel, most_seconds: float) -> np.ndarray:
     """Return the log-mel spectrogram of a clip, (T, F) float64 in decibels.
 
     Frames are centred on multiples of the hop and the clip is reflected at its ends, as in `CedMel`; shorter clips
@@ -98,7 +98,7 @@ def log_mel(pack: Pack, clip: int, front_end: LogMel, most_seconds: float) -> np
     return torch.cat(blocks, dim=1).T.double().numpy()
 
 
-def cepstra(spectrogram: np.ndarray) -> np.ndarray:
+def compute_cepstra(spectrogram: np.ndarray) -> np.ndarray:
     """Return the first K coefficients of the orthonormal DCT-II over the mel bands: (T,F) -> (T,K)."""
     from scipy.fft import dct
 
@@ -106,7 +106,7 @@ def cepstra(spectrogram: np.ndarray) -> np.ndarray:
     return coefficients
 
 
-def statistics(frames: np.ndarray, n_parts: int) -> np.ndarray:
+def compute_statistics(frames: np.ndarray, n_parts: int) -> np.ndarray:
     """Return mean and standard deviation over time of each of P equal parts, one part after the other.
 
     Args:
@@ -130,7 +130,7 @@ def compute_features(pack: Pack, most_seconds: float, description: str = "baseli
 
     Args:
         pack: N clips of any sample rate and any lengths.
-        most_seconds: see `log_mel`.
+        most_seconds: see `compute_log_mel`.
         description: of the progress bar, which large packs have.
 
     Returns:
@@ -148,8 +148,8 @@ def compute_features(pack: Pack, most_seconds: float, description: str = "baseli
         mininterval=0.1 if sys.stderr.isatty() else 30,
     )
     for clip in progress:
-        spectrogram = log_mel(pack, clip, front_end, most_seconds)
-        for spectrum, frames in zip(SPECTRA, (spectrogram, cepstra(spectrogram)), strict=True):
+        spectrogram = compute_log_mel(pack, clip, front_end, most_seconds)
+        for spectrum, frames in zip(SPECTRA, (spectrogram, compute_cepstra(spectrogram)), strict=True):
             for parts in PARTS:
-                rows[spectrum, parts].append(statistics(frames, parts))
+                rows[spectrum, parts].append(compute_statistics(frames, parts))
     return {key: np.stack(found) for key, found in rows.items()}

@@ -15,8 +15,8 @@ REGRESSION, SVM = "logistic regression", "RBF SVM"
 # Clips times classes up to which a variant is tried. Measured on one core at 4,000 clips: an SVM takes 3 s for 50
 # classes; a binary logistic regression 6 ms on whole clips and 15 ms on four parts, and multi-label sets need one a
 # class.
-MOST_SVM = {True: 200_000, False: 20_000}  # by whether each clip has one label
-MOST_FOUR_PARTS = 500_000
+MAX_SVM_WORK = {True: 200_000, False: 20_000}  # by whether each clip has one label
+MAX_FOUR_PARTS_WORK = 500_000
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def affordable_variants(n_clips: int, n_classes: int, single: bool) -> list[Vari
     return [
         variant
         for variant in VARIANTS
-        if (variant.model == REGRESSION or work <= MOST_SVM[single]) and (variant.parts == 1 or work <= MOST_FOUR_PARTS)
+        if (variant.model == REGRESSION or work <= MAX_SVM_WORK[single])
+        and (variant.parts == 1 or work <= MAX_FOUR_PARTS_WORK)
     ]
 
 

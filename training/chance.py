@@ -7,8 +7,8 @@ from scipy.stats import binom, t
 
 from training.metrics import average_precision_and_auc
 
-MOST_PERMUTATIONS, LEAST_PERMUTATIONS = 20, 3
-MOST_CELLS = 20_000_000  # clips x classes x permutations: two seconds
+MAX_PERMUTATIONS, MIN_PERMUTATIONS = 20, 3
+MAX_CELLS = 20_000_000  # clips x classes x permutations: two seconds
 ROUNDING = 1e-9  # of the means of equal figures
 CONFIDENCE = 0.999  # a figure above the bound comes about by chance once in 1,000
 
@@ -34,7 +34,7 @@ class Chance:
         return mean_average_precision <= self.mAP + ROUNDING and right_by_chance
 
 
-def chance_bounds(scores: np.ndarray, targets: np.ndarray, seed: int) -> Chance:
+def compute_chance_bounds(scores: np.ndarray, targets: np.ndarray, seed: int) -> Chance:
     """Return the upper bounds of what chance gives.
 
     The bound of mAP is that of a prediction interval: the mean of permutations plus Student's t times their deviation.
@@ -47,7 +47,7 @@ def chance_bounds(scores: np.ndarray, targets: np.ndarray, seed: int) -> Chance:
     positive = np.asarray(targets) == 1
     n_clips, n_classes = positive.shape
     present = np.flatnonzero(positive.any(axis=0))
-    n = int(np.clip(MOST_CELLS // (n_clips * n_classes), LEAST_PERMUTATIONS, MOST_PERMUTATIONS))
+    n = int(np.clip(MAX_CELLS // (n_clips * n_classes), MIN_PERMUTATIONS, MAX_PERMUTATIONS))
     random = np.random.default_rng([seed, n_clips])
     figures = []
     for _ in range(n):

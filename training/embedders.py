@@ -1,6 +1,6 @@
 """Embeddings of clips from wherever they are to be had: a model of ours, any function, or files that somebody left.
 
-What they have in common is the face `Embedder`, which `training.teaching` asks and stores.
+What they have in common is the face `Embedder`, which `training.store_writer` asks and stores.
 
 Letters: B batch, S samples, E embedding width, M items (chunks of clips).
 """
@@ -32,7 +32,7 @@ from training.config import SoftTargetConfig
 from training.teacher import load_teacher
 
 NPZ_KEY = "embed"  # S-SONDO's
-MOST_TOLD = 3  # files that do not fit
+MAX_REPORTED = 3  # files that do not fit
 
 
 class Embedder(Protocol):
@@ -177,9 +177,9 @@ class NpzEmbedder:
         for clip in np.flatnonzero((self.n_chunks > 1) & (place >= 0)).tolist():
             with misfits.noted():
                 self._check_chunks(clip)
-        faults.sentences += misfits.sentences[:MOST_TOLD]
-        if len(misfits.sentences) > MOST_TOLD:
-            faults.add(f"and {len(misfits.sentences) - MOST_TOLD} more like these")
+        faults.sentences += misfits.sentences[:MAX_REPORTED]
+        if len(misfits.sentences) > MAX_REPORTED:
+            faults.add(f"and {len(misfits.sentences) - MAX_REPORTED} more like these")
         faults.raise_if_any()
 
     def _check_chunks(self, clip: int) -> None:

@@ -7,7 +7,7 @@ from audio.dataset import Pack
 from distill.embeddings import EmbeddingStore
 from models import AudioTagger, Ensemble
 from training.config import SoftTargetConfig
-from training.teaching import Embeddings, Teaching
+from training.store_writer import EmbeddingContent, StoreWriter
 
 
 def store_embeddings(
@@ -41,5 +41,5 @@ def store_embeddings(
     settings |= {"chunk_length": chunk_length, "batch_size": batch_size, "num_workers": num_workers}
     settings |= {"device": device, "mode": mode}
     config = SoftTargetConfig.model_validate(settings)
-    asked = Embeddings(Ensemble([model]))
-    return EmbeddingStore(Teaching(config, pack, asked, folder).save())
+    asked = EmbeddingContent(Ensemble([model]))
+    return EmbeddingStore(StoreWriter(config, pack, asked, folder).save())

@@ -24,14 +24,14 @@ NOT_LOSSES: tuple[str, ...] = (
     "grad_norm",
     "constant_loss",  # has a line of its own kind
 )
-MOST_POINTS = 2000  # of a line; about as many as the picture has columns
-MOST_EPOCH_MARKS = 12
+MAX_POINTS = 2000  # of a line; about as many as the picture has columns
+MAX_EPOCH_MARKS = 12
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # told apart also by the colour-blind
 INK, FAINT = "#333333", "#DDDDDD"
 LABEL_LENGTH = 26  # characters of a class name in a picture
 
 
-def png(figure: "Figure") -> bytes:
+def render_png(figure: "Figure") -> bytes:
     """Return a figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
@@ -90,7 +90,7 @@ def _mark_epochs(axes: np.ndarray, epochs: list[dict[str, Any]]) -> None:
     """Draw the ends of epochs, at most a dozen, on every panel and name them above the first."""
     if not epochs:
         return
-    every = _round_interval(epochs[-1]["epoch"] / MOST_EPOCH_MARKS)
+    every = _round_interval(epochs[-1]["epoch"] / MAX_EPOCH_MARKS)
     marked = [entry for entry in epochs if entry["epoch"] % every == 0] or epochs[-1:]
     for axis in axes:
         for entry in marked:
@@ -112,10 +112,10 @@ def _line(entries: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndar
     """Return the steps and the finite values of one figure, few enough to draw."""
     pairs = [(entry["step"], entry[name]) for entry in entries if name in entry and math.isfinite(entry[name])]
     x, y = np.array(pairs, float).reshape(-1, 2).T
-    return thinned(x, y)
+    return downsample_line(x, y)
 
 
-def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+def downsample_line(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
     """Return at most `most` points of a line: the lowest and the highest of each stretch, so that spikes stay."""
     if len(x) <= most:
         return x, y
@@ -143,7 +143,7 @@ def _draw_losses(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[st
     for index, name in enumerate(names):
         colour = COLOURS[index % len(COLOURS)]
         x, y = _line(steps, name)
-        alpha = 0.45 if len(x) < MOST_POINTS // 2 else 0.25  # where a line fills an area, what is behind it shows
+        alpha = 0.45 if len(x) < MAX_POINTS // 2 else 0.25  # where a line fills an area, what is behind it shows
         _plot(axis, x, y, color=colour, linewidth=0.8, alpha=alpha, marker="" if len(x) > 1 else "o")
         values.append(y)
         x, y = _line(epochs, name)
@@ -248,7 +248,7 @@ def confusion_figure(confusion: np.ndarray, labels: list[str]) -> "Figure":
     for row, column in np.argwhere(confusion):
         colour = "white" if shares[row, column] > 0.5 else INK
         axis.text(column, row, str(confusion[row, column]), ha="center", va="center", fontsize=size, color=colour)
-    names = drawable(labels)
+    names = drawable_labels(labels)
     # Names are no formulas: without parse_math, two dollar signs in one would start one.
     options: dict[str, Any] = {"fontsize": 9 if n_classes <= 25 else 7.5, "color": INK, "parse_math": False}
     axis.set_yticks(range(n_classes), names, **options)
@@ -267,7 +267,7 @@ def confusion_figure(confusion: np.ndarray, labels: list[str]) -> "Figure":
     return figure
 
 
-def drawable(labels: list[str]) -> list[str]:
+def drawable_labels(labels: list[str]) -> list[str]:
     """Return the class names as the font can draw them, long ones cut; a class's number where it cannot."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 

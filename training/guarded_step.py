@@ -89,7 +89,7 @@ class GuardedStep:
         optimizer.found_inf = None
 
 
-def changing_buffers(model: nn.Module, objective: nn.Module) -> list[Tensor]:
+def find_updated_buffers(model: nn.Module, objective: nn.Module) -> list[Tensor]:
     """Return the buffers that a forward pass of training changes.
 
     Args:

@@ -7,7 +7,7 @@ import numpy as np
 from distill.mask_check import masked_shares
 from distill.replay import REFERENCE_RATE
 from distill.sources import LabelTargets
-from training.averaging import norms_behind_weights
+from training.averaging import find_trained_norms
 from training.student import starts_at_random
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ LOW_RATE = {"Adam": 1e-5, "Adam8bit": 1e-5, "AdamW": 1e-5, "SGD": 1e-4}
 LAGGING = 0.1  # of the batch-norm statistics, still those of the start
 
 
-def likely_causes(run: "Run", constant: bool) -> list[str]:
+def find_likely_causes(run: "Run", constant: bool) -> list[str]:
     """Return the likely causes as sentences; the settings that matter most come last, whether they stand out or not.
 
     Args:
@@ -135,7 +135,7 @@ def _n_tokens(run: "Run", seconds: float) -> int | None:
 def _of_validation(run: "Run") -> list[str]:
     """Causes of a bad validation beside a loss that falls."""
     found = []
-    momenta = [norm.momentum for norm in norms_behind_weights(run.model) if norm.momentum]
+    momenta = [norm.momentum for norm in find_trained_norms(run.model) if norm.momentum]
     at_random = starts_at_random(run.config.model, run.config.pretrained)
     lagging = (1 - min(momenta)) ** run.step if momenta and at_random else 0.0
     if lagging > LAGGING:

@@ -14,9 +14,9 @@ from training.tally import TargetTally
 logger = logging.getLogger(__name__)
 
 FIRST_SHARE = 0.2  # of the run, after which it is judged
-LEAST_FALL = 0.02  # of the constant loss, by which the loss must have fallen
+MIN_FALL = 0.02  # of the constant loss, by which the loss must have fallen
 CLEARLY = 1.5  # times the mAP that chance may reach: a model with that has learnt, whatever mixup makes of its loss
-LEAST_WINDOWS = 4  # readings of the loss in an epoch that give it a standard error
+MIN_WINDOWS = 4  # readings of the loss in an epoch that give it a standard error
 
 
 @dataclass
@@ -149,5 +149,5 @@ class LearningCheck:
 
 def _margin(constant_loss: float, losses: list[float]) -> float:
     """Return by how much the mean loss of an epoch must be below the constant one."""
-    error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) >= LEAST_WINDOWS else 0.0
-    return max(LEAST_FALL * constant_loss, 2 * error)
+    error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) >= MIN_WINDOWS else 0.0
+    return max(MIN_FALL * constant_loss, 2 * error)

@@ -41,7 +41,7 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's `value` on every rank; tensors in it arrive on the CPU."""
         if self.world_size == 1:
             return value
@@ -49,7 +49,7 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def of_all(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """Return every rank's `value`, in the order of ranks, on every rank."""
         if self.world_size == 1:
             return [value]
@@ -59,7 +59,7 @@ class Ranks:
 
 
 @contextmanager
-def joined_ranks() -> Iterator[Ranks]:
+def process_group() -> Iterator[Ranks]:
     """Join the processes that torchrun has started; alone where it has not."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
@@ -86,7 +86,7 @@ def joined_ranks() -> Iterator[Ranks]:
 
 
 @lru_cache(maxsize=64)
-def mirrored_shares(n: int, parts: int) -> tuple[np.ndarray, ...]:
+def split_mirrored(n: int, parts: int) -> tuple[np.ndarray, ...]:
     """Split the positions 0 … n - 1 of a batch into shares that each hold every position together with its mirror.
 
     Position i and n - 1 - i lie in the same share, mirrored, so that a share reversed is that share of the reversed

@@ -16,12 +16,12 @@ import yaml
 
 from common.files import whole_file, write_text
 from training.baseline import Baseline, warning
-from training.figures import confusion_figure, curves_figure, png
+from training.figures import confusion_figure, curves_figure, render_png
 from training.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchaudio", "timm", "numpy", "pandas", "h5py", "soundfile", "soxr", "safetensors")
-MOST_DRAWN_CLASSES = 50  # of a confusion matrix that can be read
+MAX_DRAWN_CLASSES = 50  # of a confusion matrix that can be read
 RANKED = 10  # classes told as best, and as worst
 PAIRS = 10  # most-confused pairs, beside a picture
 PAIRS_ALONE = 30  # and without one
@@ -38,7 +38,7 @@ MEANINGS = {
 def draw_curves(folder: Path, entries: list[dict[str, Any]]) -> None:
     """Write `curves.png`: losses, validation mAP, learning rate and speed over the steps of `entries`."""
     with whole_file(Path(folder) / "curves.png") as partial:
-        partial.write_bytes(png(curves_figure(entries)))
+        partial.write_bytes(render_png(curves_figure(entries)))
 
 
 def write_report(
@@ -85,12 +85,12 @@ def write_report(
         alert=None if alert is None else [line.removeprefix("  - ") for line in alert.splitlines()],
         facts=facts,
         selection=selection,
-        curves=_data_uri(png(curves_figure(entries))) if entries else None,
+        curves=_data_uri(render_png(curves_figure(entries))) if entries else None,
         results_name=results_name,
         results=None if results is None else _results(results),
         baseline=None if baseline is None or results is None else _baseline(baseline, results),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-        versions=versions(),
+        versions=collect_versions(),
         command=shlex.join(["python", *sys.argv]),
     )
     target = Path(folder) / "report.html"
@@ -98,7 +98,7 @@ def write_report(
     return target
 
 
-def versions() -> dict[str, str]:
+def collect_versions() -> dict[str, str]:
     """Return what the run was made with: Python, the packages that compute, and the commit of the checkout if any."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -184,13 +184,13 @@ def _or_dash(value: float) -> str:
 
 def _confusion(confusion: np.ndarray, labels: list[str]) -> dict[str, Any]:
     """Return the picture (None for too many classes) and the most-confused pairs."""
-    drawn = len(labels) <= MOST_DRAWN_CLASSES
-    pairs = most_confused(confusion, PAIRS if drawn else PAIRS_ALONE)
+    drawn = len(labels) <= MAX_DRAWN_CLASSES
+    pairs = find_most_confused(confusion, PAIRS if drawn else PAIRS_ALONE)
     totals = confusion.sum(axis=1)
     return {
-        "picture": _data_uri(png(confusion_figure(confusion, labels))) if drawn else None,
+        "picture": _data_uri(render_png(confusion_figure(confusion, labels))) if drawn else None,
         "wide": len(labels) > 8,
-        "most_drawn": MOST_DRAWN_CLASSES,
+        "most_drawn": MAX_DRAWN_CLASSES,
         "pairs": [
             (labels[true], labels[predicted], f"{count:,}", f"{count / totals[true]:.1%}")
             for true, predicted, count in pairs
@@ -199,7 +199,7 @@ def _confusion(confusion: np.ndarray, labels: list[str]) -> dict[str, Any]:
     }
 
 
-def most_confused(confusion: np.ndarray, most: int) -> list[tuple[int, int, int]]:
+def find_most_confused(confusion: np.ndarray, most: int) -> list[tuple[int, int, int]]:
     """Return the pairs (true class, predicted class, clips) that were mixed up most often, the most frequent first."""
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)

@@ -28,8 +28,8 @@ from training.config import SoftTargetConfig, TrainConfig
 from training.data import open_training
 from training.embedding import store_embeddings
 from training.labelled import open_labelled, open_pack
+from training.store_writer import SoftTargetContent, StoreWriter
 from training.teacher import load_teacher
-from training.teaching import SoftTargets, Teaching
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ def _made_up_store(folder: Path, manifest: str, labels: list[str]) -> str:
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps over other classes
     teacher = Ensemble([_untrained(labels, "sigmoid")])
     with torch.random.fork_rng(devices=[]):  # a loader draws from it
-        return str(Teaching(config, Pack.open(manifest), SoftTargets(teacher, config.topk), folder).save())
+        return str(StoreWriter(config, Pack.open(manifest), SoftTargetContent(teacher, config.topk), folder).save())
 
 
 def _made_up_embeddings(folder: Path, manifest: str) -> str:

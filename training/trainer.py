@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distill.batch import Batch
 from distill.random_streams import Stream, stream_seed
 from training.averaging import MovingAverage
-from training.guarded_step import GuardedStep, changing_buffers
+from training.guarded_step import GuardedStep, find_updated_buffers
 from training.loss_module import LossModule
 from training.parallel import Ranks, share_batch_norm
 from training.precision import Precision
@@ -56,7 +56,7 @@ class Trainer:
             share_batch_norm(model)
             unused = not loss_module.needs.whole_student
             self.wrapped = DistributedDataParallel(loss_module, broadcast_buffers=False, find_unused_parameters=unused)
-        self.guard = GuardedStep(optimizer, precision.scaler, changing_buffers(model, objective), grad_clip)
+        self.guard = GuardedStep(optimizer, precision.scaler, find_updated_buffers(model, objective), grad_clip)
 
     def train_mode(self) -> None:
         """Switch to training, after an evaluation, say."""

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 # What must stay as it is for files of another day to belong to the same store, beside `StoreContent.identity`.
 IDENTITY = ("wavtransforms", "spectransforms", "mask_fill", "teacher", "manifest_sha256", "pack_rate", "seed", "mode")
-MOST_SHARED, LEAST_SHARED = 64, 256  # parts of a small store, and what makes another one worth while
+MAX_SHARED_PARTS, MIN_PART_SIZE = 64, 256  # parts of a small store, and what makes another one worth while
 
 
 class StoreContent:
@@ -67,7 +67,7 @@ class StoreContent:
         """Return how many files an epoch of `n_items` goes to."""
         raise NotImplementedError
 
-    def list_available(self, n_items: int) -> np.ndarray:
+    def list_items(self, n_items: int) -> np.ndarray:
         """Return which of `n_items` items can be computed, ascending."""
         return np.arange(n_items)
 
@@ -76,7 +76,7 @@ class StoreContent:
         raise NotImplementedError
 
 
-class SoftTargets(StoreContent):
+class SoftTargetContent(StoreContent):
     """Probabilities, of which the K highest are kept; one file a process, as published, or fewer of fewer items.
 
     Args:
@@ -113,7 +113,7 @@ class SoftTargets(StoreContent):
         return {"topk_values": top.values, "topk_indexes": top.indices}
 
 
-class Embeddings(StoreContent):
+class EmbeddingContent(StoreContent):
     """Clip embeddings; any number of processes may go on with a store.
 
     Args:
@@ -135,9 +135,9 @@ class Embeddings(StoreContent):
 
     def n_parts(self, n_items: int, world_size: int) -> int:
         """Return one for each `part_size` items, and where there are few, enough for many processes to share."""
-        return max(1, -(-n_items // self.part_size), min(MOST_SHARED, n_items // LEAST_SHARED))
+        return max(1, -(-n_items // self.part_size), min(MAX_SHARED_PARTS, n_items // MIN_PART_SIZE))
 
-    def list_available(self, n_items: int) -> np.ndarray:
+    def list_items(self, n_items: int) -> np.ndarray:
         """Return the items that have an embedding: all, but where files lack some."""
         lacking = getattr(self.source, "lacking", np.zeros(n_items, bool))
         if lacking.any():
@@ -186,7 +186,7 @@ class _Batches(Sampler[list[tuple[int, int]]]):
                 yield [(epoch, int(item)) for item in items[first : first + self.batch_size]]
 
 
-class Teaching:
+class StoreWriter:
     """A store of what a teacher says, in the making.
 
     Args:
@@ -218,7 +218,7 @@ class Teaching:
         self.replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
         chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
         self.items = SeededItems(chunks, self.replay, config.seed)
-        items = content.list_available(len(chunks))
+        items = content.list_items(len(chunks))
         self.parts = np.array_split(items, content.n_parts(len(items), world_size))
         self._claim_folder()
 
