@@ -1,11 +1,11 @@
-"""Save what a teacher says about a pack: soft targets, or embeddings.
+"""Save a teacher's soft targets or embeddings for a pack.
 
     python save_logits.py CONFIG.yaml [--key value ...]
     torchrun --nproc_per_node N save_logits.py CONFIG.yaml [--key value ...]
     python save_logits.py CONFIG.yaml -m MODEL --head NAME
 
-Any key of the configuration can be overridden. The folder written is printed at the end; running the same command
-again goes on where it stopped.
+Any key of the configuration can be overridden. The folder is printed at the end; the same command completes a store
+that was interrupted.
 """
 
 import logging
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_content(config: SoftTargetConfig, pack: Pack | None) -> tuple[StoreContent | None, str]:
-    """Return what is to be stored and the name of its source; embeddings may need the pack."""
+    """Return the content of the store and the name of its source; embeddings may need the pack."""
     if config.targets == "embeddings":
         embedder = None if pack is None else open_embedder(config, pack)
         return (None, "") if embedder is None else (EmbeddingContent(embedder, config.part_size), embedder.name)
@@ -55,7 +55,7 @@ def store_folder(config: SoftTargetConfig, name: str) -> Path:
 
 
 def check_lengths(config: SoftTargetConfig, replay: Replay, pack: Pack, faults: Faults) -> None:
-    """Note in `faults` masks that leave too little of the pack's chunks; warn of what single chunks can lose."""
+    """Add masks that hide too much of the pack's chunks to `faults`; log a warning about single chunks."""
     chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
     found = check_masks(replay, reference_lengths(chunks))
     if found.fault:

@@ -1,6 +1,6 @@
 """Checks that a configuration has what its objective needs, and no settings that the objective ignores."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import fields
 
 from common.errors import Faults, UserError, some
@@ -26,18 +26,11 @@ def plan_run(config: TrainConfig, faults: Faults, chosen: Collection[str] = ()) 
         supported = {field.name for field in fields(plan.settings)}
         given = [key for key, value in shared.items() if value != TrainConfig.model_fields[key].default]
         if ignored := [key for key in given if key not in supported and key not in chosen]:
-            verb = "is" if len(ignored) == 1 else "are"
-            faults.add(
-                f"{' and '.join(ignored)} {verb} not supported by objective {config.objective}; drop {_it(ignored)}"
-            )
+            faults.add(f"objective {config.objective} does not use {' and '.join(ignored)}; remove this key")
         _check_targets(config, plan.needs, faults)
         _check_data(config, plan, faults)
         return plan
     return None
-
-
-def _it(keys: Sequence[str]) -> str:
-    return "it" if len(keys) == 1 else "them"
 
 
 def _check_targets(config: TrainConfig, needs: Needs, faults: Faults) -> None:
@@ -52,11 +45,7 @@ def _check_targets(config: TrainConfig, needs: Needs, faults: Faults) -> None:
     stored = {"classes": config.logitspath, "embeddings": config.embeddingspath, "none": None}[needs.targets]
     unused = [key for key in ("logitspath", "teacher") if getattr(config, key)]
     if needs.teacher == "no" and unused:
-        verb = "is" if len(unused) == 1 else "are"
-        faults.add(
-            f"{' and '.join(unused)} {verb} given, but objective {name} learns {learnt}, from no teacher; drop "
-            f"{_it(unused)}"
-        )
+        faults.add(f"objective {name} learns {learnt}, without a teacher; drop {' and '.join(unused)}")
     elif needs.teacher == "online" and not config.teacher:
         faults.add(f"objective {name} learns from what a teacher computes; give teacher, a model's name or checkpoint")
     elif needs.teacher == "required" and not (stored or config.teacher):

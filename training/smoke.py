@@ -26,9 +26,8 @@ from models.base import Activation
 from models.labels import audioset_labels, labels_for, read_labels
 from training.config import SoftTargetConfig, TrainConfig
 from training.data import open_training
-from training.embedding import store_embeddings
 from training.labelled import open_labelled, open_pack
-from training.store_writer import SoftTargetContent, StoreWriter
+from training.store_writer import SoftTargetContent, StoreWriter, store_embeddings
 from training.teacher import load_teacher
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Asking a teacher: every chunk of a pack, in every epoch, with the augmentation that its seed says."""
+"""Writes stores of targets: a teacher's output for every chunk of a pack, in every epoch, augmented by stored seeds."""
 
 import importlib.metadata
 import json
@@ -27,7 +27,7 @@ from distill.sound_check import fingerprint
 from distill.sources import SeededItems
 from distill.store import TargetStore
 from distill.targets import SoftTargetStore
-from models import Ensemble
+from models import AudioTagger, Ensemble
 from models.devices import choose_device
 from models.ensemble import Spectrogram
 from models.heads import weights_sha256
@@ -37,20 +37,22 @@ from training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
-# What must stay as it is for files of another day to belong to the same store, beside `StoreContent.identity`.
+# Keys of meta.json and of the configuration that must be equal for new files to belong to a store, besides
+# `StoreContent.identity`.
 IDENTITY = ("wavtransforms", "spectransforms", "mask_fill", "teacher", "manifest_sha256", "pack_rate", "seed", "mode")
-MAX_SHARED_PARTS, MIN_PART_SIZE = 64, 256  # parts of a small store, and what makes another one worth while
+CONFIG_IDENTITY = ("chunk_length", "keep_tails", "layout")
+MAX_SHARED_PARTS, MIN_PART_SIZE = 64, 256  # number of parts of a small store, and chunks of each of them
 
 
 class StoreContent:
-    """What a store holds of each chunk, and what computes it.
+    """The values that a store has of each chunk, and the model that computes them.
 
     Args:
         source: a teacher, or another source of embeddings.
 
     Attributes:
-        store: the kind of store that is made.
-        identity: which of `facts` must stay as they are for files of another day to belong to the same store.
+        store: the class of the store.
+        identity: keys of `facts` that must be equal for new files to belong to a store.
     """
 
     store: ClassVar[type[TargetStore]]
@@ -60,11 +62,11 @@ class StoreContent:
         self.source = source
 
     def facts(self) -> dict[str, Any]:
-        """Return what else `meta.json` says."""
+        """Return further entries of `meta.json`."""
         raise NotImplementedError
 
     def n_parts(self, n_items: int, world_size: int) -> int:
-        """Return how many files an epoch of `n_items` goes to."""
+        """Return the number of files for an epoch of `n_items`."""
         raise NotImplementedError
 
     def list_items(self, n_items: int) -> np.ndarray:
@@ -72,12 +74,12 @@ class StoreContent:
         return np.arange(n_items)
 
     def compute(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
-        """Return the datasets of the store but the seeds, (B, ...) each."""
+        """Return the datasets of the store except the seeds, (B, ...) each."""
         raise NotImplementedError
 
 
 class SoftTargetContent(StoreContent):
-    """Probabilities, of which the K highest are kept; one file a process, as published, or fewer of fewer items.
+    """The K highest probabilities; one file a process, as published.
 
     Args:
         teacher: computes them.
@@ -94,7 +96,7 @@ class SoftTargetContent(StoreContent):
             logger.info("topk %d: the teacher has %d classes, all are stored", topk, len(teacher.labels))
 
     def facts(self) -> dict[str, Any]:
-        """Return the classes and what the values are."""
+        """Return the classes and the kind of the values."""
         return {
             "labels": self.teacher.labels,
             "num_classes": len(self.teacher.labels),
@@ -104,7 +106,7 @@ class SoftTargetContent(StoreContent):
         }
 
     def n_parts(self, n_items: int, world_size: int) -> int:
-        """Return one a process; fewer only where there are fewer items."""
+        """Return one file a process, fewer if there are fewer items."""
         return min(world_size, n_items)
 
     def compute(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
@@ -114,11 +116,11 @@ class SoftTargetContent(StoreContent):
 
 
 class EmbeddingContent(StoreContent):
-    """Clip embeddings; any number of processes may go on with a store.
+    """Clip embeddings; a store may be completed by another number of processes.
 
     Args:
         source: computes them.
-        part_size: chunks whose embeddings go to one file.
+        part_size: number of chunks in one file.
     """
 
     store, identity = EmbeddingStore, ("values", "parts")
@@ -129,76 +131,70 @@ class EmbeddingContent(StoreContent):
         self.model = source.single if isinstance(source, Ensemble) else None  # raises for several
 
     def facts(self) -> dict[str, Any]:
-        """Return what the values are, and whose."""
+        """Return the kind of the values, and the hash of the model."""
         facts: dict[str, Any] = {"values": "embeddings", "part_size": self.part_size}
         return facts if self.model is None else facts | {"weights_sha256": weights_sha256(self.model)}  # for heads
 
     def n_parts(self, n_items: int, world_size: int) -> int:
-        """Return one for each `part_size` items, and where there are few, enough for many processes to share."""
+        """Return one file for each `part_size` items, and more in small stores, for many processes to share."""
         return max(1, -(-n_items // self.part_size), min(MAX_SHARED_PARTS, n_items // MIN_PART_SIZE))
 
     def list_items(self, n_items: int) -> np.ndarray:
-        """Return the items that have an embedding: all, but where files lack some."""
-        lacking = getattr(self.source, "lacking", np.zeros(n_items, bool))
-        if lacking.any():
-            logger.info("%d of %d chunks have no embedding and are left out", lacking.sum(), n_items)
-        return np.flatnonzero(~lacking)
+        """Return the items that have an embedding; .npz files may not have all."""
+        missing = getattr(self.source, "missing", np.zeros(n_items, bool))
+        if missing.any():
+            logger.info("%d of %d chunks have no embedding and are skipped", missing.sum(), n_items)
+        return np.flatnonzero(~missing)
 
     def compute(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
-        """Return the embeddings (B, E), clipped with a warning where half precision cannot hold them."""
-        found = self.source.embeddings(batch, spectrogram)
+        """Return the embeddings (B, E), clipped to the range of half precision with a warning."""
+        embeddings = self.source.embeddings(batch, spectrogram)
         largest = torch.finfo(torch.float16).max
-        n_over = int((found.abs() > largest).any(dim=1).sum())
-        if n_over:
+        n_clipped = int((embeddings.abs() > largest).any(dim=1).sum())
+        if n_clipped:
             logger.warning(
-                "%d embeddings hold numbers beyond those of half precision, and are clipped at %g: the network has "
-                "diverged, or these clips are unlike all that it learnt from",
-                n_over,
+                "%d embeddings exceed the range of half precision and are clipped at %g: the network has diverged, or "
+                "these clips are very different from its training data",
+                n_clipped,
                 largest,
             )
-        return {"embedding": found.clamp(-largest, largest)}
+        return {"embedding": embeddings.clamp(-largest, largest)}
 
 
-class _Unit(NamedTuple):
-    """One file to be written.
-
-    Attributes:
-        epoch: from 1.
-        part: from 0.
-        items: (n,) those it holds, ascending.
-    """
+class _Part(NamedTuple):
+    """One file to be written: `items` (n,) of an epoch from 1, as its part `number` from 0."""
 
     epoch: int
-    part: int
-    items: np.ndarray
+    number: int
+    items: np.ndarray  # ascending
 
 
-class _Batches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, item), file after file, clips of like length together so that little is padded."""
+class _PartBatches(Sampler[list[tuple[int, int]]]):
+    """Yields batches of (epoch, item), part after part, clips of similar length together to reduce padding."""
 
-    def __init__(self, units: Sequence[_Unit], lengths: np.ndarray, batch_size: int) -> None:
-        self.units, self.lengths, self.batch_size = units, lengths, batch_size
+    def __init__(self, parts: Sequence[_Part], lengths: np.ndarray, batch_size: int) -> None:
+        self.parts, self.lengths, self.batch_size = parts, lengths, batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch, _, items in self.units:
+        for epoch, _, items in self.parts:
             items = items[np.argsort(self.lengths[items], kind="stable")]
             for first in range(0, len(items), self.batch_size):
                 yield [(epoch, int(item)) for item in items[first : first + self.batch_size]]
 
 
 class StoreWriter:
-    """A store of what a teacher says, in the making.
+    """Computes a store of targets for a pack and writes it; a store that is incomplete is completed.
 
     Args:
-        config: what to make.
+        config: settings of the store.
         pack: the clips.
         content: what is stored.
-        folder: to write into.
-        rank: of this process.
-        world_size: how many processes share the work.
+        folder: folder of the store.
+        rank: rank of this process.
+        world_size: number of processes that share the work.
 
     Raises:
-        UserError: the folder holds what was made with other settings.
+        UserError: the folder has a store with other settings.
     """
 
     def __init__(
@@ -220,10 +216,13 @@ class StoreWriter:
         self.items = SeededItems(chunks, self.replay, config.seed)
         items = content.list_items(len(chunks))
         self.parts = np.array_split(items, content.n_parts(len(items), world_size))
-        self._claim_folder()
+        sample_rates = content.source.sample_rates
+        self.hash_sounds = config.layout == "native" and bool(sample_rates)  # without rates no sound is read
+        self.dataset = ReplayDataset(pack, self.items, sample_rates, hash_sounds=self.hash_sounds)
+        self._prepare_folder()
 
     def meta(self) -> dict[str, Any]:
-        """Return what `meta.json` says of the store."""
+        """Return the content of `meta.json`."""
         return {
             **self.replay.settings(),
             "teacher": self.content.source.describe(),
@@ -241,108 +240,108 @@ class StoreWriter:
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchaudio", "numpy", "soxr")},
         }
 
-    def _claim_folder(self) -> None:
+    def _prepare_folder(self) -> None:
+        """Check that a store in the folder has the same settings, and write `meta.json`."""
         remove_dead_partials(self.folder)
-        target, meta = self.folder / "meta.json", json.loads(json.dumps(self.meta()))
+        path, meta = self.folder / "meta.json", json.loads(json.dumps(self.meta()))
         what, prefix = self.content.store.what, self.content.store.prefix
-        if target.is_file():
-            there = json.loads(target.read_text(encoding="utf-8"))
-            other = [key for key in (*IDENTITY, *self.content.identity) if there.get(key) != meta[key]]
-            was = there.get("config", {})
-            if was.get("chunk_length") != self.config.chunk_length:
-                other.append("chunk_length")
-            if was.get("keep_tails", False) != self.config.keep_tails:
-                other.append("keep_tails")
-            if was.get("layout", "native") != self.config.layout:
-                other.append("layout")
-            self._check_sounds(there.get("sounds_sha256"), meta["sounds_sha256"])
-            if other:
+        if path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored_config = {"keep_tails": False, "layout": "native"} | stored.get("config", {})
+            different = [key for key in (*IDENTITY, *self.content.identity) if stored.get(key) != meta[key]]
+            different += [key for key in CONFIG_IDENTITY if stored_config.get(key) != getattr(self.config, key)]
+            self._check_sounds(stored.get("sounds_sha256"), meta["sounds_sha256"])
+            if different:
                 raise UserError(
-                    f"{self.folder} holds {what} made with another {', '.join(other)}; give another "
-                    "outputpath or name, or delete the folder to make them anew"
-                    + (f"; it was begun by {there['world_size']} processes" if "world_size" in other else "")
+                    f"{self.folder} has {what} made with another {', '.join(different)}; give another "
+                    "outputpath or name, or delete the folder to make them again"
+                    + (f"; it was started by {stored['world_size']} processes" if "world_size" in different else "")
                 )
-            if was.get("epochs") == self.config.epochs:
-                return  # a run that was begun with this store knows it by its description
+            if stored_config.get("epochs") == self.config.epochs:
+                return  # runs that use this store identify it by the hash of this file
         elif any(self.folder.glob(f"{prefix}_ep*")):
             raise UserError(
-                f"{self.folder} holds {what} without a meta.json, so whether they fit is unknown; give another "
+                f"{self.folder} has {what} without a meta.json, so their settings are unknown; give another "
                 "outputpath or name"
             )
         if self.config.layout == "published":
             write_published_meta(self.folder / "meta.pt", self.replay, meta["config"])
-        write_json(target, meta)  # by every rank, the same: files never stand without it
+        write_json(path, meta)  # by every rank, the same: no part is ever written without it
 
     def _check_sounds(self, stored: str | None, found: str) -> None:
-        """Refuse to go on where the pack was made anew with other sounds under the same names."""
+        """Raise if the pack has been made again with other sounds under the same names."""
         what = self.content.store.what
         if stored is None:
-            logger.info("%s does not say what sounds its %s are of: this is not compared", self.folder, what)
+            logger.info("%s has no hash of the sounds of its %s: they are not compared", self.folder, what)
         elif stored != found:
             raise UserError(
-                f"{self.folder} was begun with other sounds than {self.pack.manifest} holds now under the same names "
-                f"(hash of lengths and samples: found {found[:16]}, wanted {stored[:16]}); delete the folder to save "
-                f"the {what} anew, give another outputpath or name, or pack the former sounds again"
+                f"{self.folder} was started with other sounds than {self.pack.manifest} has now under the same names "
+                f"(hash of lengths and samples: found {found[:16]}, expected {stored[:16]}); delete the folder to save "
+                f"the {what} again, give another outputpath or name, or pack the former sounds again"
             )
 
     def save(self) -> Path:
-        """Write every file that is not there yet; return the folder."""
+        """Write all parts that do not exist yet; return the folder."""
         store = self.content.store
-        wanted = [
-            _Unit(epoch, part, items)
+        of_rank = [
+            _Part(epoch, number, items)
             for epoch in range(1, self.config.epochs + 1)
-            for part, items in enumerate(self.parts)
-            if part % self.world_size == self.rank
+            for number, items in enumerate(self.parts)
+            if number % self.world_size == self.rank
         ]
-        units = [unit for unit in wanted if not store.path_of(self.folder, unit.epoch, unit.part).is_file()]
-        if len(units) < len(wanted):
-            logger.info("%d of %d files are there already", len(wanted) - len(units), len(wanted))
-        hashed = self.config.layout == "native" and bool(self.content.source.sample_rates)  # else no sound is read
-        dataset = ReplayDataset(self.pack, self.items, self.content.source.sample_rates, hash_sounds=hashed)
+        missing = [part for part in of_rank if not store.path_of(self.folder, part.epoch, part.number).is_file()]
+        if len(missing) < len(of_rank):
+            logger.info("%d of %d files exist already", len(of_rank) - len(missing), len(of_rank))
         loader = DataLoader(
-            dataset,
-            batch_sampler=_Batches(units, self.items.chunks.n_samples, self.config.batch_size),
+            self.dataset,
+            batch_sampler=_PartBatches(missing, self.items.chunks.n_samples, self.config.batch_size),
             num_workers=loader_workers(self.config.num_workers),
             collate_fn=collate,
         )
-        stream = iter(loader)
-        with tqdm(total=sum(len(unit.items) for unit in units), desc=store.what, unit="chunk") as progress:
-            for unit in units:
-                arrays: dict[str, np.ndarray] = {}
-                hashes = np.empty(len(unit.items), np.int64)
-                done = 0
-                while done < len(unit.items):
-                    batch = next(stream).to(self.device)
-                    rows = np.searchsorted(unit.items, batch.item.cpu().numpy())
-                    for name, answer in self._answers(dataset, batch).items():
-                        if name not in arrays:
-                            arrays[name] = np.empty((len(unit.items), *answer.shape[1:]), store.types[name])
-                        if arrays[name].shape[1:] != answer.shape[1:]:
-                            raise UserError(
-                                f"the teacher's answer to {dataset.name(int(batch.item[0]))} has the shape "
-                                f"{tuple(answer.shape[1:])}, those before it {arrays[name].shape[1:]}; wanted one width"
-                            )
-                        arrays[name][rows] = answer.cpu().numpy()
-                    if hashed:
-                        hashes[rows] = batch.sound_hash.cpu().numpy()
-                    done += len(rows)
-                    progress.update(len(rows))
-                arrays["seeds"] = self.items.seeds(unit.epoch)[unit.items]
-                rows_of_unit = self._rows(unit.items, hashes if hashed else None)
-                store.write(self.folder, unit.epoch, unit.part, rows_of_unit, **arrays)
+        batches = iter(loader)
+        with tqdm(total=sum(len(part.items) for part in missing), desc=store.what, unit="chunk") as progress:
+            for part in missing:
+                self._write_part(part, batches, progress)
         return self.folder
 
-    def _answers(self, dataset: ReplayDataset, batch: Batch) -> dict[str, Tensor]:
-        with self.precision.context():
-            answers = self.content.compute(batch, self.replay.spectrogram)
-        for answer in answers.values():
-            finite = answer.isfinite().all(dim=1)
-            if not bool(finite.all()):
-                name = dataset.name(int(batch.item[~finite][0]))
-                raise UserError(f"the teacher's answer to {name} is not a number; look at that clip")
-        return answers
+    def _write_part(self, part: _Part, batches: Iterator[Batch], progress: "tqdm[Any]") -> None:
+        """Compute and write one part."""
+        store, n_items = self.content.store, len(part.items)
+        arrays: dict[str, np.ndarray] = {}
+        hashes = np.empty(n_items, np.int64)
+        n_done = 0
+        while n_done < n_items:
+            batch = next(batches).to(self.device)
+            rows = np.searchsorted(part.items, batch.item.cpu().numpy())
+            for name, values in self._compute(batch).items():
+                array = arrays.setdefault(name, np.empty((n_items, *values.shape[1:]), store.types[name]))
+                if array.shape[1:] != values.shape[1:]:
+                    raise UserError(
+                        f"the teacher's output for {self.dataset.name(int(batch.item[0]))} has the shape "
+                        f"{tuple(values.shape[1:])}, expected {array.shape[1:]} as for the clips before it"
+                    )
+                array[rows] = values.cpu().numpy()
+            if batch.sound_hash is not None:
+                hashes[rows] = batch.sound_hash.cpu().numpy()
+            n_done += len(rows)
+            progress.update(len(rows))
+        arrays["seeds"] = self.items.seeds(part.epoch)[part.items]
+        names = self._build_rows(part.items, hashes if self.hash_sounds else None)
+        store.write(self.folder, part.epoch, part.number, names, **arrays)
 
-    def _rows(self, items: np.ndarray, hashes: np.ndarray | None) -> pd.DataFrame:
+    def _compute(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the outputs for a batch; raise if they are not finite."""
+        with self.precision.context():
+            outputs = self.content.compute(batch, self.replay.spectrogram)
+        for values in outputs.values():
+            finite = values.isfinite().all(dim=1)
+            if not bool(finite.all()):
+                name = self.dataset.name(int(batch.item[~finite][0]))
+                raise UserError(f"the teacher's output for {name} is not finite; check that clip")
+        return outputs
+
+    def _build_rows(self, items: np.ndarray, hashes: np.ndarray | None) -> pd.DataFrame:
+        """Return the table that names the chunks of a part."""
         chunks = self.items.chunks.select(items)
         rows = pd.DataFrame(
             {
@@ -356,3 +355,21 @@ class StoreWriter:
         if hashes is not None:
             rows["sound_hash"] = hashes
         return published_rows(rows) if self.config.layout == "published" else rows
+
+
+def store_embeddings(model: AudioTagger, pack: Pack, folder: Path, **settings: Any) -> EmbeddingStore:
+    """Store a model's embeddings of all chunks of a pack, or those that are missing; return the store.
+
+    Args:
+        model: the model.
+        pack: the clips.
+        folder: folder of the store.
+        **settings: keys of `SoftTargetConfig`, such as `chunk_length`, `batch_size`, `num_workers` and `device`.
+
+    Raises:
+        UserError: the folder has embeddings of another model, pack or setting.
+    """
+    settings = {"batch_size": 32, "num_workers": 4, "keep_tails": True} | settings
+    settings |= {"train_data": str(pack.manifest), "model": model.name, "targets": "embeddings"}
+    config = SoftTargetConfig.model_validate(settings)
+    return EmbeddingStore(StoreWriter(config, pack, EmbeddingContent(Ensemble([model])), folder).save())

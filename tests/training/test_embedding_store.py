@@ -18,8 +18,7 @@ from tests.batches import make_batch
 from tests.conftest import run_command
 from training.config import SoftTargetConfig
 from training.embedders import FunctionEmbedder, NpzEmbedder, open_embedder
-from training.embedding import store_embeddings
-from training.store_writer import EmbeddingContent, SoftTargetContent, StoreWriter
+from training.store_writer import EmbeddingContent, SoftTargetContent, StoreWriter, store_embeddings
 
 
 @pytest.fixture
