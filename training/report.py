@@ -1,4 +1,4 @@
-"""The report of a run: one page that holds everything and needs nothing, and the curves as a picture beside it."""
+"""The report of a run, `report.html`: one page without references to other files; and the plot `curves.png`."""
 
 import base64
 import importlib.metadata
@@ -15,15 +15,15 @@ import pandas as pd
 import yaml
 
 from common.files import whole_file, write_text
-from training.baseline import Baseline, warning
+from training.baseline import Baseline, compare_with_baseline
 from training.figures import confusion_figure, curves_figure, render_png
 from training.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchaudio", "timm", "numpy", "pandas", "h5py", "soundfile", "soxr", "safetensors")
-MAX_DRAWN_CLASSES = 50  # of a confusion matrix that can be read
-RANKED = 10  # classes told as best, and as worst
-PAIRS = 10  # most-confused pairs, beside a picture
+MAX_DRAWN_CLASSES = 50  # of a readable confusion matrix
+RANKED = 10  # best classes, and worst classes
+PAIRS = 10  # most-confused pairs, below a plot
 PAIRS_ALONE = 30  # and without one
 MEANINGS = {
     "mAP": ("mAP", "average precision, mean over the classes that occur"),
@@ -59,14 +59,14 @@ def write_report(
     Args:
         folder: of the run.
         title: of the page.
-        facts: what to tell of the run, by name: model, data, seed, duration, device.
-        config: of the run.
+        facts: facts about the run by name: model, data, seed, duration, device.
+        config: configuration of the run.
         entries: the lines of `metrics.jsonl`.
-        results: of the final model, or None when there is no evaluation data.
-        results_name: what they were measured on.
-        selection: a sentence on how the checkpoint was chosen.
-        baseline: what simple features reach on the same data, shown beside `results`.
-        alert: what is wrong with the run, shown on top; lines after the first are items of a list.
+        results: metrics of the final model, or None without evaluation data.
+        results_name: name of the evaluation data.
+        selection: how the checkpoint was chosen, as a sentence.
+        baseline: the baseline on the same data, shown beside `results`.
+        alert: a warning shown on top; lines after the first are items of a list.
 
     Returns:
         The path of the page.
@@ -75,7 +75,7 @@ def write_report(
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # labels and file names are anybody's text
+        autoescape=True,  # labels and file names are user input
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -99,40 +99,40 @@ def write_report(
 
 
 def collect_versions() -> dict[str, str]:
-    """Return what the run was made with: Python, the packages that compute, and the commit of the checkout if any."""
+    """Return the versions of Python and of the packages, and the git commit of the checkout, if any."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # most are wanted by some runs only
+        except importlib.metadata.PackageNotFoundError:  # some packages are optional
             continue
     commit = _git_commit()
     return found | ({"git commit": commit} if commit else {})
 
 
 def _git_commit() -> str | None:
-    """Return the commit of this checkout, ending in "-dirty" where files differ from it, or None."""
-    if not (ROOT / ".git").exists():  # an unpacked archive, perhaps within somebody's repository
+    """Return the commit of this checkout, with "-dirty" appended if files differ from it, or None."""
+    if not (ROOT / ".git").exists():  # an unpacked archive, perhaps inside another repository
         return None
     command = ["git", "--no-optional-locks", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        answer = subprocess.run(
+        result = subprocess.run(
             [*command, "--exclude=*"], capture_output=True, text=True, timeout=5, check=True, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
-def _data_uri(picture: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _results(metrics: Metrics) -> dict[str, Any]:
-    """Return what the template shows of `metrics`."""
+    """Return the values of `metrics` for the template."""
     table = metrics.per_class
     scored = table[table.n_positive > 0].sort_values("AP", ascending=False, kind="stable")
-    n_worst = min(RANKED, len(scored) // 2)  # of few classes, none is told twice
+    n_worst = min(RANKED, len(scored) // 2)  # with few classes, none is listed twice
     rows = [
         (name, f"{getattr(metrics, field):.4f}", meaning)
         for field, (name, meaning) in MEANINGS.items()
@@ -152,7 +152,7 @@ def _results(metrics: Metrics) -> dict[str, Any]:
 
 
 def _baseline(baseline: Baseline, results: Metrics) -> dict[str, Any]:
-    """Return what the template shows of a baseline: its figures by name, and sentences."""
+    """Return the values of a baseline for the template: metrics by name, and sentences."""
     return {
         "figures": {
             name: f"{value:.4f}"
@@ -160,12 +160,12 @@ def _baseline(baseline: Baseline, results: Metrics) -> dict[str, Any]:
             if (value := getattr(baseline.metrics, field)) is not None
         },
         "sentence": baseline.sentence,
-        "warning": warning(baseline, results),
+        "warning": compare_with_baseline(results, baseline),
     }
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return one dict a class, its figures as text, and AP as the length of a bar."""
+    """Return one dict a class: its metrics as text, and AP as the length of a bar."""
     return [
         row
         | {
@@ -183,7 +183,7 @@ def _or_dash(value: float) -> str:
 
 
 def _confusion(confusion: np.ndarray, labels: list[str]) -> dict[str, Any]:
-    """Return the picture (None for too many classes) and the most-confused pairs."""
+    """Return the plot (None for too many classes) and the most-confused pairs."""
     drawn = len(labels) <= MAX_DRAWN_CLASSES
     pairs = find_most_confused(confusion, PAIRS if drawn else PAIRS_ALONE)
     totals = confusion.sum(axis=1)
@@ -200,7 +200,7 @@ def _confusion(confusion: np.ndarray, labels: list[str]) -> dict[str, Any]:
 
 
 def find_most_confused(confusion: np.ndarray, most: int) -> list[tuple[int, int, int]]:
-    """Return the pairs (true class, predicted class, clips) that were mixed up most often, the most frequent first."""
+    """Return the most frequent confusions, (true class, predicted class, number of clips), the most frequent first."""
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]

@@ -234,7 +234,7 @@ def test_more_classes_than_a_picture_can_show_are_listed_as_pairs(tmp_path):
 def test_the_confusion_picture_grows_with_the_classes_and_takes_any_name(n_classes):
     names = ["$x$ or $\\frac", "音楽", "a name that is longer than any picture has room for", *map(str, range(50))]
     figure = confusion_figure(np.eye(n_classes, dtype=np.int64) * 1234, names[:n_classes])
-    height, width = matplotlib.image.imread(io.BytesIO(report.png(figure))).shape[:2]
+    height, width = matplotlib.image.imread(io.BytesIO(report.render_png(figure))).shape[:2]
     assert 300 < height < 2200
     assert 300 < width < 2200
     drawn = [label.get_text() for label in figure.axes[0].get_yticklabels()]

@@ -250,13 +250,13 @@ def test_a_run_in_use_is_left_alone(stopped, monkeypatch):
     _, _, folder = stopped
     identity = json.loads((folder / "run.json").read_text())["identity"]
     code = f"from training.run_folder import RunFolder; from pathlib import Path; f = RunFolder(Path({str(folder)!r}))"
-    code += "; assert f.claim(); print('held', flush=True); input()"
+    code += "; assert f.lock(); print('held', flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        monkeypatch.setattr("training.run_folder.CLAIM_SECONDS", 0.3)
+        monkeypatch.setattr("training.run_folder.LOCK_SECONDS", 0.3)
         with pytest.raises(UserError, match="this very run, and another process is training it"):
             choose_folder(folder.parent, identity, "auto")
         assert not choose_folder(folder.parent, identity, "never")[2]
