@@ -5,7 +5,7 @@ length, number, bandwidth, and whether each has one label or several. Each such 
 file, before anything is built; value and reason are logged and written to the run's `config.yaml` and `run.json`, from
 which a resumed run reads them. Published configurations have no `auto`.
 
-The rules were tuned on ESC-10 and on spoken words of 1 s and of 0.4 s at 8 kHz: see RESULTS.md.
+The rules were tuned on ESC-10 and on spoken words of 1 s and of 0.4 s at 8 kHz: see docs/results.md.
 """
 
 import logging

@@ -57,6 +57,7 @@ def curves_figure(entries: list[dict[str, Any]]) -> "Figure":
 
     steps, epochs = ([entry for entry in entries if entry["kind"] == kind] for kind in ("step", "epoch"))
     panels = [(height, draw) for name, height, draw in PANELS if any(name in entry for entry in entries)]
+    panels.insert(0, (3.0, _draw_losses))
     heights = [height for height, _ in panels]
     figure = Figure(figsize=(10, 1 + sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
@@ -205,9 +206,8 @@ def _draw_speed(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str
     axis.set_ylabel("clips/s")
 
 
-# The metric that a panel needs, its height in inches, and the function that draws it.
+# Further panels: the metric that it needs, its height in inches, and the function that draws it.
 PANELS: tuple[tuple[str, float, Callable[["Axes", list[dict[str, Any]], list[dict[str, Any]]], None]], ...] = (
-    ("step", 3.0, _draw_losses),  # every entry has a step
     ("valid_mAP", 2.2, _draw_validation),
     ("cosine", 1.8, _draw_cosine),
     ("grad_norm", 1.3, _draw_gradient),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import yaml
 
 from common.files import whole_file, write_text
@@ -25,7 +24,7 @@ MAX_DRAWN_CLASSES = 50  # of a readable confusion matrix
 RANKED = 10  # best classes, and worst classes
 PAIRS = 10  # most-confused pairs, below a plot
 PAIRS_ALONE = 30  # and without one
-MEANINGS = {
+DEFINITIONS = {
     "mAP": ("mAP", "average precision, mean over the classes that occur"),
     "mAUC": ("mAUC", "area under the ROC curve, mean over classes"),
     "d_prime": ("d\u2032", "√2 times the normal quantile of mAUC"),
@@ -80,6 +79,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["metric"] = lambda value: "-" if value is None or math.isnan(value) else f"{value:.4f}"
     page = environment.get_template("report.html.jinja").render(
         title=title,
         alert=None if alert is None else [line.removeprefix("  - ") for line in alert.splitlines()],
@@ -88,7 +88,9 @@ def write_report(
         curves=_data_uri(render_png(curves_figure(entries))) if entries else None,
         results_name=results_name,
         results=None if results is None else _results(results),
-        baseline=None if baseline is None or results is None else _baseline(baseline, results),
+        baseline=None if results is None else baseline,
+        warning=compare_with_baseline(results, baseline) if results and baseline else None,
+        definitions=DEFINITIONS,
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         versions=collect_versions(),
         command=shlex.join(["python", *sys.argv]),
@@ -133,53 +135,14 @@ def _results(metrics: Metrics) -> dict[str, Any]:
     table = metrics.per_class
     scored = table[table.n_positive > 0].sort_values("AP", ascending=False, kind="stable")
     n_worst = min(RANKED, len(scored) // 2)  # with few classes, none is listed twice
-    rows = [
-        (name, f"{getattr(metrics, field):.4f}", meaning)
-        for field, (name, meaning) in MEANINGS.items()
-        if getattr(metrics, field) is not None
-    ]
     return {
-        "figures": rows,
-        "chance": f"{(scored.n_positive / metrics.n_clips).mean():.4f}",
-        "n_clips": f"{metrics.n_clips:,}",
-        "n_scored": metrics.n_classes_scored,
-        "n_absent": metrics.n_classes_absent,
-        "best": _rows(scored.head(min(RANKED, len(scored) - n_worst))),
-        "worst": _rows(scored.tail(n_worst).iloc[::-1]),
-        "per_class": _rows(table),
+        "metrics": metrics,
+        "chance": (scored.n_positive / metrics.n_clips).mean(),
+        "best": scored.head(min(RANKED, len(scored) - n_worst)).to_dict("records"),
+        "worst": scored.tail(n_worst).iloc[::-1].to_dict("records"),
+        "per_class": table.to_dict("records"),
         "confusion": None if metrics.confusion is None else _confusion(metrics.confusion, table.label.tolist()),
     }
-
-
-def _baseline(baseline: Baseline, results: Metrics) -> dict[str, Any]:
-    """Return the values of a baseline for the template: metrics by name, and sentences."""
-    return {
-        "figures": {
-            name: f"{value:.4f}"
-            for field, (name, _) in MEANINGS.items()
-            if (value := getattr(baseline.metrics, field)) is not None
-        },
-        "sentence": baseline.sentence,
-        "warning": compare_with_baseline(results, baseline),
-    }
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return one dict a class: its metrics as text, and AP as the length of a bar."""
-    return [
-        row
-        | {
-            "n_positive": f"{row['n_positive']:,}",
-            "AP": _or_dash(row["AP"]),
-            "AUC": _or_dash(row["AUC"]),
-            "bar": 0 if math.isnan(row["AP"]) else round(100 * row["AP"]),
-        }
-        for row in table.to_dict("records")
-    ]
-
-
-def _or_dash(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def _confusion(confusion: np.ndarray, labels: list[str]) -> dict[str, Any]:
@@ -191,11 +154,8 @@ def _confusion(confusion: np.ndarray, labels: list[str]) -> dict[str, Any]:
         "picture": _data_uri(render_png(confusion_figure(confusion, labels))) if drawn else None,
         "wide": len(labels) > 8,
         "most_drawn": MAX_DRAWN_CLASSES,
-        "pairs": [
-            (labels[true], labels[predicted], f"{count:,}", f"{count / totals[true]:.1%}")
-            for true, predicted, count in pairs
-        ],
-        "n_wrong": f"{confusion.sum() - confusion.trace():,}",
+        "pairs": [(labels[true], labels[predicted], count, count / totals[true]) for true, predicted, count in pairs],
+        "n_wrong": confusion.sum() - confusion.trace(),
     }
 
 
