@@ -26,7 +26,7 @@ from tagging.engines import open_engine
 from training.automatic import describe_train_config
 from training.config import TrainConfig
 from training.evaluate import EvaluateOptions, evaluate_command
-from training.parallel import joined_ranks
+from training.parallel import process_group
 from training.prepare import prepare_run
 from training.run_folder import log_to
 
@@ -67,7 +67,7 @@ class Runner:
             overrides: any key of the configuration; nested ones with a dot, --optimizer_args.lr 3e-4.
         """
         overrides |= {key: value for key, value in (("model", m), ("pretrained", weights)) if value is not None}
-        with joined_ranks() as ranks:
+        with process_group() as ranks:
             log_to(None, quiet=not ranks.is_main)
             torch.manual_seed(self.seed)  # initial weights; everything else draws from streams of its own
             prepared = prepare_run(config_file, overrides, self.seed, resume=str(resume), ranks=ranks)
