@@ -31,11 +31,12 @@ import numpy as np
 from audio.io import AudioBlocks, AudioReadError
 from common.errors import UserError, print_user_errors
 from common.parser import Parser
-from tagging.engines import Engine, open_engine
+from tagging.base import Engine
+from tagging.engines import open_engine
 from tagging.events import merge_events
-from tagging.files import TaggedFile, TaggedWindow, Wanted, tag_files
+from tagging.files import TaggedFile, TaggedWindow, TagOptions, tag_files
 from tagging.pictures import draw
-from tagging.rows import CsvRows
+from tagging.rows import CSV
 
 SHOWN = 8  # labels in the table
 KEPT_SECONDS = 3600  # sounds and results
@@ -99,7 +100,12 @@ class Page:
             pass
 
     def tag(
-        self, path: Path, chunk_seconds: float, hop_seconds: float, wanted: Wanted, on_window: Callable[[float], None]
+        self,
+        path: Path,
+        chunk_seconds: float,
+        hop_seconds: float,
+        wanted: TagOptions,
+        on_window: Callable[[float], None],
     ) -> tuple[TaggedFile, np.ndarray]:
         """Tag a sound.
 
@@ -161,8 +167,8 @@ class Page:
                     )
         except AudioReadError as error:
             raise UserError(
-                f"{path.name} is not a sound that can be read here: {error.reason}. Wanted: wav, flac, ogg, opus, mp3, "
-                "m4a, webm, wma, aiff or any other format of libsndfile or FFmpeg."
+                f"{path.name} is not a sound that can be read here: {error.reason}. Supported: wav, flac, ogg, opus, "
+                "mp3, m4a, webm, wma, aiff or any other format of libsndfile or FFmpeg."
             ) from None
         return np.concatenate(blocks)
 
@@ -219,7 +225,7 @@ def build(page: Page, options: argparse.Namespace, folder: Path) -> Any:
             raise stop("There is no sound yet: drop one or record one first.")
         yield clear(BUSY)
         context = contextvars.copy_context()  # progress finds its page in it, and is told from other threads
-        wanted = Wanted(int(top_k), threshold or None)
+        wanted = TagOptions(int(top_k), threshold or None)
         path = Path(name)
         with tempfile.TemporaryDirectory(dir=folder) as results:
             picture, rows = Path(results) / f"{path.stem}.png", Path(results) / "tags.csv"
@@ -229,8 +235,8 @@ def build(page: Page, options: argparse.Namespace, folder: Path) -> Any:
                 )
                 draw(file, picture, waveform)
                 events = merge_events(file.windows) if wanted.threshold is not None else file.windows
-                text = CsvRows().text(replace(file, path=Path(path.name), windows=events))
-                rows.write_text(CsvRows().header() + text, encoding="utf-8")
+                text = CSV.format_file(replace(file, path=Path(path.name), windows=events))
+                rows.write_text(CSV.header + text, encoding="utf-8")
             except UserError as error:
                 raise stop(str(error)) from None
             except Exception:
