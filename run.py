@@ -19,12 +19,13 @@ import torch
 
 from common.commands import run_commands
 from common.errors import fail, print_user_errors
+from common.options import Options
 from probing.options import ProbeOptions
 from probing.probe import probe
 from tagging.engines import open_engine
 from training.automatic import describe_train_config
 from training.config import TrainConfig
-from training.evaluate import judge
+from training.evaluate import EvaluateOptions, evaluate_command
 from training.parallel import joined_ranks
 from training.prepare import prepare_run
 from training.run_folder import log_to
@@ -93,36 +94,19 @@ class Runner:
         test_data: str | None = None,
         *,
         m: str | None = None,
-        weights: str | None = None,
-        head: str | None = None,
-        mode: str = "fp32",
-        batch_size: int = 32,
-        num_workers: int = 4,
-        token_merging: Any = None,
-        device: str = "auto",
-        output: str | None = None,
-        **unknown: Any,
+        **options: Any,
     ) -> None:
-        """Judge a model on a labelled pack: mAP, mAUC, d-prime, lwlrap, top-1, per-class results.
+        """Evaluate a model on a labelled pack: mAP, mAUC, d-prime, lwlrap, top-1, per-class results.
 
         Args:
             experiment: a run's folder, a checkpoint, the name of a model, or an .onnx file.
             test_data: TSV of a pack with a `labels` column.
             m: another way to give `experiment`.
-            weights: weights for a model given by name.
-            head: judge this head on the model's embeddings, a name in heads/ or a file; `run.py probe` trains them.
-            mode: fp32, tf32, bf16 or fp16; CED's names noamp, amp and amp_bf16 will do.
-            batch_size: clips at once.
-            num_workers: loader processes.
-            token_merging: tokens merged away in each block, in place of what the model says; a number, or a list.
-            device: auto, cpu or cuda.
-            output: folder for the results; beside the checkpoint by default.
-            unknown: anything else is refused, with the nearest option.
+            options: what the results depend on, and where they go.
         """
         log_to(None)
-        how: dict[str, Any] = {"mode": mode, "batch_size": batch_size, "num_workers": num_workers, "device": device}
-        how |= {"weights": weights, "head": head, "token_merging": token_merging, "output": output, "unknown": unknown}
-        print(judge(experiment or m, test_data, open_exported=open_engine, **how))
+        given = {"model": experiment or m, "test_data": test_data, **options}
+        print(evaluate_command(given, open_exported=open_engine))
 
     @print_user_errors
     def probe(self, model: str | None = None, *, m: str | None = None, **options: Any) -> None:
@@ -140,4 +124,10 @@ class Runner:
 
 
 if __name__ == "__main__":
-    run_commands(Runner, keys={"train": TrainConfig, "config": TrainConfig, "probe": ProbeOptions})
+    keys: dict[str, type[Options]] = {
+        "train": TrainConfig,
+        "config": TrainConfig,
+        "evaluate": EvaluateOptions,
+        "probe": ProbeOptions,
+    }
+    run_commands(Runner, keys=keys)

@@ -9,6 +9,7 @@ import inspect
 import json
 import textwrap
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -40,6 +41,10 @@ class Key:
     default: str | None
     group: str
 
+    def describe_default(self) -> str:
+        """Return "default 3", or that the key must be given."""
+        return "must be given" if self.default is None else f"default {self.default}"
+
 
 def list_keys(model: type[BaseModel]) -> list[Key]:
     """Return the keys of a configuration in the order of its class."""
@@ -48,7 +53,7 @@ def list_keys(model: type[BaseModel]) -> list[Key]:
     for name, field in model.model_fields.items():
         group, meaning = comments.get(name, ("", ""))
         default = None if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
-        keys.append(Key(name, meaning, _describe_field(field), default, group))
+        keys.append(Key(name, meaning, describe_field(field), default, group))
     return keys
 
 
@@ -60,8 +65,7 @@ def describe_keys(model: type[BaseModel], width: int = 100) -> str:
         if key.group != group:
             group = key.group
             lines += ["", f"  {group}"] if group else [""]
-        default = "must be given" if key.default is None else f"default {key.default}"
-        lines.append(f"    --{key.name} ({key.kind}; {default})")
+        lines.append(f"    --{key.name} ({key.kind}; {key.describe_default()})")
         lines += textwrap.wrap(key.meaning, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines[1:])
 
@@ -112,15 +116,19 @@ def _find_comment(line: str) -> str:
     return line[line.index("  # ") + 2 :] if "  # " in line else ""
 
 
-def _describe_field(field: FieldInfo) -> str:
-    limits = [
+def describe_field(field: FieldInfo) -> str:
+    """Describe the type of a field and its limits: "whole number, at least 1"."""
+    return ", ".join([_describe_type(field.annotation), *_describe_limits(field.metadata)])
+
+
+def _describe_limits(metadata: Iterable[Any]) -> list[str]:
+    limits = [each for one in metadata for each in (one.metadata if isinstance(one, FieldInfo) else [one])]
+    return [
         f"{words} {getattr(limit, name):g}"
-        for limit in field.metadata
+        for limit in limits
         for name, words in _LIMITS.items()
         if getattr(limit, name, None) is not None
     ]
-    described = _describe_type(field.annotation)
-    return ", ".join([described, *limits])
 
 
 def _describe_type(annotation: Any) -> str:
@@ -134,7 +142,7 @@ def _describe_type(annotation: Any) -> str:
     if origin is list:
         return f"list of {_describe_type(arguments[0])}"
     if origin is dict:
-        return "mapping"
+        return "mapping {NAME: VALUE}"
     if hasattr(annotation, "__metadata__"):
-        return _describe_type(arguments[0])
+        return ", ".join([_describe_type(arguments[0]), *_describe_limits(annotation.__metadata__)])
     return _NAMES.get(annotation, str(getattr(annotation, "__name__", annotation)))

@@ -21,13 +21,14 @@ from audio.dataset import Pack
 from common.columns import align_columns
 from common.errors import Faults, UserError
 from common.files import sha256, whole_file, write_json
+from common.options import read_options
 from models.devices import choose_device
 from models.headed import Head
 from models.heads import FOLDER, save_head
 from probing.baseline import fit_baselines
 from probing.data import ProbeSet, in_order, open_clips
 from probing.fit import Examples, Fitted, Fitting, answer, fit
-from probing.options import ProbeOptions, read_options
+from probing.options import ProbeOptions
 from probing.pictures import probe_figure
 from probing.scores import COVERAGE, N_DRAWS, Metric, Score, score, value_of
 from probing.source import Source, embed, open_source
@@ -66,7 +67,7 @@ def probe(given: dict[str, Any], seed: int) -> str:
         UserError: all that is wrong with the options, the data and the model.
     """
     faults = Faults("the probe")
-    options = read_options(given, faults)
+    options = read_options(ProbeOptions, {key: value for key, value in given.items() if value is not None}, faults)
     clips = None if options is None else open_clips(options, faults)
     source = None if options is None else open_source(options, faults)
     faults.raise_if_any()

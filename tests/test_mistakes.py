@@ -13,7 +13,6 @@ import torch
 import yaml
 
 import save_logits
-from common.commands import run_commands
 from common.errors import Faults
 from common.places import describe_elsewhere
 from models import create_model, save_checkpoint
@@ -130,8 +129,7 @@ def test_clips_that_are_learnt_from_and_judged_by_are_said(packs, tmp_path, caps
 
 
 def run_lists(monkeypatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["make_lists.py", *words])
-    run_commands(lists_command.make_lists, as_text=True)
+    lists_command.main([*words])
 
 
 @pytest.mark.parametrize(
@@ -181,7 +179,7 @@ COMMANDS = {
     "an option without a value": ("run.py evaluate model.pt --test_data", ["--test_data is given without a value"]),
     "clips at once in words": (
         "run.py evaluate model.pt single.tsv --batch_size many",
-        ["'many'; wanted a whole number"],
+        ["'many'; expected whole number"],
     ),
     "no clips at once": ("run.py evaluate model.pt single.tsv --batch_size 0", ["batch_size is 0", "at least 1"]),
     "an unknown option": ("run.py evaluate model.pt --tst_data single.tsv", ["--tst_data (did you mean 'test_data'?)"]),
@@ -198,16 +196,19 @@ COMMANDS = {
     ),
     "width": ("run.py train mine.yaml --width 8", ["unknown key 'width' (did you mean 'model_args.width'?)"]),
     "gpu": ("run.py train mine.yaml --gpu 0", ["unknown key 'gpu' (did you mean 'device'?)"]),
-    "a negative batch": ("run.py train mine.yaml --batch_size -3", ["batch_size is -3", "greater than or equal to 1"]),
-    "an optimiser misspelt": ("run.py train mine.yaml --optimizer Adm", ["'SGD' (did you mean 'Adam'?)"]),
+    "a negative batch": (
+        "run.py train mine.yaml --batch_size -3",
+        ["batch_size is -3", "expected whole number, at least 1"],
+    ),
+    "an optimiser misspelt": ("run.py train mine.yaml --optimizer Adm", ["SGD (did you mean 'Adam'?)"]),
     "a transform without arguments": (
         "run.py train mine.yaml --wavtransforms none",
-        ["{NAME: VALUE}, or null for none"],
+        ["expected mapping {NAME: VALUE}"],
     ),
     "a transform that is none": ("run.py train mine.yaml --wavtransforms.Shft {}", ["'Shft' (did you mean 'Shift'?)"]),
     "a model misspelt": ("run.py config mine.yaml --model resnet11", ["no model is called 'resnet11'", "'resnet10'"]),
     "a model of nonsense": ("run.py config mine.yaml --model nonsense", ["no model is called 'nonsense'; known are"]),
-    "a key of the other command": ("run.py train mine.yaml --topk 5", ["'topk', which `save_logits.py` takes"]),
+    "a key of the other command": ("run.py train mine.yaml --topk 5", ["'topk', which is a key of `save_logits.py`"]),
     "a file of the other command": ("save_logits.py mine.yaml", ["keys of `run.py train`", "give it to that command"]),
     # --- the configuration's file
     "a configuration that is not there": ("run.py train nowhere.yaml", ["does not exist (looked for in "]),
@@ -359,7 +360,7 @@ COMMANDS = {
         "scripts/wavlist_to_hdf5.py list.tsv data",
         ["a.wav: there is no such file"],
     ),
-    "packs to nowhere": ("scripts/wavlist_to_hdf5.py list.tsv", ["arguments are required: OUTDIR"]),
+    "packs to nowhere": ("scripts/wavlist_to_hdf5.py list.tsv", ["OUTDIR is missing"]),
     "no samples a second": ("scripts/wavlist_to_hdf5.py list.tsv data --sample_rate 0", ["sample_rate 0", "above 0"]),
 }
 

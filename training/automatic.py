@@ -6,7 +6,7 @@ once, by the rules of this file, before anything is built; the choice and its re
 run's `config.yaml` and `run.json`, and a run that goes on takes them from there. Published configurations hold no
 `auto`.
 
-The rules were found on ESC-10 and on spoken words of 1 s and of 0.4 s at 8 kHz: figures are in RESULTS.md.
+The rules were found on ESC-10 and on spoken words of 1 s and of 0.4 s at 8 kHz: figures are in docs/results.md.
 """
 
 import logging

@@ -2,7 +2,7 @@
 
 Sounds of 8 kHz that were resampled to 16 kHz end at 4 kHz. What a resampler leaves above (mirror images 10 dB below the
 sound, or nothing), how soon it falls off below, and the rounding of 16-bit samples all stand clearly in decibels. A
-network that learnt them gives another resampler's version of a sound other tags: figures are in RESULTS.md. So bands
+network that learnt them gives another resampler's version of a sound other tags: see docs/results.md. So bands
 that reach above `usable_limit` are left out (`f_max`, for networks that start from random weights) or kept silent
 (`band_limit`, for those whose weights know a front-end): in the checkpoint, and so in tags, figures and exports alike.
 """

@@ -1,4 +1,4 @@
-"""The configuration of a run: typed, checked before any data is read, every fault told at once.
+"""Configurations of training and of storing targets: typed, and checked before any data is read.
 
 Keys and defaults of CED's published files are kept, so that they run unchanged; keys of this project's own are marked.
 """
@@ -6,29 +6,42 @@ Keys and defaults of CED's published files are kept, so that they run unchanged;
 import inspect
 import logging
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from common.errors import did_you_mean
-from common.keys import check_value_given
+from common.options import Options
 from distill.objectives.target import LOSSES
 from distill.targets import LABEL_TYPES
+from models.registry import list_models, model_entry
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # in place of a value that `training.automatic` chooses from the data
 
 Mode = Literal["fp32", "tf32", "bf16", "fp16", "noamp", "amp", "amp_bf16"]  # the last three are CED's names
+# Names that other programs have for a key.
+_OTHER_WORDS = {
+    "learning_rate": "optimizer_args.lr",
+    "lr": "optimizer_args.lr",
+    "wd": "optimizer_args.weight_decay",
+    "gpu": "device",
+    "gpus": "device",
+    "cuda": "device",
+    "cpu": "device",
+    "data": "train_data",
+    "val_data": "valid_data",
+    "test_data": "eval_data",
+    "workers": "num_workers",
+    "output": "outputpath",
+    "patch_out": "model_args.time_patch_out",
+    "k": "topk",
+    "token_merging": "model_args.token_merging",
+}
+
 _Transforms = dict[str, dict[str, Any] | None]
 
 
@@ -46,8 +59,10 @@ Transforms = Annotated[_Transforms, BeforeValidator(_read_transforms)]
 TransformList = Annotated[list[_Transforms], BeforeValidator(_read_transform_list)]
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+class Config(Options):
+    """Base of the configurations: what their YAML files spell otherwise, and sentences on unknown keys."""
+
+    SPELLING: ClassVar[str] = "{}"
 
     @field_validator("model_args", "objective_args", "loss_args", "optimizer_args", mode="before", check_fields=False)
     @classmethod
@@ -59,13 +74,23 @@ class _Config(BaseModel):
     def _no_patterns(cls, value: Any) -> Any:
         return [] if value is None else value
 
-    @field_validator("*", mode="before")
     @classmethod
-    def _has_value(cls, value: Any, info: ValidationInfo) -> Any:
-        return check_value_given(cls, str(info.field_name), value)
+    def describe_unknown(cls, name: str, given: Mapping[str, Any]) -> str:
+        """Return the sentence on an unknown key: the key of a mapping that is meant, or the nearest one."""
+        if name == "head":
+            return (
+                "unknown key 'head': a run trains the student's own last layer. teacher_head is the head of its "
+                "teacher; `run.py probe` trains a head on a finished model"
+            )
+        return f"unknown key {name!r}{_describe_nearest(cls, name, given)}"
+
+    @classmethod
+    def describe_missing(cls, name: str) -> str:
+        """Return the sentence on a key that must be given."""
+        return f"the key {name!r} is missing; add `{name}: ...` or give --{name}"
 
 
-class TrainConfig(_Config):
+class TrainConfig(Config):
     """What `run.py train` reads."""
 
     # --- data
@@ -75,7 +100,7 @@ class TrainConfig(_Config):
     valid_fraction: float | None = Field(None, gt=0, lt=1)  # ours: or hold out this part of the training clips for it
     logitspath: str | None = None  # folder of soft targets; null = those of `teacher`, or the `labels` column (ours)
     embeddingspath: str | None = None  # ours: folder of a teacher's embeddings, for objectives that learn these
-    # ours: name, checkpoint or run's folder of a model that is asked while the student learns; of a list, all vote
+    # ours: name, checkpoint or run's folder of a model that runs during training; outputs of several are averaged
     teacher: str | list[str] | None = None
     teacher_weights: str | list[str] | None = None  # ours: weights for each, for files that do not say what they are
     teacher_head: str | list[str | None] | None = None  # ours: a head on each (`run.py probe`); null = its own classes
@@ -168,50 +193,46 @@ class TrainConfig(_Config):
     logfile: str = "train.log"  # in the run's folder
     debug: bool = False  # log more
 
-    @model_validator(mode="after")
-    def _keys_agree(self) -> "TrainConfig":
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence for each group of keys that cannot be given together."""
         if self.valid_data and self.valid_fraction:
-            raise ValueError("valid_data and valid_fraction are both given; drop one of them")
+            yield "valid_data and valid_fraction are both given; drop one of them"
         if self.select_on == "valid" and not (self.valid_data or self.valid_fraction):
-            raise ValueError("select_on is valid, which needs valid_data or valid_fraction; or set select_on: null")
+            yield "select_on is valid, which needs valid_data or valid_fraction; or set select_on: null"
         if self.select_on == "eval" and not self.eval_data:
-            raise ValueError("select_on is eval, which needs eval_data; or set select_on: null")
-        judges = [key for key in ("valid_data", "valid_fraction", "select_on") if getattr(self, key)]
-        if self.select_by and judges:
-            raise ValueError(f"select_by and {judges[0]} both say what chooses checkpoints; drop one of them")
+            yield "select_on is eval, which needs eval_data; or set select_on: null"
+        selecting = [key for key in ("valid_data", "valid_fraction", "select_on") if getattr(self, key)]
+        if self.select_by and selecting:
+            yield f"select_by and {selecting[0]} are both given, and both select checkpoints; drop one of them"
         if self.layer_decay is not None and "lr" not in self.optimizer_args:
-            raise ValueError("layer_decay needs optimizer_args.lr, the learning rate of the topmost layer")
-        self._teachers_agree()
-        return self
-
-    def _teachers_agree(self) -> None:
-        stored = [key for key in ("logitspath", "embeddingspath") if getattr(self, key)]
-        if len(stored) > 1:
-            raise ValueError(
-                "logitspath and embeddingspath are both given; drop one: a run learns probabilities or embeddings"
-            )
-        if self.teacher and stored:
-            raise ValueError(
-                f"teacher and {stored[0]} are both given; drop {stored[0]} to ask the teacher while the student "
-                "learns, or teacher to take stored answers"
-            )
+            yield "layer_decay needs optimizer_args.lr, the learning rate of the topmost layer"
         if self.sampler == "clusters" and not self.clusters:
-            raise ValueError(
-                "sampler: clusters needs clusters, a file that scripts/cluster_embeddings.py wrote; add it, or drop "
+            yield (
+                "sampler: clusters needs clusters, a file written by scripts/cluster_embeddings.py; add it, or drop "
                 "the sampler"
             )
-        if self.teacher_weights and not self.teacher:
-            raise ValueError("teacher_weights are given without teacher, the model that they belong to; add it")
-        if self.teacher_head and not self.teacher:
-            raise ValueError("teacher_head is given without teacher, the model that it is put onto; add it")
-        if self.teacher and self.disable_consistency:
-            raise ValueError(
-                "disable_consistency concerns stored answers; the teacher of `teacher` hears what the student hears: "
+        yield from self._teacher_conflicts()
+
+    def _teacher_conflicts(self) -> Iterator[str]:
+        stored = [key for key in ("logitspath", "embeddingspath") if getattr(self, key)]
+        if len(stored) > 1:
+            yield "logitspath and embeddingspath are both given; drop one: targets are probabilities or embeddings"
+        if self.teacher and stored:
+            yield (
+                f"teacher and {stored[0]} are both given; drop {stored[0]} to run the teacher during training, or "
+                "teacher to use its stored targets"
+            )
+        for key in ("teacher_weights", "teacher_head"):
+            if getattr(self, key) and not self.teacher:
+                yield f"{key} is given without teacher, the model that it belongs to; add it"
+        if self.disable_consistency and self.teacher:
+            yield (
+                "disable_consistency is for stored targets; the input of a `teacher` is always that of the student: "
                 "drop one of them"
             )
-        if self.disable_consistency and not stored:
-            raise ValueError(
-                "disable_consistency concerns stored targets, whose augmentation is then not replayed; give logitspath "
+        elif self.disable_consistency and not stored:
+            yield (
+                "disable_consistency is for stored targets, whose augmentation is then not replayed; give logitspath "
                 "or embeddingspath, or drop it"
             )
 
@@ -248,12 +269,12 @@ class TrainConfig(_Config):
         return {k: _number(v) for k, v in value.items()}  # YAML reads 1e-3 as text
 
 
-_ASKED_OF = {key: "model" for key in ("weights", "head", "model_args")} | {
+_BELONGS_TO = {key: "model" for key in ("weights", "head", "model_args")} | {
     key: "callable" for key in ("callable_args", "sample_rate")
 }
 
 
-class SoftTargetConfig(_Config):
+class SoftTargetConfig(Config):
     """What `save_logits.py` reads."""
 
     train_data: str  # TSV of a pack
@@ -300,32 +321,52 @@ class SoftTargetConfig(_Config):
             return {"outputpath": "embeddings/", "epochs": 1, "wavtransforms": {}, "spectransforms": []} | given
         return given
 
-    @model_validator(mode="after")
-    def _one_is_asked(self) -> "SoftTargetConfig":
-        named = [key for key in ("model", "npz", "callable") if getattr(self, key)]
-        if self.targets == "probabilities" and named != ["model"]:
-            extra = [key for key in named if key != "model"]
-            raise ValueError(
-                f"{' and '.join(extra)} can only give embeddings; set targets: embeddings"
-                if extra
-                else "the key 'model' is missing; add `model: ...` or give --model"
-            )
-        if len(named) != 1:
-            raise ValueError(
-                f"embeddings are asked of one: give model, npz or callable, not {' and '.join(named) or 'none'}"
-            )
-        extra = [key for key in _ASKED_OF if getattr(self, key) and not getattr(self, _ASKED_OF[key])]
-        if extra:
-            raise ValueError(f"{' and '.join(extra)} can only be given with {_ASKED_OF[extra[0]]}; drop it")
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence for each group of keys that cannot be given together."""
+        sources = [key for key in ("model", "npz", "callable") if getattr(self, key)]
+        extra = [key for key in sources if key != "model"]
+        if self.targets == "probabilities" and extra:
+            yield f"{' and '.join(extra)} can only give embeddings; set targets: embeddings"
+        elif self.targets == "probabilities" and not sources:
+            yield self.describe_missing("model")
+        elif len(sources) != 1:
+            yield f"embeddings have one source: give model, npz or callable, not {' and '.join(sources) or 'none'}"
+        misplaced = [key for key in _BELONGS_TO if getattr(self, key) and not getattr(self, _BELONGS_TO[key])]
+        if misplaced and sources:
+            yield f"{' and '.join(misplaced)} can only be given with {_BELONGS_TO[misplaced[0]]}; drop it"
         if self.head and self.targets == "embeddings":
-            raise ValueError("head is for probabilities: embeddings are those of the model, with any head; drop it")
+            yield "head is for probabilities: embeddings are those of the model, with any head; drop it"
         if self.npz and (self.wavtransforms or self.spectransforms or self.epochs > 1):
-            raise ValueError("npz files hold what was said without augmentation, once: drop the transforms and epochs")
+            yield "npz files hold embeddings of clips without augmentation, once: drop the transforms and epochs"
         if self.layout == "published" and self.targets == "embeddings":
-            raise ValueError("layout: published is for probabilities, which is all that CED stores; drop it")
+            yield "layout: published is for probabilities, the only targets that CED stores; drop it"
         if self.callable and self.spectransforms:
-            raise ValueError("a callable hears waveforms, which spectransforms do not touch: drop them")
-        return self
+            yield "a callable takes waveforms, to which spectransforms do not apply: drop them"
+
+
+_COMMANDS: dict[type[Config], str] = {TrainConfig: "run.py train", SoftTargetConfig: "save_logits.py"}
+
+
+def find_other_command(kind: type[Config], given: Iterable[str]) -> tuple[str, list[str]]:
+    """Return the command of the other class of configurations, and those of the given keys that only it has."""
+    other = SoftTargetConfig if kind is TrainConfig else TrainConfig
+    keys = [key for key in given if key not in kind.model_fields and key in other.model_fields]
+    return _COMMANDS[other], keys
+
+
+def _describe_nearest(kind: type[Config], key: str, given: Mapping[str, Any]) -> str:
+    """Return a hint at the key that is meant: one of a mapping, of the other command, or the nearest."""
+    nested: dict[str, str] = {}
+    if kind is TrainConfig:
+        optimizer = getattr(torch.optim, str(given.get("optimizer", "Adam")).removesuffix("8bit"), torch.optim.Adam)
+        nested |= {name: f"optimizer_args.{name}" for name in list(inspect.signature(optimizer).parameters)[1:]}
+    if given.get("model") in list_models():
+        nested |= {name: f"model_args.{name}" for name in model_entry(str(given["model"])).arguments}
+    meant = nested.get(key) or _OTHER_WORDS.get(key)
+    if meant is not None and meant.partition(".")[0] in kind.model_fields:
+        return f" (did you mean {meant!r}?)"
+    command, found = find_other_command(kind, [key])
+    return f", which is a key of `{command}`" if found else did_you_mean(key, [*kind.model_fields, *nested])
 
 
 def _one_of(value: str, valid: Any) -> str:

@@ -3,20 +3,22 @@
 import logging
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from audio.cutting import Chunks
 from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
-from common.errors import Faults, UserError, did_you_mean
+from common.errors import Faults, UserError
 from common.files import whole_file, write_json
+from common.options import MergingOption, Options, read_options
 from models import AudioTagger, load_tagger
 from models.devices import choose_device
 from models.headed import HeadedTagger
@@ -32,9 +34,6 @@ from training.parallel import Ranks
 from training.precision import Precision
 
 logger = logging.getLogger(__name__)
-
-OPTIONS = ["test_data", "weights", "head", "mode", "batch_size", "num_workers", "token_merging", "device", "output"]
-
 
 LONG_SECONDS = 30.0  # batches hold fewer clips where these are longer
 
@@ -237,67 +236,77 @@ def write_results(folder: Path, name: str, metrics: Metrics, data: LabelledPack)
     return target
 
 
-def judge(
-    source: str | None,
-    test_data: str | None,
-    *,
-    weights: str | None,
-    head: str | None = None,
-    mode: str,
-    batch_size: int,
-    num_workers: int,
-    token_merging: Any,
-    device: str,
-    output: str | None,
-    unknown: Collection[str] = (),
-    open_exported: Callable[..., ExportedTagger] | None = None,
-) -> str:
-    """Do what `run.py evaluate` is told: judge a model, write its results, and return what there is to tell.
+class EvaluateOptions(Options):
+    """The options of `run.py evaluate`."""
+
+    SHORT: ClassVar[Mapping[str, str]] = {"model": "m"}
+
+    model: str | None = None  # a run's folder, a checkpoint, the name of a model, or an .onnx file
+    test_data: str | None = None  # TSV of a pack with a `labels` column
+    weights: str | None = None  # file or URL of the weights of a model given by name
+    head: str | None = None  # a head on the model's embeddings: a name in heads/ or a file; `run.py probe` trains them
+    mode: Mode = "fp32"  # precision; noamp = fp32, amp = fp16, amp_bf16 = bf16
+    batch_size: int = Field(32, ge=1)  # clips at once
+    num_workers: int = Field(4, ge=0)  # processes that read clips
+    # tokens merged in each block, in place of the model's own setting: a number, [r, inflect], or a number a block
+    token_merging: MergingOption = None
+    device: str = "auto"  # auto, cpu or cuda
+    output: str | None = None  # folder for the results; null = beside the checkpoint
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence where the model or the data are missing."""
+        if self.model is None or self.test_data is None:
+            yield "give a run's folder, a checkpoint or a model's name, and --test_data PACK.tsv"
+
+
+def evaluate_command(given: Mapping[str, Any], open_exported: Callable[..., ExportedTagger]) -> str:
+    """Evaluate a model, write its results, and return the summary to print: `run.py evaluate`.
 
     Args:
-        source: a run's folder, a checkpoint, or the name of a model.
-        test_data: TSV of the pack.
-        weights: for a model given by name.
-        head: see `models.heads.load_tagger`.
-        mode: see `training.config.Mode`.
-        batch_size: clips at once.
-        num_workers: loader processes.
-        token_merging: see `open_evaluation`.
-        device: auto, cpu or cuda.
-        output: folder for the results; beside the checkpoint by default.
-        unknown: options that there are none of.
-        open_exported: opens a `source` that is an .onnx file, as `tagging.engines.open_engine` does.
+        given: name → value, see `EvaluateOptions`; None is not given.
+        open_exported: opens a model that is an .onnx file, as `tagging.engines.open_engine` does.
 
     Raises:
-        UserError: options, model or data that will not do.
+        UserError: options, model or data are invalid.
     """
-    if unknown:
-        raise UserError("; ".join(f"unknown option --{key}{did_you_mean(key, OPTIONS)}" for key in unknown))
-    if source is None or test_data is None:
-        raise UserError("give a run's folder, a checkpoint or a model's name, and --test_data PACK.tsv")
-    if mode not in get_args(Mode):
-        raise UserError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}")
-    if batch_size < 1 or num_workers < 0:
-        raise UserError(f"batch_size is {batch_size} and num_workers {num_workers}; wanted at least 1 and 0")
-    source, test_data, precision = str(source), str(test_data), Precision(mode, choose_device(device))
-    head = None if head is None else str(head)  # a command line reads 50 as a number
-    if open_exported is not None and source.lower().endswith(ONNX):
-        given = {"weights": weights, "head": head, "token_merging": token_merging, "device": device}
-        metrics, data = evaluate_exported(open_exported(source, **given), test_data)
+    faults = Faults("the command")
+    options = read_options(EvaluateOptions, {key: value for key, value in given.items() if value is not None}, faults)
+    faults.raise_if_any()
+    assert options is not None
+    assert options.model is not None
+    assert options.test_data is not None
+    source, precision = options.model, Precision(options.mode, choose_device(options.device))
+    is_exported = source.lower().endswith(ONNX)
+    if is_exported:
+        chosen = options.model_dump(include={"weights", "head", "token_merging", "device"})
+        metrics, data = evaluate_exported(open_exported(source, **chosen), options.test_data)
     else:
-        model, data = open_evaluation(source, weights, test_data, precision.device, token_merging, head)
+        model, data = open_evaluation(
+            source, options.weights, options.test_data, precision.device, options.token_merging, options.head
+        )
         _warn_of_missing_band(model, data.pack)
-        metrics = evaluate(model, data, batch_size=batch_size, num_workers=num_workers, precision=precision)
-    r, proportional = split_setting(token_merging)
-    merging = "" if r is None else "_merging_" + re.sub("[^0-9.-]+", "_", str(r)).strip("_")
-    merging += "" if proportional else "_plain"
-    with_head = "" if head is None else f"_head_{Path(head).stem}"
-    folder = Path(output) if output else _beside(source)
-    of_file = f"_{Path(source).stem}" if source.lower().endswith(ONNX) else ""  # several lie in one folder
-    name = f"evaluation_{Path(test_data).stem}{of_file}{with_head}{merging}"
-    written = write_results(folder, name, metrics, data)
+        metrics = evaluate(
+            model, data, batch_size=options.batch_size, num_workers=options.num_workers, precision=precision
+        )
+    folder = Path(options.output) if options.output else _beside(source)
+    written = write_results(folder, _name_results(options, is_exported), metrics, data)
     used = f"clips used: {len(data.pack)}, missing from the pack: {data.pack.n_missing}"
     return f"{metrics.summary()}\n{used}\nresults: {written}"
+
+
+def _name_results(options: EvaluateOptions, is_exported: bool) -> str:
+    """Name the files of results after the data and everything that makes them differ."""
+    parts = ["evaluation", Path(str(options.test_data)).stem]
+    if is_exported:  # several may be in one folder
+        parts.append(Path(str(options.model)).stem)
+    if options.head is not None:
+        parts.append(f"head_{Path(options.head).stem}")
+    r, proportional = split_setting(options.token_merging)
+    if r is not None:
+        parts.append("merging_" + re.sub("[^0-9.-]+", "_", str(r)).strip("_"))
+    if not proportional:
+        parts.append("plain")
+    return "_".join(parts)
 
 
 def _beside(source: str) -> Path:

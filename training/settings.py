@@ -1,60 +1,33 @@
-"""Reading a configuration: a YAML file, command-line values over it, and every fault as a sentence."""
+"""Reading a configuration: a YAML file, and command-line values over it."""
 
 import difflib
-import inspect
 import logging
-import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import yaml
-from pydantic import BaseModel, ValidationError
 
-from common.errors import Faults, did_you_mean, some
+from common.errors import Faults, some
+from common.options import parse_value, read_options
 from common.places import PROJECT, describe_elsewhere, find_in_project
 from models.registry import list_models, model_entry
-from training.config import AUTO, SoftTargetConfig, TrainConfig
+from training.config import AUTO, Config, find_other_command
 
 logger = logging.getLogger(__name__)
 
 _EXAMPLE = "trainconfig/own_teacher.yaml"
-_COMMANDS: dict[type[BaseModel], str] = {TrainConfig: "run.py train", SoftTargetConfig: "save_logits.py"}
-# What other programs call a key.
-_OTHER_WORDS = {
-    "learning_rate": "optimizer_args.lr",
-    "lr": "optimizer_args.lr",
-    "wd": "optimizer_args.weight_decay",
-    "gpu": "device",
-    "gpus": "device",
-    "cuda": "device",
-    "cpu": "device",
-    "data": "train_data",
-    "val_data": "valid_data",
-    "test_data": "eval_data",
-    "workers": "num_workers",
-    "output": "outputpath",
-    "patch_out": "model_args.time_patch_out",
-    "k": "topk",
-    "token_merging": "model_args.token_merging",
-}
-_PLAIN = {
-    "dict_type": "wanted a mapping of names to values, {NAME: VALUE}, or null for none",
-    "list_type": "wanted a list, [A, B], or null for none",
-    "string_type": "wanted text",
-}
 
-ConfigT = TypeVar("ConfigT", TrainConfig, SoftTargetConfig)
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def read_config(kind: type[ConfigT], path: str | Path, overrides: dict[str, Any], faults: Faults) -> ConfigT | None:
-    """Read a YAML configuration and lay command-line values over it: `read_settings`, then `check_settings`."""
+    """Read a YAML configuration with command-line values over it: `read_settings`, then `check_settings`."""
     settings = read_settings(path, overrides, faults)
     return None if settings is None else check_settings(kind, settings, faults)
 
 
 def read_settings(path: str | Path, overrides: dict[str, Any], faults: Faults) -> dict[str, Any] | None:
-    """Read the keys and values of a YAML configuration and lay command-line values over them, unchecked.
+    """Read the keys and values of a YAML configuration with command-line values over them, unchecked.
 
     Args:
         path: the YAML file.
@@ -94,38 +67,26 @@ def check_settings(kind: type[ConfigT], settings: dict[str, Any], faults: Faults
         The configuration. Where there were faults: the configuration with the faulty keys at their defaults, so that
         the data it names can be checked in the same go; None if that is not possible.
     """
-    settings = dict(settings)
-    try:
-        return kind(**settings)
-    except ValidationError as error:
-        of_other = _keys_of_other_command(kind, settings)
-        if len(of_other) > 2:
-            command = _COMMANDS[SoftTargetConfig if kind is TrainConfig else TrainConfig]
-            faults.add(f"it holds keys of `{command}`: {some(of_other)}; give it to that command")
-        for fault in error.errors():
-            if len(of_other) <= 2 or fault["type"] != "extra_forbidden":
-                faults.add(_sentence(kind, fault, settings))
-            if fault["loc"]:
-                settings.pop(str(fault["loc"][0]), None)
-    try:
-        return kind(**settings)
-    except ValidationError:
-        return None
+    command, foreign = find_other_command(kind, settings)
+    if len(foreign) > 2:  # it is a file of the other command
+        faults.add(f"it holds keys of `{command}`: {some(foreign)}; give it to that command")
+        settings = {key: value for key, value in settings.items() if key not in foreign}
+    return read_options(kind, settings, faults, parse=False)
 
 
 def _drop_arguments_of_another_model(settings: dict[str, Any], model: Any) -> None:
-    """Leave out what the file's `model_args` say of its own model, where the command line names another one."""
-    arguments, own = settings.get("model_args"), settings.get("model")
-    if model in (None, own) or not isinstance(arguments, dict) or model not in list_models():
+    """Drop those of the file's `model_args` that a model named on the command line does not take."""
+    arguments, of_file = settings.get("model_args"), settings.get("model")
+    if model in (None, of_file) or not isinstance(arguments, dict) or model not in list_models():
         return
     foreign = [name for name in arguments if name not in model_entry(str(model)).arguments]
     if foreign:
-        logger.info("model_args of %s that %s does not take are left out: %s", own, model, some(foreign, 20))
+        logger.info("model_args of %s that %s does not take are left out: %s", of_file, model, some(foreign, 20))
         settings["model_args"] = {name: value for name, value in arguments.items() if name not in foreign}
 
 
 def _override(settings: dict[str, Any], key: str, value: Any) -> bool:
-    """Set a value; a dotted key reaches into mappings, and the answer is whether it could."""
+    """Set a value; a dotted key reaches into mappings. Return whether it could be set."""
     *parents, last = key.split(".")
     for parent in parents:
         if settings.get(parent) == AUTO:  # the rest of the mapping stays automatic
@@ -135,16 +96,8 @@ def _override(settings: dict[str, Any], key: str, value: Any) -> bool:
         settings = settings[parent]
         if not isinstance(settings, dict):
             return False
-    settings[last] = _parsed(value)
+    settings[last] = parse_value(value)
     return True
-
-
-def _parsed(value: Any) -> Any:
-    """Read text from the command line as YAML would, so that `--mixup null` means what it says."""
-    try:
-        return yaml.safe_load(value) if isinstance(value, str) else value
-    except yaml.YAMLError:
-        return value
 
 
 def _describe_unreadable(path: Path, error: Exception) -> str:
@@ -165,44 +118,3 @@ def _describe_unreadable(path: Path, error: Exception) -> str:
             f"it {what}: line {mark.line + 1}, column {mark.column + 1}: {error.problem}; wanted one such as {_EXAMPLE}"
         )
     return f"it cannot be read: {error}"
-
-
-def _keys_of_other_command(kind: type[BaseModel], settings: dict[str, Any]) -> list[str]:
-    """Return the keys that only the configuration of the other command has."""
-    other = SoftTargetConfig if kind is TrainConfig else TrainConfig
-    return [key for key in settings if key not in kind.model_fields and key in other.model_fields]
-
-
-def _describe_unknown(kind: type[BaseModel], key: str, settings: dict[str, Any]) -> str:
-    """Return a hint at the key that is meant: one of a mapping, of the other command, or the nearest."""
-    nested: dict[str, str] = {}
-    if kind is TrainConfig:
-        optimizer = getattr(torch.optim, str(settings.get("optimizer", "Adam")).removesuffix("8bit"), torch.optim.Adam)
-        nested |= {name: f"optimizer_args.{name}" for name in list(inspect.signature(optimizer).parameters)[1:]}
-    if settings.get("model") in list_models():
-        nested |= {name: f"model_args.{name}" for name in model_entry(str(settings["model"])).arguments}
-    meant = nested.get(key) or _OTHER_WORDS.get(key)
-    if meant is not None and meant.partition(".")[0] in kind.model_fields:
-        return f" (did you mean {meant!r}?)"
-    if _keys_of_other_command(kind, {key: None}):
-        return f", which `{_COMMANDS[SoftTargetConfig if kind is TrainConfig else TrainConfig]}` takes"
-    return did_you_mean(key, [*kind.model_fields, *nested])
-
-
-def _sentence(kind: type[BaseModel], fault: Any, settings: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
-    if not key:  # of the configuration as a whole
-        return fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden" and key == "head":
-        return (
-            "unknown key 'head': a run trains the student's own last layer. teacher_head is the head of its teacher; "
-            "`run.py probe` trains a head on a finished model"
-        )
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_describe_unknown(kind, key, settings)}"
-    if fault["type"] == "missing":
-        return f"the key {key!r} is missing; add `{key}: ...` or give --{key}"
-    message = _PLAIN.get(fault["type"]) or re.sub("^Input ", "input ", fault["msg"].removeprefix("Value error, "))
-    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
-        message += did_you_mean(fault["input"], re.findall("'([^']+)'", fault["ctx"]["expected"]))
-    return f"{key} is {fault['input']!r}: {message}"

@@ -38,7 +38,7 @@ def test_keys_have_the_meaning_that_stands_beside_them():
         Key("kind", "above the line, in two lines", "a or b or null", "null", group),
         Key("names", '"#" is a mark, too', "list of text or null", "null", "another group"),
         Key("share", "of the whole", "number, above 0", None, "another group"),
-        Key("args", "", "mapping", "{}", "another group"),
+        Key("args", "", "mapping {NAME: VALUE}", "{}", "another group"),
         Key("on", "or text", "true or false or text", "true", "another group"),
     ]
     assert "    --share (number, above 0; must be given)\n        of the whole\n" in describe_keys(Small)

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from audio.dataset import Pack
 from common.errors import Faults
+from common.options import read_options
 from probing.baseline import fit_baselines
 from probing.data import ProbeSet
 from probing.fit import Examples, Fitting, answer, fit, standardisation
-from probing.options import read_options
+from probing.options import ProbeOptions
 from probing.pictures import MOST_BARS, probe_figure
 from probing.probe import run_trials
 from probing.scores import bootstrap_interval, draws, score, wilson_interval
@@ -213,20 +214,20 @@ def test_the_picture_tells_classes_and_of_very_many_the_best_and_the_worst():
 def test_every_fault_of_the_options_is_told_at_once():
     faults = Faults("the probe")
     given = {"model": "mn04_as", "embeddings": "a,b", "epoch": 3, "lr": -1, "hidden_sizes": "5,6", "name": "x/y"}
-    read_options(given | {"data": "a.tsv", "test_data": "b.tsv"}, faults)
+    read_options(ProbeOptions, given | {"data": "a.tsv", "test_data": "b.tsv"}, faults)
     text = "\n".join(faults.sentences)
     for part in (
         "--epoch (did you mean 'epochs'?)",
         "--lr is -1",
         "--name is 'x/y'",
         "STORE, not both",
-        "of --head mlp",
+        "for --head mlp",
     ):
         assert part in text
     assert "drop it, or --train_data" in text
     assert len(faults.sentences) == 6
     mended = read_options(
-        {"embeddings": "a,b", "head": "mlp", "hidden_sizes": (5, 6), "data": "x", "name": 7}, Faults("")
+        ProbeOptions, {"embeddings": "a,b", "head": "mlp", "hidden_sizes": (5, 6), "data": "x", "name": 7}, Faults("")
     )
     assert (mended.embeddings, mended.fitting(1).hidden_sizes, mended.name) == (["a", "b"], (5, 6), "7")
 

@@ -15,14 +15,14 @@ from audio.io import from_int16, to_int16
 from models import create_model, load_model, save_checkpoint
 from models.onnx import export_onnx
 from tagging.base import Engine
-from tagging.engines import TorchEngine
+from tagging.engines import TorchEngine, open_engine
 from tagging.files import TagOptions, tag_files
 from tagging.onnx_engine import OnnxEngine
 from tests.conftest import run_command
 from tests.sounds_resampled import RESAMPLERS, resample_by
 from tests.training.test_automatic import noise, write_pack
 from training.band_limit import describe_unusable_bands, measure_band_limits, usable_limit
-from training.evaluate import judge, predict_pack
+from training.evaluate import evaluate_command, predict_pack
 from training.precision import Precision
 from training.prepare import prepare_run
 
@@ -239,9 +239,9 @@ def test_a_pack_of_a_lower_rate_than_a_model_makes_use_of_is_told(versions, tmp_
     def told(**settings) -> str:
         caplog.clear()
         save_checkpoint(tmp_path / "model.pt", create_model("mn01_as", labels=labels, **settings))
-        where = {"source": str(tmp_path / "model.pt"), "test_data": str(versions["soxr"][0].manifest)}
-        rest = {"weights": None, "mode": "fp32", "batch_size": 64, "num_workers": 0, "token_merging": None}
-        judge(**where, **rest, device="cpu", output=str(tmp_path))
+        given = {"model": str(tmp_path / "model.pt"), "test_data": str(versions["soxr"][0].manifest)}
+        given |= {"batch_size": 64, "num_workers": 0, "device": "cpu", "output": str(tmp_path)}
+        evaluate_command(given, open_engine)
         return caplog.text
 
     assert "is at 16000 Hz, but mn01_as takes mel bands up to 15000 Hz" in told()

@@ -104,7 +104,7 @@ def test_every_key_can_be_overridden_nested_ones_with_a_dot(tmp_path):
 def test_disable_consistency_wants_stored_targets(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({"train_data": "a.tsv", "model": "m", "disable_consistency": True}))
-    with pytest.raises(UserError, match=r"disable_consistency concerns stored targets.*give logitspath"):
+    with pytest.raises(UserError, match=r"disable_consistency is for stored targets.*give logitspath"):
         read(TrainConfig, path)
     assert read(TrainConfig, path, logitspath="logits").disable_consistency
     assert read(TrainConfig, path, disable_consistency=False).schedule == "ced"
