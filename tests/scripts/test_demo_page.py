@@ -238,7 +238,7 @@ def test_the_settings_are_kept_to(page, checkpoint, sounds, tmp_path):
     page.set("top_k", 8)
     page.set("threshold", 0.5)
     page.tag()
-    assert page.table() == expected_table(checkpoint, sound, TagOptions(8, 0.5), chunk_seconds=1.5)[: demo_page.SHOWN]
+    assert page.table() == expected_table(checkpoint, sound, TagOptions(8, 0.5), chunk_seconds=1.5)[: demo_page.N_SHOWN]
     (page.downloads / "tags.csv").unlink()
     page.all("#download")[0].click()
     rows = downloaded(page.downloads)
@@ -255,7 +255,7 @@ def test_what_cannot_be_tagged_is_refused_with_a_sentence(page, sounds):
     page.upload(sounds / "long.wav")
     page.tag()
     assert page.complaint() == (
-        "long.wav is longer than 5 s, the most that this page takes: cut it, or tag it with inference.py, which takes "
+        "long.wav is longer than 5 s, the maximum of this page: cut it, or tag it with inference.py, which supports "
         "any length."
     )
     page.upload(sounds / "big.wav", waits_for="[data-testid=toast-text]")
@@ -297,7 +297,7 @@ def test_without_gradio_a_sentence_says_what_to_install(checkpoint, command, tmp
     (tmp_path / "gradio.py").write_text("raise ImportError('no gradio here')\n")
     result = command("scripts/demo_page.py", "-m", checkpoint, env={"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 1
-    assert result.stderr == "error: the page wants gradio: pip install -r requirements-demo.txt\n"
+    assert result.stderr == "error: the page requires gradio: pip install -r requirements-demo.txt\n"
 
 
 class Counting:
@@ -400,7 +400,7 @@ def test_the_strongest_labels_are_those_of_their_best_windows():
         TaggedWindow(2, 4, [("Dog", 0.75), ("Rain", 0.625)]),
         TaggedWindow(4, 5, [("Rain", 0.625)]),
     ]
-    assert demo_page.strongest(windows) == [("Dog", 0.75, 2, 4), ("Rain", 0.625, 2, 4), ("<b>", 0.25, 0, 2)]
-    assert demo_page.strongest(windows, 1) == [("Dog", 0.75, 2, 4)]
-    assert "<td>&lt;b&gt;</td>" in demo_page.table(windows)
-    assert "<table" not in demo_page.table([TaggedWindow(0, 2)])
+    assert demo_page.find_strongest(windows) == [("Dog", 0.75, 2, 4), ("Rain", 0.625, 2, 4), ("<b>", 0.25, 0, 2)]
+    assert demo_page.find_strongest(windows, 1) == [("Dog", 0.75, 2, 4)]
+    assert "<td>&lt;b&gt;</td>" in demo_page.format_table(windows)
+    assert "<table" not in demo_page.format_table([TaggedWindow(0, 2)])
