@@ -278,7 +278,7 @@ COMMANDS = {
         "run.py evaluate model.pt single.tsv --head birds",
         ["no head is called 'birds'", "run.py probe"],
     ),
-    "a head on an exported model": ("run.py evaluate model.onnx single.tsv --head birds", ["gives no embeddings"]),
+    "a head on an exported model": ("run.py evaluate model.onnx single.tsv --head birds", ["no embeddings"]),
     "weights that are exported": (
         "run.py train mine.yaml --pretrained model.onnx",
         ["is an exported model", "checkpoint"],
@@ -332,7 +332,7 @@ COMMANDS = {
         "inference.py single.tsv -m model.pt",
         ["is a list or a pack", "give sound files or folders"],
     ),
-    "no sounds": ("inference.py", ["which sounds?"]),
+    "no sounds": ("inference.py", ["no sounds"]),
     "a file that is not there": ("inference.py sound.wav -m nowhere.onnx", ["no such file; export_onnx.py writes one"]),
     "a network without weights": ("inference.py sound.wav -m resnet10", ["no published weights", "--weights PATH"]),
     "an output of no kind": (
