@@ -20,16 +20,13 @@ _HELP = ("--help", "-h")
 _NUMBERS = {int: "a whole number", float: "a number"}
 
 
-def run_commands(
-    component: Callable[..., Any], *, as_text: bool = False, keys: Mapping[str, type[Options]] | None = None
-) -> None:
+def run_commands(component: Callable[..., Any], *, keys: Mapping[str, type[Options]] | None = None) -> None:
     """Hand the command line to Fire, once it is checked: Fire alone runs a command first and complains afterwards.
 
     `--help` and `-h` print the help wherever they stand.
 
     Args:
         component: a function, or a class whose methods are commands.
-        as_text: pass every value on as the text that it is; Fire alone makes a set of `{label}`, a tuple of `a,b`.
         keys: command → the configuration whose keys it takes as options; of a single function, "" → configuration.
     """
     words = sys.argv[1:]
@@ -51,8 +48,7 @@ def run_commands(
         fail(f"{found}; wanted python {program} {' | '.join(commands)}; --help says more")
     if "--" not in words:  # else some are for Fire
         of_command = (keys or {}).get(name)
-        _check(line, commands[name], group, program, name, of_command.model_fields if of_command else (), as_text)
-        words = [_quote(word) for word in words] if as_text else words
+        _check(line, commands[name], group, program, name, of_command.model_fields if of_command else ())
     fire.Fire(component, command=words)
 
 
@@ -93,7 +89,6 @@ def _check(
     program: str,
     name: str,
     keys: Iterable[str],
-    as_text: bool,
 ) -> None:
     """Exit with a sentence where Fire would run the command and complain afterwards, or show a traceback."""
     parameters = {key: each for key, each in inspect.signature(function).parameters.items() if key != "self"}
@@ -116,7 +111,7 @@ def _check(
     for option, given_value in line.options.items():
         if option not in parameters and len(option) > 1 and not takes_any:
             fail(f"unknown option --{option}{did_you_mean(option, parameters)}; --help lists all")
-        if option in parameters and not as_text:
+        if option in parameters:
             _check_value(option, given_value, parameters[option].annotation)
 
 
@@ -131,11 +126,3 @@ def _check_value(option: str, value: str | None, annotation: Any) -> None:
             return
         if isinstance(parsed, bool) or not isinstance(parsed, int if float not in numbers else int | float):
             fail(f"--{option} is {value!r}; wanted {_NUMBERS[numbers[0]]}")
-
-
-def _quote(word: str) -> str:
-    """Make a Python string of a word of the command line, or of what stands behind its "="."""
-    if not word.startswith("--"):
-        return word if word.startswith("-") else repr(word)
-    name, equals, value = word.partition("=")
-    return f"{name}={value!r}" if equals else name

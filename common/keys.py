@@ -9,6 +9,7 @@ import inspect
 import json
 import textwrap
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -117,14 +118,17 @@ def _find_comment(line: str) -> str:
 
 def describe_field(field: FieldInfo) -> str:
     """Describe the type of a field and its limits: "whole number, at least 1"."""
-    limits = [
+    return ", ".join([_describe_type(field.annotation), *_describe_limits(field.metadata)])
+
+
+def _describe_limits(metadata: Iterable[Any]) -> list[str]:
+    limits = [each for one in metadata for each in (one.metadata if isinstance(one, FieldInfo) else [one])]
+    return [
         f"{words} {getattr(limit, name):g}"
-        for limit in field.metadata
+        for limit in limits
         for name, words in _LIMITS.items()
         if getattr(limit, name, None) is not None
     ]
-    described = _describe_type(field.annotation)
-    return ", ".join([described, *limits])
 
 
 def _describe_type(annotation: Any) -> str:
@@ -140,5 +144,5 @@ def _describe_type(annotation: Any) -> str:
     if origin is dict:
         return "mapping {NAME: VALUE}"
     if hasattr(annotation, "__metadata__"):
-        return _describe_type(arguments[0])
+        return ", ".join([_describe_type(arguments[0]), *_describe_limits(annotation.__metadata__)])
     return _NAMES.get(annotation, str(getattr(annotation, "__name__", annotation)))

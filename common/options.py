@@ -5,6 +5,7 @@ Options are a Pydantic model derived from `Options`; the comment beside or above
 """
 
 import argparse
+import itertools
 import re
 import sys
 import types
@@ -22,6 +23,7 @@ OptionsT = TypeVar("OptionsT", bound="Options")
 # r, [r, inflect], a number for each block, or {r: ..., proportional: false}: see models/token_merging.py
 MergingOption = int | list[int | float] | dict[str, Any] | None
 
+_NO_DEFAULTS = ("null", "[]", "{}", '""')  # not worth a word in a list of options
 _TEXT = {str, Literal, type(None)}
 
 
@@ -52,7 +54,8 @@ class Options(BaseModel):
     def describe_missing(cls, name: str) -> str:
         """Return the sentence on an option that must be given."""
         meaning = next((key.meaning for key in list_keys(cls) if key.name == name), "")
-        return f"{cls.SPELLING.format(name)} is missing: {meaning}"
+        spelt = name.upper() if name in cls.POSITIONAL else cls.SPELLING.format(name)
+        return f"{spelt} is missing: {meaning}"
 
 
 def read_options(
@@ -137,20 +140,19 @@ def parse_arguments(
         check: further checks, which raise `UserError`.
     """
     parser = _create_parser(kind, description)
-    words = _complete_flags(kind, list(sys.argv[1:] if words is None else words))
-    parsed, more = parser.parse_known_args(words)
+    words = sys.argv[1:] if words is None else words
+    parsed, more = parser.parse_known_args(_normalize(kind, list(words)))
     given = {name: value for name, value in vars(parsed).items() if value not in (None, [])}
     faults = Faults("the command line")
     while more:
         name, equals, value = more.pop(0).partition("=")
         if not name.startswith("-"):
-            faults.add(
-                f"{name!r} belongs to no option" + ("; a model is given with -m" if "model" in kind.SHORT else "")
-            )
+            hint = "; a model is given with -m" if "model" in kind.SHORT else ""
+            faults.add(f"{name!r} belongs to no option (a name with a space in it needs quotes){hint}")
         elif equals or (more and not more[0].startswith("-")):
-            given[name.lstrip("-").replace("-", "_")] = value if equals else more.pop(0)
+            given[name.lstrip("-")] = value if equals else more.pop(0)
         else:
-            given[name.lstrip("-").replace("-", "_")] = True
+            given[name.lstrip("-")] = True
     options = read_options(kind, given, faults)
     if options is not None and check is not None and not faults.sentences:
         with faults.noted():
@@ -181,25 +183,28 @@ def _create_parser(kind: type[Options], description: str) -> argparse.ArgumentPa
     )
     for key in list_keys(kind):
         field = kind.model_fields[key.name]
-        about = f"{key.meaning} ({key.kind}; {key.describe_default()})".replace("%", "%%")
+        details = key.kind if key.default in _NO_DEFAULTS else f"{key.kind}; {key.describe_default()}"
+        about = f"{key.meaning} ({details})".replace("%", "%%")
         if key.name in kind.POSITIONAL:
             nargs = "*" if _takes(field, list) else "?"
             parser.add_argument(key.name, metavar=key.name.upper(), nargs=nargs, help=about)
             continue
         flags = [f"-{kind.SHORT[key.name]}"] if key.name in kind.SHORT else []
-        flags += dict.fromkeys([f"--{key.name}", f"--{key.name.replace('_', '-')}"])
-        parser.add_argument(*flags, dest=key.name, metavar="VALUE", help=about)
+        parser.add_argument(*flags, f"--{key.name}", metavar="VALUE", help=about)
     return parser
 
 
-def _complete_flags(kind: type[Options], words: list[str]) -> list[str]:
-    """Give options of type bool the value true where none follows: argparse would take the next word for it."""
+def _normalize(kind: type[Options], words: list[str]) -> list[str]:
+    """Spell options with underscores, and give those of type bool the value true where none follows."""
     flags = {f"--{name}" for name, field in kind.model_fields.items() if _takes(field, bool)}
-    complete = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        is_flag = word.replace("-", "_").replace("__", "--", 1) in flags
-        complete.append(f"{word}=true" if is_flag and following.lower() not in ("true", "false") else word)
-    return complete
+    normal = []
+    for word, following in itertools.pairwise([*words, ""]):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            word = f"--{name[2:].replace('-', '_')}{equals}{value}"
+        is_flag = word in flags and following.lower() not in ("true", "false")
+        normal.append(f"{word}=true" if is_flag else word)  # argparse would take the next word for its value
+    return normal
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -10,7 +10,6 @@ together), never on the test clips. It is fitted to training and validation clip
 otherwise mAP. Large data are thinned out, and a line says so. It takes seconds and needs no GPU.
 """
 
-import argparse
 import logging
 import math
 import sys
@@ -22,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project i
 from audio.dataset import Pack
 from audio.labels import count_classes, describe_lookalikes, list_classes, parse_labels
 from common.columns import align_columns
-from common.errors import Faults, did_you_mean, print_user_errors, some
+from common.errors import Faults, print_user_errors, some
 from common.files import write_json
+from common.options import Options, parse_arguments
 from probing.data import in_order
 from probing.scores import COVERAGE, Score, score
 from training.baseline import Baseline, fit_baseline
@@ -31,37 +31,25 @@ from training.labelled import LabelledPack, open_pack
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = ("--train_data", "--test_data", "--valid_data", "--output", "--help")
 SEED = 0  # of the bootstrap
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--train_data", metavar="T.tsv", help="list of the pack to fit to, with a column `labels`")
-    parser.add_argument("--test_data", metavar="E.tsv", help="list of the pack to be judged on")
-    parser.add_argument("--valid_data", metavar="V.tsv", help="list of the pack to choose a variant by")
-    parser.add_argument("--output", metavar="FILE.json", help="gets everything that is printed, and more figures")
-    return parser
+class BaselineOptions(Options):
+    """The options of baseline.py."""
+
+    train_data: str  # TSV of the pack to fit to, with a column `labels`
+    test_data: str  # TSV of the pack to evaluate on
+    valid_data: str | None = None  # TSV of the pack to choose a variant by
+    output: str | None = None  # JSON file for everything that is printed, and more figures
 
 
 @print_user_errors
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, fit, and print the table of the variants and what the chosen one reaches."""
-    options, unknown = _parser().parse_known_args(arguments)
+    """Fit, and print the table of the variants and the figures of the chosen one."""
+    options = parse_arguments(BaselineOptions, __doc__, arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     faults = Faults("the command")
-    names = [word.split("=")[0] for word in unknown if word.startswith("-")]
-    for name in names:
-        hint = did_you_mean(name, OPTIONS) or f"; wanted {', '.join(OPTIONS)}"
-        faults.add(f"unknown option {name}{hint}")
-    if unknown and not names:
-        faults.add(f"{some(map(repr, unknown))} belongs to no option; wanted {', '.join(OPTIONS)}")
     given = {"train": options.train_data, "test": options.test_data, "valid": options.valid_data}
-    missing = [part for part in ("train", "test") if not given[part]]
-    for part in missing if not unknown else ():
-        faults.add(f"--{part}_data is missing, a list of packed clips with a column `labels`")
     parts, labels = _open({part: path for part, path in given.items() if path}, faults)
     faults.raise_if_any()
     baseline = fit_baseline(parts["train"], parts["test"], parts.get("valid"))

@@ -8,25 +8,25 @@ training), clusters_kK.json (sizes and figures of quality) and clusters_kK.png (
 Several k at once make a table to choose from. k-means as S-SONDO has it, over the store's first epoch.
 """
 
-import argparse
 import logging
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 # As in run.py: before torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
+from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
 from common.columns import align_columns
 from common.errors import Faults, UserError, print_user_errors
 from common.files import sha256, whole_file
-from common.parser import Parser
+from common.options import Options, parse_arguments
 from distill.clusters import write_clusters
 from distill.embeddings import EmbeddingStore
 from scripts.clusters.kmeans import MOST_COMPARED, find_clusters, quality
@@ -38,28 +38,25 @@ logger = logging.getLogger(__name__)
 _COLUMNS = ("k", "smallest", "median", "largest", "empty", "silhouette", "Calinski-H.", "Davies-B.", "inertia")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", metavar="STORE", help="folder of embeddings that save_logits.py wrote")
-    parser.add_argument("--k", default="50", help="how many clusters; several with commas (default: 50)")
-    parser.add_argument("--seed", type=int, default=42, help="of centres, batches and map (default: 42)")
-    parser.add_argument("--batch_size", type=int, default=10_000, help="embeddings a step (default: 10000)")
-    parser.add_argument(
-        "--normalize",
-        choices=("true", "false"),
-        default="false",
-        help="true: scale embeddings to length one first, so that their directions are clustered (default: false)",
-    )
-    return parser
+class ClusterOptions(Options):
+    """The options of cluster_embeddings.py."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("store",)
+
+    store: str  # folder of embeddings that save_logits.py wrote
+    k: list[Annotated[int, Field(ge=2)]] = Field([50], min_length=1)  # numbers of clusters, separated by commas
+    seed: int = Field(42, ge=0, lt=2**32)  # of centres, batches and map
+    batch_size: int = Field(10_000, ge=1)  # embeddings a step
+    normalize: bool = False  # scale embeddings to length one first, so that their directions are clustered
 
 
 @print_user_errors
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, cluster for every k, and print the table and what to do next."""
-    options = _parser().parse_args(arguments)
+    """Cluster for every k, and print the table and what to do next."""
+    options = parse_arguments(ClusterOptions, __doc__, arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     store, embeddings, ks = _opened(options)
-    if options.normalize == "true":
+    if options.normalize:
         embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
     logger.info("clustering %d embeddings of width %d", *embeddings.shape)
     on_map, place = flatten(embeddings, options.seed)
@@ -84,15 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"            python run.py train CONFIG.yaml --clusters {shlex.quote(str(written[0]))} --sampler clusters")
 
 
-def _opened(options: argparse.Namespace) -> tuple[EmbeddingStore, np.ndarray, list[int]]:
+def _opened(options: ClusterOptions) -> tuple[EmbeddingStore, np.ndarray, list[int]]:
     """Return the store, its embeddings (N, E) and the k asked for; tell all that is wrong at once."""
     faults = Faults("the command")
-    parts = [part.strip() for part in options.k.split(",") if part.strip()]
-    ks = sorted({int(part) for part in parts if part.isdecimal()})
-    if not parts or not all(part.isdecimal() for part in parts) or min(ks, default=0) < 2:
-        faults.add(f"--k is {options.k!r}; wanted whole numbers from 2, such as 50 or 10,25,50")
-    if options.batch_size < 1 or not 0 <= options.seed < 2**32:
-        faults.add("--batch_size is at least 1 and --seed from 0 to 2^32 - 1")
+    ks = sorted(set(options.k))
     store = None
     with faults.noted():
         store = EmbeddingStore(options.store)
@@ -116,16 +108,21 @@ def _opened(options: argparse.Namespace) -> tuple[EmbeddingStore, np.ndarray, li
     return store, embeddings, ks
 
 
-def _facts(
-    options: argparse.Namespace, store: EmbeddingStore, embeddings: np.ndarray, sizes: np.ndarray
-) -> dict[str, Any]:
+def _facts(options: ClusterOptions, store: EmbeddingStore, embeddings: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
     words = ["python", "scripts/cluster_embeddings.py", options.store, "--k", str(len(sizes))]
-    words += ["--seed", str(options.seed), "--batch_size", str(options.batch_size), "--normalize", options.normalize]
+    words += [
+        "--seed",
+        str(options.seed),
+        "--batch_size",
+        str(options.batch_size),
+        "--normalize",
+        str(options.normalize).lower(),
+    ]
     return {
         "sizes": sizes.tolist(),
         "seed": options.seed,
         "batch_size": options.batch_size,
-        "normalize": options.normalize == "true",
+        "normalize": options.normalize,
         "n_embeddings": len(embeddings),
         "width": store.width,
         "epoch": store.epochs[0],

@@ -12,17 +12,19 @@ import glob
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
+from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.commands import run_commands
-from common.errors import Faults, did_you_mean, print_user_errors
+from common.errors import Faults, print_user_errors
 from common.files import whole_file, write_text
+from common.options import Options, parse_arguments
 from training.figures import COLOURS, INK, png, style
 
 if TYPE_CHECKING:  # takes a second to import
@@ -129,49 +131,43 @@ def figure(rows: list[Row], teacher: Row | None) -> "Figure":
     return drawn
 
 
-@print_user_errors
-def compare(
-    *, rows: Any = None, tasks: Any = None, teacher: str | None = None, output: str = "heads/compared", **unknown: Any
-) -> None:
-    """Print the table of some probes, and write it as Markdown, CSV and a picture.
+class CompareOptions(Options):
+    """The options of compare_probes.py."""
 
-    Args:
-        rows: NAME=PATTERN, several with commas between, see above.
-        tasks: what `{task}` stands for, several with commas between.
-        teacher: pattern of the teacher's own probes; `NAME=PATTERN` to call it something.
-        output: folder to write into.
-        unknown: anything else is refused, with the nearest option.
-    """
+    rows: list[str] = Field(min_length=1)  # NAME=PATTERN, several with commas between, see above
+    tasks: list[str] = Field(min_length=1)  # values of `{task}`, several with commas between
+    teacher: str | None = None  # pattern of the teacher's own probes; NAME=PATTERN to give it a name
+    output: str = "heads/compared"  # folder to write into
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence for each row without a name."""
+        for row in self.rows:
+            if "=" not in row:
+                yield f"--rows {row!r}: expected NAME=PATTERN"
+
+
+@print_user_errors
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table of some probes, and write it as Markdown, CSV and a picture."""
+    options = parse_arguments(CompareOptions, __doc__, arguments)
     faults = Faults("the comparison")
-    for key in unknown:
-        faults.add(f"unknown option --{key}{did_you_mean(key, ('rows', 'tasks', 'teacher', 'output'))}")
-    named = _listed(tasks)
-    if not named or not rows:
-        faults.add("give --rows 'NAME=PATTERN,...' and --tasks A,B")
-    read = []
-    for given in _listed(rows):
-        name, equals, pattern = given.partition("=")
-        if equals:
-            read.append(read_row(name, pattern, named, faults))
-        else:
-            faults.add(f"--rows {given!r}; wanted NAME=PATTERN")
-    name, equals, pattern = (teacher or "").partition("=")
-    taught = read_row(name if equals else "teacher", pattern or name, named, faults) if teacher else None
+    rows = []
+    for row in options.rows:
+        name, _, pattern = row.partition("=")
+        rows.append(read_row(name, pattern, options.tasks, faults))
+    teacher = None
+    if options.teacher:
+        name, equals, pattern = options.teacher.partition("=")
+        teacher = read_row(name if equals else "teacher", pattern or name, options.tasks, faults)
     faults.raise_if_any()
-    folder = Path(output)
-    text = markdown(read, taught)
+    folder = Path(options.output)
+    text = markdown(rows, teacher)
     write_text(folder / "probes.md", text + "\n")
-    write_text(folder / "probes.csv", table_csv(read, taught))
+    write_text(folder / "probes.csv", table_csv(rows, teacher))
     with whole_file(folder / "probes.png") as partial:
-        partial.write_bytes(png(figure(read, taught)))
+        partial.write_bytes(png(figure(rows, teacher)))
     print(f"{text}\n\nwritten: {folder / 'probes.md'}, probes.csv, probes.png")
 
 
-def _listed(given: Any) -> list[str]:
-    """Read `a,b` as a command line has it: text, or what fire made of it."""
-    parts = given if isinstance(given, list | tuple) else str(given or "").split(",")
-    return [text for part in parts if (text := str(part).strip())]
-
-
 if __name__ == "__main__":
-    run_commands(compare)
+    main()

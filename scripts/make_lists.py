@@ -8,9 +8,13 @@ Labels are the folders below FOLDER, or come from a pattern of names, or from a 
 list as far as groups (speakers, recordings) allow, which are never split, and neither are files of the same content.
 The lists are tab-separated, with the columns `filename`, `labels` (joined by ";") and all others that are known, and
 scripts/wavlist_to_hdf5.py packs them. The same names, labels and seed give the same lists.
+
+In a pattern, {label} is the label, {speaker} or any other name a column, {} anything that is not needed. A name takes
+as little of the text as fits, {} as much; with :d inside ({:d}, {take:d}) it is a whole number. A pattern with a "/" is
+matched against the path below FOLDER, another one against the file's name; the extension may be left out. Columns
+named group, speaker or recording are groups where --group is not given, split and fold are lists to keep.
 """
 
-import inspect
 import shlex
 import sys
 from pathlib import Path
@@ -19,13 +23,13 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
-from common.commands import run_commands
 from common.errors import print_user_errors
+from common.options import parse_arguments
 from scripts.lists.groups import Groups, find_groups
 from scripts.lists.labels import Clips, label_sounds
 from scripts.lists.list_files import write_lists
 from scripts.lists.name_patterns import suggest_groups
-from scripts.lists.options import ListOptions, read_options
+from scripts.lists.options import ListOptions
 from scripts.lists.report import describe_folder, describe_lists, line
 from scripts.lists.sound_folders import SoundFolder, find_identical, find_sounds
 from scripts.lists.splits import Split, choose_split_column, draw_split, keep_published
@@ -33,63 +37,9 @@ from scripts.lists.stratification import random_order
 
 
 @print_user_errors
-def make_lists(
-    folder: str | None = None,
-    *more: str,
-    output: str | None = None,
-    pattern: str | None = None,
-    table: str | None = None,
-    filename_column: str | None = None,
-    label_column: str | None = None,
-    label_separator: str | None = None,
-    label_level: str | None = None,
-    group: str | None = None,
-    valid: str | None = None,
-    test: str | None = None,
-    folds: str | None = None,
-    split_column: str | None = None,
-    seed: str | None = None,
-    compare_content: str | None = None,
-    overwrite: str | None = None,
-    **unknown: str,
-) -> None:
-    """Make train.tsv, valid.tsv and test.tsv of the sounds below a folder.
-
-    Usage is python scripts/make_lists.py FOLDER, with options behind it. Labels are the first folders below FOLDER,
-    unless --pattern or --table is given. What was chosen is printed.
-
-    In a pattern, {label} is the label, {speaker} or any other name a column, {} anything that is not needed. A name
-    takes as little of the text as fits, {} as much; with :d inside ({:d}, {take:d}) it is a whole number. A pattern
-    with a "/" is matched against the path below FOLDER, another one against the file's name; the extension may be left
-    out. Columns named group, speaker or recording are groups where --group is not given, split and fold are lists to
-    keep.
-
-    Args:
-        folder: is searched with all below it; links are followed, hidden files left out.
-        more: nothing more is taken; a name with a space in it needs quotes.
-        output: folder for the lists (default: data). Lists that this command made are replaced.
-        pattern: of names, such as '{label}_{speaker}_{}.wav', see above.
-        table: a tsv or csv with a header; its rows name files of FOLDER and their labels.
-        filename_column: of the table (default: guessed from usual names).
-        label_column: of the table (default: guessed from usual names); none for lists without labels.
-        label_separator: between the labels of a cell of the table (default: ";", which separates in any case).
-        label_level: which folder is the label: first (below FOLDER), last, a number such as 2, or none for lists
-            without labels.
-        group: what stays in one list: a name of the pattern, a column of the table, folder (the deepest one), or
-            several with commas; none for no groups.
-        valid: share of the clips (default: 0.2); 0 for no valid.tsv.
-        test: share of the clips (default: 0.2); 0 for no test.tsv.
-        folds: their number. They become the column fold of folds.tsv (for run.py probe --data), and test.tsv is the
-            first of them, valid.tsv the second, train.tsv all others.
-        split_column: of the table or the pattern, whose lists or folds are kept (default: split or fold, where there is
-            one); none to make new ones.
-        seed: another one, other lists (default: 42).
-        compare_content: keep files with the same bytes in one list; only files of equal size are read (default: true).
-        overwrite: replace lists in the output folder that this command did not make (default: false).
-        unknown: anything else is refused, with the nearest option.
-    """
-    values = {name: str(value) for name, value in locals().items() if name in _option_names() and value is not None}
-    options = read_options(folder, more, values, unknown, _option_names())
+def main(arguments: list[str] | None = None) -> None:
+    """Make train.tsv, valid.tsv and test.tsv of the sounds below a folder, and print what was chosen."""
+    options = parse_arguments(ListOptions, __doc__, arguments)
     sounds = find_sounds(options.folder)
     clips = label_sounds(sounds, options.labels)
     column = choose_split_column(clips.table, options.split_column)
@@ -102,10 +52,6 @@ def make_lists(
     print("\n".join([*_describe(sounds, clips, split, groups, options), *written]))
 
 
-def _option_names() -> list[str]:
-    return [name for name, p in inspect.signature(make_lists).parameters.items() if p.kind == p.KEYWORD_ONLY]
-
-
 def _split(clips: Clips, groups: Groups, column: str, options: ListOptions) -> Split:
     table = clips.table
     labels = table["labels"].tolist() if clips.has_labels else [""] * len(table)
@@ -113,9 +59,9 @@ def _split(clips: Clips, groups: Groups, column: str, options: ListOptions) -> S
     if not column:
         return draw_split(labels, groups.joined, options.split, order)
     split = keep_published(table[column], labels, groups.joined, options.split.valid, order)
-    if options.split_given:
+    if options.given_shares:
         split.notes.append(
-            f"{', '.join(options.split_given)} not used where lists are given; --split_column none makes new ones"
+            f"{', '.join(options.given_shares)} not used where lists are given; --split_column none makes new ones"
         )
     return split
 
@@ -173,4 +119,4 @@ def _describe(sounds: SoundFolder, clips: Clips, split: Split, groups: Groups, o
 
 
 if __name__ == "__main__":
-    run_commands(make_lists, as_text=True)
+    main()

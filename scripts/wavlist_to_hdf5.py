@@ -14,62 +14,55 @@ All files are written in any case; the exit status is 1 where clips were left ou
 packed with sound missing (truncated, damaged).
 """
 
-import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
 from audio.manifest import read_manifest
-from audio.pack import PACK_LAYOUTS, pack
-from common.errors import UserError, print_user_errors
-from common.parser import Parser
+from audio.pack import pack
+from common.errors import print_user_errors
+from common.options import Options, parse_arguments
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("list", metavar="LIST", help="table of sound files, tab-separated, with a header")
-    parser.add_argument("output", metavar="OUTDIR", help="folder to write to")
-    parser.add_argument("--sample_rate", type=int, default=16000, help="of the pack, in Hz (default: 16000)")
-    parser.add_argument("--name", help="of the pack (default: the list's, without extension)")
-    parser.add_argument("-s", "--size_per_file", type=int, default=50_000, help="clips a shard (default: 50000)")
-    parser.add_argument("-n", "--n_workers", type=int, default=4, help="decoding processes (default: 4)")
-    parser.add_argument("--duration", action="store_true", help="add a column 'duration', in seconds")
-    parser.add_argument("--hdf5_dirname", default="hdf5", help="folder of the shards in OUTDIR (default: hdf5)")
-    parser.add_argument("--index_dirname", default="labels", help="folder of the manifest in OUTDIR (default: labels)")
-    parser.add_argument("--filename_column", default="filename", help="column of names in LIST (default: filename)")
-    parser.add_argument(
-        "--fullname",
-        action="store_true",
-        help="with --layout published: keys are paths as listed, in place of base names (other layouts do so always)",
-    )
-    parser.add_argument("--stereo", action="store_true", help="keep two channels (with --layout clips only)")
-    parser.add_argument("-d", "--delim", default="\t", help="between the columns of LIST (default: tab)")
-    parser.add_argument("--dtype", default="int16", help="int16 is the only one (default: int16)")
-    parser.add_argument(
-        "--layout",
-        choices=PACK_LAYOUTS,
-        default="flat",
-        help="flat: fast to read; clips: one dataset a clip under its name as listed; published: one dataset a clip "
-        "under its base name, as CED's own tools read it (default: flat)",
-    )
-    return parser
+class PackOptions(Options):
+    """The options of wavlist_to_hdf5.py."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("list", "outdir")
+    SHORT: ClassVar[Mapping[str, str]] = {"size_per_file": "s", "n_workers": "n", "delim": "d"}
+
+    list: str  # table of sound files, tab-separated, with a header
+    outdir: str  # folder to write to
+    sample_rate: int = 16000  # of the pack, in Hz
+    name: str | None = None  # of the pack; null = the list's, without extension
+    size_per_file: int = 50_000  # clips a shard
+    n_workers: int = 4  # decoding processes
+    duration: bool = False  # add a column `duration`, in seconds
+    hdf5_dirname: str = "hdf5"  # folder of the shards in OUTDIR
+    index_dirname: str = "labels"  # folder of the manifest in OUTDIR
+    filename_column: str = "filename"  # column of names in LIST
+    # with --layout published: keys are paths as listed, in place of base names (other layouts do so always)
+    fullname: bool = False
+    stereo: bool = False  # keep two channels (with --layout clips only)
+    delim: str = "\t"  # between the columns of LIST
+    dtype: Literal["int16"] = "int16"  # of the samples; shards hold no other
+    # flat: fast to read; clips: one dataset a clip under its name as listed; published: one dataset a clip under its
+    # base name, as CED's own tools read it
+    layout: Literal["flat", "clips", "published"] = "flat"
 
 
 @print_user_errors
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, pack, and print the summary."""
-    options = _parser().parse_args(arguments)
-    if options.dtype != "int16":
-        raise UserError(
-            f"--dtype {options.dtype}: shards hold int16 only, to which every format is converted; leave the option out"
-        )
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Pack the sounds of a list, and print the summary."""
+    options = parse_arguments(PackOptions, __doc__, arguments)
     delimiter = {"\\t": "\t", "tab": "\t", "TAB": "\t"}.get(options.delim, options.delim)
     table = read_manifest(options.list, delimiter=delimiter, filename_column=options.filename_column)
     report = pack(
         table,
         options.list,
-        options.output,
+        options.outdir,
         options.name or Path(options.list).stem,
         sample_rate=options.sample_rate,
         layout=options.layout,

@@ -22,14 +22,6 @@ def test_help_is_given_and_no_option(words, monkeypatch, capsys):
     assert "unknown option" not in told.out + told.err
 
 
-@pytest.mark.parametrize("words", [["{a}", "--to", "1,2"], ["{a}", "--to=1,2"], ["--to", "1,2", "--name={a}"]])
-def test_values_stay_text_where_wanted(words, monkeypatch):
-    given = []
-    monkeypatch.setattr(sys, "argv", ["command.py", *words])
-    run_commands(lambda name, to=None, flag=False: given.append((name, to, flag)), as_text=True)
-    assert given == [("{a}", "1,2", False)]
-
-
 def told_help(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["run.py", *words])
     with pytest.raises(SystemExit) as stopped:

@@ -13,7 +13,6 @@ import torch
 import yaml
 
 import save_logits
-from common.commands import run_commands
 from common.errors import Faults
 from common.places import describe_elsewhere
 from models import create_model, save_checkpoint
@@ -130,8 +129,7 @@ def test_clips_that_are_learnt_from_and_judged_by_are_said(packs, tmp_path, caps
 
 
 def run_lists(monkeypatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["make_lists.py", *words])
-    run_commands(lists_command.make_lists, as_text=True)
+    lists_command.main([*words])
 
 
 @pytest.mark.parametrize(
@@ -362,7 +360,7 @@ COMMANDS = {
         "scripts/wavlist_to_hdf5.py list.tsv data",
         ["a.wav: there is no such file"],
     ),
-    "packs to nowhere": ("scripts/wavlist_to_hdf5.py list.tsv", ["arguments are required: OUTDIR"]),
+    "packs to nowhere": ("scripts/wavlist_to_hdf5.py list.tsv", ["OUTDIR is missing"]),
     "no samples a second": ("scripts/wavlist_to_hdf5.py list.tsv data --sample_rate 0", ["sample_rate 0", "above 0"]),
 }
 

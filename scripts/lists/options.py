@@ -1,125 +1,72 @@
-"""The options of make_lists.py: read from text, checked before any folder is searched, every fault at once."""
+"""The options of make_lists.py, and how labels and lists follow from them."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import ClassVar
 
-from common.errors import Faults, UserError, did_you_mean
+from pydantic import Field
+
+from common.options import Options
 from scripts.lists.labels import LabelOptions
 from scripts.lists.splits import SplitOptions
 
-DEFAULT_SHARE = "0.2"
+DEFAULT_SHARE = 0.2
 
 
-@dataclass(frozen=True)
-class ListOptions:
-    """What make_lists.py was given.
+class ListOptions(Options):
+    """What make_lists.py was given."""
 
-    Attributes:
-        folder: of sounds.
-        output: folder for the lists.
-        labels: where labels come from.
-        split: how clips are shared out.
-        split_given: the options of `split` that were given, with their dashes.
-        split_column: a column, "none", or "" for a usual one.
-        group: what is not split, see `scripts.lists.groups.find_groups`.
-        seed: of the split.
-        compare_content: look for identical files.
-        overwrite: replace lists that the command did not make.
-    """
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("folder",)
 
-    folder: str
-    output: str
-    labels: LabelOptions
-    split: SplitOptions
-    split_given: list[str]
-    split_column: str
-    group: str
-    seed: int
-    compare_content: bool
-    overwrite: bool
+    folder: str  # of sounds; searched with all below it: links are followed, hidden files left out
+    output: str = "data"  # folder for the lists; lists that this command made are replaced
 
+    # --- labels
+    pattern: str = ""  # of names, such as '{label}_{speaker}_{}.wav', see above
+    table: str = ""  # a tsv or csv with a header; its rows name files of FOLDER and their labels
+    filename_column: str = ""  # of the table; guessed from usual names where it is not given
+    label_column: str = ""  # of the table; guessed where it is not given; none for lists without labels
+    label_separator: str = ";"  # between the labels of a cell of the table; ";" separates in any case
+    # which folder is the label: first (below FOLDER), last, a number such as 2, or none for lists without labels
+    label_level: str = ""
 
-def read_options(
-    folder: str | None, more: Iterable[str], given: dict[str, str], unknown: Iterable[str], known: Iterable[str]
-) -> ListOptions:
-    """Check a command line.
+    # --- lists
+    # what stays in one list: a name of the pattern, a column of the table, folder (the deepest one), or several with
+    # commas; none for no groups
+    group: str = ""
+    valid: float = Field(DEFAULT_SHARE, ge=0, lt=1)  # share of the clips; 0 for no valid.tsv
+    test: float = Field(DEFAULT_SHARE, ge=0, lt=1)  # share of the clips; 0 for no test.tsv
+    # number of folds, which become the column fold of folds.tsv (for run.py probe --data); test.tsv is the first of
+    # them, valid.tsv the second, train.tsv all others
+    folds: int | None = Field(None, ge=2)
+    # of the table or the pattern, whose lists or folds are kept (split or fold, where there is one); none to draw new
+    # ones
+    split_column: str = ""
+    seed: int = Field(42, ge=0)  # of the split
+    compare_content: bool = True  # keep files of the same bytes in one list; only files of equal size are read
+    overwrite: bool = False  # replace lists in the output folder that this command did not make
 
-    Args:
-        folder: the first word.
-        more: further words, which are a fault.
-        given: option → text, for the options given.
-        unknown: names of options that there are not.
-        known: names of all options.
+    @property
+    def given_shares(self) -> list[str]:
+        """The options that decide how clips are split, as far as they were given."""
+        return [f"--{name}" for name in ("valid", "test", "folds") if name in self.model_fields_set]
 
-    Raises:
-        UserError: with every fault.
-    """
-    faults = Faults("the command")
-    for name in unknown:
-        faults.add(f"unknown option --{name}{did_you_mean(name, known)}; --help lists all")
-    extra = list(more)
-    if extra:
-        faults.add(
-            f"found the folders {folder!r} and {extra[0]!r}; wanted one (a name with a space in it needs quotes)"
-        )
-    if not folder:
-        faults.add("no folder is given; wanted: python scripts/make_lists.py FOLDER")
-    split_given = [f"--{name}" for name in ("valid", "test", "folds") if name in given]
-    options = ListOptions(
-        folder or "",
-        given.get("output", "data"),
-        LabelOptions(
-            **{name: given[name] for name in LabelOptions.__dataclass_fields__ if name in given},
-        ),
-        _read_split(given, faults),
-        split_given,
-        given.get("split_column", ""),
-        given.get("group", ""),
-        _read_whole("seed", given.get("seed", "42"), 0, faults),
-        _read_flag("compare_content", given.get("compare_content", "true"), faults),
-        _read_flag("overwrite", given.get("overwrite", "false"), faults),
-    )
-    if len(faults.sentences) == 1:
-        raise UserError(faults.sentences[0])
-    faults.raise_if_any()
-    return options
+    @property
+    def labels(self) -> LabelOptions:
+        """Where labels come from."""
+        return LabelOptions(**self.model_dump(include=set(LabelOptions.__dataclass_fields__)))
 
+    @property
+    def split(self) -> SplitOptions:
+        """How clips are split."""
+        return SplitOptions(self.valid, self.test, self.folds or 0)
 
-def _read_split(given: dict[str, str], faults: Faults) -> SplitOptions:
-    shares = {}
-    for name in ("valid", "test"):
-        text = given.get(name, DEFAULT_SHARE)
-        try:
-            shares[name] = float(text)
-        except ValueError:
-            shares[name] = -1.0
-        if not 0 <= shares[name] < 1:  # NaN is not either
-            faults.add(
-                f"--{name} is {text!r}; wanted a share of the clips from 0 (no such list) to below 1, such as 0.2"
-            )
-            shares[name] = 0.0
-    folds = _read_whole("folds", given["folds"], 2, faults) if "folds" in given else 0
-    if not folds and sum(shares.values()) >= 1:
-        faults.add(
-            f"--valid {shares['valid']:g} and --test {shares['test']:g} leave nothing to train on; wanted a sum below 1"
-        )
-    for name, share in shares.items():
-        if folds and share and name in given:
-            faults.add(
-                f"--{name} {given[name]} cannot stand beside --folds {folds}, whose first fold is test and "
-                f"second fold valid; leave it out, or give --{name} 0 for no such list"
-            )
-    return SplitOptions(shares["valid"], shares["test"], folds)
-
-
-def _read_whole(name: str, text: str, least: int, faults: Faults) -> int:
-    if text.isascii() and text.isdecimal() and int(text) >= least:
-        return int(text)
-    faults.add(f"--{name} is {text!r}; wanted a whole number, {least} or more")
-    return least
-
-
-def _read_flag(name: str, text: str, faults: Faults) -> bool:
-    if text.lower() not in ("true", "false"):
-        faults.add(f"--{name} is {text!r}; wanted true or false")
-    return text.lower() == "true"
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence for each group of options that cannot be given together."""
+        if not self.folds and self.valid + self.test >= 1:
+            yield f"--valid {self.valid:g} and --test {self.test:g} leave no clips to train on; expected a sum below 1"
+        for name in ("valid", "test"):
+            if self.folds and getattr(self, name) and name in self.model_fields_set:
+                yield (
+                    f"--{name} {getattr(self, name):g} cannot be combined with --folds {self.folds}, whose first fold "
+                    f"is test and second fold valid; leave it out, or give --{name} 0 for no such list"
+                )

@@ -107,8 +107,9 @@ def test_the_map_of_few_equal_or_narrow_embeddings_is_finite(embeddings):
 def test_faults_are_told_at_once(tmp_path, capsys):
     store = store_of(tmp_path / "store", embeddings_of(GROUPS))
     for words, parts in (
-        ((store, "--k", "1,x,50", "--batch_size", "0"), ("'1,x,50'", "--batch_size", "than there are", "40;")),
-        ((tmp_path / "none", "--k", "x"), ("'x'", "is not a folder")),
+        ((store, "--k", "1,x,50", "--batch_size", "0"), ("--k is 1; expected list of whole number", "--batch_size")),
+        ((store, "--k", "2,50"), ("than there are", "40;")),
+        ((tmp_path / "none",), ("is not a folder",)),
     ):
         with pytest.raises(SystemExit):
             main([str(word) for word in words])

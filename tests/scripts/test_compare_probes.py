@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from scripts.compare_probes import compare
+from scripts.compare_probes import main
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def probes(tmp_path):
 
 def test_the_table_is_the_plain_arithmetic(probes, capsys):
     rows, teacher = f"One={probes}/one_{{task}}_s*.json", f"Big={probes}/t_{{task}}_s*.json"
-    compare(rows=rows, tasks=("dogs", "words"), teacher=teacher, output=str(probes / "out"))
+    main(["--rows", rows, "--tasks", "dogs,words", "--teacher", teacher, "--output", str(probes / "out")])
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[:4]]
     assert lines[0] == ["", "dogs", "words", "average", "% of teacher"]
     assert lines[2] == ["One", "55.0 ± 7.1", "25.0 ± 7.1", "40.0 ± 0.0", "50.0"]
@@ -32,12 +32,15 @@ def test_the_table_is_the_plain_arithmetic(probes, capsys):
 
 def test_all_that_is_wrong_is_told_at_once(probes, capsys):
     (probes / "one_words_s2.json").write_text("{}")
-    rows = f"One={probes}/one_{{task}}_s*.json,Two={probes}/two_{{task}}.json,three"
+    rows = f"One={probes}/one_{{task}}_s*.json,Two={probes}/two_{{task}}.json"
     with pytest.raises(SystemExit):
-        compare(rows=rows, tasks="dogs,words", task="x")
-    told = capsys.readouterr().err
-    assert "unknown option --task (did you mean 'tasks'?)" in told
-    assert "one_words_s2.json: not what `run.py probe` writes" in told
-    assert "One: the tasks have different numbers of files: 2 of dogs, 1 of words" in told
-    assert "two_dogs.json" in told
-    assert "--rows 'three'; wanted NAME=PATTERN" in told
+        main(["--rows", rows, "--tasks", "dogs,words"])
+    message = capsys.readouterr().err
+    assert "one_words_s2.json: not what `run.py probe` writes" in message
+    assert "One: the tasks have different numbers of files: 2 of dogs, 1 of words" in message
+    assert "two_dogs.json" in message
+    with pytest.raises(SystemExit):
+        main(["--rows", "three", "--task", "x"])
+    message = capsys.readouterr().err
+    assert "unknown option --task (did you mean 'tasks'?)" in message
+    assert "--tasks is missing" in message
