@@ -7,7 +7,7 @@ import numpy as np
 from audio.dataset import Pack
 from common.errors import UserError
 from probing.data import ProbeSet
-from training.baseline import MOST_CLIPS, fit_baseline, fits_in_seconds
+from training.baseline import MAX_CLIPS, fit_baseline, fits_in_seconds
 from training.labelled import LabelledPack
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def fit_baselines(clips: ProbeSet) -> float | None:
     """
     hours = sum(float((pack.n_samples / pack.sample_rate).sum()) for pack in clips.packs.values()) / 3600
     n_folds = 1 if clips.folds is None else len(set(clips.folds.tolist()))
-    n_clips = sum(min(len(pack), MOST_CLIPS) for pack in clips.packs.values())
+    n_clips = sum(min(len(pack), MAX_CLIPS) for pack in clips.packs.values())
     if not fits_in_seconds(n_clips * n_folds, hours * n_folds, max(pack.sample_rate for pack in clips.packs.values())):
         logger.info("no baseline: so much sound takes more than seconds; use scripts/baseline.py")
         return None

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probing.scores import Score
-from training.figures import COLOURS, INK, confusion_figure, drawable, style
-from training.report import MOST_DRAWN_CLASSES
+from training.figures import COLOURS, INK, confusion_figure, drawable_labels, style
+from training.report import MAX_DRAWN_CLASSES
 
 if TYPE_CHECKING:  # takes a second to import
     from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ def draw_probe(result: Score, labels: list[str], title: str) -> "Figure":
         title: of the figure.
     """
     confusion = result.metrics.confusion
-    if result.metric == "accuracy" and confusion is not None and len(labels) <= MOST_DRAWN_CLASSES:
+    if result.metric == "accuracy" and confusion is not None and len(labels) <= MAX_DRAWN_CLASSES:
         figure = confusion_figure(confusion, labels)
         figure.axes[0].set_title(title, fontsize=10, color=INK, parse_math=False)
         return figure
@@ -40,7 +40,7 @@ def draw_precisions(result: Score, labels: list[str], title: str) -> "Figure":
     if len(order) > MAX_BARS:
         title += f"\nthe {MAX_BARS // 2} best classes and the {MAX_BARS // 2} worst"
         order = np.concatenate([order[: MAX_BARS // 2], order[-MAX_BARS // 2 :]])
-    names = drawable(labels)
+    names = drawable_labels(labels)
     counts = result.metrics.per_class["n_positive"].to_numpy()
     figure = Figure(figsize=(8, 1.4 + 0.22 * len(order)), layout="constrained")
     axis = figure.subplots()

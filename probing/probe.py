@@ -32,8 +32,8 @@ from probing.options import ProbeOptions
 from probing.pictures import draw_probe
 from probing.scores import COVERAGE, N_DRAWS, Score, compute_score
 from probing.source import EmbeddingSource, embed, open_source
-from training.baseline import Metric, figure_of
-from training.figures import png
+from training.baseline import Metric, get_value
+from training.figures import render_png
 from training.holdout import find_groups, hold_out
 from training.metrics import evaluate_scores
 
@@ -151,7 +151,7 @@ def _describe_trial(trial: Trial, targets: np.ndarray, labels: list[str], metric
     """Return the facts of a trial as plain values."""
     names = ("n_train", "n_valid", "best_epoch", "n_epochs", "valid_loss")
     facts = {name: getattr(trial.fitted, name) for name in names}
-    value = figure_of(evaluate_scores(trial.scores, targets[trial.rows], labels), metric)
+    value = get_value(evaluate_scores(trial.scores, targets[trial.rows], labels), metric)
     return {"fold": trial.name, "n_test": len(trial.rows), **facts, "value": value}
 
 
@@ -240,7 +240,7 @@ def _write(
     low, high = result.interval
     title = f"{options.name}: {result.metric} {result.value:.3f} ({low:.3f} to {high:.3f}), {facts['data']}"
     with whole_file(target.with_suffix(".png")) as partial:
-        partial.write_bytes(png(draw_probe(result, labels, title)))
+        partial.write_bytes(render_png(draw_probe(result, labels, title)))
     save_head(target, head)
     return target
 

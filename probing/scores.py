@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from training.baseline import Metric, figure_of
+from training.baseline import Metric, get_value
 from training.metrics import Metrics, evaluate_scores
 
 N_DRAWS = 1000
@@ -59,7 +59,7 @@ def compute_score(
     metrics = evaluate_scores(scores, targets, labels)
     prevalence = targets.mean(axis=0)
     chance = prevalence.max() if metric == "accuracy" else prevalence[prevalence > 0].mean()
-    value = figure_of(metrics, metric)
+    value = get_value(metrics, metric)
     if metric == "accuracy":
         interval = wilson_interval(round(value * len(scores)), len(scores))
     else:

@@ -20,7 +20,7 @@ from models import AudioTagger, Ensemble, load_model
 from models.devices import choose_device
 from models.heads import weights_sha256
 from probing.options import ProbeOptions
-from training.embedding import store_embeddings
+from training.store_writer import store_embeddings
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from distill.clusters import write_clusters
 from distill.embeddings import EmbeddingStore
 from scripts.clusters.kmeans import MAX_COMPARED, compute_quality, find_clusters
 from scripts.clusters.picture import draw_clusters, project
-from training.figures import png
+from training.figures import render_png
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
             map(" ".join, zip(("silhouette", "Calinski-Harabasz", "Davies-Bouldin"), scores, strict=True))
         )
         with whole_file(path.with_suffix(".png")) as partial:
-            partial.write_bytes(png(draw_clusters(positions, cluster[on_map], sizes, title)))
+            partial.write_bytes(render_png(draw_clusters(positions, cluster[on_map], sizes, title)))
         counts = [f"{n:,.0f}" for n in (sizes.min(), np.median(sizes), sizes.max(), (sizes == 0).sum())]
         lines.append([str(k), *counts, *scores, f"{inertia:.5g}"])
         written.append(path)

@@ -27,7 +27,7 @@ from common.files import whole_file, write_text
 from common.options import Options, parse_arguments
 from scripts.sweeps.results import format_csv
 from scripts.sweeps.token_merging import Spread
-from training.figures import COLOURS, INK, png, style
+from training.figures import COLOURS, INK, render_png, style
 
 if TYPE_CHECKING:  # takes a second to import
     from matplotlib.figure import Figure
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_text(folder / "probes.md", text + "\n")
     write_text(folder / "probes.csv", format_rows_csv([*rows, *([teacher] if teacher else [])]))
     with whole_file(folder / "probes.png") as partial:
-        partial.write_bytes(png(draw_rows(rows, teacher)))
+        partial.write_bytes(render_png(draw_rows(rows, teacher)))
     print(f"{text}\n\nwritten: {folder / 'probes.md'}, probes.csv, probes.png")
 
 

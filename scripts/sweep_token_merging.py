@@ -39,7 +39,7 @@ from scripts.benchmarks.timing import describe_device
 from scripts.sweeps.results import draw_sweep, format_points_csv, format_rows, format_rows_csv
 from scripts.sweeps.token_merging import evaluate_points, measure_speeds, plan_sweep, summarise_points
 from training.config import Mode
-from training.figures import png
+from training.figures import render_png
 from training.precision import Precision
 
 RS = (0, 5, 10, 15, 20, 25, 30, 35, 40)  # those of the paper
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_text(folder / "sweep_checkpoints.csv", format_points_csv(sweep.points, values, sweep.metric))
     write_text(folder / "sweep.md", text)
     with whole_file(folder / "sweep.png") as partial:
-        partial.write_bytes(png(draw_sweep(rows, sweep.metric)))
+        partial.write_bytes(render_png(draw_sweep(rows, sweep.metric)))
     print(f"{text}\nresults: {folder}/sweep.csv, sweep_checkpoints.csv, sweep.md, sweep.png")
 
 

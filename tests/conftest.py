@@ -18,7 +18,7 @@ torch.set_num_threads(1)  # the same sums in the same order, however many cores 
 
 # Files that take a minute and more come first: one that is begun last would run alone.
 LONGEST = (
-    "test_readme",
+    "test_documents",
     "test_pipeline",
     "test_ranks",
     "test_resume",

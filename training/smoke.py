@@ -1,97 +1,75 @@
-"""A run in small: a minute on a CPU through everything that a configuration would do, before it is given days.
+"""`--smoke true`: the run of a configuration in about a minute on a CPU, before it is given days.
 
-Data that exist are read by the ordinary path, a little of them; where they do not, sounds made by formula stand in,
-packed and taught with the project's own writers, so that the same readers and checks see them.
+Where all data and teachers that a configuration names exist, few of them are used. Where any is missing, generated
+sounds replace all data: they are written as files, packed, and their targets stored by the functions of the ordinary
+commands.
 """
 
 import logging
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import soundfile
 import torch
 
 from audio.dataset import Pack
-from audio.io import to_int16
 from audio.manifest import read_manifest
-from audio.shards import ShardWriter
-from common.errors import Faults, UserError
+from audio.pack import pack as pack_sounds
+from common.errors import Faults, UserError, some
 from common.files import whole_file
 from distill.clusters import write_clusters
-from distill.objectives import Needs
 from models import AudioTagger, Ensemble, create_model, published_initialisation, save_checkpoint
 from models.base import Activation
 from models.labels import audioset_labels, labels_for, read_labels
 from training.config import SoftTargetConfig, TrainConfig
-from training.data import open_training
-from training.embedding import store_embeddings
-from training.labelled import open_labelled, open_pack
-from training.teacher import load_teacher
-from training.teaching import SoftTargets, Teaching
+from training.labelled import open_pack
+from training.store_writer import SoftTargetContent, StoreWriter, store_embeddings
 
 logger = logging.getLogger(__name__)
 
 EPOCHS = EPOCH_LENGTH = 2
 BATCH = 4
-CLIPS = 16  # of an evaluation pack, and of each made-up one
-SECONDS, SAMPLE_RATE = 2.0, 16000  # of made-up sounds
-NAMES = [f"sound {index}" for index in range(10)]  # classes where nothing says any
+CLIPS = 16  # of an evaluation pack, and of each generated one
+SECONDS, SAMPLE_RATE = 2.0, 16000  # of generated sounds
+NAMES = [f"sound {index}" for index in range(10)]  # classes where the configuration implies none
 TEACHER = "audiotransformer_pico"
 SEED = 0
 
 
 def smoke(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Return a configuration that takes about a minute on a CPU and goes through everything that `config` would.
+    """Return a configuration that takes about a minute on a CPU and runs all the code that `config` would run.
 
     The same configuration and data give the same files. Of processes that train together, one calls it.
 
     Args:
-        config: of the long run; what it learns, how and with which model stays.
-        folder: gets what stands in for missing data, and shortened evaluation lists.
+        config: of the long run; model, objective and augmentation stay as they are.
+        folder: for generated data and shortened evaluation lists.
 
     Raises:
-        UserError: a label table that cannot be read. Other faults of data that exist are left to be told, all at once,
-            where the run opens them.
+        UserError: the label table cannot be read. Other faults of existing data are reported when the run opens them.
     """
-    config = config.model_copy(update=_little(config))
-    wanted = (config.train_data, config.logitspath, config.embeddingspath, config.clusters, config.labels_csv)
-    named = [path for path in wanted if path]
-    missing = [path for path in named if not Path(path).exists()]
-    taught = None
-    if config.teacher and _has_teacher(config):
-        try:
-            taught = load_teacher(config.teacher, config.teacher_weights, heads=config.teacher_head).labels
-        except UserError:  # told where the run loads it
-            return config
-    elif config.teacher:
-        config, taught = _teacher_stands_in(config, folder, made_up=bool(missing))
-    labels = None
+    config = config.model_copy(update=_shorten(config))
+    missing = [path for path in _list_files(config) if not Path(path).exists()]
     if missing:
-        config, labels = _stand_in(config, missing, taught, folder)
-    elif any(path and not Path(path).exists() for path in (config.valid_data, config.eval_data)):
-        labels = _labels_of(config, taught)
-        if labels is None:  # the training data have faults, which matter more
-            return config
-    judges = dict.fromkeys(path for path in (config.valid_data, config.eval_data) if path)
-    short = {
-        path: _judge(path, f"judge_{number}", labels, made_up=bool(missing), folder=folder)
-        for number, path in enumerate(judges, 1)
-    }
-    return config.model_copy(
-        update={key: short[path] for key in ("valid_data", "eval_data") if (path := getattr(config, key))}
-        | {"valid_fraction": _few_held_out(config)}
-    )
+        logger.warning("smoke: not found: %s; generated sounds replace all data of this run", some(missing, 10))
+        config = config.model_copy(update=_generate(config, folder))
+    else:
+        named = dict.fromkeys(path for path in (config.valid_data, config.eval_data) if path)
+        short = {path: _cut(path, folder, f"short_{number}") for number, path in enumerate(named)}
+        update = {key: short.get(getattr(config, key)) for key in ("valid_data", "eval_data")}
+        config = config.model_copy(update=update)
+    return config.model_copy(update={"valid_fraction": _limit_valid_fraction(config)})
 
 
-def _little(config: TrainConfig) -> dict[str, object]:
+def _shorten(config: TrainConfig) -> dict[str, object]:
     """Return the settings that make a run short."""
     pretrained = config.pretrained
     if not (isinstance(pretrained, str) and Path(pretrained).exists()):
-        wanted = published_initialisation(config.model) if pretrained in (None, True) else pretrained
-        if wanted:
-            logger.info("smoke: random weights in place of %s: nothing is downloaded", wanted)
+        source = published_initialisation(config.model) if pretrained in (None, True) else pretrained
+        if source:
+            logger.info("smoke: random weights in place of %s: nothing is downloaded", source)
         pretrained = False
     return {
         "pretrained": pretrained,
@@ -114,175 +92,98 @@ def _little(config: TrainConfig) -> dict[str, object]:
     }
 
 
-def _stand_in(
-    config: TrainConfig, missing: list[str], taught: list[str] | None, folder: Path
-) -> tuple[TrainConfig, list[str]]:
-    """Make training data, with soft targets where they are wanted; return the configuration for them, and the labels.
-
-    Made-up sounds replace all of it: targets, sounds and class names belong together. `taught` are the labels of an
-    online teacher.
-    """
-    if config.labels_csv in missing:
-        config = config.model_copy(update={"labels_csv": None})
-    labels = taught or _said_labels(config) or (audioset_labels() if config.logitspath else NAMES)
-    pack = _made_up_pack(folder, "train", labels if labels is NAMES else _numbers(labels))
-    store = _made_up_store(folder / "logits", pack, labels) if config.logitspath else None
-    embeddings = _made_up_embeddings(folder / "embeddings", pack) if config.embeddingspath else None
-    clusters = _made_up_clusters(folder / "clusters_k2.parquet", pack) if config.clusters else None
-    what = {config.train_data: f"{CLIPS} made-up sounds", config.logitspath: "an untrained teacher's answers"}
-    what |= {config.embeddingspath: "an untrained teacher's embeddings", config.clusters: "two clusters"}
-    for path in missing:
-        logger.warning("smoke: %s is not there: %s stand in", path, what.get(path, "other class names"))
-    said = {config.logitspath, config.embeddingspath, config.clusters}
-    for unused in ({config.train_data} | said) - {None, *missing}:
-        logger.warning("smoke: %s is there, but is no use without %s", unused, " and ".join(missing))
-    update = {"train_data": pack, "logitspath": store, "embeddingspath": embeddings, "clusters": clusters}
-    return config.model_copy(update=update), labels
+def _list_files(config: TrainConfig) -> list[str]:
+    """Return every file and folder that a configuration names; teachers count by their weights, if these are given."""
+    teachers = config.teacher_weights or config.teacher or []
+    keys = ("train_data", "valid_data", "eval_data", "logitspath", "embeddingspath", "clusters", "labels_csv")
+    named = [*(getattr(config, key) for key in keys), *([teachers] if isinstance(teachers, str) else teachers)]
+    return [path for path in named if path]
 
 
-def _said_labels(config: TrainConfig) -> list[str] | None:
-    if config.labels_csv and Path(config.labels_csv).exists():
-        return read_labels(config.labels_csv)
-    return labels_for(config.num_classes, None) if config.num_classes else None
-
-
-def _has_teacher(config: TrainConfig) -> bool:
-    """Whether every member of the online teacher is a file or folder here: nothing is downloaded."""
-    files = config.teacher_weights or config.teacher
-    return all(Path(path).exists() for path in ([files] if isinstance(files, str) else files or []))
-
-
-def _teacher_stands_in(config: TrainConfig, folder: Path, *, made_up: bool) -> tuple[TrainConfig, list[str]]:
-    """Write a small, untrained teacher; return the configuration that asks it, and its labels.
-
-    Args:
-        config: names a teacher that is not there.
-        folder: to write into.
-        made_up: whether the training data will be, so that they say no class names.
-    """
-    none = {"teacher": None, "teacher_weights": None, "teacher_head": None}
-    untaught = config.model_copy(update={**none, "objective": "target"})
-    labels = _said_labels(config) or (NAMES if made_up else _labels_of(untaught, None) or audioset_labels())
-    path = folder / "teacher.pt"
-    save_checkpoint(path, _untrained(labels, "softmax" if config.loss == "CrossEntropyLoss" else "sigmoid"))
-    logger.warning("smoke: teacher %s is not there: a small, untrained one stands in", config.teacher)
-    return config.model_copy(update={**none, "teacher": str(path)}), labels
-
-
-def _untrained(labels: list[str], activation: Activation) -> AudioTagger:
-    """Return a small teacher that knows nothing; the student's own random start stays what it is."""
-    with torch.random.fork_rng(devices=[]):
+def _generate(config: TrainConfig, folder: Path) -> dict[str, object]:
+    """Write packs, and whatever else the configuration names, for its classes; return the settings that name them."""
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps with other classes
+    labels_csv = config.labels_csv if config.labels_csv and Path(config.labels_csv).exists() else None
+    labels = NAMES
+    if labels_csv:
+        labels = read_labels(labels_csv)
+    elif config.num_classes or config.logitspath:
+        labels = labels_for(config.num_classes, None) if config.num_classes else audioset_labels()
+    # A label table is for numbers; text is read as the name of a class.
+    cells = NAMES if labels is NAMES else [str(index) for index in range(len(labels))]
+    train_data = _pack(folder, "train", cells)
+    update: dict[str, object] = {"train_data": train_data, "labels_csv": labels_csv}
+    update |= {key: _pack(folder, key, cells) for key in ("valid_data", "eval_data") if getattr(config, key)}
+    activation: Activation = "softmax" if config.loss == "CrossEntropyLoss" else "sigmoid"
+    with torch.random.fork_rng(devices=[]):  # the random start of the student stays what it is without --smoke
         torch.manual_seed(SEED)
-        return create_model(TEACHER, num_classes=len(labels), labels=labels, activation=activation, depth=1)
+        if config.teacher:
+            path = folder / "teacher.pt"
+            save_checkpoint(path, _create_teacher(labels, activation))
+            update |= {"teacher": str(path), "teacher_weights": None, "teacher_head": None}
+        if config.logitspath:
+            update["logitspath"] = _store_targets(folder / "logits", train_data, labels)
+        if config.embeddingspath:
+            teacher, target = _create_teacher([], activation), folder / "embeddings"
+            store = store_embeddings(teacher, Pack.open(train_data), target, num_workers=0, device="cpu")
+            update["embeddingspath"] = str(store.folder)
+    if config.clusters:
+        update["clusters"] = str(folder / "clusters_k2.parquet")
+        rows = pd.DataFrame({"filename": Pack.open(train_data).names, "start": 0.0, "end": SECONDS})
+        write_clusters(folder / "clusters_k2.parquet", rows, np.arange(CLIPS) * 2 // CLIPS, {"k": 2})
+    return update
 
 
-def _made_up_pack(folder: Path, name: str, cells: Sequence[str]) -> str:
-    """Pack noisy tones, one pitch a class; return the manifest.
+def _create_teacher(labels: list[str], activation: Activation) -> AudioTagger:
+    return create_model(TEACHER, num_classes=len(labels), labels=labels, activation=activation, depth=1)
 
-    Args:
-        folder: to write into, `hdf5/NAME.h5` and `labels/NAME.tsv` as every pack.
-        name: of the pack; other names, other sounds.
-        cells: what stands in the column `labels`, one of them for each clip in turn.
-    """
+
+def _pack(folder: Path, name: str, cells: list[str]) -> str:
+    """Write noisy tones, one pitch a class, and pack them; return the manifest. Other names have other sounds."""
     random = np.random.default_rng([SEED, *name.encode()])
     time = np.arange(round(SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
-    shard, rows = folder / "hdf5" / f"{name}.h5", []
-    with ShardWriter(shard, SAMPLE_RATE) as writer:
-        for index in range(CLIPS):
-            kind = index % len(cells)
-            pitch = 150 * 1.25**kind * random.uniform(0.97, 1.03)
-            sound = 0.4 * np.sin(2 * np.pi * pitch * time) + 0.05 * random.standard_normal(len(time))
-            rows.append((f"{name}/{index:02d}.wav", cells[kind], str(shard)))
-            writer.append(rows[-1][0], to_int16(sound))
-    return _write_manifest(folder, name, pd.DataFrame(rows, columns=["filename", "labels", "hdf5path"]))
+    rows = []
+    (folder / name).mkdir(parents=True)
+    for index in range(CLIPS):
+        kind = index % len(cells)
+        pitch = 150 * 1.25**kind * random.uniform(0.97, 1.03)
+        sound = 0.4 * np.sin(2 * np.pi * pitch * time) + 0.05 * random.standard_normal(len(time))
+        path = folder / name / f"{index:02d}.wav"
+        soundfile.write(path, sound, SAMPLE_RATE)
+        rows.append((str(path), cells[kind]))
+    table = pd.DataFrame(rows, columns=["filename", "labels"])
+    pack_sounds(table, folder / f"{name}.tsv", folder, name, sample_rate=SAMPLE_RATE, n_workers=0, progress=False)
+    return str(folder / "labels" / f"{name}.tsv")
 
 
-def _made_up_store(folder: Path, manifest: str, labels: list[str]) -> str:
-    """Store what a small, untrained teacher answers to every clip; return the folder."""
+def _store_targets(folder: Path, manifest: str, labels: list[str]) -> str:
+    """Store the soft targets of a small, untrained teacher; return the folder."""
     settings = {"epochs": EPOCHS, "topk": 5, "num_workers": 0, "device": "cpu"}
     config = SoftTargetConfig.model_validate({"train_data": manifest, "model": TEACHER, **settings})
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps over other classes
-    teacher = Ensemble([_untrained(labels, "sigmoid")])
-    with torch.random.fork_rng(devices=[]):  # a loader draws from it
-        return str(Teaching(config, Pack.open(manifest), SoftTargets(teacher, config.topk), folder).save())
+    teacher = Ensemble([_create_teacher(labels, "sigmoid")])
+    return str(StoreWriter(config, Pack.open(manifest), SoftTargetContent(teacher, config.topk), folder).save())
 
 
-def _made_up_embeddings(folder: Path, manifest: str) -> str:
-    """Store what a small, untrained teacher makes of every clip; return the folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with torch.random.fork_rng(devices=[]):
-        store = store_embeddings(_untrained([], "sigmoid"), Pack.open(manifest), folder, num_workers=0, device="cpu")
-    return str(store.folder)
-
-
-def _made_up_clusters(path: Path, manifest: str) -> str:
-    """Write which half of the clips each one is in; return the path."""
-    names = Pack.open(manifest).names
-    rows = pd.DataFrame({"filename": names, "start": 0.0, "end": SECONDS})
-    write_clusters(path, rows, np.arange(len(names)) * 2 // len(names), {"k": 2})
-    return str(path)
-
-
-def _labels_of(config: TrainConfig, taught: list[str] | None) -> list[str] | None:
-    """Return the class names of training data that exist, `taught` by a teacher; None where they cannot be opened."""
-    alone = {"valid_data": None, "eval_data": None, "valid_fraction": None, "select_on": None}
-    config = config.model_copy(update=alone)
-    data = open_training(config, SEED, Faults("the training data"), Needs("classes"), taught)
-    return data.labels if data else None
-
-
-def _judge(path: str, name: str, labels: list[str] | None, *, made_up: bool, folder: Path) -> str:
-    """Return the manifest of a few labelled clips: of `path`, or made-up ones.
-
-    Args:
-        path: of the evaluation or validation pack.
-        name: of what is written for it.
-        labels: the class names; wanted where clips have to be made up.
-        made_up: whether the training data, and so perhaps the class names, are.
-        folder: to write into.
-    """
-    faults = Faults(path)
-    if Path(path).exists():
-        if not made_up:
-            pack = open_pack(path, faults, labelled=True)
-            return path if pack is None else _cut(pack, folder, name)  # faults are told where the run opens it
-        data = open_labelled(path, labels or [], faults)
-        if data is not None:
-            return _cut(data.pack, folder, name)
-        why = f"does not go with made-up training data ({faults.sentences[0]})"
-    else:
-        why = "is not there"
-    logger.warning("smoke: %s %s: %d made-up sounds stand in", path, why, CLIPS)
-    return _made_up_pack(folder, name, _numbers(labels or []))
-
-
-def _cut(pack: Pack, folder: Path, name: str) -> str:
-    """Return a manifest of at most `CLIPS` clips from all over a pack: lists are often sorted by class."""
-    if len(pack) <= CLIPS:
-        return str(pack.manifest)
+def _cut(path: str, folder: Path, name: str) -> str:
+    """Write a list of at most `CLIPS` clips from all over a pack, since lists are often sorted by class."""
+    pack = open_pack(path, Faults(path), labelled=True)
+    if pack is None or len(pack) <= CLIPS:  # faults are reported when the run opens it
+        return path
     rows = np.linspace(0, len(pack) - 1, CLIPS).round().astype(int)
     table = pack.table.iloc[rows].copy()
     table["hdf5path"] = [str(pack.shard_path(row).resolve()) for row in rows]  # relative ones start from the old list
-    logger.info("smoke: %d of the %d clips of %s are judged by", CLIPS, len(pack), pack.manifest)
-    return _write_manifest(folder, name, table)
-
-
-def _write_manifest(folder: Path, name: str, table: pd.DataFrame) -> str:
-    path = folder / "labels" / f"{name}.tsv"
-    with whole_file(path) as partial:
+    logger.info("smoke: %d of the %d clips of %s are used", CLIPS, len(pack), path)
+    target = folder / "labels" / f"{name}.tsv"
+    with whole_file(target) as partial:
         table.to_csv(partial, sep="\t", index=False)
-    return str(path)
+    return str(target)
 
 
-def _few_held_out(config: TrainConfig) -> float | None:
+def _limit_valid_fraction(config: TrainConfig) -> float | None:
     """Return `valid_fraction`, or less of it where that would be more than `CLIPS` clips."""
     if config.valid_fraction is None:
         return None
     try:
         return min(config.valid_fraction, CLIPS / len(read_manifest(config.train_data)))
-    except UserError:  # told where the run opens it
+    except UserError:  # reported when the run opens it
         return config.valid_fraction
-
-
-def _numbers(labels: list[str]) -> list[str]:
-    return [str(index) for index in range(len(labels))]
