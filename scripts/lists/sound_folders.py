@@ -62,6 +62,24 @@ class SoundFolder:
         path = self.path(name)
         return path if name.isascii() or not self.not_utf8 else str(locate(path) or path)
 
+    def describe_skipped(self) -> list[str]:
+        """Return a sentence on each kind of file that cannot be in a list."""
+        texts = []
+        if self.not_sounds:
+            texts.append(f"files that are no sounds: {format_extensions(self.not_sounds)}")
+        if self.foreign:
+            formats = format_extensions(self.foreign)
+            texts.append(f"sounds that cannot be decoded: {formats}; convert them to .flac")
+        for names, what in (
+            (self.empty, "empty files"),
+            (self.unlistable, "files with names that a list cannot contain (a line break, or a duplicate)"),
+            (self.broken_links, "broken links"),
+            (self.repeated_links, "links to folders that were searched under another name"),
+        ):
+            if names:
+                texts.append(f"{what}: {len(names):,} ({some(names, 3)})")
+        return texts
+
 
 def join_path(root: str, name: str) -> str:
     """Return `name` below `root`, with one "/" between them."""
@@ -174,19 +192,9 @@ def _describe_no_sounds(found: SoundFolder) -> str:
             f"{found.root}: all its sounds are in formats that cannot be decoded "
             f"({format_extensions(found.foreign)}); convert them to .flac or .wav first"
         )
-    contents = [
-        f"{n} {what}"
-        for n, what in (
-            (found.not_sounds.total(), f"files that are no sounds ({format_extensions(found.not_sounds)})"),
-            (len(found.empty), "empty files"),
-            (len(found.unlistable), "files with names that a list cannot contain"),
-            (len(found.broken_links), "broken links"),
-        )
-        if n
-    ]
+    contents = "; ".join(found.describe_skipped()) or "nothing"
     extensions = " ".join(sorted(AUDIO_EXTENSIONS))
-    found_text = ", ".join(contents) or "nothing"
-    return f"{found.root}: the folder has no sound; found {found_text}; expected one of {extensions}"
+    return f"{found.root}: the folder has no sound; found {contents}; expected one of {extensions}"
 
 
 def format_extensions(counts: Counter[str], limit: int = 8) -> str:
