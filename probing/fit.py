@@ -107,55 +107,48 @@ def fit(
     """
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(settings.seed)
-        return _fit(train, valid if valid is not None and len(valid) else None, labels, single, settings, device)
+        head = Head(
+            train.embeddings.shape[1],
+            len(labels),
+            hidden_sizes=settings.hidden_sizes,
+            labels=labels,
+            activation="softmax" if single else "sigmoid",
+            dropout=settings.dropout,
+        )
+        mean, scale = compute_statistics(train.embeddings)
+        head.mean.copy_(torch.from_numpy(mean))
+        head.scale.copy_(torch.from_numpy(scale))
+        head.to(device)
+        valid_data = _make_tensors(valid, single, device) if valid else None
+        results = _train(head, _make_tensors(train, single, device), valid_data, single, settings)
+    return FittedHead(head.cpu().eval(), len(train), len(valid) if valid else 0, *results)
 
 
-def _fit(
-    train: Examples,
-    valid: Examples | None,
-    labels: list[str],
-    single: bool,
-    settings: FitSettings,
-    device: torch.device,
-) -> FittedHead:
-    width = train.embeddings.shape[1]
-    activation = "softmax" if single else "sigmoid"
-    head = Head(
-        width,
-        len(labels),
-        hidden_sizes=settings.hidden_sizes,
-        labels=labels,
-        activation=activation,  # type: ignore[arg-type]
-        dropout=settings.dropout,
-    )
-    mean, scale = compute_statistics(train.embeddings)
-    head.mean.copy_(torch.from_numpy(mean))
-    head.scale.copy_(torch.from_numpy(scale))
-    head.to(device)
-    x, y = _make_tensors(train, single, device)
-    valid_tensors = _make_tensors(valid, single, device) if valid else None
+def _train(
+    head: Head, train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor] | None, single: bool, settings: FitSettings
+) -> tuple[int, int, float | None]:
+    """Train a head; return the best epoch, the number of epochs and the validation loss of the best epoch."""
+    x, y = train
     optimiser = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     order = torch.Generator().manual_seed(settings.seed)
     best_state, best_loss, best_epoch, epoch = None, float("inf"), settings.epochs, 0
     for epoch in range(1, settings.epochs + 1):
         head.train()
-        for rows in torch.randperm(len(x), generator=order).to(device).split(settings.batch_size):
+        for rows in torch.randperm(len(x), generator=order).to(x.device).split(settings.batch_size):
             optimiser.zero_grad()
             _compute_loss(head(x[rows]), y[rows], single).backward()
             optimiser.step()
-        if valid_tensors is None:
+        if valid is None:
             continue
-        loss = _compute_mean_loss(head, *valid_tensors, single)
+        loss = _compute_mean_loss(head, *valid, single)
         if loss < best_loss:
             best_state, best_loss, best_epoch = copy.deepcopy(head.state_dict()), loss, epoch
         elif epoch - best_epoch >= settings.patience:
             break
-    if best_state is not None:
-        head.load_state_dict(best_state)
-    elif valid_tensors is not None:  # the loss was never finite; the evaluation reports a diverged head
-        best_epoch = epoch
-    valid_loss = best_loss if best_state is not None else None
-    return FittedHead(head.cpu().eval(), len(train), len(valid) if valid else 0, best_epoch, epoch, valid_loss)
+    if best_state is None:  # without validation clips, or diverged, which the evaluation reports
+        return epoch, epoch, None
+    head.load_state_dict(best_state)
+    return best_epoch, epoch, best_loss
 
 
 def compute_statistics(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,6 @@ Letters: N clips, E embedding width, C classes.
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +88,18 @@ def probe(given: dict[str, Any], seed: int) -> str:
         scores[trial.rows] = trial.scores
     metric: Metric = "accuracy" if clips.single else "mAP"
     result = compute_score(scores, tested.targets, clips.labels, metric, seed)
+    facts = _collect_facts(options, clips, source, kept, result)
+    facts["baseline"] = fit_baselines(clips) if options.baseline else None
+    record: dict[str, Any] = facts | {"figures": result.metrics.as_dict()}
     folds = [_describe_trial(trial, tested.targets, clips.labels, metric) for trial in trials]
-    baseline = fit_baselines(clips) if options.baseline else None
-    facts = _collect_facts(options, clips, source, kept, result) | {"baseline": baseline}
-    path = _write(options, kept.head, facts, folds, result, clips.labels, made_with)
-    return _format_report(options, source, clips, result, [fold["value"] for fold in folds], facts, path)
+    values = [fold["value"] for fold in folds]
+    if len(folds) > 1:
+        record |= {"folds_mean": float(np.mean(values)), "folds_std": float(np.std(values, ddof=1))}
+    per_class = json.loads(result.metrics.per_class.to_json(orient="records"))
+    record |= {"folds": folds, "labels": clips.labels, "per_class": per_class, "made_with": made_with}
+    kept.head.facts = facts
+    path = _write(options, kept.head, record, result)
+    return _format_report(options, source, result, record, path)
 
 
 def run_trials(
@@ -217,59 +223,39 @@ def _collect_facts(
     }
 
 
-def _write(
-    options: ProbeOptions,
-    head: Head,
-    facts: dict[str, Any],
-    folds: list[dict[str, Any]],
-    result: Score,
-    labels: list[str],
-    made_with: dict[str, Any],
-) -> Path:
+def _write(options: ProbeOptions, head: Head, record: dict[str, Any], result: Score) -> Path:
     """Write NAME.json and NAME.png, then NAME.pt, so that a head always has its other files."""
     target = Path(options.outputpath) / f"{options.name}.pt"
     target.unlink(missing_ok=True)
-    values = [fold["value"] for fold in folds]
-    record: dict[str, Any] = {**facts, "figures": result.metrics.as_dict()}
-    if len(folds) > 1:
-        record |= {"folds_mean": float(np.mean(values)), "folds_std": float(np.std(values, ddof=1))}
-    head.facts = facts
-    per_class = json.loads(result.metrics.per_class.to_json(orient="records"))
-    record |= {"folds": folds, "labels": labels, "per_class": per_class, "made_with": made_with}
     write_json(target.with_suffix(".json"), record)
     low, high = result.interval
-    title = f"{options.name}: {result.metric} {result.value:.3f} ({low:.3f} to {high:.3f}), {facts['data']}"
+    title = f"{options.name}: {result.metric} {result.value:.3f} ({low:.3f} to {high:.3f}), {record['data']}"
     with whole_file(target.with_suffix(".png")) as partial:
-        partial.write_bytes(render_png(draw_probe(result, labels, title)))
+        partial.write_bytes(render_png(draw_probe(result, record["labels"], title)))
     save_head(target, head)
     return target
 
 
 def _format_report(
-    options: ProbeOptions,
-    source: EmbeddingSource,
-    clips: ProbeSet,
-    result: Score,
-    values: Sequence[float],
-    facts: dict[str, Any],
-    path: Path,
+    options: ProbeOptions, source: EmbeddingSource, result: Score, record: dict[str, Any], path: Path
 ) -> str:
     """Lay out the figures, and the commands that use the head."""
-    data = facts["data"] + (f", {len(values)} folds" if len(values) > 1 else "")
+    n_folds = len(record["folds"])
+    data = record["data"] + (f", {n_folds} folds" if n_folds > 1 else "")
     low, high = result.interval
     method = "Wilson" if result.metric == "accuracy" else f"bootstrap, {N_DRAWS} draws"
     rows = [
-        ("embeddings", f"{source.name}, of chunks of {facts['chunk_length']:g} s"),
-        ("head", f"{options.head}, {len(clips.labels)} classes"),
+        ("embeddings", f"{source.name}, of chunks of {record['chunk_length']:g} s"),
+        ("head", f"{options.head}, {len(record['labels'])} classes"),
         ("tested on", f"{data}, {result.metrics.n_clips} clips"),
         (result.metric, f"{result.value:.4f}, {COVERAGE:.0%} interval {low:.4f} to {high:.4f} ({method})"),
     ]
-    if len(values) > 1:
-        rows.append(("of the folds", f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"))
+    if n_folds > 1:
+        rows.append(("of the folds", f"{record['folds_mean']:.4f} ± {record['folds_std']:.4f}"))
     rows.append(("chance", f"{result.chance:.4f}"))
-    if facts["baseline"] is not None:
-        better = ", which is BETTER: fine-tune this model, or use another one" * (facts["baseline"] > result.value)
-        rows.append(("baseline", f"{facts['baseline']:.4f} by simple features (scripts/baseline.py){better}"))
+    if record["baseline"] is not None:
+        better = ", which is BETTER: fine-tune this model, or use another one" * (record["baseline"] > result.value)
+        rows.append(("baseline", f"{record['baseline']:.4f} by simple features (scripts/baseline.py){better}"))
     lines = [
         align_columns(rows),
         f"head: {path} (figures: {path.with_suffix('.json')}, picture: {path.with_suffix('.png')})",
@@ -280,7 +266,7 @@ def _format_report(
         return "\n".join([*lines, "the embeddings are of no model of this project: the head cannot tag sounds"])
     weights = options.weights or (source.stores[0].meta.get("config", {}).get("weights") if source.stores else None)
     weights_option = f" --weights {weights}" if weights else ""
-    chunk_option = "" if facts["chunk_length"] == 10 else f" -c {facts['chunk_length']:g}"  # 10 is its default
+    chunk_option = "" if record["chunk_length"] == 10 else f" -c {record['chunk_length']:g}"  # 10 is its default
     lines.append(f"next: python inference.py FILES_OR_FOLDERS -m {model}{weights_option} --head {head}{chunk_option}")
     if not weights:
         lines.append(f"in Python: models.get_ssondo({model!r}, head={head!r})")

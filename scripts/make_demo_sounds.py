@@ -1,46 +1,59 @@
-"""Make a small multi-label set of sounds by formula, to try the whole pipeline without downloading anything.
+"""Make a small multi-label set of synthetic sounds, to try the whole pipeline without any download.
 
     python scripts/make_demo_sounds.py data/demo
 
-Sixteen AudioSet classes are synthesised with numpy: each event draws its own pitch, tempo, timbre, colouring, level and
-place, one to three of them are mixed over background noise. Written are
+Sixteen AudioSet classes are synthesised with numpy: each event has a random pitch, tempo, timbre, colouring, level and
+position, and one to three events are mixed over background noise. The files are
 
     OUTDIR/audio/{train,valid,eval}/NNNN.wav       16-bit clips
     OUTDIR/{train,valid,eval}.tsv                  filename (relative to the table), labels (indices joined by ';')
     OUTDIR/class_labels_indices.csv                index, mid, display_name of the sixteen classes
     OUTDIR/folder_to_tag/                          a few named sounds in several formats and sample rates
-    OUTDIR/settings.json                           what was made; written last, so it marks a complete folder
+    OUTDIR/settings.json                           the settings; written last, so that it marks a complete folder
 
-Clip `i` of a split depends on the seed, the split, `i`, the length and the sample rate only, not on how many are made.
+Clip `i` of a split depends on the seed, the split, `i`, the length and the sample rate, not on the number of clips.
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import soundfile
-from tqdm import tqdm
+from pydantic import Field
+from tqdm.contrib.concurrent import thread_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import UserError, print_user_errors
+from common.errors import print_user_errors
 from common.files import write_json, write_text
-from common.parser import Parser
+from common.options import Options, parse_arguments
 
-RECIPE = 3  # part of the settings: a folder made by another recipe is made anew
+RECIPE = 3  # part of the settings: increase it when the sounds change, so that folders are made again
 SPLITS = ("train", "valid", "eval")
 Random = np.random.Generator
 Synthesiser = Callable[[Random, int, int], np.ndarray]  # (rng, n_samples, sample_rate) -> (S,)
 
 
+class SoundOptions(Options):
+    """The options of make_demo_sounds.py."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("outdir",)
+
+    outdir: str  # folder to write to
+    n_train: int = Field(480, ge=0)  # training clips
+    n_valid: int = Field(96, ge=0)  # validation clips
+    n_eval: int = Field(144, ge=0)  # evaluation clips
+    seconds: float = Field(4.0, ge=1)  # length of a clip
+    sample_rate: int = Field(16000, ge=8000)  # in hertz
+    seed: int = Field(0, ge=0)  # of the sounds
+
+
 def log_uniform(rng: Random, low: float, high: float) -> float:
-    """Draw a value whose logarithm is uniform: the natural spread of pitches and tempi."""
+    """Draw a value whose logarithm is uniform, as for pitches and tempi."""
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
@@ -51,14 +64,14 @@ def fft_size(n_samples: int) -> int:
 
 
 def shape_spectrum(signal: np.ndarray, rate: int, gain: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Multiply the spectrum of `signal` (S,) by `gain(hertz)`; zero padding keeps the end out of the start."""
+    """Multiply the spectrum of `signal` (S,) by `gain(hertz)`, with zero padding against circular wrap-around."""
     size = fft_size(len(signal) + rate // 4)
     spectrum = np.fft.rfft(signal, size) * gain(np.fft.rfftfreq(size, 1 / rate))
     return np.fft.irfft(spectrum, size)[: len(signal)]
 
 
-def band(low: float, high: float, order: int = 2) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the gain of a smooth band pass from `low` to `high` hertz (0 and inf leave a side open)."""
+def band_pass(low: float, high: float, order: int = 2) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the gain of a smooth band pass from `low` to `high` hertz (0 and inf for none)."""
 
     def gain(hertz: np.ndarray) -> np.ndarray:
         hertz = np.maximum(hertz, 1.0)
@@ -68,7 +81,7 @@ def band(low: float, high: float, order: int = 2) -> Callable[[np.ndarray], np.n
 
 
 def tone(hertz: np.ndarray | float, n_samples: int, rate: int, harmonics: np.ndarray | tuple = (1.0,)) -> np.ndarray:
-    """Sum harmonics of a (varying) frequency; those above the Nyquist frequency are left out."""
+    """Return the sum of the harmonics of a (varying) frequency below the Nyquist frequency."""
     hertz = np.broadcast_to(hertz, (n_samples,))
     phase = 2 * np.pi * np.cumsum(hertz) / rate
     signal = np.zeros(n_samples)
@@ -78,12 +91,12 @@ def tone(hertz: np.ndarray | float, n_samples: int, rate: int, harmonics: np.nda
 
 
 def pulses(times: np.ndarray, levels: np.ndarray | float, n_samples: int, rate: int) -> np.ndarray:
-    """Put unit impulses of the given levels at `times` (seconds); those outside the event are left out."""
-    places = np.rint(np.asarray(times) * rate).astype(np.int64)
-    levels = np.broadcast_to(levels, places.shape)
-    inside = (places >= 0) & (places < n_samples)
+    """Return impulses of the given levels at `times` (seconds); those outside the signal are dropped."""
+    positions = np.rint(np.asarray(times) * rate).astype(np.int64)
+    levels = np.broadcast_to(levels, positions.shape)
+    inside = (positions >= 0) & (positions < n_samples)
     train = np.zeros(n_samples)
-    np.add.at(train, places[inside], levels[inside])
+    np.add.at(train, positions[inside], levels[inside])
     return train
 
 
@@ -94,7 +107,7 @@ def convolve(signal: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def beats(rng: Random, period: float, n_samples: int, rate: int, jitter: float = 0.0) -> np.ndarray:
-    """Return regular times (seconds) from within the first 0.3 s on, each moved by `jitter` of the period."""
+    """Return regular times (seconds) from a random start in the first 0.3 s, with a jitter relative to the period."""
     times = np.arange(rng.uniform(0, min(period, 0.3)), n_samples / rate, period)
     return times + jitter * period * rng.standard_normal(len(times))
 
@@ -105,8 +118,8 @@ def gates(period: float, on: float, n_samples: int, rate: int, offset: float = 0
     return np.clip(np.minimum(within, on - within) / 0.005, 0, 1)
 
 
-def slow(rng: Random, hertz: float, n_samples: int, rate: int) -> np.ndarray:
-    """Return smooth random motion (S,) of unit deviation that changes about `hertz` times a second."""
+def drift(rng: Random, hertz: float, n_samples: int, rate: int) -> np.ndarray:
+    """Return a smooth random signal (S,) of unit deviation that changes about `hertz` times a second."""
     n_knots = max(int(n_samples / rate * hertz) + 4, 4)
     knots = rng.standard_normal(n_knots)
     position = np.linspace(0, n_knots - 2, n_samples)
@@ -115,8 +128,8 @@ def slow(rng: Random, hertz: float, n_samples: int, rate: int) -> np.ndarray:
     return knots[left] * (1 - part) + knots[np.minimum(left + 1, n_knots - 1)] * part
 
 
-def struck(rng: Random, hertz: float, ratios: np.ndarray, decay: float, rate: int, seconds: float) -> np.ndarray:
-    """Return one stroke: partials that ring out, the higher the faster; decay in seconds to 1/e."""
+def resonance(rng: Random, hertz: float, ratios: np.ndarray, decay: float, rate: int, seconds: float) -> np.ndarray:
+    """Return one stroke of decaying partials, of which high ones decay faster; `decay` in seconds to 1/e."""
     time = np.arange(int(seconds * rate)) / rate
     stroke = np.zeros(len(time))
     for ratio in ratios:
@@ -137,7 +150,7 @@ def clapping(rng: Random, n: int, rate: int) -> np.ndarray:
         times = beats(rng, 1 / rng.uniform(2.5, 5.5), n, rate, jitter=0.06)
         length = int(0.05 * rate)
         burst = rng.standard_normal(length) * np.exp(-np.arange(length) / rate / rng.uniform(0.004, 0.012))
-        burst = shape_spectrum(burst, rate, band(*np.array([0.6, 1.6]) * log_uniform(rng, 900, 2200)))
+        burst = shape_spectrum(burst, rate, band_pass(*np.array([0.6, 1.6]) * log_uniform(rng, 900, 2200)))
         claps += convolve(pulses(times, rng.uniform(0.6, 1.0, len(times)), n, rate), burst)
     return claps
 
@@ -171,17 +184,17 @@ def bird(rng: Random, n: int, rate: int) -> np.ndarray:
 def bell(rng: Random, n: int, rate: int) -> np.ndarray:
     """One to four strokes of a church or hand bell: inharmonic partials that ring out."""
     ratios = np.array([0.5, 1, 1.2, 1.5, 2, 2.52, 2.67, 3.01, 4.1]) * rng.uniform(0.985, 1.015, 9)
-    stroke = struck(rng, log_uniform(rng, 280, 1100), ratios, rng.uniform(0.5, 1.6), rate, min(4.0, n / rate))
+    stroke = resonance(rng, log_uniform(rng, 280, 1100), ratios, rng.uniform(0.5, 1.6), rate, min(4.0, n / rate))
     times = np.arange(rng.uniform(0, 0.1), n / rate - 0.3, rng.uniform(0.7, 1.8))
     return convolve(pulses(times, rng.uniform(0.6, 1.0, len(times)), n, rate), stroke)
 
 
 def wind(rng: Random, n: int, rate: int) -> np.ndarray:
-    """Gusts: low noise, and a whistling band, each with a slow swell of its own."""
+    """Gusts: low noise and a whistling band, each with its own slow modulation."""
     gusts = np.zeros(n)
     for low, high, level in ((20, log_uniform(rng, 120, 350), 1.0), (250, log_uniform(rng, 500, 1000), 0.6)):
-        noise = shape_spectrum(rng.standard_normal(n), rate, band(low, high, order=2))
-        gusts += level * noise / noise.std() * np.exp(0.7 * slow(rng, rng.uniform(0.7, 2.0), n, rate))
+        noise = shape_spectrum(rng.standard_normal(n), rate, band_pass(low, high, order=2))
+        gusts += level * noise / noise.std() * np.exp(0.7 * drift(rng, rng.uniform(0.7, 2.0), n, rate))
     return gusts
 
 
@@ -193,7 +206,7 @@ def rain(rng: Random, n: int, rate: int) -> np.ndarray:
         drop = np.sin(2 * np.pi * log_uniform(rng, 1500, 6500) * time) * np.exp(-time / rng.uniform(0.0006, 0.002))
         count = int(rng.uniform(60, 350) * n / rate)
         drops += convolve(pulses(rng.uniform(0, n / rate, count), rng.exponential(1.0, count), n, rate), drop)
-    hiss = shape_spectrum(rng.standard_normal(n), rate, band(1500, 7000))
+    hiss = shape_spectrum(rng.standard_normal(n), rate, band_pass(1500, 7000))
     return drops / drops.std() + rng.uniform(0.2, 0.5) * hiss / hiss.std()
 
 
@@ -202,17 +215,17 @@ def helicopter(rng: Random, n: int, rate: int) -> np.ndarray:
     speed = rng.uniform(8, 17)
     phase = 2 * np.pi * (speed * np.arange(n) / rate + rng.uniform(0, 1))
     chop = np.exp(rng.uniform(2.0, 3.5) * (np.cos(phase) - 1))
-    noise = shape_spectrum(rng.standard_normal(n), rate, band(80, log_uniform(rng, 1000, 2500)))
+    noise = shape_spectrum(rng.standard_normal(n), rate, band_pass(80, log_uniform(rng, 1000, 2500)))
     turbine = tone(rng.uniform(900, 2200), n, rate, (1.0, 0.3))
     return chop * noise / noise.std() + rng.uniform(0.0, 0.06) * turbine
 
 
 def engine(rng: Random, n: int, rate: int) -> np.ndarray:
     """Irregular firing pulses at 40 to 85 Hz with slow revving, through two resonances of the exhaust."""
-    speed = log_uniform(rng, 40, 85) * 2 ** (rng.uniform(0.02, 0.25) * slow(rng, 0.8, n, rate))
+    speed = log_uniform(rng, 40, 85) * 2 ** (rng.uniform(0.02, 0.25) * drift(rng, 0.8, n, rate))
     phase = np.cumsum(speed) / rate
     firing = np.flatnonzero(np.diff(np.floor(phase)) > 0) / rate
-    unevenness = 1 + 0.25 * np.resize(rng.standard_normal(4), len(firing))  # four cylinders, not quite alike
+    unevenness = 1 + 0.25 * np.resize(rng.standard_normal(4), len(firing))  # four cylinders
     times = firing + rng.normal(0, 0.0006, len(firing))
     exhaust = np.zeros(n)
     for hertz, width in ((rng.uniform(150, 300), 0.008), (rng.uniform(500, 1200), 0.004)):
@@ -228,14 +241,14 @@ def telephone(rng: Random, n: int, rate: int) -> np.ndarray:
     ratios = np.array([1, 1.51, 2.22, 2.98, 3.7])
     ring = np.zeros(n)
     for gong in range(2):
-        stroke = struck(rng, hertz * (1.0, rng.uniform(1.15, 1.3))[gong], ratios, rng.uniform(0.06, 0.15), rate, 0.5)
+        stroke = resonance(rng, hertz * (1.0, rng.uniform(1.15, 1.3))[gong], ratios, rng.uniform(0.06, 0.15), rate, 0.5)
         times = (np.arange(0, n / rate * speed) + gong / 2) / speed
         ring += convolve(pulses(times, rng.uniform(0.7, 1.0, len(times)), n, rate), stroke)
     return ring * gates(rng.uniform(1.6, 2.4), rng.uniform(0.8, 1.4), n, rate, offset=rng.uniform(0, 0.4))
 
 
 def busy_signal(rng: Random, n: int, rate: int) -> np.ndarray:
-    """The pair 480 + 620 Hz (or a country's near it), on for half of a 0.5 to 1 second period."""
+    """The pair 480 + 620 Hz, detuned by up to 20 %, on for half of a period of 0.5 to 1 second."""
     detune = rng.uniform(0.85, 1.2)
     pair = tone(480 * detune, n, rate) + rng.uniform(0.7, 1.0) * tone(620 * detune, n, rate)
     period = rng.uniform(0.5, 1.0)
@@ -243,7 +256,7 @@ def busy_signal(rng: Random, n: int, rate: int) -> np.ndarray:
 
 
 def siren(rng: Random, n: int, rate: int) -> np.ndarray:
-    """A wail (slow) or yelp (fast): a harmonic tone whose pitch goes up and down by an octave or so."""
+    """A wail (slow) or yelp (fast): a harmonic tone whose pitch oscillates by about an octave."""
     speed = log_uniform(rng, 0.4, 4.0)
     turn = 2 * np.pi * (speed * np.arange(n) / rate + rng.uniform(0, 1))
     motion = np.sin(turn) if rng.random() < 0.5 else 2 / np.pi * np.arcsin(np.sin(turn))
@@ -294,7 +307,7 @@ def white_noise(rng: Random, n: int, rate: int) -> np.ndarray:
 
 
 class SoundClass(NamedTuple):
-    """One class: AudioSet's name and identifier, and how it is made."""
+    """One class: AudioSet's name and identifier, and its synthesiser."""
 
     display_name: str
     mid: str
@@ -333,8 +346,8 @@ FOLDER_TO_TAG = {
 }
 
 
-def event(rng: Random, label: int, n_samples: int, rate: int) -> np.ndarray:
-    """Return one event of a class (S,), coloured at random, with 10 ms edges, at unit level in its loud parts."""
+def make_event(rng: Random, label: int, n_samples: int, rate: int) -> np.ndarray:
+    """Return one event of a class (S,), randomly coloured, with 10 ms edges and unit level in its loud parts."""
     sound = CLASSES[label].synthesise(rng, n_samples, rate)
     tilt, centre, peak = rng.uniform(-1.5, 1.5), log_uniform(rng, 200, 5000), rng.uniform(-5, 5)
 
@@ -346,19 +359,21 @@ def event(rng: Random, label: int, n_samples: int, rate: int) -> np.ndarray:
     edge = np.arange(n_samples) / (0.01 * rate)
     sound *= np.clip(np.minimum(edge, edge[::-1]), 0, 1)
     frames = sound[: n_samples // 160 * 160].reshape(-1, 160)
-    # the level of the loud tenth of the event, so that sparse clicks are not made far louder than steady sounds
+    # The level of the loudest tenth: by the mean level, sparse clicks would be far louder than steady sounds.
     return sound / max(float(np.sqrt(np.quantile(np.square(frames).mean(axis=1), 0.9))), 1e-3 * np.abs(sound).max())
 
 
 def mix(rng: Random, labels: tuple[int, ...], n_samples: int, rate: int) -> np.ndarray:
     """Mix one event a label over coloured background noise; returns (S,) in [-1, 1]."""
-    noise = shape_spectrum(rng.standard_normal(n_samples), rate, band(20, log_uniform(rng, 300, 8000), order=1))
+    noise = shape_spectrum(rng.standard_normal(n_samples), rate, band_pass(20, log_uniform(rng, 300, 8000), order=1))
     mixture = 10 ** (rng.uniform(-45, -25) / 20) * noise / noise.std()
     for label in labels:
-        length = max(int(rng.uniform(0.6, 1.0) * n_samples), min(rate, n_samples))  # a second shows every class
+        length = max(
+            int(rng.uniform(0.6, 1.0) * n_samples), min(rate, n_samples)
+        )  # every class is recognisable in a second
         start = rng.integers(0, n_samples - length + 1)
         level = 10 ** (rng.uniform(-6, 0) / 20)
-        mixture[start : start + length] += level * event(rng, label, length, rate)
+        mixture[start : start + length] += level * make_event(rng, label, length, rate)
     return mixture * (10 ** (rng.uniform(-18, -1) / 20) / np.abs(mixture).max())
 
 
@@ -366,7 +381,7 @@ def make_clip(seed: int, split: str, index: int, seconds: float, sample_rate: in
     """Return clip `index` of a split: its samples, int16 (S,), and its sorted labels."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     count = rng.choice([1, 2, 3], p=[0.5, 0.4, 0.1])
-    # The first label goes round the classes, so that even a small set has every class; the others are drawn.
+    # The first label cycles through the classes, so that a small set has every class; the others are random.
     first = (index * 5 + seed) % len(CLASSES)
     others = rng.choice([label for label in range(len(CLASSES)) if label != first], size=count - 1, replace=False)
     labels = (first, *(int(label) for label in others))
@@ -382,8 +397,8 @@ def make_folder_to_tag(folder: Path, seed: int) -> None:
         soundfile.write(folder / name, mix(rng, labels, round(seconds * rate), rate), rate, subtype=subtype)
 
 
-def is_made(folder: Path, settings: dict) -> bool:
-    """Tell whether `folder` holds everything that these settings make."""
+def is_complete(folder: Path, settings: dict) -> bool:
+    """Return whether `folder` has all clips and tables of these settings."""
     try:
         if json.loads((folder / "settings.json").read_text(encoding="utf-8")) != settings:
             return False
@@ -406,19 +421,15 @@ def write_clip(folder: Path, settings: dict, split: str, index: int) -> str:
 
 def make_demo_sounds(folder: Path, settings: dict) -> None:
     """Write the whole set; `settings` has seed, seconds, sample_rate and a count n_SPLIT a split."""
-    (folder / "settings.json").unlink(missing_ok=True)  # from here on the folder is not complete
-    total = sum(settings[f"n_{split}"] for split in SPLITS)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, unit="clip", desc="demo sounds") as progress:
-        for split in SPLITS:
-            (folder / "audio" / split).mkdir(parents=True, exist_ok=True)
-            rows = []
-            for row in pool.map(partial(write_clip, folder, settings, split), range(settings[f"n_{split}"])):
-                rows.append(row)
-                progress.update()
-            for path in (folder / "audio" / split).glob("[0-9]*.wav"):
-                if int(path.stem) >= len(rows):  # left from a larger set
-                    path.unlink()
-            write_text(folder / f"{split}.tsv", "filename\tlabels\n" + "".join(rows))
+    (folder / "settings.json").unlink(missing_ok=True)  # the folder is incomplete from here on
+    for split in SPLITS:
+        (folder / "audio" / split).mkdir(parents=True, exist_ok=True)
+        indices = range(settings[f"n_{split}"])
+        rows = thread_map(partial(write_clip, folder, settings, split), indices, desc=f"{split} sounds", unit="clip")
+        for path in (folder / "audio" / split).glob("[0-9]*.wav"):
+            if int(path.stem) >= len(rows):  # of an earlier, larger set
+                path.unlink()
+        write_text(folder / f"{split}.tsv", "filename\tlabels\n" + "".join(rows))
     lines = [f'{index},{kind.mid},"{kind.display_name}"\n' for index, kind in enumerate(CLASSES)]
     write_text(folder / "class_labels_indices.csv", "index,mid,display_name\n" + "".join(lines))
     make_folder_to_tag(folder / "folder_to_tag", settings["seed"])
@@ -427,22 +438,12 @@ def make_demo_sounds(folder: Path, settings: dict) -> None:
 
 @print_user_errors
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line and make the set, unless it is there already."""
-    parser = Parser(description="Make a small multi-label set of sounds by formula.")
-    parser.add_argument("outdir", type=Path, metavar="OUTDIR")
-    parser.add_argument("--n_train", type=int, default=480, help="training clips (default %(default)s)")
-    parser.add_argument("--n_valid", type=int, default=96, help="validation clips (default %(default)s)")
-    parser.add_argument("--n_eval", type=int, default=144, help="evaluation clips (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of a clip (default %(default)s)")
-    parser.add_argument("--sample_rate", type=int, default=16000, help="in hertz (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other sounds (default %(default)s)")
-    options = vars(parser.parse_args(arguments))
-    folder = options.pop("outdir")
-    if options["seconds"] < 1 or options["sample_rate"] < 8000 or min(options.values()) < 0:
-        raise UserError("clips need at least 1 second at 8000 Hz or more; counts and the seed cannot be negative")
-    settings = {"recipe": RECIPE, **options}
-    if is_made(folder, settings):
-        print(f"{folder} already holds these sounds")
+    """Make the sounds, unless the folder has them already."""
+    options = parse_arguments(SoundOptions, __doc__, arguments)
+    folder = Path(options.outdir)
+    settings = {"recipe": RECIPE} | options.model_dump(exclude={"outdir"})
+    if is_complete(folder, settings):
+        print(f"{folder} already has these sounds")
         return
     make_demo_sounds(folder, settings)
     print(f"made {sum(settings[f'n_{split}'] for split in SPLITS)} clips of {len(CLASSES)} classes in {folder}")

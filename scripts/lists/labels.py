@@ -1,7 +1,4 @@
-"""Lists of clips: the labels that folders, names or a table give the sounds of a folder.
-
-The lists themselves are manifests (`audio.manifest`): tab-separated, with the columns `filename` and `labels`.
-"""
+"""Labels of the sounds of a folder: from folders, from patterns of names, or from a table."""
 
 import re
 from collections.abc import Sequence
@@ -26,23 +23,23 @@ LABEL_COLUMNS = (
     *("labels", "label", "category", "class", "target", "class_name", "class_label", "event_label"),
     *("primary_label", "tags", "tag", "word"),
 )
-LABEL = "label"  # the placeholder of patterns
+LABEL = "label"  # placeholder of patterns
 
 _LINE_BREAKS = re.compile(r"[\r\n]+")
 
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """Where the labels of a folder's sounds come from.
+    """The source of the labels of a folder's sounds.
 
     Attributes:
         pattern: of names, see `scripts.lists.name_patterns`.
         table: path of a table (tsv or csv) with a header.
-        filename_column: of the table; guessed where "".
-        label_column: of the table; guessed where "", no labels where "none".
+        filename_column: of the table; guessed if "".
+        label_column: of the table; guessed if "", no labels if "none".
         label_separator: between the labels of a cell of the table; ";" separates in any case.
-        label_level: which folder below the root is the label: "first", "last", a number from 1, or "none" for no
-            labels; "" where it is not given.
+        label_level: the folder below the root that is the label: "first", "last", a number from 1, or "none" for no
+            labels; "" if it is not given.
     """
 
     pattern: str = ""
@@ -55,20 +52,18 @@ class LabelOptions:
 
 @dataclass
 class Clips:
-    """Sounds of a folder and what is known of them.
+    """Sounds of a folder with their labels and other columns.
 
     Attributes:
-        table: a row a clip, sorted by `filename` (relative to the folder); `labels`, joined by ";", unless there are
-            none; and all columns of the pattern and the table. Every value is a string.
-        source: in words, where the labels come from.
-        notes: sentences on what was left out or deserves a look.
-        pattern: that gave columns, or None.
+        table: one row for each clip, sorted by `filename` (relative to the folder); `labels`, joined by ";", if there
+            are any; and all columns of the pattern and the table. Every value is a string.
+        source: of the labels, as text.
+        notes: for the report.
     """
 
     table: pd.DataFrame
     source: str
     notes: list[str] = field(default_factory=list)
-    pattern: NamePattern | None = None
 
     @property
     def has_labels(self) -> bool:
@@ -76,40 +71,39 @@ class Clips:
         return "labels" in self.table
 
     def keep(self, rows: pd.Series, why: str) -> None:
-        """Drop all rows but those where `rows` holds, with a note: `why` says what the others are."""
+        """Keep the rows where `rows` is true; `why` describes the others in a note."""
         dropped = self.table["filename"][~rows].tolist()
         if dropped:
-            self.notes.append(f"left out: {why}: {len(dropped)} ({some(dropped, 3)})")
+            self.notes.append(f"skipped: {why}: {len(dropped)} ({some(dropped, 3)})")
             self.table = self.table[rows].reset_index(drop=True)
 
 
 def label_sounds(sounds: SoundFolder, options: LabelOptions) -> Clips:
-    """Give the sounds of a folder their labels and columns.
+    """Find the labels and columns of the sounds of a folder.
 
     Raises:
-        UserError: options that do not go together, a table or a pattern that fits no sound, or no labels found.
+        UserError: options that cannot be combined, a table or a pattern that matches no sound, or no labels.
     """
     pattern = NamePattern(options.pattern) if options.pattern else None
     has_label = pattern is not None and LABEL in pattern.columns
     level = options.label_level
     if level not in ("", "first", "last", "none") and not (level.isdecimal() and int(level) > 0):
-        raise UserError(f"--label_level is {level!r}; wanted first, last, a number such as 2, or none (no labels)")
+        raise UserError(f"--label_level is {level!r}; expected first, last, a number such as 2, or none (no labels)")
     if has_label and (options.table or level):
         other = "--table" if options.table else "--label_level"
-        raise UserError(f"labels come from the {{label}} of --pattern or from {other}: leave one of them out")
+        raise UserError(f"labels come from the {{label}} of --pattern or from {other}: omit one of them")
     if options.table:
         if level not in ("", "none"):
-            raise UserError("labels come from the folders (--label_level) or from --table: leave one of them out")
+            raise UserError("labels come from the folders (--label_level) or from --table: omit one of them")
         clips = _label_by_table(sounds, options)
-    elif pattern is not None and has_label:
-        clips = Clips(pd.DataFrame({"filename": sounds.names}), f"the pattern '{pattern.text}'")
-    elif pattern is not None and not level:
+    elif pattern is not None and not (has_label or level):
         raise UserError(
             f"--pattern {options.pattern!r} has no {{label}}; put it where the label is, or add --label_level first "
             "(labels from the folders), --label_level none (no labels) or --table"
         )
-    elif level == "none":
-        clips = Clips(pd.DataFrame({"filename": sounds.names}), "none")
+    elif has_label or level == "none":
+        source = f"the pattern '{options.pattern}'" if has_label else "none"
+        clips = Clips(pd.DataFrame({"filename": sounds.names}), source)
     else:
         clips, pattern = _label_by_folder_or_guess(sounds, level, pattern)
     if pattern is not None:
@@ -129,87 +123,76 @@ def clean_labels(cell: str, separator: str = ";") -> str:
 
 
 def _note_separators(clips: Clips) -> None:
-    """Warn of names of folders or files that are read as several labels, since they hold the mark between labels."""
+    """Add a note on names of folders or files with the separator of labels, which are read as several labels."""
     cells = clips.table["labels"].value_counts(sort=False)
-    held = [f"{cell!r} ({n} sounds: {clean_labels(cell)})" for cell, n in cells.items() if SEPARATOR in cell]
-    if held:
+    several = [f"{cell!r} ({n} sounds: {clean_labels(cell)})" for cell, n in cells.items() if SEPARATOR in cell]
+    if several:
         clips.notes.append(
-            f"the mark {SEPARATOR!r} joins several labels of a sound, so these names give several: {some(held)}; "
-            "rename what is one label (with a comma, say), and make the lists again"
+            f"{SEPARATOR!r} separates the labels of a sound, so these names are several labels: {some(several)}; "
+            "rename what is one label (for example with a comma), and make the lists again"
         )
 
 
 def _clean_column(clips: Clips) -> None:
-    given = sorted(set(clips.table["labels"]))
-    cleaned = {cell: clean_labels(cell) for cell in given}
-    ways: dict[str, list[str]] = {}
+    cleaned = {cell: clean_labels(cell) for cell in sorted(set(clips.table["labels"]))}
+    spellings: dict[str, list[str]] = {}
     for cell, labels in cleaned.items():
-        ways.setdefault(labels, []).append(cell)
-    several = [" and ".join(map(repr, cells)) for labels, cells in ways.items() if len(cells) > 1 and labels]
-    if several:
-        clips.notes.append(f"spaces around labels do not count, so these are the same: {some(several, 3)}")
+        spellings.setdefault(labels, []).append(cell)
+    equal = [" and ".join(map(repr, cells)) for labels, cells in spellings.items() if len(cells) > 1 and labels]
+    if equal:
+        clips.notes.append(f"spaces around labels are ignored, so these are the same: {some(equal, 3)}")
     clips.table["labels"] = clips.table["labels"].map(cleaned).astype(str)
 
 
 def _drop_unlabelled(clips: Clips, sounds: SoundFolder) -> None:
-    n_several = int(clips.table["labels"].str.contains(";", regex=False).sum())
     labelled = clips.table["labels"] != ""
     if not labelled.any():
         raise UserError(f"{sounds.root}: none of its {len(clips.table)} sounds has a label (from {clips.source})")
     clips.keep(labelled, "sounds without a label")
-    if n_several:
-        example = clips.table["labels"][clips.table["labels"].str.contains(";", regex=False)].iloc[0]
-        clips.notes.append(f"sounds with several labels, joined by ';': {n_several} (such as {example!r})")
+    several = [cell for cell in clips.table["labels"] if ";" in cell]
+    if several:
+        clips.notes.append(f"sounds with several labels, joined by ';': {len(several)} (such as {several[0]!r})")
 
 
 def _add_pattern_columns(clips: Clips, pattern: NamePattern) -> None:
-    """Add the columns of a pattern; without labels of their own, sounds that do not fit are left out."""
+    """Add the columns of a pattern; if labels come from it, sounds that do not match are dropped."""
     names = clips.table["filename"].tolist()
     found = [pattern.match(name) for name in names]
     misfits = [name for name, values in zip(names, found, strict=True) if values is None]
     if len(misfits) == len(names):
         raise UserError(
-            f"--pattern {pattern.text!r} fits none of the {len(names)} names, such as {some(misfits[:2])}; {{name}} "
+            f"--pattern {pattern.text!r} matches none of the {len(names)} names, such as {some(misfits[:2])}; {{name}} "
             'and {} stand for any text without "/"; a pattern with "/" is matched against the path below the folder'
         )
     clash = [column for column in pattern.columns if column in clips.table]
     if clash:
-        raise UserError(f"--pattern {pattern.text!r}: the table has a column {clash[0]!r} already; take another name")
+        raise UserError(f"--pattern {pattern.text!r}: the table has a column {clash[0]!r} already; use another name")
     for number, column in enumerate(pattern.columns):
         values = ["" if row is None else row[number] for row in found]
         clips.table["labels" if column == LABEL else column] = pd.Series(values, dtype=str)
-    clips.pattern = pattern
-    clips.notes.append(_describe_reading(pattern, names, found))
+    matches = [(name, values) for name, values in zip(names, found, strict=True) if values is not None]
+    clips.notes.append(_describe_match(pattern, matches))
     if LABEL in pattern.columns:
-        fits = pd.Series([values is not None for values in found])
-        clips.keep(fits, "sounds whose names do not fit the pattern")
+        is_match = pd.Series([values is not None for values in found])
+        clips.keep(is_match, "sounds whose names do not match the pattern")
     elif misfits:
         clips.notes.append(
-            f"names that do not fit the pattern, with empty columns: {len(misfits)} ({some(misfits, 3)})"
+            f"names that do not match the pattern, with empty columns: {len(misfits)} ({some(misfits, 3)})"
         )
 
 
-def _describe_reading(pattern: NamePattern, names: Sequence[str], found: Sequence[list[str] | None]) -> str:
-    """Return how a name is read: one that could be read otherwise where there is such."""
-    example, other = -1, None
-    for row, values in enumerate(found):
-        if values is not None:
-            example = row if example < 0 else example
-            other = pattern.other_match(names[row])
-            if other != values:
-                example = row
-                break
-            other = None
-    read = found[example]
-    assert read is not None
-    columns = ", ".join(f"{column} {value!r}" for column, value in zip(pattern.columns, read, strict=True))
-    text = f"the pattern reads {names[example]} as {columns}"
-    if other is None or other == read:
+def _describe_match(pattern: NamePattern, matches: Sequence[tuple[str, list[str]]]) -> str:
+    """Return the columns of one name, preferably of one with another possible match."""
+    ambiguous = (match for match in matches if pattern.match_other(match[0]) != match[1])
+    name, values = next(ambiguous, matches[0])
+    columns = ", ".join(f"{column} {value!r}" for column, value in zip(pattern.columns, values, strict=True))
+    text = f"the pattern matches {name} with {columns}"
+    other = pattern.match_other(name)
+    if other is None or other == values:
         return text
-    longer = ", ".join(
-        f"{column} {value!r}" for column, value, now in zip(pattern.columns, other, read, strict=True) if value != now
-    )
-    return f"{text} ({longer} would fit as well; {{:d}} for a whole number makes a pattern stricter)"
+    rows = zip(pattern.columns, other, values, strict=True)
+    differing = ", ".join(f"{column} {longer!r}" for column, longer, value in rows if longer != value)
+    return f"{text} ({differing} would match as well; {{:d}} for a whole number makes a pattern stricter)"
 
 
 def _label_by_folder_or_guess(
@@ -223,50 +206,56 @@ def _label_by_folder_or_guess(
             return _label_by_guess(sounds, folders)
         if all(name.lower() in LIST_WORDS for name in first):
             raise UserError(
-                f"{sounds.root}: its folders {some(sorted(first))} look like lists rather than labels; give --pattern "
-                "'{split}/{label}/{}' to take them as such, or --label_level first if they are labels"
+                f"{sounds.root}: its folders {some(sorted(first))} look like lists rather than labels; use "
+                "--pattern '{split}/{label}/{}' for lists, or --label_level first for labels"
             )
-    place = {"": 0, "first": 0, "last": -1}.get(level)
-    place = int(level) - 1 if place is None else place
-    table["labels"] = pd.Series([parts[place] if parts and place < len(parts) else "" for parts in folders], dtype=str)
-    which = {"": "first", "first": "first", "last": "last"}.get(level)
-    source = f"the {which} folder" if which else f"folder number {level}"
-    clips = Clips(table, f"{source} below {sounds.root}" if which != "last" else "the last folder of each path")
-    deepest = {parts[-1] for parts in folders if parts}
+    if level == "last":
+        index, source = -1, "the last folder of each path"
+    elif level in ("", "first"):
+        index, source = 0, f"the first folder below {sounds.root}"
+    else:
+        index, source = int(level) - 1, f"folder number {level} below {sounds.root}"
+    table["labels"] = pd.Series([parts[index] if parts and index < len(parts) else "" for parts in folders], dtype=str)
+    clips = Clips(table, source)
     if not level and any(len(parts) > 1 for parts in folders):
+        deepest = sorted({parts[-1] for parts in folders if parts})
         clips.notes.append(
-            f"some sounds lie deeper; their first folder is taken ({len(first)} labels), --label_level last would give "
-            f"{len(deepest)}, such as {some(sorted(deepest), 3)}"
+            f"some sounds are in deeper folders; their label is the first folder ({len(first)} labels), --label_level "
+            f"last would give {len(deepest)}, such as {some(deepest, 3)}"
         )
     return clips, pattern
 
 
 def _label_by_guess(sounds: SoundFolder, folders: list[list[str]]) -> tuple[Clips, NamePattern]:
-    """Take a pattern of names that leaves no doubt, where folders give no labels; else say what was found."""
+    """Guess the pattern of names, if folders give no labels and there is only one candidate.
+
+    Raises:
+        UserError: with the candidates, if there is none or several.
+    """
     proposals = propose_labels(sounds.names)
     chosen = choose_label(proposals)
-    where = "its sounds lie in one folder" if any(folders) else "it has no subfolders"
+    why = "its sounds are in one folder" if any(folders) else "it has no subfolders"
     if chosen is None or any(len(parts) > 1 for parts in folders):
-        raise UserError(_no_labels(sounds, folders, proposals, where))
+        raise UserError(_describe_missing_labels(sounds, folders, proposals, why))
     clips = Clips(
         pd.DataFrame({"filename": sounds.names}),
-        f"the pattern '{chosen.pattern}', since {where} and {len(chosen.values)} values fit",
+        f"the pattern '{chosen.pattern}', since {why} and {len(chosen.values)} values match",
     )
     return clips, NamePattern(chosen.pattern)
 
 
-def _no_labels(sounds: SoundFolder, folders: list[list[str]], proposals: list[Proposal], where: str) -> str:
-    found = f"{sounds.root}: {where} that would give labels to its {len(sounds.names)} sounds"
+def _describe_missing_labels(sounds: SoundFolder, folders: list[list[str]], proposals: list[Proposal], why: str) -> str:
+    text = f"{sounds.root}: its {len(sounds.names)} sounds have no labels, since {why}"
     if any(len(parts) > 1 for parts in folders):
         second = sorted({parts[1] for parts in folders if len(parts) > 1})
-        found += f"; --label_level 2 would take the {len(second)} folders below it ({some(second, 3)})"
+        text += f"; --label_level 2 would use the {len(second)} folders below it ({some(second, 3)})"
     elif proposals:
-        found += f"; parts of their names that take few values: {' or '.join(map(str, proposals))}"
+        text += f"; parts of their names with few values: {' or '.join(map(str, proposals))}"
     else:
-        found += f", and no part of their names takes few values (such as {some(sounds.names[:2])})"
+        text += f", and no part of their names has few values (such as {some(sounds.names[:2])})"
     return (
-        f"{found}; say where labels are with --pattern '{{label}}_{{}}', --table TABLE.csv or --label_level, or give "
-        "--label_level none for lists without labels"
+        f"{text}; name the source of labels with --pattern '{{label}}_{{}}', --table TABLE.csv or --label_level, or "
+        "use --label_level none for lists without labels"
     )
 
 
@@ -274,36 +263,35 @@ def _label_by_table(sounds: SoundFolder, options: LabelOptions) -> Clips:
     path = options.table
     table = read_manifest(path, required=(), delimiter=_find_delimiter(path))
     names = _choose_column(table, path, options.filename_column, FILENAME_COLUMNS, "filename_column", "file names")
-    unlabelled = "none" in (options.label_column, options.label_level)
     labels = ""
-    if not unlabelled:
+    if "none" not in (options.label_column, options.label_level):
         labels = _choose_column(
             table, path, options.label_column, LABEL_COLUMNS, "label_column", "labels", " (or none for no labels)"
         )
-    listed = table[names].tolist()
-    if is_segment_table(table):  # AudioSet's own, which names videos
+    listed_names = table[names].tolist()
+    if is_segment_table(table):  # AudioSet's, with names of videos
         found = np.array(find_segments(table, sounds.names), dtype=np.int64)
     else:
-        found = NameIndex(sounds.names).find_all(listed)
-    missing = [name for name, row in zip(listed, found, strict=True) if row < 0]
-    if len(missing) == len(listed):
+        found = NameIndex(sounds.names).find_all(listed_names)
+    missing = [name for name, row in zip(listed_names, found, strict=True) if row < 0]
+    if len(missing) == len(listed_names):
         raise UserError(
-            f"{path}: none of the {len(listed)} names in its column {names!r} is a sound in {sounds.root}; found there "
-            f"{some(sounds.names[:2])}, wanted {some(missing[:2])}"
+            f"{path}: none of the {len(listed_names)} names in its column {names!r} is a sound in {sounds.root}; found "
+            f"there {some(sounds.names[:2])}, expected {some(missing[:2])}"
         )
     clips = Clips(pd.DataFrame(), f"the column {labels!r} of {path} (names in {names!r})" if labels else "none")
-    known = table[found >= 0]
+    rows = table[found >= 0]
     columns = {"filename": [sounds.names[row] for row in found if row >= 0]}
     _note_differences(clips, path, sounds, missing, set(columns["filename"]))
     if labels:
-        given = known[labels].tolist()
+        given = rows[labels].tolist()
         cleaned = {cell: clean_labels(cell, options.label_separator) for cell in set(given)}
         columns["labels"] = [cleaned[cell] for cell in given]
         clips.notes += _suggest_separator(set(given), set(cleaned.values()))
     for column in map(str, table.columns):
         if column not in (names, labels):
-            kept_as = f"{column}_in_table" if column in ("filename", "labels") else column
-            columns[kept_as] = [_LINE_BREAKS.sub(" ", cell) for cell in known[column]]
+            new_name = f"{column}_in_table" if column in ("filename", "labels") else column
+            columns[new_name] = [_LINE_BREAKS.sub(" ", cell) for cell in rows[column]]
     clips.table = _join_rows(pd.DataFrame(columns, dtype=str), clips).sort_values("filename", ignore_index=True)
     return clips
 
@@ -323,7 +311,7 @@ def _find_delimiter(path: str) -> str:
 def _choose_column(
     table: pd.DataFrame, path: str, given: str, usual: Sequence[str], option: str, what: str, or_else: str = ""
 ) -> str:
-    """Return the column given, or the first usual one that the table has, in any case."""
+    """Return the column given, or the first usual one of the table, in upper or lower case."""
     if given:
         if given not in table:
             read_manifest(path, required=(given,), delimiter=_find_delimiter(path))  # raises, with the nearest name
@@ -333,8 +321,8 @@ def _choose_column(
     if chosen is None:
         nearest = next((near for name in usual if (near := did_you_mean(name, columns))), "")
         raise UserError(
-            f"{path}: found the columns {some(map(repr, table.columns), 20)}, none of which is a usual one of {what} "
-            f"({some(usual)}); name it with --{option}{or_else}{nearest}"
+            f"{path}: found the columns {some(map(repr, table.columns), 20)}, none of which is usual for {what} "
+            f"({some(usual)}); give it with --{option}{or_else}{nearest}"
         )
     return chosen
 
@@ -342,37 +330,35 @@ def _choose_column(
 def _note_differences(clips: Clips, path: str, sounds: SoundFolder, missing: list[str], named: set[str]) -> None:
     if missing:
         clips.notes.append(
-            f"names of {path} that no sound below {sounds.root} has, or several have: {len(missing)} "
-            f"({some(missing, 3)})"
+            f"names of {path} that match no sound below {sounds.root}, or several: {len(missing)} ({some(missing, 3)})"
         )
     others = [name for name in sounds.names if name not in named]
     if others:
-        clips.notes.append(f"left out: sounds that {path} does not name: {len(others)} ({some(others, 3)})")
+        clips.notes.append(f"skipped: sounds that are not in {path}: {len(others)} ({some(others, 3)})")
 
 
 def _suggest_separator(given: set[str], labels: set[str]) -> list[str]:
-    """Advise on labels that look joined by commas: there are fewer kinds of parts than of whole cells."""
+    """Suggest commas as separator if there are fewer different parts than cells."""
     joined = {cell for cell in labels if re.search(r"[^,\s]\s*,\s*[^,\s]", cell)}
     parts = {part.strip() for cell in labels for part in re.split("[,;]", cell)}
     if not joined or len(parts) >= len(given):
         return []
     return [
-        f"labels that hold a comma: {len(joined)} of {len(given)} (such as {min(joined)!r}); with --label_separator , "
+        f"labels with a comma: {len(joined)} of {len(given)} (such as {min(joined)!r}); with --label_separator , "
         f"there would be {len(parts)}"
     ]
 
 
 def _join_rows(table: pd.DataFrame, clips: Clips) -> pd.DataFrame:
-    """Make one row of the rows of each file: their labels together, other columns as in the first."""
-    if not table["filename"].duplicated().any():
+    """Join the rows of each file: all labels, and the other columns of its first row."""
+    unique = table.drop_duplicates("filename", ignore_index=True)
+    if len(unique) == len(table):
         return table
     if "labels" in table:
         joined = table.groupby("filename", sort=False)["labels"].agg(lambda cells: clean_labels(";".join(cells)))
-    once = table.drop_duplicates("filename", ignore_index=True)
-    if "labels" in table:
-        once["labels"] = once["filename"].map(joined).astype(str)
+        unique["labels"] = unique["filename"].map(joined).astype(str)
     clips.notes.append(
-        f"rows of the table that name a sound again: {len(table) - len(once)}; labels are joined, other columns are "
-        "those of its first row"
+        f"further rows of the table for the same sound: {len(table) - len(unique)}; labels are joined, other columns "
+        "are those of its first row"
     )
-    return once
+    return unique

@@ -1,13 +1,13 @@
-"""What the names of sounds say: patterns such as "{label}_{speaker}_{}.wav", and guesses at them.
+"""Patterns of the names of sounds, such as "{label}_{speaker}_{}.wav", and guesses of patterns.
 
-A pattern is literal text with placeholders. `{name}` becomes a column and takes as little as fits, `{}` is dropped and
-takes as much as fits; `:d` in either (`{take:d}`, `{:d}`) takes a whole number, all digits of it. No placeholder takes
-a "/". The same name twice takes the same text twice.
+A pattern is literal text with placeholders. `{name}` becomes a column and matches as little as possible, `{}` is
+ignored and matches as much as possible; `:d` in either (`{take:d}`, `{:d}`) matches a whole number. No placeholder
+matches a "/". A name that occurs twice must match the same text.
 """
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,26 +18,26 @@ _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _ANY_EXTENSION = re.compile(r"\.(?:\{\}|\*)$")
 _DIGITS = "(?<![0-9])[0-9]+(?![0-9])"
 _LAST_NUMBER = re.compile(r"(.*?)([ _.\-]*)[0-9]+")
-RESERVED = ("filename", "labels", "hdf5path")  # columns with a meaning of their own in lists
+RESERVED = ("filename", "labels", "hdf5path")  # columns of every list
 
-_MOST_VALUES = 1000  # of a part of names that may be the label
+_MAX_VALUES = 1000  # of a part of names that may be the label
 _CLIPS_A_VALUE = 3  # at least, on average
 
 
 class NamePattern:
-    """A pattern of names, as the head of this file has it.
+    """A pattern of names, see the docstring of this module.
 
     Args:
-        text: with a "/" it is matched against the path relative to the folder of sounds, else against the file's name.
-            The extension may be left out; `.{}` and `.*` at the end are any extension.
+        text: matched against the path relative to the folder of sounds if it has a "/", else against the file's name.
+            The extension may be omitted; `.{}` and `.*` at the end match any extension.
 
     Attributes:
         text: as given.
-        columns: the names of its placeholders, each once, in their order.
+        columns: the distinct names of its placeholders, in their order.
 
     Raises:
-        UserError: braces without a partner, a placeholder whose name is no word or is taken by lists, two placeholders
-            that nothing separates, or none at all.
+        UserError: unbalanced braces, an invalid or reserved name of a placeholder, two placeholders without text
+            between them, or no placeholder.
     """
 
     def __init__(self, text: str) -> None:
@@ -47,53 +47,53 @@ class NamePattern:
         parts = _PLACEHOLDER.split(stem)  # literal, placeholder, literal, ...
         self.columns: list[str] = []
         self._check(parts)
-        self._regex = re.compile(self._expression(parts, shortest_named=True))
-        self._other_regex = re.compile(self._expression(parts, shortest_named=False))
+        self._regex = re.compile(self._make_expression(parts, names_are_short=True))
+        self._other_regex = re.compile(self._make_expression(parts, names_are_short=False))
 
     def _check(self, parts: list[str]) -> None:
         if any("{" in literal or "}" in literal for literal in parts[::2]):
-            raise UserError(f"--pattern {self.text!r}: a brace has no partner; wanted placeholders such as {{label}}")
+            raise UserError(f"--pattern {self.text!r}: unbalanced braces; expected placeholders such as {{label}}")
         if len(parts) == 1:
-            raise UserError(f"--pattern {self.text!r} has no placeholder; wanted one such as '{{label}}_{{}}'")
+            raise UserError(f"--pattern {self.text!r} has no placeholder; expected one such as '{{label}}_{{}}'")
         for number, placeholder in enumerate(parts[1::2]):
             name, colon, kind = placeholder.partition(":")
             if (name and not name.isidentifier()) or (colon and kind != "d"):
                 raise UserError(
-                    f"--pattern {self.text!r}: {{{placeholder}}} is no placeholder; wanted {{}}, a word such as "
+                    f"--pattern {self.text!r}: {{{placeholder}}} is no placeholder; expected {{}}, a word such as "
                     "{speaker}, or a whole number such as {take:d} or {:d}"
                 )
             if name in RESERVED:
-                wanted = "{label}" if name == "labels" else "another name"
-                raise UserError(f"--pattern {self.text!r}: {{{name}}} is a column of every list; wanted {wanted}")
+                expected = "{label}" if name == "labels" else "another name"
+                raise UserError(f"--pattern {self.text!r}: {{{name}}} is a column of every list; expected {expected}")
             before = parts[2 * number - 1] if number else ""
             if number and not parts[2 * number] and not (colon or before.endswith(":d")):
                 raise UserError(
-                    f"--pattern {self.text!r}: nothing separates {{{before}}} from {{{placeholder}}}; put the text "
+                    f"--pattern {self.text!r}: no text separates {{{before}}} from {{{placeholder}}}; add the text "
                     "between them, or make one a whole number, such as {:d}"
                 )
             if name and name not in self.columns:
                 self.columns.append(name)
 
-    def _expression(self, parts: list[str], *, shortest_named: bool) -> str:
+    def _make_expression(self, parts: list[str], *, names_are_short: bool) -> str:
         expression, seen = "", set[str]()
         for number, part in enumerate(parts):
             if number % 2 == 0:
                 expression += re.escape(part)
                 continue
             name, _, kind = part.partition(":")
-            shortest = bool(name) == shortest_named
-            text = _DIGITS if kind else "[^/]+?" if shortest else "[^/]+"
+            is_short = bool(name) == names_are_short
+            text = _DIGITS if kind else "[^/]+?" if is_short else "[^/]+"
             group = f"c{self.columns.index(name)}" if name else ""
             expression += f"(?P={group})" if name in seen else f"(?P<{group}>{text})" if name else f"(?:{text})"
             seen |= {name} - {""}
         return expression
 
     def match(self, name: str) -> list[str] | None:
-        """Return the text of each of `columns` in a name relative to the folder, or None where it does not fit."""
+        """Return the text of each column in a name relative to the folder, or None if it does not match."""
         return self._match(self._regex, name)
 
-    def other_match(self, name: str) -> list[str] | None:
-        """Return the reading of a name in which `{name}` takes as much as fits and `{}` as little."""
+    def match_other(self, name: str) -> list[str] | None:
+        """Return the match in which `{name}` is as long as possible and `{}` as short as possible."""
         return self._match(self._other_regex, name)
 
     def _match(self, regex: re.Pattern[str], name: str) -> list[str] | None:
@@ -105,17 +105,17 @@ class NamePattern:
 
 
 def _split_extension(text: str) -> tuple[str, str]:
-    """Return a pattern without its extension, and the extension in lower case, "" where any will do."""
+    """Return a pattern without its extension, and the extension in lower case, "" for any."""
     if _ANY_EXTENSION.search(text):
         return _ANY_EXTENSION.sub("", text), ""
     stem, extension = os.path.splitext(text)
-    known = extension.lower() in AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS
-    return (stem, extension.lower()) if known else (text, "")
+    is_audio = extension.lower() in AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS
+    return (stem, extension.lower()) if is_audio else (text, "")
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A part of names that takes few values.
+    """A part of names with few values.
 
     Attributes:
         pattern: with the part as `{label}`.
@@ -127,7 +127,7 @@ class Proposal:
 
     @property
     def is_number(self) -> bool:
-        """Whether all values are numbers, which may as well count folds, speakers or takes."""
+        """Whether all values are numbers, which may be folds, speakers or takes."""
         return all(value.isdecimal() for value in self.values)
 
     def __str__(self) -> str:
@@ -135,9 +135,9 @@ class Proposal:
 
 
 def propose_labels(names: Sequence[str]) -> list[Proposal]:
-    """Find the parts before the first or after the last "_" or "-" of file names that take few values.
+    """Find parts before the first or after the last "_" or "-" of file names that have few values.
 
-    Every name must have the part; a value has three clips on average, and there are two values at least.
+    Every name must have the part; there must be two values or more, with three clips or more on average.
     """
     stems = [os.path.splitext(name.rpartition("/")[2])[0] for name in names]
     proposals = []
@@ -149,48 +149,48 @@ def propose_labels(names: Sequence[str]) -> list[Proposal]:
             (f"{{}}{mark}{{label}}", [stem.rpartition(mark) for stem in stems]),
         ):
             values = Counter(part[0] if pattern.startswith("{label}") else part[2] for part in parts)
-            most = min(_MOST_VALUES, len(stems) // _CLIPS_A_VALUE)
+            most = min(_MAX_VALUES, len(stems) // _CLIPS_A_VALUE)
             if all(part[0] and part[2] for part in parts) and 2 <= len(values) <= most:
                 proposals.append(Proposal(pattern, sorted(values)))
     return proposals
 
 
 def choose_label(proposals: Iterable[Proposal]) -> Proposal | None:
-    """Return the only proposal whose values are words, which leaves no doubt; None where there is no such."""
+    """Return the proposal whose values are words if there is exactly one, else None."""
     words = [proposal for proposal in proposals if not proposal.is_number]
     return words[0] if len(words) == 1 else None
 
 
 def suggest_groups(names: Sequence[str], n_labels: int) -> str:
-    """Return a sentence on what may be groups in names that no group is given for, or "".
+    """Return a sentence on possible groups of names, or "".
 
     Args:
         names: relative to the folder.
-        n_labels: classes; fewer groups than twice as many are the classes' own (dog_01, dog_02, cat_01).
+        n_labels: number of classes; fewer groups than twice as many may be the classes (dog_01, dog_02, cat_01).
     """
-    folders: dict[str, int] = {}
-    prefixes: dict[str, list[str]] = {}
+    folders: Counter[str] = Counter()
+    prefixes: defaultdict[str, list[str]] = defaultdict(list)
     marks: Counter[str] = Counter()
     for name in names:
         folder, _, base = name.rpartition("/")
-        folders[folder] = folders.get(folder, 0) + 1
+        folders[folder] += 1
         found = _LAST_NUMBER.fullmatch(os.path.splitext(base)[0])
         if found and found[1]:
-            prefixes.setdefault(f"{folder}/{found[1]}", []).append(name)
+            prefixes[f"{folder}/{found[1]}"].append(name)
             marks[found[2]] += 1
-    n_least = 2 * max(n_labels, 1)
-    if sum(n > 1 for n in folders.values()) >= n_least:
+    min_groups = 2 * max(n_labels, 1)
+    if sum(n > 1 for n in folders.values()) >= min_groups:
         return (
-            f"the sounds lie in {len(folders)} folders; if a folder holds what belongs together (one recording, one "
-            "speaker), --group folder keeps each in one list"
+            f"the sounds are in {len(folders)} folders; if each folder is one group (one recording, one speaker), "
+            "--group folder keeps it in one list"
         )
     several = [sorted(members) for members in prefixes.values() if len(members) > 1]
-    if len(several) < n_least or 2 * sum(map(len, several)) < len(names):
+    if len(several) < min_groups or 2 * sum(map(len, several)) < len(names):
         return ""
     first = min(several)
     mark = marks.most_common(1)[0][0]
     return (
-        f"names that differ from others in their last number alone: {sum(map(len, several))} (such as {first[0]} and "
-        f"{first[1]}); if these are cuts of one recording, a pattern that ends in '{{recording}}{mark}{{:d}}' keeps "
+        f"names that differ only in their last number: {sum(map(len, several))} (such as {first[0]} and "
+        f"{first[1]}); if these are parts of one recording, a pattern that ends in '{{recording}}{mark}{{:d}}' keeps "
         "each recording in one list"
     )

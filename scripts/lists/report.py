@@ -6,7 +6,7 @@ from audio.labels import describe_lookalikes
 from common.columns import align_columns
 from common.errors import some
 from scripts.lists.groups import Groups
-from scripts.lists.sound_folders import SoundFolder, format_extensions
+from scripts.lists.sound_folders import SoundFolder
 from scripts.lists.splits import Split, count_split_groups
 
 _MAX_ROWS = 30
@@ -31,19 +31,8 @@ def describe_folder(sounds: SoundFolder, n_clips: int) -> list[str]:
         text = f"names that are not UTF-8 on disk, read as Windows-1252: {len(sounds.not_utf8):,}"
         notes.append(f"{text} ({some(sounds.not_utf8, 3)})")
     lines = format_lines("found", *notes)
-    if sounds.not_sounds:
-        lines += format_lines("skipped", f"files that are no sounds: {format_extensions(sounds.not_sounds)}")
-    if sounds.foreign:
-        formats = format_extensions(sounds.foreign)
-        lines += format_lines("skipped", f"sounds that cannot be decoded: {formats}; convert them to .flac")
-    for names, what in (
-        (sounds.empty, "empty files"),
-        (sounds.unlistable, "files with names that a list cannot contain (a line break, or a duplicate)"),
-        (sounds.broken_links, "broken links"),
-        (sounds.repeated_links, "links to folders that were searched under another name"),
-    ):
-        if names:
-            lines += format_lines("skipped", f"{what}: {len(names):,} ({some(names, 3)})")
+    for text in sounds.describe_skipped():
+        lines += format_lines("skipped", text)
     return lines
 
 

@@ -1,17 +1,16 @@
-"""Folders of sounds: which files below a folder are sounds, and which of them hold the same bytes.
+"""Folders of sounds: the sounds below a folder, and those of the same bytes.
 
-Nothing is decoded. A file is known by its path relative to the folder, with "/" between its parts; names that are no
-UTF-8 on disk are written as Windows-1252 reads them, and found again by that name (`audio.file_names`).
+Nothing is decoded. A file's name is its path relative to the folder, with "/" between its parts; names that are not
+UTF-8 on disk are decoded as Windows-1252, and files are found by that name as well (`audio.file_names`).
 """
 
 import hashlib
 import heapq
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -21,8 +20,8 @@ from audio.io import AUDIO_EXTENSIONS, FOREIGN_EXTENSIONS
 from audio.manifest import name_fault
 from common.errors import UserError, some
 
-_SAMPLE_BYTES = 4096  # read at the start, the middle and the end of a file before all of it is
-_READERS = 8  # threads: on a network disk a file's latency is what takes time
+_SAMPLE_BYTES = 4096  # read at the start, the middle and the end of a file before the whole file is read
+_READERS = 8  # threads; on a network disk, latency dominates
 _FILES_IN_FLIGHT = 8192
 
 
@@ -31,15 +30,15 @@ class SoundFolder:
     """The sounds below a folder.
 
     Attributes:
-        root: the folder as given, without a "/" at its end.
+        root: the folder as given, without a trailing "/".
         names: of the N sounds, relative to `root`, sorted.
-        sizes: of each in bytes, int64 (N,); none is 0.
+        sizes: in bytes, int64 (N,); none is 0.
         not_sounds: extension → number of files that are no sounds.
-        foreign: extension → number of sounds in formats that `audio.io` knows and cannot decode.
+        foreign: extension → number of sounds in formats that `audio.io` cannot decode.
         empty: names of sounds of 0 bytes.
-        unlistable: names that a list cannot hold: with a line break, or no UTF-8 and read as another name.
-        not_utf8: names in `names` that are no UTF-8 on disk.
-        broken_links: names of links that lead nowhere.
+        unlistable: names that a list cannot contain: with a line break, or not UTF-8 and decoded to an existing name.
+        not_utf8: names in `names` that are not UTF-8 on disk.
+        broken_links: names of links without a target.
         repeated_links: names of links to folders that were searched under another name.
     """
 
@@ -59,9 +58,27 @@ class SoundFolder:
         return join_path(self.root, name)
 
     def path_on_disk(self, name: str) -> str:
-        """Return the path under which a sound can be opened, which differs where its name is no UTF-8."""
+        """Return the path to open a sound by, which differs from `path` if its name is not UTF-8."""
         path = self.path(name)
         return path if name.isascii() or not self.not_utf8 else str(locate(path) or path)
+
+    def describe_skipped(self) -> list[str]:
+        """Return a sentence on each kind of file that cannot be in a list."""
+        texts = []
+        if self.not_sounds:
+            texts.append(f"files that are no sounds: {format_extensions(self.not_sounds)}")
+        if self.foreign:
+            formats = format_extensions(self.foreign)
+            texts.append(f"sounds that cannot be decoded: {formats}; convert them to .flac")
+        for names, what in (
+            (self.empty, "empty files"),
+            (self.unlistable, "files with names that a list cannot contain (a line break, or a duplicate)"),
+            (self.broken_links, "broken links"),
+            (self.repeated_links, "links to folders that were searched under another name"),
+        ):
+            if names:
+                texts.append(f"{what}: {len(names):,} ({some(names, 3)})")
+        return texts
 
 
 def join_path(root: str, name: str) -> str:
@@ -72,27 +89,27 @@ def join_path(root: str, name: str) -> str:
 def find_sounds(folder: str) -> SoundFolder:
     """List the sounds below a folder.
 
-    Hidden files and folders (".name") are left out. Links to folders are followed after all else, in the order of their
-    names; a folder that several names lead to is listed once, so a loop of links ends.
+    Hidden files and folders (".name") are skipped. Links to folders are followed last, in the order of their names; a
+    folder with several names is searched once, so that a loop of links ends.
 
     Args:
         folder: absolute, or relative to the working directory.
 
     Raises:
-        UserError: it does not exist, is no folder, may not be read, or holds no sound that can be decoded.
+        UserError: it does not exist, is no folder, cannot be read, or has no sound that can be decoded.
     """
     if not os.path.isdir(folder):
-        what = "is a file; wanted a folder of sounds" if os.path.exists(folder) else "there is no such folder"
+        what = "is a file; expected a folder of sounds" if os.path.exists(folder) else "there is no such folder"
         raise UserError(f"{folder}: {what}")
     if name_fault(folder) or not is_text(folder):
         raise UserError(
-            f"{folder!r}: a list cannot hold this name (not valid UTF-8, or a line break); rename the folder"
+            f"{folder!r}: a list cannot contain this name (not valid UTF-8, or a line break); rename the folder"
         )
     found = SoundFolder(folder.rstrip("/") or "/")
     sizes: dict[str, int] = {}
     sizes_not_utf8: dict[str, int] = {}
     with tqdm(desc="searching", unit=" files", delay=2, disable=None) as progress:
-        for name, entry in _files_below(found):
+        for name, entry in _walk(found):
             progress.update()
             extension = os.path.splitext(entry.name)[1].lower()
             if extension in FOREIGN_EXTENSIONS:
@@ -116,15 +133,15 @@ def find_sounds(folder: str) -> SoundFolder:
     found.names = sorted(sizes)
     found.sizes = np.array([sizes[name] for name in found.names], dtype=np.int64)
     if not sizes:
-        raise UserError(_no_sounds(found))
+        raise UserError(_describe_no_sounds(found))
     return found
 
 
-def _files_below(found: SoundFolder) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield relative name and entry of each file that is not hidden; links that cannot be followed are noted."""
+def _walk(found: SoundFolder) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield relative name and entry of each file that is not hidden; links not followed are added to `found`."""
     folders, links, searched = [""], list[str](), set[tuple[int, int]]()
     while folders or links:
-        # Links wait until no real folder is left, so that a folder in the tree keeps its own name.
+        # Links come after all folders, so that a folder in the tree is listed under its own name.
         is_link = not folders
         folder = heapq.heappop(links) if is_link else folders.pop()
         path = join_path(found.root, folder) if folder else found.root
@@ -136,16 +153,16 @@ def _files_below(found: SoundFolder) -> Iterator[tuple[str, os.DirEntry[str]]]:
                 continue
             searched.add((status.st_dev, status.st_ino))
             with os.scandir(path) as entries:
-                listed = list(entries)
+                entries_below = list(entries)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be searched ({error.strerror}); change its permissions, or move it"
             ) from None
-        for entry in listed:
+        for entry in entries_below:
             if entry.name.startswith("."):
                 continue
             name = f"{folder}/{entry.name}" if folder else entry.name
-            kind = _kind(entry)
+            kind = _classify(entry)
             if kind == "folder":
                 if entry.is_symlink():
                     heapq.heappush(links, name)
@@ -157,8 +174,8 @@ def _files_below(found: SoundFolder) -> Iterator[tuple[str, os.DirEntry[str]]]:
                 found.broken_links.append(name)
 
 
-def _kind(entry: os.DirEntry[str]) -> str:
-    """Return what an entry is, links followed: "folder", "file", "broken" (a link that ends nowhere) or "other"."""
+def _classify(entry: os.DirEntry[str]) -> str:
+    """Return the kind of an entry or of its target: "folder", "file", "broken" (a link without target) or "other"."""
     try:
         if entry.is_dir():
             return "folder"
@@ -169,24 +186,15 @@ def _kind(entry: os.DirEntry[str]) -> str:
         return "broken"
 
 
-def _no_sounds(found: SoundFolder) -> str:
+def _describe_no_sounds(found: SoundFolder) -> str:
     if found.foreign:
         return (
             f"{found.root}: all its sounds are in formats that cannot be decoded "
             f"({format_extensions(found.foreign)}); convert them to .flac or .wav first"
         )
-    inside = [
-        f"{n} {what}"
-        for n, what in (
-            (found.not_sounds.total(), f"files that are no sounds ({format_extensions(found.not_sounds)})"),
-            (len(found.empty), "empty files"),
-            (len(found.unlistable), "files with names that no list can hold"),
-            (len(found.broken_links), "broken links"),
-        )
-        if n
-    ]
-    known = " ".join(sorted(AUDIO_EXTENSIONS))
-    return f"{found.root}: the folder holds no sound; found {', '.join(inside) or 'nothing'}; wanted one of {known}"
+    contents = "; ".join(found.describe_skipped()) or "nothing"
+    extensions = " ".join(sorted(AUDIO_EXTENSIONS))
+    return f"{found.root}: the folder has no sound; found {contents}; expected one of {extensions}"
 
 
 def format_extensions(counts: Counter[str], limit: int = 8) -> str:
@@ -195,61 +203,59 @@ def format_extensions(counts: Counter[str], limit: int = 8) -> str:
     return some((f"{extension or 'without extension'} {n}" for extension, n in ordered), limit)
 
 
-def find_identical(sounds: SoundFolder, rows: Iterable[int] | None = None) -> list[list[int]]:
+def find_identical(sounds: SoundFolder) -> list[list[int]]:
     """Find sounds with the same bytes.
 
-    Only files of equal size are read; of those a few kilobytes first, and all of it only where these are equal, too.
-    A file that cannot be read equals no other.
+    Only files of equal size are read: first a few kilobytes, and the whole file only if these are equal, too. A file
+    that cannot be read equals no other.
 
     Args:
         sounds: the folder.
-        rows: positions of the sounds to compare; all by default.
 
     Returns:
-        Positions in `sounds.names`, ascending, of each set of two or more; sets in the order of their first.
+        Rows of `sounds.names`, ascending, of each set of two or more; sets in the order of their first.
     """
-    positions = range(len(sounds.names)) if rows is None else rows
-    sets = _refine([sorted(positions)], lambda i: int(sounds.sizes[i]))
-    sets = _refine_by_content(sets, sounds, _hash_samples, "comparing sounds of equal size")
-    whole = [same for same in sets if sounds.sizes[same[0]] <= 3 * _SAMPLE_BYTES]
-    partly = [same for same in sets if sounds.sizes[same[0]] > 3 * _SAMPLE_BYTES]
-    return sorted(whole + _refine_by_content(partly, sounds, _hash_all, "comparing sounds that seem equal"))
+    sets = _split_sets([list(range(len(sounds.names)))], sounds.sizes.tolist())
+    sets = _split_by_content(sets, sounds, _hash_samples, "comparing sounds of equal size")
+    complete = [rows for rows in sets if sounds.sizes[rows[0]] <= 3 * _SAMPLE_BYTES]
+    sampled = [rows for rows in sets if sounds.sizes[rows[0]] > 3 * _SAMPLE_BYTES]
+    return sorted(complete + _split_by_content(sampled, sounds, _hash_file, "comparing sounds of equal samples"))
 
 
-def _refine(sets: Iterable[list[int]], key: Callable[[int], Hashable]) -> list[list[int]]:
-    """Split sets by a key of their members; members that are alone with theirs are dropped."""
-    refined: dict[tuple[int, Hashable], list[int]] = {}
-    for number, members in enumerate(sets):
-        for i in members:
-            refined.setdefault((number, key(i)), []).append(i)
-    return [members for members in refined.values() if len(members) > 1]
+def _split_sets(sets: Iterable[list[int]], keys: Mapping[int, Hashable] | Sequence[Hashable]) -> list[list[int]]:
+    """Split sets of rows by their keys; sets of one row are dropped."""
+    split: dict[tuple[int, Hashable], list[int]] = {}
+    for number, rows in enumerate(sets):
+        for row in rows:
+            split.setdefault((number, keys[row]), []).append(row)
+    return [rows for rows in split.values() if len(rows) > 1]
 
 
-def _refine_by_content(
+def _split_by_content(
     sets: list[list[int]], sounds: SoundFolder, read_hash: Callable[[str, int], bytes | None], what: str
 ) -> list[list[int]]:
-    members = [i for same in sets for i in same]
-    hashes: dict[int, bytes | None] = {}
+    rows = [row for same in sets for row in same]
+    hashes: dict[int, Hashable] = {}
     with (
         ThreadPoolExecutor(_READERS) as pool,
-        tqdm(total=len(members), desc=what, unit=" files", delay=2, disable=None) as progress,
+        tqdm(total=len(rows), desc=what, unit=" files", delay=2, disable=None) as progress,
     ):
-        for start in range(0, len(members), _FILES_IN_FLIGHT):
-            part = members[start : start + _FILES_IN_FLIGHT]
-            paths = [sounds.path_on_disk(sounds.names[i]) for i in part]
-            hashes.update(zip(part, pool.map(read_hash, paths, [int(sounds.sizes[i]) for i in part]), strict=True))
+        for start in range(0, len(rows), _FILES_IN_FLIGHT):
+            part = rows[start : start + _FILES_IN_FLIGHT]
+            paths = [sounds.path_on_disk(sounds.names[row]) for row in part]
+            for row, found in zip(part, pool.map(read_hash, paths, sounds.sizes[part].tolist()), strict=True):
+                hashes[row] = row if found is None else found
             progress.update(len(part))
-    return _refine(sets, lambda i: i if hashes[i] is None else hashes[i])
+    return _split_sets(sets, hashes)
 
 
 def _hash_samples(path: str, size: int) -> bytes | None:
-    """Hash the start, the middle and the end of a file, which is all of it where it is short."""
-    digest = hashlib.blake2b(digest_size=16)
+    """Hash the start, the middle and the end of a file; the whole file if it is short."""
+    if size <= 3 * _SAMPLE_BYTES:
+        return _hash_file(path, size)
+    digest = hashlib.sha256()
     try:
         with open(path, "rb", buffering=0) as file:
-            if size <= 3 * _SAMPLE_BYTES:
-                digest.update(file.read())
-                return digest.digest()
             for start in (0, (size - _SAMPLE_BYTES) // 2, size - _SAMPLE_BYTES):
                 file.seek(start)
                 digest.update(file.read(_SAMPLE_BYTES))
@@ -258,9 +264,9 @@ def _hash_samples(path: str, size: int) -> bytes | None:
     return digest.digest()
 
 
-def _hash_all(path: str, size: int) -> bytes | None:
+def _hash_file(path: str, size: int) -> bytes | None:
     try:
-        with open(Path(path), "rb") as file:
+        with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""Lists and folds of clips: train, valid and test, as a table publishes them or drawn by stratification."""
+"""Lists and folds of clips: train, valid and test, published in a table or drawn by stratification."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from common.errors import UserError, did_you_mean, some
 from scripts.lists.stratification import stratify
 
 TRAIN, VALID, TEST = LISTS = ("train", "valid", "test")
-# How published tables call the three lists, in lower case.
+# Names of the three lists in published tables, in lower case.
 LIST_WORDS = {
     word: name
     for name, words in {
@@ -22,12 +22,12 @@ LIST_WORDS = {
     for word in words
 }
 SPLIT_COLUMNS = ("split", "fold", "folds")
-_MOST_FOLDS = 100
+_MAX_FOLDS = 100
 
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """How clips are shared out.
+    """Shares of the lists, or the number of folds.
 
     Attributes:
         valid: share of the clips; 0 for no such list.
@@ -46,9 +46,9 @@ class Split:
 
     Attributes:
         lists: "train", "valid" or "test", N.
-        folds: likewise the names of folds, or None.
-        published: whether a column gave them.
-        notes: sentences on what was decided.
+        folds: names of folds, N, or None.
+        published: whether they are from a column of the table.
+        notes: for the report.
     """
 
     lists: list[str]
@@ -63,10 +63,10 @@ class Split:
 
 
 def choose_split_column(table: pd.DataFrame, given: str = "") -> str:
-    """Return the column of published lists or folds: the one given, else the first usual one; "" where there is none.
+    """Return the column of published lists or folds: the one given, else the first usual one; "" if there is none.
 
     Raises:
-        UserError: the table lacks the column given.
+        UserError: the table has no such column.
     """
     columns = [str(column) for column in table.columns if column not in ("filename", "labels")]
     if given in columns or given == "none":
@@ -81,35 +81,35 @@ def choose_split_column(table: pd.DataFrame, given: str = "") -> str:
 
 
 def read_published_lists(values: pd.Series) -> dict[str, str] | None:
-    """Read what a table calls its lists.
+    """Map the names of lists in a table to train, valid and test.
 
     Args:
         values: the table's column.
 
     Returns:
-        Each value that is not "" → train, valid or test; None where the values are folds.
+        Each value that is not "" → train, valid or test; None if the values are folds.
 
     Raises:
-        UserError: the values are neither.
+        UserError: the values are neither lists nor folds.
     """
     distinct = sorted(set(values) - {""})
     read = {value: LIST_WORDS[word] for value in distinct if (word := value.strip().lower()) in LIST_WORDS}
     if distinct and len(read) == len(distinct):
-        if TRAIN not in read.values():  # "dev" and "eval": the development set is what to train on
+        if TRAIN not in read.values():  # "dev" and "eval": the development set is the training set
             read = {value: TRAIN if name == VALID else name for value, name in read.items()}
         return read
-    if not read and 2 <= len(distinct) <= _MOST_FOLDS:
+    if not read and 2 <= len(distinct) <= _MAX_FOLDS:
         return None
     raise UserError(
-        f"the column {values.name!r} holds {some(map(repr, distinct)) or 'nothing'}; wanted lists (train, valid, test) "
-        f"or folds (2 to {_MOST_FOLDS} different values) in it; --split_column none makes new lists"
+        f"the column {values.name!r} holds {some(map(repr, distinct)) or 'nothing'}; expected lists (train, valid, "
+        f"test) or folds (2 to {_MAX_FOLDS} different values); --split_column none makes new lists"
     )
 
 
 def keep_published(
     values: pd.Series, labels: Sequence[str], groups: np.ndarray, valid: float, order: np.ndarray
 ) -> Split:
-    """Return the split that a column gives; where it names train and test alone, valid clips are drawn from train.
+    """Return the split of a column; if it has train and test clips only, valid clips are drawn from train.
 
     Args:
         values: the column, N strings, none of them "".
@@ -118,32 +118,32 @@ def keep_published(
         valid: share of valid in the train clips; 0 for none.
         order: of each clip, see `compute_order`.
     """
-    read = read_published_lists(values)
+    list_names = read_published_lists(values)
     column = str(values.name)
-    if read is None:
+    if list_names is None:
         folds = [str(value) for value in values]
-        kept = _split_by_folds(folds, valid > 0, True)
-        kept.notes.insert(0, f"the folds of the column {column!r} are kept, {len(set(folds))} of them")
-        kept.published = True
-        return kept
-    lists = [read[value] for value in values]
-    mapping = ", ".join(value if value == name else f"{value} as {name}" for value, name in read.items())
+        split = _split_by_folds(folds, valid > 0, True)
+        split.notes.insert(0, f"the {len(set(folds))} folds of the column {column!r} are kept")
+        split.published = True
+        return split
+    lists = [list_names[value] for value in values]
+    mapping = ", ".join(value if value == name else f"{value} as {name}" for value, name in list_names.items())
     split = Split(lists, published=True, notes=[f"those of the column {column!r} are kept ({mapping})"])
     if VALID not in lists and TRAIN in lists and valid > 0:
         rows = [row for row, name in enumerate(lists) if name == TRAIN]
-        own_groups = np.unique(groups[rows], return_inverse=True)[1]
+        train_groups = np.unique(groups[rows], return_inverse=True)[1]
         shares = [1 - valid, valid]
-        drawn = stratify([labels[row] for row in rows], own_groups, shares, order[rows], first_has_all=True)
+        drawn = stratify([labels[row] for row in rows], train_groups, shares, order[rows], first_has_all=True)
         for row in np.array(rows)[drawn == 1].tolist():
             lists[row] = VALID
         split.notes.append(
-            f"the column names no valid clips: {100 * valid:g} % of its train clips are drawn (--valid 0 for none)"
+            f"the column has no valid clips: {100 * valid:g} % of its train clips are drawn (--valid 0 for none)"
         )
     return split
 
 
 def draw_split(labels: Sequence[str], groups: np.ndarray, options: SplitOptions, order: np.ndarray) -> Split:
-    """Share clips out by stratification.
+    """Draw lists or folds by stratification.
 
     Args:
         labels: of each clip, see `stratify`.
@@ -152,14 +152,14 @@ def draw_split(labels: Sequence[str], groups: np.ndarray, options: SplitOptions,
         order: of each clip, see `compute_order`.
 
     Raises:
-        UserError: a list or a fold stays empty.
+        UserError: a list or a fold is empty.
     """
     n_groups = int(groups.max()) + 1
     if options.folds:
-        number = options.folds
-        drawn = stratify(labels, groups, [1 / number] * number, order)
-        if len(set(drawn.tolist())) < number:
-            raise UserError(f"{_count(n_groups, len(labels))} cannot fill {number} folds; give fewer --folds")
+        n_folds = options.folds
+        drawn = stratify(labels, groups, [1 / n_folds] * n_folds, order)
+        if len(set(drawn.tolist())) < n_folds:
+            raise UserError(f"{_describe_size(n_groups, len(labels))} cannot fill {n_folds} folds; use fewer --folds")
         return _split_by_folds([str(1 + fold) for fold in drawn.tolist()], options.valid > 0, options.test > 0)
     shares = {TRAIN: 1 - options.valid - options.test, VALID: options.valid, TEST: options.test}
     names = [name for name, share in shares.items() if share > 0]
@@ -168,19 +168,19 @@ def draw_split(labels: Sequence[str], groups: np.ndarray, options: SplitOptions,
     empty = [name for name in names if name not in split.names]
     if empty:
         raise UserError(
-            f"{_count(n_groups, len(labels))} leave {' and '.join(empty)} without a clip: a label that lies in one "
-            "group alone is in train; wanted more groups a label, or leave a list out (--valid 0, --test 0)"
+            f"{_describe_size(n_groups, len(labels))} leave {' and '.join(empty)} without a clip: a label with one "
+            "group is in train; use more groups for each label, or omit a list (--valid 0, --test 0)"
         )
     return split
 
 
-def _count(n_groups: int, n_clips: int) -> str:
+def _describe_size(n_groups: int, n_clips: int) -> str:
     return f"{n_clips} clips" if n_groups == n_clips else f"{n_clips} clips in {n_groups} groups that are not split"
 
 
 def _split_by_folds(folds: list[str], with_valid: bool, with_test: bool) -> Split:
-    """Make lists of folds: the first is test, the second valid (where there are three or more), all others train."""
-    ordered = sorted(set(folds), key=_by_number)
+    """Make lists of folds: the first is test, the second valid (if there are three or more), all others train."""
+    ordered = sorted(set(folds), key=_make_sort_key)
     list_of = dict.fromkeys(ordered, TRAIN)
     if with_test:
         list_of[ordered[0]] = TEST
@@ -192,12 +192,12 @@ def _split_by_folds(folds: list[str], with_valid: bool, with_test: bool) -> Spli
     )
 
 
-def _by_number(fold: str) -> list[str | int]:
-    """Order "fold2" before "fold10"; text and numbers take turns, so that only like is compared."""
+def _make_sort_key(fold: str) -> list[str | int]:
+    """Return a sort key by which "fold2" precedes "fold10": text and numbers in alternation."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", fold)]
 
 
 def count_split_groups(groups: np.ndarray, lists: Sequence[str]) -> int:
-    """Return how many groups have clips in more than one list (or fold)."""
+    """Return the number of groups with clips in more than one list (or fold)."""
     pairs = pd.DataFrame({"group": groups, "list": list(lists)}).drop_duplicates()
     return int((pairs["group"].value_counts() > 1).sum())

@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def test_a_checkout_gives_the_same_record_twice_and_another_network_another_one(tmp_path):
     checkout = behaviour.Checkout(ROOT, tmp_path)
-    first, again = (checkout.inside("model", "audiotransformer_pico") for _ in range(2))
+    first, again = (checkout.compute("model", "audiotransformer_pico") for _ in range(2))
     assert first == again
     assert first["tags"]["first"][0] != first["tags"]["first"][1]
-    other = checkout.inside("model", "audiotransformer_nano")
+    other = checkout.compute("model", "audiotransformer_nano")
     assert {key for key in first if first[key] == other[key]} == set()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from scripts.make_demo_sounds import CLASSES, FOLDER_TO_TAG, event, main, make_clip
+from scripts.make_demo_sounds import CLASSES, FOLDER_TO_TAG, main, make_clip, make_event
 
 SMALL = ["--n_train", "17", "--n_valid", "3", "--n_eval", "2", "--seconds", "1"]
 RATE = 16000
@@ -80,7 +80,7 @@ def test_a_complete_folder_is_left_alone_and_an_incomplete_or_other_one_is_made(
     main(arguments)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     main(arguments)
-    assert "already holds" in capsys.readouterr().out
+    assert "already has" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
     before = digests(tmp_path)
@@ -130,7 +130,7 @@ def test_classes_can_be_told_apart_and_vary_within():
     for label in range(16):
         for number in range(12):
             rng = np.random.default_rng([5, label, number])
-            (train if number < 8 else test).append((coarse_spectrum(event(rng, label, RATE * 2, RATE)), label))
+            (train if number < 8 else test).append((coarse_spectrum(make_event(rng, label, RATE * 2, RATE)), label))
     features = np.array([feature for feature, _ in train])
     mean, spread = features.mean(0), features.std(0)
     right = 0
@@ -156,6 +156,6 @@ def test_folder_to_tag_holds_several_formats_and_rates(demo):
 def test_settings_that_make_no_sound_are_refused(tmp_path, capsys, wrong):
     with pytest.raises(SystemExit) as exit_status:
         main([str(tmp_path), *wrong])
-    assert exit_status.value.code == 1
+    assert exit_status.value.code == 2
     assert "error:" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

@@ -270,8 +270,8 @@ def test_labels_and_columns_of_a_table_cannot_break_the_lists(run, tmp_path):
     [
         ((), "FOLDER is missing"),
         (("nowhere",), "nowhere: there is no such folder"),
-        (("void",), "void: the folder holds no sound"),
-        (("s", "--pattern", "{label}-{}"), "fits none of the 6 names, such as a/x_1.wav, a/x_2.wav"),
+        (("void",), "void: the folder has no sound"),
+        (("s", "--pattern", "{label}-{}"), "matches none of the 6 names, such as a/x_1.wav, a/x_2.wav"),
         (("s", "--pattern", "{speaker}_{}"), "has no {label}"),
         (("s", "--group", "folder"), "leave valid and test without a clip"),
         (("s", "--ouput", "x"), "unknown option --ouput (did you mean 'output'?)"),
@@ -317,10 +317,12 @@ def test_a_folder_whose_name_joins_labels_is_named_with_what_to_do(run, tmp_path
     write(tmp_path, *(f"s/{kind}/{number}.wav" for kind in ("a; b", "c") for number in range(10)))
     status, out, _ = run("s")
     assert status == 0
-    assert "these names give several: 'a; b' (10 sounds: a;b); rename what is one label" in out
-    assert "joins several labels" not in run("s", "--label_level", "none")[1]
+    assert "these names are several labels: 'a; b' (10 sounds: a;b); rename what is one label" in out
+    assert "separates the labels" not in run("s", "--label_level", "none")[1]
     (tmp_path / "t.tsv").write_text("filename\tlabels\n" + "".join(f"c/{n}.wav\tx; y\n" for n in range(10)))
-    assert "these names give several" not in run("s", "--table", "t.tsv", "--output", "other")[1]  # there it is meant
+    assert (
+        "these names are several labels" not in run("s", "--table", "t.tsv", "--output", "other")[1]
+    )  # there it is meant
 
 
 def test_a_list_of_audioset_labels_sounds_by_their_videos(run, tmp_path):
@@ -344,7 +346,7 @@ def test_names_that_are_no_utf8_are_listed_split_and_packed(command, tmp_path):
                 soundfile.write(file, np.random.default_rng(number).uniform(-0.5, 0.5, 400), 8000, format="WAV")
     done = command(ROOT / "scripts/make_lists.py", "s", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "names that are no UTF-8 on disk, as Windows-1252 reads them: 10" in done.stdout
+    assert "names that are not UTF-8 on disk, read as Windows-1252: 10" in done.stdout
     result = command(ROOT / "scripts/wavlist_to_hdf5.py", "data/train.tsv", "data/mine", "-n", "0", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     table = read_manifest(tmp_path / "data/mine/labels/train.tsv")

@@ -22,7 +22,7 @@ def table_file(tmp_path, text, name="meta.csv"):
     return str(tmp_path / name)
 
 
-def said(clips):
+def join_notes(clips):
     return "\n".join(clips.notes)
 
 
@@ -35,8 +35,8 @@ def test_the_first_folder_is_the_label_and_another_level_on_demand():
         "dog/rec1/a.wav": "dog",
         "dog/rec2/b.wav": "dog",
     }
-    assert "without a label: 1 (lost.wav)" in said(clips)
-    assert "--label_level last would give 3" in said(clips)
+    assert "without a label: 1 (lost.wav)" in join_notes(clips)
+    assert "--label_level last would give 3" in join_notes(clips)
     last = labels_of(label_sounds(sounds, LabelOptions(label_level="last")))
     assert last == {"cat/d.wav": "cat", "cat/rec1/c.wav": "rec1", "dog/rec1/a.wav": "rec1", "dog/rec2/b.wav": "rec2"}
     second = labels_of(label_sounds(sounds, LabelOptions(label_level="2")))
@@ -49,7 +49,7 @@ def test_a_semicolon_joins_labels_and_spaces_around_them_do_not_count():
     assert labels_of(clips) == {
         "a;b/1.wav": "a;b", "a ;c/2.wav": "a;c", " b/3.wav": "b", "b/4.wav": "b", "x+y/5.wav": "x+y",
     }  # fmt: skip
-    assert "are the same: ' b' and 'b'" in said(clips)
+    assert "are the same: ' b' and 'b'" in join_notes(clips)
     assert clean_labels("a; b,c ;;a", ",") == "a;b;c"
 
 
@@ -69,7 +69,7 @@ def test_folders_that_look_like_lists_are_no_labels_in_silence():
     assert clips.table["split"].tolist() == ["Val", "test", "train"]
 
 
-def test_an_obvious_pattern_is_taken_and_said_where_there_are_no_folders():
+def test_the_only_candidate_of_a_pattern_is_used_without_folders():
     names = [f"{label}_{number}.wav" for label in ("dog", "cat") for number in range(9)]
     clips = label_sounds(sounds_of(*names), LabelOptions())
     assert labels_of(clips)["dog_3.wav"] == "dog"
@@ -80,31 +80,31 @@ def test_an_obvious_pattern_is_taken_and_said_where_there_are_no_folders():
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
-        ([f"x{number}.wav" for number in range(9)], "no part of their names takes few values"),
+        ([f"x{number}.wav" for number in range(9)], "no part of their names has few values"),
         (
             [f"{a}_{b}_{c}.wav" for a in "01" for b in range(3) for c in range(3)],
             r"'\{label\}_\{\}' \(2 values: 0, 1\) or",
         ),
-        (["audio/dog/1.wav", "audio/cat/2.wav"], "--label_level 2 would take the 2 folders"),
+        (["audio/dog/1.wav", "audio/cat/2.wav"], "--label_level 2 would use the 2 folders"),
     ],
 )
-def test_what_was_found_is_said_where_nothing_is_obvious(names, told):
-    with pytest.raises(UserError, match=told) as error:
+def test_the_error_without_labels_suggests_options(names, message):
+    with pytest.raises(UserError, match=message) as error:
         label_sounds(sounds_of(*names), LabelOptions())
     for option in ("--pattern", "--table", "--label_level"):
         assert option in str(error.value)
 
 
-def test_a_pattern_gives_labels_and_columns_and_leaves_out_what_does_not_fit():
+def test_a_pattern_gives_labels_and_columns_and_drops_other_names():
     sounds = sounds_of("s/dog_anna_1.wav", "s/cat_bob_2.wav", "s/other.wav")
     clips = label_sounds(sounds, LabelOptions(pattern="{label}_{speaker}_{}"))
     assert clips.table.to_dict("list") == {
         "filename": ["s/cat_bob_2.wav", "s/dog_anna_1.wav"], "labels": ["cat", "dog"], "speaker": ["bob", "anna"],
     }  # fmt: skip
-    assert "do not fit the pattern: 1 (s/other.wav)" in said(clips)
-    assert "reads s/cat_bob_2.wav as label 'cat', speaker 'bob'" in said(clips)
+    assert "do not match the pattern: 1 (s/other.wav)" in join_notes(clips)
+    assert "matches s/cat_bob_2.wav with label 'cat', speaker 'bob'" in join_notes(clips)
 
 
 def test_folders_give_labels_beside_the_columns_of_a_pattern():
@@ -115,20 +115,20 @@ def test_folders_give_labels_beside_the_columns_of_a_pattern():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
-        ({"pattern": "{label}-{}"}, "fits none of the 2 names, such as a/dog_1.wav, a/dog_2.wav"),
+        ({"pattern": "{label}-{}"}, "matches none of the 2 names, such as a/dog_1.wav, a/dog_2.wav"),
         ({"pattern": "{speaker}_{}"}, r"has no \{label\}"),
-        ({"pattern": "{label}_{}", "label_level": "first"}, "leave one of them out"),
-        ({"pattern": "{label}_{}", "table": "x.csv"}, "leave one of them out"),
-        ({"table": "x.csv", "label_level": "last"}, "leave one of them out"),
+        ({"pattern": "{label}_{}", "label_level": "first"}, "omit one of them"),
+        ({"pattern": "{label}_{}", "table": "x.csv"}, "omit one of them"),
+        ({"table": "x.csv", "label_level": "last"}, "omit one of them"),
         ({"table": "x.csv"}, "x.csv: there is no such table"),
-        ({"label_level": "3rd"}, "wanted first, last, a number"),
+        ({"label_level": "3rd"}, "expected first, last, a number"),
         ({"label_level": "5"}, "none of its 2 sounds has a label"),
     ],
 )
-def test_options_that_fit_nothing_are_told(options, told):
-    with pytest.raises(UserError, match=told):
+def test_options_that_match_nothing_are_errors(options, message):
+    with pytest.raises(UserError, match=message):
         label_sounds(sounds_of("a/dog_1.wav", "a/dog_2.wav"), LabelOptions(**options))
 
 
@@ -144,7 +144,7 @@ def test_esc50s_table_is_read(tmp_path):
     assert labels_of(clips) == {"audio/1-100032-A-0.wav": "dog", "audio/1-100038-A-14.wav": "chirping_birds"}
     assert clips.table["fold"].tolist() == ["1", "2"]
     assert clips.table["src_file"].tolist() == ["100032", "100038"]
-    assert "does not name: 1 (demo.wav)" in said(clips)
+    assert "meta.csv: 1 (demo.wav)" in join_notes(clips)
 
 
 def test_urbansound8ks_table_is_read(tmp_path):
@@ -155,7 +155,7 @@ def test_urbansound8ks_table_is_read(tmp_path):
     )
     clips = label_sounds(sounds_of("audio/fold5/100032-3-0-0.wav"), LabelOptions(table=path))
     assert labels_of(clips) == {"audio/fold5/100032-3-0-0.wav": "dog_bark"}
-    assert "several have: 1 (9-9-9-9.wav)" in said(clips)
+    assert "or several: 1 (9-9-9-9.wav)" in join_notes(clips)
 
 
 def test_fsd50ks_table_is_read_and_commas_are_noticed(tmp_path):
@@ -167,10 +167,10 @@ def test_fsd50ks_table_is_read_and_commas_are_noticed(tmp_path):
     )
     sounds = sounds_of(*(f"FSD50K.dev_audio/{name}.wav" for name in (64760, 16399, 1, 2)))
     whole = label_sounds(sounds, LabelOptions(table=path))
-    assert "with --label_separator , there would be 3" in said(whole)
+    assert "with --label_separator , there would be 3" in join_notes(whole)
     clips = label_sounds(sounds, LabelOptions(table=path, label_separator=","))
     assert labels_of(clips)["FSD50K.dev_audio/64760.wav"] == "Electric_guitar;Guitar;Music"
-    assert "label_separator" not in said(clips)
+    assert "label_separator" not in join_notes(clips)
 
 
 def test_a_row_an_event_becomes_a_row_a_file(tmp_path):
@@ -183,7 +183,7 @@ def test_a_row_an_event_becomes_a_row_a_file(tmp_path):
         "labels": ["cat", "dog;cat"],
         "onset": ["2", "1"],
     }
-    assert "name a sound again: 2" in said(clips)
+    assert "for the same sound: 2" in join_notes(clips)
 
 
 def test_a_tables_own_columns_of_those_names_are_kept_beside_the_labels(tmp_path):
@@ -204,19 +204,19 @@ def test_a_table_and_a_pattern_go_together(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "told"),
+    ("text", "options", "message"),
     [
-        ("a,b\n1,2\n", {}, "found the columns 'a', 'b', none of which is a usual one of file names"),
+        ("a,b\n1,2\n", {}, "found the columns 'a', 'b', none of which is usual for file names"),
         ("file,lable\nx,2\n", {}, r"--label_column.*did you mean 'lable'"),
         ("file,sort\nx,2\n", {"label_column": "sorts"}, "did you mean 'sort'"),
         ("file,sort\nx,2\n", {"filename_column": "files", "label_column": "sort"}, "did you mean 'file'"),
-        ("file,label\ny.wav,2\nz.wav,3\n", {}, "none of the 2 names.*found there x.wav, wanted y.wav, z.wav"),
+        ("file,label\ny.wav,2\nz.wav,3\n", {}, "none of the 2 names.*found there x.wav, expected y.wav, z.wav"),
         ("file,label\n", {}, "no rows"),
         ("file,label\nx.wav,\n", {}, "none of its 1 sounds has a label"),
     ],
 )
-def test_a_table_that_does_not_fit_is_told(tmp_path, text, options, told):
-    with pytest.raises(UserError, match=told):
+def test_a_table_that_does_not_match_is_an_error(tmp_path, text, options, message):
+    with pytest.raises(UserError, match=message):
         label_sounds(sounds_of("x.wav"), LabelOptions(table=table_file(tmp_path, text), **options))
 
 

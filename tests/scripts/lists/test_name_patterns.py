@@ -36,19 +36,19 @@ def test_columns_are_the_names_of_the_placeholders():
 def test_the_other_reading_takes_as_much_as_fits():
     pattern = NamePattern("{label}_{}")
     assert pattern.match("dog_bark_1.wav") == ["dog"]
-    assert pattern.other_match("dog_bark_1.wav") == ["dog_bark"]
+    assert pattern.match_other("dog_bark_1.wav") == ["dog_bark"]
 
 
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
         ("dog", "no placeholder"),
-        ("{label", "no partner"),
-        ("label}", "no partner"),
-        ("{label}{}", "nothing separates {label} from {}"),
+        ("{label", "unbalanced braces"),
+        ("label}", "unbalanced braces"),
+        ("{label}{}", "no text separates {label} from {}"),
         ("{la bel}_{}", "{la bel} is no placeholder"),
         ("{label:s}_{}", "{label:s} is no placeholder"),
-        ("{labels}_{}", "wanted {label}"),
+        ("{labels}_{}", "expected {label}"),
         ("{label}_{filename}", "another name"),
     ],
 )

@@ -141,9 +141,9 @@ def test_only_files_of_equal_size_are_read(tmp_path, monkeypatch):
     write(tmp_path / "s", "c.wav", content=b"x" * 50_001)
     write(tmp_path / "s", "d.wav", content=b"y" * 50_000)
     sampled, hashed = [], []
-    sample, whole = sound_folders._hash_samples, sound_folders._hash_all
+    sample, whole = sound_folders._hash_samples, sound_folders._hash_file
     monkeypatch.setattr(sound_folders, "_hash_samples", lambda path, size: sampled.append(path) or sample(path, size))
-    monkeypatch.setattr(sound_folders, "_hash_all", lambda path, size: hashed.append(path) or whole(path, size))
+    monkeypatch.setattr(sound_folders, "_hash_file", lambda path, size: hashed.append(path) or whole(path, size))
     assert find_identical(find_sounds(str(tmp_path / "s"))) == [[0, 1]]
     assert sorted(path[-5] for path in sampled) == ["a", "b", "d"]
     assert sorted(path[-5] for path in hashed) == ["a", "b"]
