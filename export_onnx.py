@@ -24,7 +24,8 @@ from common.parser import Parser
 from models import AudioTagger, load_tagger
 from models.heads import check_classes
 from models.onnx import PRECISIONS, Precision, export_onnx, label_table, with_chunks_of, write_label_table
-from tagging.engines import Engine, TorchEngine
+from tagging.base import Engine
+from tagging.engines import TorchEngine
 from tagging.onnx_engine import OnnxEngine
 from training.labelled import LabelledPack, open_labelled
 from training.metrics import evaluate_scores

@@ -2,8 +2,8 @@
 
     python3 onnx_inference_with_kaldi.py SOUND.wav -m ced_tiny.onnx --chunk 5
 
-Kaldi's bands are triangles on the mel axis and its edges are mirrored in another way, so that probabilities differ a
-little from PyTorch's; with clips of 5 s and more by 0.03 at most, with shorter ones by more.
+Kaldi's bands are triangles on the mel axis, and it pads the edges in another way: probabilities differ from PyTorch's,
+by at most 0.03 with clips of 5 s and more, and by more with shorter ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ def kaldi_features(waveform: np.ndarray, settings: Mapping[str, Any]) -> np.ndar
     """Compute mel bands in decibels as sherpa-onnx does for CED.
 
     Args:
-        waveform: float32 (S,) in [-1, 1]; fewer samples than a window are followed by silence.
+        waveform: float32 (S,) in [-1, 1]; padded with silence to one window.
         settings: of CED's front-end.
 
     Returns:
@@ -51,7 +51,7 @@ def kaldi_features(waveform: np.ndarray, settings: Mapping[str, Any]) -> np.ndar
 
 @print_user_errors
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Tag what the command line names."""
+    """Tag the files of the command line."""
     run("Tag sound files with an exported CED model and Kaldi's filter banks.", kaldi_features, arguments)
 
 

@@ -16,10 +16,10 @@ from tagging.mel_files import run
 
 
 def torchaudio_features(waveform: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
-    """Compute mel bands in decibels, framed as the model was trained.
+    """Compute mel bands in decibels as in the model's training.
 
     Args:
-        waveform: float32 (S,) in [-1, 1]; fewer samples than `min_frames` frames are followed by silence.
+        waveform: float32 (S,) in [-1, 1]; padded with silence to `min_frames` frames.
         settings: of CED's front-end.
 
     Returns:
@@ -44,7 +44,7 @@ def torchaudio_features(waveform: np.ndarray, settings: Mapping[str, Any]) -> np
 
 @print_user_errors
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Tag what the command line names."""
+    """Tag the files of the command line."""
     run("Tag sound files with an exported CED model and torchaudio's features.", torchaudio_features, arguments)
 
 

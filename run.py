@@ -26,7 +26,7 @@ from tagging.engines import open_engine
 from training.automatic import describe_train_config
 from training.config import TrainConfig
 from training.evaluate import EvaluateOptions, evaluate_command
-from training.parallel import joined_ranks
+from training.parallel import process_group
 from training.prepare import prepare_run
 from training.run_folder import log_to
 
@@ -35,13 +35,13 @@ class Runner:
     """The commands of run.py.
 
     Args:
-        seed: of everything random in a run.
+        seed: of all random numbers of a run.
         nthreads: CPU threads; all of them by default.
     """
 
     def __init__(self, seed: int = 42, nthreads: int | None = None) -> None:
         if not isinstance(seed, int) or seed < 0:
-            fail(f"--seed is {seed!r}; it is a whole number, 0 or more")
+            fail(f"--seed is {seed!r}; expected a whole number, at least 0")
         self.seed = seed
         if nthreads:
             torch.set_num_threads(nthreads)
@@ -56,18 +56,18 @@ class Runner:
         resume: str = "auto",
         **overrides: Any,
     ) -> None:
-        """Train a model on labels or on soft targets; a run that was stopped goes on where it was.
+        """Train a model on labels or soft targets, or resume a stopped run.
 
         Args:
             config_file: a YAML file, see `trainconfig/`.
             m: short for --model.
-            weights: another way to give --pretrained, where the model's weights start.
-            resume: `auto` goes on with the newest unfinished run of this very configuration and seed, and begins a new
-                one where there is none; `never` begins a new one; or the folder of a run, or one of its states.
+            weights: short for --pretrained, the initial weights of the model.
+            resume: `auto` resumes the newest unfinished run of the same configuration and seed, or starts a new one;
+                `never` starts a new one; or the folder of a run, or one of its states.
             overrides: any key of the configuration; nested ones with a dot, --optimizer_args.lr 3e-4.
         """
         overrides |= {key: value for key, value in (("model", m), ("pretrained", weights)) if value is not None}
-        with joined_ranks() as ranks:
+        with process_group() as ranks:
             log_to(None, quiet=not ranks.is_main)
             torch.manual_seed(self.seed)  # initial weights; everything else draws from streams of its own
             prepared = prepare_run(config_file, overrides, self.seed, resume=str(resume), ranks=ranks)
@@ -79,7 +79,7 @@ class Runner:
 
     @print_user_errors
     def config(self, config_file: str, **overrides: Any) -> None:
-        """Print a configuration as `train` would read it: every key, defaults and overrides included.
+        """Print the configuration that `train` would use: every key, with defaults and overrides.
 
         Args:
             config_file: a YAML file, see `trainconfig/`.
@@ -101,8 +101,8 @@ class Runner:
         Args:
             experiment: a run's folder, a checkpoint, the name of a model, or an .onnx file.
             test_data: TSV of a pack with a `labels` column.
-            m: another way to give `experiment`.
-            options: what the results depend on, and where they go.
+            m: another name of `experiment`.
+            options: data, precision and output.
         """
         log_to(None)
         given = {"model": experiment or m, "test_data": test_data, **options}
@@ -110,13 +110,13 @@ class Runner:
 
     @print_user_errors
     def probe(self, model: str | None = None, *, m: str | None = None, **options: Any) -> None:
-        """Train a head on a model's frozen embeddings and judge it: accuracy or mAP, with a 95 % interval.
+        """Train a head on a model's frozen embeddings and evaluate it: accuracy or mAP, with a 95 % interval.
 
-        Writes heads/NAME.pt, for --head NAME wherever there is -m MODEL, with its figures and a picture beside it.
+        Writes heads/NAME.pt, for --head NAME of every command with -m MODEL, with its figures and a picture.
 
         Args:
             model: a run's folder, a checkpoint, or the name of a model; --embeddings STORE[,STORE] in its place.
-            m: another way to give `model`.
+            m: short for --model.
             options: --name and either --data (tested by the folds of its column `fold`) or --train_data and --test_data
         """
         log_to(None)

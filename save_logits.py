@@ -1,11 +1,11 @@
-"""Save what a teacher says about a pack: soft targets, or embeddings.
+"""Save a teacher's soft targets or embeddings for a pack.
 
     python save_logits.py CONFIG.yaml [--key value ...]
     torchrun --nproc_per_node N save_logits.py CONFIG.yaml [--key value ...]
     python save_logits.py CONFIG.yaml -m MODEL --head NAME
 
-Any key of the configuration can be overridden. The folder written is printed at the end; running the same command
-again goes on where it stopped.
+Any key of the configuration can be overridden. The folder is printed at the end; the same command completes a store
+that was interrupted.
 """
 
 import logging
@@ -28,20 +28,20 @@ from training.config import SoftTargetConfig
 from training.embedders import open_embedder
 from training.labelled import open_pack
 from training.settings import read_config
+from training.store_writer import EmbeddingContent, SoftTargetContent, StoreContent, StoreWriter
 from training.teacher import load_teacher
-from training.teaching import Embeddings, SoftTargets, StoreContent, Teaching
 
 logger = logging.getLogger(__name__)
 
 
 def open_content(config: SoftTargetConfig, pack: Pack | None) -> tuple[StoreContent | None, str]:
-    """Return what is to be stored and the name of its source; embeddings may need the pack."""
+    """Return the content of the store and the name of its source; embeddings may need the pack."""
     if config.targets == "embeddings":
         embedder = None if pack is None else open_embedder(config, pack)
-        return (None, "") if embedder is None else (Embeddings(embedder, config.part_size), embedder.name)
+        return (None, "") if embedder is None else (EmbeddingContent(embedder, config.part_size), embedder.name)
     assert config.model is not None
     teacher = load_teacher(config.model, config.weights, config.model_args, config.head)
-    return SoftTargets(teacher, config.topk), teacher.name
+    return SoftTargetContent(teacher, config.topk), teacher.name
 
 
 def store_folder(config: SoftTargetConfig, name: str) -> Path:
@@ -55,7 +55,7 @@ def store_folder(config: SoftTargetConfig, name: str) -> Path:
 
 
 def check_lengths(config: SoftTargetConfig, replay: Replay, pack: Pack, faults: Faults) -> None:
-    """Note in `faults` masks that leave too little of the pack's chunks; warn of what single chunks can lose."""
+    """Add masks that hide too much of the pack's chunks to `faults`; log a warning about single chunks."""
     chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
     found = check_masks(replay, reference_lengths(chunks))
     if found.fault:
@@ -92,7 +92,7 @@ def save_logits(config_file: str, *, m: str | None = None, **overrides: Any) -> 
     if config is None or pack is None or content is None:
         raise AssertionError("a part is missing, and no fault was noted")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = Teaching(config, pack, content, store_folder(config, name), rank, world_size).save()
+    folder = StoreWriter(config, pack, content, store_folder(config, name), rank, world_size).save()
     if rank == 0:
         key = "embeddingspath" if config.targets == "embeddings" else "logitspath"
         print(f"{content.store.what}: {folder}\nnext: python run.py train CONFIG.yaml --{key} {folder}")

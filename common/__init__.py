@@ -1,1 +1,1 @@
-"""The floor every room stands on: files that are whole or absent, errors that are sentences."""
+"""Shared by all packages: atomic files, user errors, command lines and options."""

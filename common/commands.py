@@ -1,4 +1,4 @@
-"""Commands made of functions and classes: their command lines are checked before anything runs."""
+"""Command lines of functions and classes, checked before Fire runs them."""
 
 import inspect
 import re
@@ -13,7 +13,7 @@ import fire
 from fire.parser import DefaultParseValue
 
 from common.errors import did_you_mean, fail
-from common.help import describe_command, describe_commands, is_positional, list_commands, name_places
+from common.help import describe_command, describe_commands, is_positional, list_commands, list_positional
 from common.options import Options
 
 _HELP = ("--help", "-h")
@@ -21,9 +21,9 @@ _NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def run_commands(component: Callable[..., Any], *, keys: Mapping[str, type[Options]] | None = None) -> None:
-    """Hand the command line to Fire, once it is checked: Fire alone runs a command first and complains afterwards.
+    """Check the command line and run it with Fire, which alone would run a command first and complain afterwards.
 
-    `--help` and `-h` print the help wherever they stand.
+    `--help` and `-h` print the help at any position.
 
     Args:
         component: a function, or a class whose methods are commands.
@@ -37,27 +37,27 @@ def run_commands(component: Callable[..., Any], *, keys: Mapping[str, type[Optio
     name = (line.positional or [""])[0].replace("-", "_") if group else ""
     if any(word in _HELP for word in words) or (group and not words):
         if name in commands:
-            words_of_it = f"{program} {name}".strip()
-            print(describe_command(commands[name], words_of_it, keys=(keys or {}).get(name), group=group))
+            call = f"{program} {name}".strip()
+            print(describe_command(commands[name], call, keys=(keys or {}).get(name), group=group))
         else:
             assert group is not None
             print(describe_commands(group, program))
         sys.exit(0)
     if name not in commands:
         found = "no command is given" if not name else f"there is no command {name!r}{did_you_mean(name, commands)}"
-        fail(f"{found}; wanted python {program} {' | '.join(commands)}; --help says more")
-    if "--" not in words:  # else some are for Fire
-        of_command = (keys or {}).get(name)
-        _check(line, commands[name], group, program, name, of_command.model_fields if of_command else ())
+        fail(f"{found}; expected python {program} {' | '.join(commands)}; see --help")
+    if "--" not in words:  # what follows -- are flags of Fire
+        options = (keys or {}).get(name)
+        _check(line, commands[name], group, program, name, options.model_fields if options else ())
     fire.Fire(component, command=words)
 
 
 @dataclass
 class _CommandLine:
-    """The words of a command line, as Fire takes them apart.
+    """The words of a command line, separated as Fire separates them.
 
     Attributes:
-        positional: values given by their place.
+        positional: values without a name.
         options: name → value of `--name value`; None where no value follows.
     """
 
@@ -90,26 +90,26 @@ def _check(
     name: str,
     keys: Iterable[str],
 ) -> None:
-    """Exit with a sentence where Fire would run the command and complain afterwards, or show a traceback."""
+    """Exit with one message where Fire would run the command first, or print a traceback."""
     parameters = {key: each for key, each in inspect.signature(function).parameters.items() if key != "self"}
     given = line.positional[1:] if group else line.positional
     by_place = [key for key, each in parameters.items() if is_positional(each)]
-    takes_more = any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
-    usage = " ".join(filter(None, [f"python {program}", name, *name_places(parameters), "[--option VALUE ...]"]))
-    if len(given) > len(by_place) and not takes_more:
+    is_variadic = any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
+    usage = " ".join(filter(None, [f"python {program}", name, *list_positional(parameters), "[--option VALUE ...]"]))
+    if len(given) > len(by_place) and not is_variadic:
         extra = given[len(by_place)]
         option, _, value = extra.partition("=")
         as_option = f" (did you mean --{option} {value or 'VALUE'}?)" if option in {*parameters, *keys} else ""
-        fail(f"{extra!r} belongs to nothing{as_option}; wanted {usage}")
+        fail(f"{extra!r} is not an argument{as_option}; expected {usage}")
     if group is not None:
         parameters |= {key: each for key, each in inspect.signature(group).parameters.items() if key not in parameters}
     required = [key for key in by_place[len(given) :] if parameters[key].default is inspect.Parameter.empty]
     missing = [key for key in required if key not in line.options]
     if missing:
-        fail(f"{missing[0].upper()} is not given; wanted {usage}; --help says more")
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        fail(f"{missing[0].upper()} is not given; expected {usage}; see --help")
+    takes_options = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     for option, given_value in line.options.items():
-        if option not in parameters and len(option) > 1 and not takes_any:
+        if option not in parameters and len(option) > 1 and not takes_options:
             fail(f"unknown option --{option}{did_you_mean(option, parameters)}; --help lists all")
         if option in parameters:
             _check_value(option, given_value, parameters[option].annotation)
@@ -125,4 +125,4 @@ def _check_value(option: str, value: str | None, annotation: Any) -> None:
         if parsed is None and type(None) in kinds:
             return
         if isinstance(parsed, bool) or not isinstance(parsed, int if float not in numbers else int | float):
-            fail(f"--{option} is {value!r}; wanted {_NUMBERS[numbers[0]]}")
+            fail(f"--{option} is {value!r}; expected {_NUMBERS[numbers[0]]}")

@@ -1,7 +1,7 @@
-"""Errors that tell a person what is wrong and what to do about it.
+"""Errors that a user can correct, with messages that name the cause and the remedy.
 
-Whatever a user can cause (a file, a key, a value) is raised as `UserError`: entry points print its text and
-exit with status 1. Anything else is a fault of this project and keeps its traceback.
+Invalid files, keys and values are raised as `UserError`: entry points print its message and exit with status 1. Any
+other exception is a bug of this project and keeps its traceback.
 """
 
 import difflib
@@ -17,11 +17,11 @@ R = TypeVar("R")
 
 
 class UserError(Exception):
-    """A fault in what the user gave; the text names the thing, what was found, what was wanted and the way out."""
+    """Invalid input; the message names the object, what was found, what was expected and what to do."""
 
 
 class Faults:
-    """Collects every fault of an input, so that all are told at once.
+    """Collects all faults of an input, to report them together.
 
     Example:
         >>> faults = Faults("trainconfig/mine.yaml")
@@ -38,19 +38,19 @@ class Faults:
         self.sentences: list[str] = []
 
     def add(self, sentence: str) -> None:
-        """Note one more fault."""
+        """Add a fault."""
         self.sentences.append(sentence)
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note a `UserError` raised in the `with` block, which ends there."""
+        """Add a `UserError` that is raised in the `with` block, which ends there."""
         try:
             yield
         except UserError as error:
             self.add(str(error))
 
     def raise_if_any(self) -> None:
-        """Raise one `UserError` with every fault noted so far, or return."""
+        """Raise one `UserError` with all faults, if there are any."""
         if self.sentences:
             plural = "s" if len(self.sentences) > 1 else ""
             lines = "".join(f"\n  - {sentence}" for sentence in self.sentences)
@@ -71,7 +71,7 @@ def some(names: Iterable[str], limit: int = 5) -> str:
 
 
 def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate an entry point: what a user can mend, or did, is printed as a sentence, without a traceback.
+    """Decorate an entry point: print user errors and interruptions as one message, without a traceback.
 
     The exit status is 1 for an error and 130 for Ctrl-C.
     """
@@ -81,17 +81,17 @@ def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            fail(_own_words(str(error)))
+            fail(_strip_traceback(str(error)))
         except KeyboardInterrupt:
-            print("\nstopped; what was finished is kept", file=sys.stderr)
+            print("\nstopped; finished work is kept", file=sys.stderr)
             sys.exit(130)
-        except OSError as error:  # a full disk, a folder that may not be written: the user's to mend as well
+        except OSError as error:  # a full disk, missing permissions: for the user to correct as well
             fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
 
     return wrapper
 
 
-def _own_words(message: str) -> str:
+def _strip_traceback(message: str) -> str:
     """Return a message without the traceback that PyTorch wraps around an error of a loader worker."""
     if "Original Traceback" not in message:
         return message
@@ -99,6 +99,6 @@ def _own_words(message: str) -> str:
 
 
 def fail(sentence: str) -> NoReturn:
-    """Print `sentence` as an error and exit with status 1."""
+    """Print an error message and exit with status 1."""
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(1)

@@ -1,12 +1,13 @@
-"""Files that are whole or absent.
+"""Atomic writing: a file is complete or absent.
 
-A writer gets a name beside the target; when it has finished, the file is flushed to disk and renamed. A reader that
-finds the target finds all of it, and an interrupted writer leaves the previous file as it was.
+A file is written under a temporary name beside the target, flushed to disk and renamed. A reader that finds the target
+finds all of it, and an interrupted writer leaves the previous file unchanged.
 
-What a killed writer leaves is removed by the next process that writes into the folder. While `.NAME.TOKEN.partial` is
-written, its process has a lock on `.TOKEN.partial.lock`, which holds the id of the machine's boot. The lock ends with
-the process, whatever its number and its container. Where a lock says nothing (another boot may be another machine, and
-the locks of some file systems reach no further than one; others have none), files are dead after `DEAD_AFTER`.
+Partial files of a killed process are removed by the next process that writes into the folder. While
+`.NAME.TOKEN.partial` is written, its process holds a lock on `.TOKEN.partial.lock`, which contains the boot id of the
+machine. The lock ends with the process, whatever its number and its container. Where a lock proves nothing (another
+boot id may mean another machine, and on some file systems locks are local or missing), files are removed after
+`DEAD_AFTER`.
 """
 
 import fcntl
@@ -26,16 +27,16 @@ from typing import IO, Any
 DEAD_AFTER = 24 * 3600.0  # seconds since a partial file of another boot has changed
 
 _LOCK = re.compile(r"\.([0-9a-f]{8})\.partial\.lock")
-_WRITING: set[str] = set()  # tokens of this process, to which its own locks are no obstacle
+_WRITING: set[str] = set()  # tokens of this process: its own locks do not keep it out
 _CLEANED: set[Path] = set()  # folders; a listing for every file would take too long in a large one
 
 
 @contextmanager
 def whole_file(target: str | Path) -> Iterator[Path]:
-    """Give a path to write to; on a clean exit it becomes `target`, on an error it is removed.
+    """Yield a path to write to; it is renamed to `target` on a clean exit and removed on an error.
 
     Args:
-        target: the file wanted at the end; its folder is made where missing.
+        target: the final path; its folder is created if it is missing.
 
     Yields:
         A path in the same folder (so that the rename cannot cross file systems), unique to this call.
@@ -50,10 +51,10 @@ def whole_file(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def reserve_partial(target: Path) -> Iterator[Path]:
-    """Give a path beside `target` for a file or a folder; what is there at the end, however it comes, is removed.
+    """Yield a path beside `target` for a file or a folder, and remove whatever is there at the end.
 
     Args:
-        target: what the partial file is for; its folder is made where missing.
+        target: the final path; its folder is created if it is missing.
 
     Yields:
         `.NAME.TOKEN.partial` in the same folder, which does not exist.
@@ -82,7 +83,7 @@ def reserve_partial(target: Path) -> Iterator[Path]:
 
 
 def remove_dead_partials(folder: str | Path) -> None:
-    """Remove the partial files in a folder whose writers were killed; what cannot be removed stays."""
+    """Remove the partial files of killed processes in a folder, as far as permissions allow."""
     try:
         names = os.listdir(folder)
     except OSError:  # it does not exist, or may not be listed
@@ -100,7 +101,7 @@ def remove_dead_partials(folder: str | Path) -> None:
 
 
 def _find_dead(lock: IO[bytes], folder: Path, token: str) -> list[Path]:
-    """Find what a writer has left, its lock last; nothing where the writer may be alive."""
+    """Return the partial files of a process that is dead, its lock last; an empty list if it may be alive."""
     boot_id = None
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,7 +110,7 @@ def _find_dead(lock: IO[bytes], folder: Path, token: str) -> list[Path]:
         return []
     except OSError:  # a file system without locks
         pass
-    # Only now, when nothing is added. Libraries that write beside the name they are given add to its end.
+    # Listed only now, when no more are added. Libraries that write beside the given name append to it.
     found = sorted((path for path in folder.iterdir() if f".{token}.partial" in path.name), key=_is_lock)
     is_dead = (
         boot_id == _boot_id() or time.time() - max((path.stat().st_mtime for path in found), default=0) > DEAD_AFTER
@@ -123,7 +124,7 @@ def _is_lock(path: Path) -> bool:
 
 @cache
 def _boot_id() -> bytes:
-    """What the processes of one running kernel have in common, whatever container they are in."""
+    """Return an id that all processes of one running kernel share, in whatever container."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
     except OSError:
@@ -146,13 +147,13 @@ def _flush(path: Path) -> None:
 
 
 def write_text(target: str | Path, text: str) -> None:
-    """Write `text` (UTF-8) to `target`, whole or not at all."""
+    """Write `text` (UTF-8) to `target`, atomically."""
     with whole_file(target) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(target: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON to `target`, whole or not at all."""
+    """Write `value` as indented JSON to `target`, atomically."""
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 

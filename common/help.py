@@ -1,4 +1,4 @@
-"""The help of commands that are functions, from their signatures, their docstrings and the keys they take."""
+"""Help of commands that are functions, from their signatures, docstrings and options."""
 
 import inspect
 import textwrap
@@ -17,7 +17,7 @@ _TYPES = {str: "text", int: "whole number", float: "number", bool: "true or fals
 
 
 def describe_commands(group: type, program: str) -> str:
-    """Return the help of a class whose methods are commands: each with its first sentence, and the options of all."""
+    """Return the help of a class whose methods are commands: the summary of each, and their common options."""
     commands = list_commands(group)
     width = max(map(len, commands))
     listed = [f"    {name:<{width}}  {_summary(function)}" for name, function in commands.items()]
@@ -26,7 +26,7 @@ def describe_commands(group: type, program: str) -> str:
             f"SYNOPSIS\n    python {program} COMMAND ... [--option VALUE ...]\n",
             "COMMANDS",
             *listed,
-            f"\n    python {program} COMMAND --help says more of each.\n",
+            f"\n    python {program} COMMAND --help describes each.\n",
             "OPTIONS of every command",
             *_describe_options(group),
         ]
@@ -40,9 +40,9 @@ def describe_command(
 
     Args:
         function: the command.
-        program: what is called, with the command's name.
-        keys: of the configuration whose keys are options of the command as well.
-        group: the class whose method it is, if any; its own options are those of every command.
+        program: the program and the name of the command.
+        keys: the class whose fields are options of the command as well.
+        group: the class whose method it is, if any; its arguments are options of every command.
     """
     parameters = _parameters(function)
     about = docstrings.parse(inspect.getdoc(function) or "")
@@ -50,7 +50,7 @@ def describe_command(
     positional = [name for name, each in parameters.items() if is_positional(each)]
     rest = next((name for name, each in parameters.items() if each.kind is each.VAR_KEYWORD), None)
     more = " [--KEY VALUE ...]" if keys is not None else ""
-    words = "".join(f" {word}" for word in name_places(parameters))
+    words = "".join(f" {word}" for word in list_positional(parameters))
     lines = [f"SYNOPSIS\n    python {program}{words} [--option VALUE ...]{more}\n", *_fill(about.summary or "", 4)]
     if about.description:
         lines += ["", *_fill(about.description, 4)]
@@ -60,20 +60,20 @@ def describe_command(
             lines += [f"    {name.upper()} or --{name} ({_value(parameters[name])})", *_fill(meanings.get(name, ""), 8)]
     options = _describe_options(function)
     lines += ["", "OPTIONS", *options] if options else []
-    if group is not None and (of_all := _describe_options(group)):
-        lines += ["", "OPTIONS of every command", *of_all]
+    if group is not None and (common := _describe_options(group)):
+        lines += ["", "OPTIONS of every command", *common]
     if keys is not None:
         lines += ["", "KEYS", *_fill(meanings.get(rest or "", ""), 4), "", describe_keys(keys, WIDTH)]
     return "\n".join(lines)
 
 
 def list_commands(group: type) -> Mapping[str, Callable[..., Any]]:
-    """Return the methods of a class that are commands, in their order."""
+    """Return the public methods of a class, in their order."""
     return {name: each for name, each in vars(group).items() if inspect.isfunction(each) and not name.startswith("_")}
 
 
-def name_places(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Return what a command is given by place, as a synopsis writes it; where many have defaults, the others alone."""
+def list_positional(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Return the positional arguments as a synopsis shows them; of many with defaults, only the others."""
     positional = {name: each.default is each.empty for name, each in parameters.items() if is_positional(each)}
     optional = [name for name, required in positional.items() if not required]
     names = [name for name in positional if len(optional) <= _MOST_OPTIONAL or name not in optional]
@@ -81,7 +81,7 @@ def name_places(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
 
 
 def is_positional(parameter: inspect.Parameter) -> bool:
-    """Whether an argument can be given by its place alone."""
+    """Whether an argument can be given without its name."""
     return parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -90,7 +90,7 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _describe_options(component: Callable[..., Any]) -> list[str]:
-    """Describe what is given by name: to a command, or to the class whose methods are commands."""
+    """Describe the keyword arguments of a command, or of the class whose methods are commands."""
     meanings = _meanings(component.__doc__ or "")
     lines = []
     for name, each in _parameters(component).items():

@@ -1,7 +1,7 @@
 """The keys of a configuration, read from the class that checks it: meaning, type, default.
 
-The class is a Pydantic model. What a key means is the comment above it or on its line, so that no second list can
-differ from it; a comment `# --- title` begins a group.
+The class is a Pydantic model. The meaning of a key is the comment above it or on its line, so that there is no second
+list to maintain; a comment `# --- title` begins a group.
 """
 
 import ast
@@ -28,7 +28,7 @@ class Key:
     """A key of a configuration.
 
     Attributes:
-        name: as it stands in a file.
+        name: as in a YAML file.
         meaning: the comment beside it; "" where there is none.
         kind: the type of its values, in words.
         default: as YAML has it; None where the key must be given.
@@ -58,7 +58,7 @@ def list_keys(model: type[BaseModel]) -> list[Key]:
 
 
 def describe_keys(model: type[BaseModel], width: int = 100) -> str:
-    """Lay out the keys of a configuration, by groups: name, type and default on a line, the meaning below."""
+    """Format the keys of a configuration by groups: name, type and default on a line, the meaning below."""
     lines: list[str] = []
     group = None
     for key in list_keys(model):
@@ -71,18 +71,18 @@ def describe_keys(model: type[BaseModel], width: int = 100) -> str:
 
 
 def check_value_given(model: type[BaseModel], name: str, value: Any) -> Any:
-    """Return a value of a key, unless it is the true that a command line makes of `--epochs` without a value.
+    """Return the value of a key, unless it is the true that Fire makes of `--epochs` without a value.
 
     Raises:
-        ValueError: it is true, and the key takes something else.
+        ValueError: it is true, and the key does not take booleans.
     """
     if value is True and not takes_bool(model.model_fields[name].annotation):
-        raise ValueError(f"it is given without a value; write --{name} VALUE")
+        raise ValueError(f"given without a value; write --{name} VALUE")
     return value
 
 
 def takes_bool(annotation: Any) -> bool:
-    """Whether true is a value of a type."""
+    """Whether a type includes booleans."""
     if get_origin(annotation) in (Union, types.UnionType):
         return any(map(takes_bool, get_args(annotation)))
     return annotation in (bool, Any)
@@ -132,7 +132,7 @@ def _describe_limits(metadata: Iterable[Any]) -> list[str]:
 
 
 def _describe_type(annotation: Any) -> str:
-    """Name a type as someone who writes YAML would."""
+    """Return the name of a type for readers of YAML."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         described = " or ".join(_describe_type(argument) for argument in arguments if argument is not type(None))

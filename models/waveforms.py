@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import UserError, some
-from common.samples import FULL_SCALE_16_BIT, WANTED, to_floats
+from common.samples import EXPECTED, FULL_SCALE_16_BIT, to_floats
 
 _LOUDEST = 16.0  # 24 dB above full scale, as for files: floating-point recordings and mixes stay below
 _MOST_CHANNELS, _FEWEST_SAMPLES = 32, 1000  # what looks like one sound with its channels last
@@ -79,7 +79,7 @@ def _to_float_tensor(samples: Any, name: str) -> Tensor:
         return samples.float()
     if samples.dtype == torch.int16:
         return samples.float() / FULL_SCALE_16_BIT
-    raise UserError(f"{name}: found values of type {samples.dtype}; {WANTED}: divide integers by their full scale")
+    raise UserError(f"{name}: found values of type {samples.dtype}; {EXPECTED}: divide integers by their full scale")
 
 
 def _check_shape(waveform: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Heads on frozen embeddings: fitted, judged, kept."""
+"""Heads on frozen embeddings: fitting, evaluation and files."""

@@ -1,4 +1,4 @@
-"""What simple features reach on the clips of a probe, beside which its figure stands."""
+"""The baseline of simple features on the clips of a probe."""
 
 import logging
 
@@ -7,27 +7,27 @@ import numpy as np
 from audio.dataset import Pack
 from common.errors import UserError
 from probing.data import ProbeSet
-from training.baseline import MOST_CLIPS, fit_baseline, fits_in_seconds
+from training.baseline import MAX_CLIPS, fit_baseline, fits_in_seconds
 from training.labelled import LabelledPack
 
 logger = logging.getLogger(__name__)
 
 
 def fit_baselines(clips: ProbeSet) -> float | None:
-    """Return the figure of `training.baseline` on the test clips, over all folds where there are some.
+    """Return the figure of `training.baseline` on the test clips, or on the clips of all folds.
 
     Args:
         clips: of a probe.
 
     Returns:
-        Accuracy where every clip has one label, otherwise mAP; the mean over folds, weighted by their clips. None where
-        it would take more than seconds or cannot be had, with a logged line.
+        Accuracy if every clip has one label, otherwise mAP; the mean over folds, weighted by their clips. None if it
+        would take more than seconds or fails, which is logged.
     """
     hours = sum(float((pack.n_samples / pack.sample_rate).sum()) for pack in clips.packs.values()) / 3600
     n_folds = 1 if clips.folds is None else len(set(clips.folds.tolist()))
-    n_clips = sum(min(len(pack), MOST_CLIPS) for pack in clips.packs.values())
+    n_clips = sum(min(len(pack), MAX_CLIPS) for pack in clips.packs.values())
     if not fits_in_seconds(n_clips * n_folds, hours * n_folds, max(pack.sample_rate for pack in clips.packs.values())):
-        logger.info("no baseline: so much sound takes more than seconds; scripts/baseline.py fits one")
+        logger.info("no baseline: so much sound takes more than seconds; use scripts/baseline.py")
         return None
     packs = {part: _label(pack, clips.targets[part]) for part, pack in clips.packs.items()}
     try:

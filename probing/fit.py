@@ -1,6 +1,6 @@
-"""A head on frozen embeddings: which clips it learns from, how it is fitted, what it says.
+"""Fitting a head to frozen embeddings, and its predictions.
 
-The embeddings lie in memory, so that a fit takes seconds. The same arguments give the same head, bit for bit on a CPU.
+The embeddings are in memory, so that a fit takes seconds. The same arguments give the same head, bit for bit on a CPU.
 
 Letters: N clips, E embedding width, C classes.
 """
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from models.headed import Head
 
-FLAT = 1e-6  # a dimension that varies less than this, relative to the one that varies most, is left as it is
+MIN_DEVIATION = 1e-6  # dimensions of a smaller deviation, relative to the largest one, are not scaled
 
 
 @dataclass(frozen=True)
-class Fitting:
-    """How a head is fitted.
+class FitSettings:
+    """Settings of a fit.
 
     Attributes:
         hidden_sizes: widths of hidden layers; none for a linear head.
@@ -29,7 +29,7 @@ class Fitting:
         weight_decay: of AdamW.
         dropout: after each hidden layer.
         batch_size: clips a step.
-        patience: epochs without a lower loss on the validation clips after which it ends.
+        patience: epochs without a lower validation loss after which the fit ends.
         seed: of initial weights, order of clips and dropout.
     """
 
@@ -45,7 +45,7 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Examples:
-    """Clips to learn from or to be judged by.
+    """Clips to train or evaluate on.
 
     Attributes:
         names: of the N clips.
@@ -67,15 +67,15 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A head and how it came about.
+class FittedHead:
+    """A head and the facts of its fit.
 
     Attributes:
-        head: as it was at its best, in evaluation mode, on the CPU.
-        n_train: clips that it learned from.
-        n_valid: clips that chose when to stop.
-        best_epoch: whose weights these are, counted from 1.
-        n_epochs: fitted.
+        head: of the best epoch, in evaluation mode, on the CPU.
+        n_train: training clips.
+        n_valid: validation clips.
+        best_epoch: the epoch of the weights, counted from 1.
+        n_epochs: epochs that were run.
         valid_loss: of the best epoch; None without validation clips.
     """
 
@@ -88,76 +88,86 @@ class Fitted:
 
 
 def fit(
-    train: Examples, valid: Examples | None, labels: list[str], single: bool, how: Fitting, device: torch.device
-) -> Fitted:
-    """Fit a head; what `valid` holds decides when to stop, and nothing else.
+    train: Examples,
+    valid: Examples | None,
+    labels: list[str],
+    single: bool,
+    settings: FitSettings,
+    device: torch.device,
+) -> FittedHead:
+    """Fit a head with early stopping.
 
     Args:
-        train: clips to learn from; mean and scale of their embeddings become the head's standardisation.
-        valid: clips whose loss chooses the epoch to keep; None or none to keep the last.
+        train: training clips; mean and deviation of their embeddings become the head's standardisation.
+        valid: clips whose loss selects the epoch; the last epoch is kept if there are none.
         labels: the C class names.
         single: exactly one class a clip: softmax and cross-entropy, else sigmoid and binary cross-entropy.
-        how: the settings.
+        settings: of the fit.
         device: to compute on.
     """
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-        torch.manual_seed(how.seed)
-        return _fit(train, valid if valid is not None and len(valid) else None, labels, single, how, device)
+        torch.manual_seed(settings.seed)
+        return _fit(train, valid if valid is not None and len(valid) else None, labels, single, settings, device)
 
 
 def _fit(
-    train: Examples, valid: Examples | None, labels: list[str], single: bool, how: Fitting, device: torch.device
-) -> Fitted:
+    train: Examples,
+    valid: Examples | None,
+    labels: list[str],
+    single: bool,
+    settings: FitSettings,
+    device: torch.device,
+) -> FittedHead:
     width = train.embeddings.shape[1]
     activation = "softmax" if single else "sigmoid"
     head = Head(
         width,
         len(labels),
-        hidden_sizes=how.hidden_sizes,
+        hidden_sizes=settings.hidden_sizes,
         labels=labels,
         activation=activation,  # type: ignore[arg-type]
-        dropout=how.dropout,
+        dropout=settings.dropout,
     )
-    mean, scale = standardisation(train.embeddings)
+    mean, scale = compute_statistics(train.embeddings)
     head.mean.copy_(torch.from_numpy(mean))
     head.scale.copy_(torch.from_numpy(scale))
     head.to(device)
-    x, y = _tensors(train, single, device)
-    heard = _tensors(valid, single, device) if valid else None
-    optimiser = torch.optim.AdamW(head.parameters(), lr=how.lr, weight_decay=how.weight_decay, fused=True)
-    order = torch.Generator().manual_seed(how.seed)
-    best_state, best_loss, best_epoch, epoch = None, float("inf"), how.epochs, 0
-    for epoch in range(1, how.epochs + 1):
+    x, y = _make_tensors(train, single, device)
+    valid_tensors = _make_tensors(valid, single, device) if valid else None
+    optimiser = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    order = torch.Generator().manual_seed(settings.seed)
+    best_state, best_loss, best_epoch, epoch = None, float("inf"), settings.epochs, 0
+    for epoch in range(1, settings.epochs + 1):
         head.train()
-        for rows in torch.randperm(len(x), generator=order).to(device).split(how.batch_size):
+        for rows in torch.randperm(len(x), generator=order).to(device).split(settings.batch_size):
             optimiser.zero_grad()
-            _loss(head(x[rows]), y[rows], single).backward()
+            _compute_loss(head(x[rows]), y[rows], single).backward()
             optimiser.step()
-        if heard is None:
+        if valid_tensors is None:
             continue
-        loss = _mean_loss(head, *heard, single)
+        loss = _compute_mean_loss(head, *valid_tensors, single)
         if loss < best_loss:
             best_state, best_loss, best_epoch = copy.deepcopy(head.state_dict()), loss, epoch
-        elif epoch - best_epoch >= how.patience:
+        elif epoch - best_epoch >= settings.patience:
             break
     if best_state is not None:
         head.load_state_dict(best_state)
-    elif heard is not None:  # never a number: what diverged is told where it is judged
+    elif valid_tensors is not None:  # the loss was never finite; the evaluation reports a diverged head
         best_epoch = epoch
-    told = best_loss if best_state is not None else None
-    return Fitted(head.cpu().eval(), len(train), len(valid) if valid else 0, best_epoch, epoch, told)
+    valid_loss = best_loss if best_state is not None else None
+    return FittedHead(head.cpu().eval(), len(train), len(valid) if valid else 0, best_epoch, epoch, valid_loss)
 
 
-def standardisation(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean and the standard deviation (E,) of embeddings (N,E); 1 where a dimension does not vary."""
+def compute_statistics(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation (E,) of embeddings (N,E); the deviation of a constant dimension is 1."""
     exact = embeddings.astype(np.float64)
     mean, deviation = exact.mean(axis=0), exact.std(axis=0)
-    flat = deviation <= FLAT * deviation.max(initial=0)
-    return mean.astype(np.float32), np.where(flat, 1, deviation).astype(np.float32)
+    is_constant = deviation <= MIN_DEVIATION * deviation.max(initial=0)
+    return mean.astype(np.float32), np.where(is_constant, 1, deviation).astype(np.float32)
 
 
 @torch.inference_mode()
-def answer(head: Head, embeddings: np.ndarray, block: int = 8192) -> np.ndarray:
+def predict(head: Head, embeddings: np.ndarray, block: int = 8192) -> np.ndarray:
     """Return a head's probabilities, float32 (N,C), for embeddings (N,E)."""
     head.eval()
     logits = torch.cat(
@@ -166,18 +176,18 @@ def answer(head: Head, embeddings: np.ndarray, block: int = 8192) -> np.ndarray:
     return (logits.softmax(-1) if head.activation == "softmax" else logits.sigmoid()).numpy()
 
 
-def _tensors(examples: Examples, single: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def _make_tensors(examples: Examples, single: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     targets = torch.from_numpy(examples.targets)
     y = targets.argmax(1) if single else targets
     return torch.from_numpy(examples.embeddings).to(device), y.to(device)
 
 
-def _loss(logits: Tensor, y: Tensor, single: bool) -> Tensor:
+def _compute_loss(logits: Tensor, y: Tensor, single: bool) -> Tensor:
     return F.cross_entropy(logits, y) if single else F.binary_cross_entropy_with_logits(logits, y)
 
 
 @torch.inference_mode()
-def _mean_loss(head: Head, x: Tensor, y: Tensor, single: bool, block: int = 8192) -> float:
+def _compute_mean_loss(head: Head, x: Tensor, y: Tensor, single: bool, block: int = 8192) -> float:
     head.eval()
     parts = zip(x.split(block), y.split(block), strict=True)
-    return sum(float(_loss(head(part), target, single)) * len(part) for part, target in parts) / len(x)
+    return sum(float(_compute_loss(head(part), target, single)) * len(part) for part, target in parts) / len(x)

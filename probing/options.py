@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from common.options import Options
-from probing.fit import Fitting
+from probing.fit import FitSettings
 from training.config import Mode
 
 
@@ -76,13 +76,13 @@ class ProbeOptions(Options):
         if self.head == "linear" and (self.hidden_sizes or self.dropout):
             yield "--hidden_sizes and --dropout are for --head mlp; a linear head has no hidden layers"
 
-    def fitting(self, seed: int) -> Fitting:
+    def fitting(self, seed: int) -> FitSettings:
         """Return how its heads are fitted."""
         hidden = () if self.head == "linear" else tuple(self.hidden_sizes or (512,))
         shared = {
             key: getattr(self, key) for key in ("epochs", "lr", "weight_decay", "dropout", "batch_size", "patience")
         }
-        return Fitting(hidden_sizes=hidden, seed=seed, **shared)
+        return FitSettings(hidden_sizes=hidden, seed=seed, **shared)
 
     def packs(self) -> dict[str, str]:
         """Return the packs it names: what they are for -> TSV."""

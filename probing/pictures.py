@@ -1,45 +1,46 @@
-"""The picture of a head: which classes it confuses, or how well it knows each."""
+"""The figure of a head: its confusion matrix, or its average precision for each class."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from probing.scores import Score
-from training.figures import COLOURS, INK, confusion_figure, drawable, style
-from training.report import MOST_DRAWN_CLASSES
+from training.figures import COLOURS, INK, confusion_figure, drawable_labels, style
+from training.report import MAX_DRAWN_CLASSES
 
-if TYPE_CHECKING:  # matplotlib takes a second to import, which only those who draw should wait for
+if TYPE_CHECKING:  # takes a second to import
     from matplotlib.figure import Figure
 
-MOST_BARS = 60
+MAX_BARS = 60
 
 
-def probe_figure(result: Score, labels: list[str], title: str) -> "Figure":
-    """Return the confusion matrix where clips have one label and it can be read, else average precision a class.
+def draw_probe(result: Score, labels: list[str], title: str) -> "Figure":
+    """Draw the confusion matrix for clips of one label and few classes, else the average precision of each class.
 
     Args:
         result: of the test clips.
         labels: the C class names.
-        title: of the picture.
+        title: of the figure.
     """
     confusion = result.metrics.confusion
-    if result.metric == "accuracy" and confusion is not None and len(labels) <= MOST_DRAWN_CLASSES:
+    if result.metric == "accuracy" and confusion is not None and len(labels) <= MAX_DRAWN_CLASSES:
         figure = confusion_figure(confusion, labels)
         figure.axes[0].set_title(title, fontsize=10, color=INK, parse_math=False)
         return figure
-    return precision_figure(result, labels, title)
+    return draw_precisions(result, labels, title)
 
 
-def precision_figure(result: Score, labels: list[str], title: str) -> "Figure":
-    """Return a bar a class, its average precision, best first; of very many classes the best and the worst."""
+def draw_precisions(result: Score, labels: list[str], title: str) -> "Figure":
+    """Draw the average precision of each class as a bar, best first; of very many classes the best and the worst."""
     from matplotlib.figure import Figure
 
     precisions = result.metrics.per_class["AP"].to_numpy()
-    order = np.argsort(-precisions, kind="stable")[: int(np.isfinite(precisions).sum())]  # NaN sorts last: absent
-    if len(order) > MOST_BARS:
-        title += f"\nthe {MOST_BARS // 2} classes it knows best, and the {MOST_BARS // 2} it knows worst"
-        order = np.concatenate([order[: MOST_BARS // 2], order[-MOST_BARS // 2 :]])
-    names = drawable(labels)
+    # Classes without clips are NaN, which sorts last.
+    order = np.argsort(-precisions, kind="stable")[: int(np.isfinite(precisions).sum())]
+    if len(order) > MAX_BARS:
+        title += f"\nthe {MAX_BARS // 2} best classes and the {MAX_BARS // 2} worst"
+        order = np.concatenate([order[: MAX_BARS // 2], order[-MAX_BARS // 2 :]])
+    names = drawable_labels(labels)
     counts = result.metrics.per_class["n_positive"].to_numpy()
     figure = Figure(figsize=(8, 1.4 + 0.22 * len(order)), layout="constrained")
     axis = figure.subplots()

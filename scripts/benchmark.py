@@ -1,20 +1,20 @@
-"""Measure how fast the project is, beside plain code that computes the same.
+"""Measure the speed of the project against plain code that computes the same.
 
     python scripts/benchmark.py train [--model ced_tiny] [--seconds 10] [--batch_size 16] [--compile] [--mode fp32]
     python scripts/benchmark.py train --device cuda --mode bf16 --compile --batch_size 128 --peak_tflops 989
     python scripts/benchmark.py tag [--sounds FOLDER] [--model ced_tiny] [--rounds 3]
     python scripts/benchmark.py tome [--model ast_base] [--seconds 10] [--r 40] [--attention sdpa,naive]
 
-`train` times the project's training step and a plain one, which is written the way published code writes it: attention
-weights materialised, masks and mixup clip by clip, one tensor after another in the optimiser, the loss read every step.
-Weights, batch and draws are the same, so both see the same losses. All contenders run in one process and take turns, so
-that whatever else the machine does hits them alike.
+`train` times the project's training step and a plain one, written as in published code: attention weights materialised,
+masks and mixup clip by clip, one tensor after another in the optimiser, the loss read every step. Weights, batch and
+random numbers are the same, so both have the same losses. All candidates run in one process and in alternation, so that
+other load on the machine affects them alike.
 
 `tag` times whole processes that tag a folder, and the same sound in one long file: inference.py with PyTorch and with
-ONNX Runtime, and a plain script that takes one file at a time. Probabilities are compared.
+ONNX Runtime, and a plain script that processes one file at a time. Probabilities are compared.
 
-`tome` times a vision transformer that merges tokens beside the same one that does not, both with fused attention or
-both with the attention of published code, and says how much of the bound is reached that products of matrices set.
+`tome` times a vision transformer with and without token merging, with fused attention or with the attention of
+published code, and prints the share of the speedup that the number of matrix products allows.
 """
 
 import copy
@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
-# As in run.py: before torch loads OpenMP.
+# Before torch loads OpenMP, as in run.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -34,16 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.commands import run_commands
 from common.errors import UserError, print_user_errors
 from models.devices import choose_device
-from scripts.benchmarks.tag import tag_benchmark
-from scripts.benchmarks.tome import Attention, tome_benchmark
-from scripts.benchmarks.train import (
-    count_flops,
-    create_transformer,
-    make_batch,
-    plain_step,
-    project_step,
-)
-from scripts.benchmarks.turns import table, take_turns
+from scripts.benchmarks.tag import benchmark_tagging
+from scripts.benchmarks.timing import compute_tflops, describe_device, format_table, time_steps
+from scripts.benchmarks.tome import Attention, benchmark_merging
+from scripts.benchmarks.train import count_flops, create_transformer, make_batch, make_plain_step, make_project_step
 
 
 class Benchmark:
@@ -64,41 +58,45 @@ class Benchmark:
         num_classes: int = 527,
         seed: int = 0,
     ) -> None:
-        """Time the project's training step beside a plain one: waveforms in, updated weights out.
+        """Time the project's training step and a plain one: waveforms in, updated weights out.
 
         Args:
             model: an audio transformer.
             seconds: length of the clips, at most one chunk of the model.
             batch_size: clips of a step.
-            steps: of each contender between two readings of the clock.
-            rounds: turns of each contender.
+            steps: of each candidate in a round.
+            rounds: of all candidates.
             mode: precision, as in a training configuration.
-            compile: a third contender, the project's step with `compile: true`.
+            compile: a third candidate, the project's step with `compile: true`.
             device: auto, cpu or cuda.
-            peak_tflops: what the machine can do in this precision; prints the utilisation.
+            peak_tflops: of the machine in this precision; adds the utilisation.
             num_classes: C.
-            seed: of weights, sounds and draws.
+            seed: of weights, sounds and augmentation.
         """
         where = choose_device(device)
         torch.manual_seed(seed)
         network = create_transformer(model, num_classes).to(where)
         if network.front_end.n_frames(round(seconds * network.sample_rate)) > network.target_length:
-            raise UserError(f"{seconds:g} s are more than the one chunk that the plain step knows; try --seconds 10")
+            raise UserError(f"{seconds:g} s are more than one chunk, which the plain step requires; try --seconds 10")
         batch = make_batch(network, batch_size, seconds, where, seed)
-        contenders = {
-            "plain": plain_step(copy.deepcopy(network), mode, where),
-            "project": project_step(copy.deepcopy(network), mode, where, compiled=False),
+        candidates = {
+            "plain": make_plain_step(copy.deepcopy(network), mode, where),
+            "project": make_project_step(copy.deepcopy(network), mode, where, compiled=False),
         }
         if compile:
-            contenders["project, compiled"] = project_step(copy.deepcopy(network), mode, where, compiled=True)
+            candidates["project, compiled"] = make_project_step(copy.deepcopy(network), mode, where, compiled=True)
         flops = count_flops(network, batch)
-        measured = take_turns(contenders, batch, rounds, steps, where)
-        threads = f"{torch.get_num_threads()} threads" if where.type == "cpu" else torch.cuda.get_device_name(where)
+        measured = time_steps(candidates, batch, rounds, steps, where)
+        tflops = compute_tflops(measured, dict.fromkeys(measured, flops))
+        columns = {"TFLOP/s": {name: f"{value:.3g}" for name, value in tflops.items()}}
+        if peak_tflops is not None:
+            columns["utilisation"] = {name: f"{100 * value / peak_tflops:.1f} %" for name, value in tflops.items()}
         print(
             f"training steps of {model}, {mode}, {batch_size} clips of {seconds:g} s, {flops / batch_size / 1e9:.2f} "
-            f"GFLOP a clip; PyTorch {torch.__version__}, {threads}; medians of {rounds} rounds of {steps} steps"
+            f"GFLOP a clip; PyTorch {torch.__version__}, {describe_device(where)}; medians of {rounds} rounds of "
+            f"{steps} steps"
         )
-        print(table(measured, batch_size, dict.fromkeys(measured, flops), "plain", peak_tflops))
+        print(format_table(measured, "plain", batch_size, "clips/s", columns))
 
     @print_user_errors
     def tag(
@@ -111,13 +109,13 @@ class Benchmark:
         """Time whole processes that tag a folder, and the same sound in one long file.
 
         Args:
-            sounds: a folder of sounds of one sample rate; 400 files of noise are made where none is given.
+            sounds: a folder of sounds of one sample rate; by default 400 files of noise are made.
             model: a checkpoint, or a name, which then gets random weights.
             chunk_length: of a window, in seconds.
-            rounds: turns of each contender.
+            rounds: runs of each candidate.
         """
         with tempfile.TemporaryDirectory() as work:
-            print(tag_benchmark(sounds and str(Path(sounds).resolve()), model, chunk_length, rounds, Path(work)))
+            print(benchmark_tagging(sounds and str(Path(sounds).resolve()), model, chunk_length, rounds, Path(work)))
 
     @print_user_errors
     def tome(
@@ -131,26 +129,25 @@ class Benchmark:
         device: str = "cpu",
         seed: int = 0,
     ) -> None:
-        """Time a network that merges tokens beside the same one that does not: spectrograms in, classes out.
+        """Time a network with and without token merging: spectrograms in, classes out.
 
         Args:
-            model: a vision transformer. AST is built for the smallest multiple of 128 frames that holds a clip, which
-                are the lengths of its recipes: 1024 for 10 s, 512 for 5 s, 128 for 1 s.
+            model: a vision transformer. AST is built for the smallest multiple of 128 frames that holds a clip, as in
+                its recipes: 1024 for 10 s, 512 for 5 s, 128 for 1 s.
             seconds: length of the clips.
-            r: tokens merged away in each block; several, separated by commas, take turns.
+            r: tokens merged in each block; several are separated by commas.
             batch_size: clips of a pass.
             attention: sdpa (fused), naive (its weights materialised, as in published code), or both, with a comma.
-            rounds: passes of each contender.
+            rounds: passes of each candidate.
             device: auto, cpu or cuda.
             seed: of weights and sounds.
         """
-        rs, kinds = [listed if isinstance(listed, (list, tuple)) else [listed] for listed in (r, attention)]
-        if not all(isinstance(each, int) and each >= 0 for each in rs):
-            raise UserError(f"--r is {r!r}; wanted whole numbers, 0 or more, such as 8,12,16")
+        rs, kinds = [value if isinstance(value, (list, tuple)) else [value] for value in (r, attention)]
+        if not all(isinstance(value, int) and value >= 0 for value in rs):
+            raise UserError(f"--r is {r!r}; expected whole numbers, 0 or more, such as 8,12,16")
         if not set(kinds) <= set(get_args(Attention)):
-            raise UserError(f"--attention is {attention!r}; wanted sdpa, naive, or sdpa,naive")
-        where = choose_device(device)
-        print(tome_benchmark(model, seconds, rs, batch_size, kinds, rounds, where, seed))
+            raise UserError(f"--attention is {attention!r}; expected sdpa, naive, or sdpa,naive")
+        print(benchmark_merging(model, seconds, rs, batch_size, kinds, rounds, choose_device(device), seed))
 
 
 if __name__ == "__main__":

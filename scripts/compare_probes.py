@@ -1,11 +1,11 @@
-"""The table of a paper from probes: tasks side by side, their average, and how much of the teacher is left.
+"""Compare probes in one table: tasks side by side, their average, and the share of the teacher's average.
 
     python scripts/compare_probes.py --tasks esc,words --teacher 'heads/teacher_{task}_s*.json' --output FOLDER
         --rows 'MobileNetV3=heads/mn_{task}_s*.json,DyMN=heads/dymn_{task}_s*.json'
 
-Every row is a name and a pattern of the .json files that `run.py probe` wrote, `{task}` in it standing for each task in
-turn; several files for one task (seeds, folds) give a mean and a standard deviation. Averages are over the tasks of
-each seed, files of a task being taken in the order of their names. FOLDER gets probes.md, probes.csv and probes.png.
+Every row is a name and a pattern of the .json files that `run.py probe` wrote, in which `{task}` is replaced by each
+task; several files for one task (seeds, folds) give a mean and a standard deviation. Averages are over the tasks of
+each seed, with the files of a task in the order of their names. FOLDER gets probes.md, probes.csv and probes.png.
 """
 
 import glob
@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
 from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.columns import format_markdown_table
 from common.errors import Faults, print_user_errors
 from common.files import whole_file, write_text
 from common.options import Options, parse_arguments
-from training.figures import COLOURS, INK, png, style
+from scripts.sweeps.results import format_csv
+from scripts.sweeps.token_merging import Spread
+from training.figures import COLOURS, INK, render_png, style
 
 if TYPE_CHECKING:  # takes a second to import
     from matplotlib.figure import Figure
@@ -33,7 +35,7 @@ if TYPE_CHECKING:  # takes a second to import
 
 @dataclass(frozen=True)
 class Row:
-    """What the probes of one network found, in percent.
+    """The figures of one network's probes, in percent.
 
     Attributes:
         name: as given.
@@ -50,67 +52,55 @@ class Row:
 
 
 def read_row(name: str, pattern: str, tasks: list[str], faults: Faults) -> Row:
-    """Read the figures of a row; what is missing or cannot be read is noted."""
+    """Read the figures of a row; missing and invalid files are added to `faults`."""
     values: dict[str, list[float]] = {}
     for task in tasks:
         paths = sorted(glob.glob(pattern.replace("{task}", task)))
         if not paths:
-            faults.add(f"{name}: no file is called {pattern.replace('{task}', task)}")
+            faults.add(f"{name}: no file matches {pattern.replace('{task}', task)}")
         values[task] = []
         for path in paths:
             try:
                 values[task].append(100 * float(json.loads(Path(path).read_text(encoding="utf-8"))["value"]))
             except (OSError, ValueError, KeyError, TypeError) as error:
-                faults.add(f"{path}: not what `run.py probe` writes beside a head ({error!r})")
-    counts = {len(found) for found in values.values()}
-    if len(counts) > 1:
-        told = ", ".join(f"{len(found)} of {task}" for task, found in values.items())
-        faults.add(f"{name}: the tasks have different numbers of files: {told}; wanted as many of each")
+                faults.add(f"{path}: not a file that `run.py probe` wrote beside a head ({error!r})")
+    counts = [f"{len(found)} of {task}" for task, found in values.items()]
+    if len({len(found) for found in values.values()}) > 1:
+        faults.add(f"{name}: the tasks have different numbers of files: {', '.join(counts)}; expected as many of each")
     return Row(name, values)
 
 
-def _spread(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{deviation}"
-
-
-def markdown(rows: list[Row], teacher: Row | None) -> str:
-    """Lay out the rows, the teacher's last; % of teacher compares the averages."""
+def format_rows(rows: list[Row], teacher: Row | None) -> str:
+    """Lay out the rows as Markdown, the teacher's last; % of teacher compares the averages."""
     tasks = list(rows[0].values)
     lines = [["", *tasks, "average", *(["% of teacher"] if teacher else [])]]
     for row in [*rows, *([teacher] if teacher else [])]:
-        line = [row.name, *(_spread(row.values[task]) for task in tasks), _spread(row.averages)]
+        line = [row.name, *(f"{Spread.of(values):.1f}" for values in (*row.values.values(), row.averages))]
         if teacher:
             share = 100 * statistics.fmean(row.averages) / statistics.fmean(teacher.averages)
             line.append("" if row is teacher else f"{share:.1f}")
         lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    cells = [
-        [f"{line[0]:<{widths[0]}}", *(f"{c:>{n}}" for c, n in zip(line[1:], widths[1:], strict=True))] for line in lines
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]])
+    return format_markdown_table(lines)
 
 
-def table_csv(rows: list[Row], teacher: Row | None) -> str:
-    """Write one line a row, task and seed."""
+def format_rows_csv(rows: list[Row]) -> str:
+    """Format the value of every row, task and seed as CSV."""
     lines = [
         (row.name, task, seed, value)
-        for row in [*rows, *([teacher] if teacher else [])]
+        for row in rows
         for task, values in row.values.items()
         for seed, value in enumerate(values, 1)
     ]
-    table = pd.DataFrame(lines, columns=["row", "task", "seed", "value"])
-    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    return format_csv(lines, ["row", "task", "seed", "value"])
 
 
-def figure(rows: list[Row], teacher: Row | None) -> "Figure":
-    """Draw the tasks side by side, one bar a row, a point a seed, and the teacher as a line."""
+def draw_rows(rows: list[Row], teacher: Row | None) -> "Figure":
+    """Draw the tasks side by side, one bar for each row, a point for each seed, and the teacher as a line."""
     from matplotlib.figure import Figure
 
     tasks = [*rows[0].values, "average"]
-    drawn = Figure(figsize=(2.2 + 2.6 * len(tasks), 1.4 + 0.34 * len(rows)), layout="constrained")
-    axes = drawn.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(2.2 + 2.6 * len(tasks), 1.4 + 0.34 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for index, (axis, task) in enumerate(zip(axes, tasks, strict=True)):
         colour = COLOURS[index % len(COLOURS)]
         style(axis)
@@ -119,16 +109,15 @@ def figure(rows: list[Row], teacher: Row | None) -> "Figure":
             axis.barh(place, statistics.fmean(values), color=colour, alpha=0.75, height=0.66)
             axis.plot(values, [place] * len(values), "o", color=INK, markersize=3)
         if teacher:
-            said = statistics.fmean(teacher.averages if task == "average" else teacher.values[task])
-            axis.axvline(said, color=INK, linewidth=1.2, linestyle="--")
-            axis.set_title(f"{task}   (dashed: {teacher.name}, {said:.1f})", fontsize=9, color=INK)
-        else:
-            axis.set_title(task, fontsize=9, color=INK)
+            value = statistics.fmean(teacher.averages if task == "average" else teacher.values[task])
+            axis.axvline(value, color=INK, linewidth=1.2, linestyle="--")
+            task += f"   (dashed: {teacher.name}, {value:.1f})"
+        axis.set_title(task, fontsize=9, color=INK)
         axis.set_xlim(0, 100)
         axis.set_xlabel("%")
     axes[0].set_yticks(range(len(rows)), [row.name for row in rows])
     axes[0].invert_yaxis()
-    return drawn
+    return figure
 
 
 class CompareOptions(Options):
@@ -161,11 +150,11 @@ def main(arguments: list[str] | None = None) -> None:
         teacher = read_row(name if equals else "teacher", pattern or name, options.tasks, faults)
     faults.raise_if_any()
     folder = Path(options.output)
-    text = markdown(rows, teacher)
+    text = format_rows(rows, teacher)
     write_text(folder / "probes.md", text + "\n")
-    write_text(folder / "probes.csv", table_csv(rows, teacher))
+    write_text(folder / "probes.csv", format_rows_csv([*rows, *([teacher] if teacher else [])]))
     with whole_file(folder / "probes.png") as partial:
-        partial.write_bytes(png(figure(rows, teacher)))
+        partial.write_bytes(render_png(draw_rows(rows, teacher)))
     print(f"{text}\n\nwritten: {folder / 'probes.md'}, probes.csv, probes.png")
 
 

@@ -17,6 +17,7 @@ from common.keys import list_keys
 from common.options import Options
 from probing.options import ProbeOptions
 from training.config import SoftTargetConfig, TrainConfig
+from training.evaluate import EvaluateOptions
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 _INTRODUCTION = """# Configuration
@@ -32,6 +33,7 @@ _SECTIONS: dict[str, tuple[str, type[Options]]] = {
         "A YAML file for `python save_logits.py CONFIG.yaml`, see `logitconfig/`.",
         SoftTargetConfig,
     ),
+    "Evaluation": ("Options of `python run.py evaluate MODEL`.", EvaluateOptions),
     "Probe": ("Options of `python run.py probe MODEL`.", ProbeOptions),
 }
 

@@ -1,10 +1,10 @@
-"""A page on which to try a model: drop or record a sound, see its tags over time, take them away as CSV.
+"""A page to try a model: drop or record a sound, see its tags over time, download them as CSV.
 
     python scripts/demo_page.py -m ced_tiny
     python scripts/demo_page.py -m experiments/mine -c 10 --hop 2 --host 0.0.0.0 --port 8000
 
-It needs `pip install -r requirements-demo.txt`, and no network: nothing on it comes from elsewhere, and a sound leaves
-the machine that runs it at no time. Sounds and results are deleted after an hour, and when the page is stopped.
+It requires `pip install -r requirements-demo.txt`, and no network: the page loads nothing from other servers, and
+sounds never leave the machine that serves it. Sounds and results are deleted after an hour, and when the page is stopped.
 """
 
 import argparse
@@ -31,15 +31,16 @@ import numpy as np
 from audio.io import AudioBlocks, AudioReadError
 from common.errors import UserError, print_user_errors
 from common.parser import Parser
-from tagging.engines import Engine, open_engine
+from tagging.base import Engine
+from tagging.engines import open_engine
 from tagging.events import merge_events
-from tagging.files import TaggedFile, TaggedWindow, Wanted, tag_files
+from tagging.files import TaggedFile, TaggedWindow, TagOptions, tag_files
 from tagging.pictures import draw
-from tagging.rows import CsvRows
+from tagging.rows import CSV
 
-SHOWN = 8  # labels in the table
+N_SHOWN = 8  # labels in the table
 KEPT_SECONDS = 3600  # sounds and results
-MOST_OVERLAP = 10  # windows that may hold the same moment: a bound on what a click can cost
+MAX_OVERLAP = 10  # windows over one moment: limits the cost of a click
 CSS = """
 .gradio-container {max-width: 1400px !important; margin: auto}
 footer {display: none !important}
@@ -52,19 +53,19 @@ table.strongest i {display: inline-block; width: 160px; height: 10px; margin-rig
 p.hint {opacity: .7; padding: 24px 10px; text-align: center}
 """
 HINT = '<p class="hint">Drop a sound or record one, then press <b>Tag</b>.</p>'
-BUSY = '<p class="hint">&nbsp;</p>'  # room for the progress bar
+BUSY = '<p class="hint">&nbsp;</p>'  # space for the progress bar
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = Parser(description="Serve a page on which to try a model.")
+    parser = Parser(description="Serve a page to try a model.")
     add = parser.add_argument
     add("-m", "--model", default="ced_mini", help="a model's name, a checkpoint, a run's folder, or an .onnx file")
     add("--weights", help="file or address with the weights of the model named by -m")
     add("--head", help="tag with this head on the model's embeddings: a name in heads/, or a file")
     add("-c", "--chunk_length", type=float, default=2.0, help="of a window at first, in seconds (default %(default)s)")
     add("--hop", type=float, help="seconds from window to window at first (default: the chunk length)")
-    add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default %(default)s)")
+    add("--host", default="127.0.0.1", help="0.0.0.0 allows other machines (default %(default)s)")
     add("--port", type=int, default=7860, help="default %(default)s")
     add("--max_seconds", type=float, default=600.0, help="longest sound (default %(default)s)")
     add("--max_mb", type=float, default=100.0, help="largest file, in MiB (default %(default)s)")
@@ -80,11 +81,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 class Page:
-    """What happens when a sound is to be tagged, one sound at a time.
+    """Tags the sounds of all visitors, one sound at a time.
 
     Args:
-        engine: computes.
-        max_seconds: longest sound taken.
+        engine: computes the probabilities.
+        max_seconds: length of the longest sound supported.
     """
 
     def __init__(self, engine: Engine, max_seconds: float) -> None:
@@ -93,13 +94,18 @@ class Page:
         self.stopping = False
 
     def stop(self) -> None:
-        """End what is being computed, and wait for its threads: Python must not end before they do."""
+        """Cancel the computation that is running and wait for its threads: Python must not exit before they end."""
         self.stopping = True
         with self.lock:
             pass
 
     def tag(
-        self, path: Path, chunk_seconds: float, hop_seconds: float, wanted: Wanted, on_window: Callable[[float], None]
+        self,
+        path: Path,
+        chunk_seconds: float,
+        hop_seconds: float,
+        options: TagOptions,
+        on_window: Callable[[float], None],
     ) -> tuple[TaggedFile, np.ndarray]:
         """Tag a sound.
 
@@ -107,8 +113,8 @@ class Page:
             path: any sound file.
             chunk_seconds: length of a window.
             hop_seconds: from one window's start to the next.
-            wanted: what to keep of a window.
-            on_window: called with the share that is done, 0 to 1, from any thread.
+            options: what to keep of a window.
+            on_window: called with the fraction done, 0 to 1, from any thread.
 
         Returns:
             The file, and its samples (S,) at the engine's rate.
@@ -116,10 +122,10 @@ class Page:
         Raises:
             UserError: a sound too long or not readable, or windows that overlap too much.
         """
-        if chunk_seconds > MOST_OVERLAP * hop_seconds:
+        if chunk_seconds > MAX_OVERLAP * hop_seconds:
             raise UserError(
                 f"Windows of {chunk_seconds:g} s every {hop_seconds:g} s overlap too much to compute here: "
-                f"set a step of at least {chunk_seconds / MOST_OVERLAP:g} s."
+                f"set a step of at least {chunk_seconds / MAX_OVERLAP:g} s."
             )
         with self.lock:
             waveform = self._decode(path)
@@ -134,7 +140,7 @@ class Page:
             (file,) = tag_files(
                 self.engine,
                 [path],
-                wanted,
+                options,
                 chunk_seconds=chunk_seconds,
                 hop_seconds=hop_seconds,
                 batch_size=8,
@@ -146,7 +152,7 @@ class Page:
         return file, waveform
 
     def _decode(self, path: Path) -> np.ndarray:
-        """Decode, but never more than the longest sound taken."""
+        """Decode a sound, but never more than `max_seconds`."""
         if not path.exists():
             raise UserError(f"{path.name} was deleted, as all sounds are after an hour: drop or record it once more.")
         blocks, n_samples = [], 0
@@ -156,19 +162,19 @@ class Page:
                 n_samples += len(block)
                 if n_samples > self.max_seconds * self.engine.sample_rate:
                     raise UserError(
-                        f"{path.name} is longer than {self.max_seconds:g} s, the most that this page takes: "
-                        "cut it, or tag it with inference.py, which takes any length."
+                        f"{path.name} is longer than {self.max_seconds:g} s, the maximum of this page: "
+                        "cut it, or tag it with inference.py, which supports any length."
                     )
         except AudioReadError as error:
             raise UserError(
-                f"{path.name} is not a sound that can be read here: {error.reason}. Wanted: wav, flac, ogg, opus, mp3, "
-                "m4a, webm, wma, aiff or any other format of libsndfile or FFmpeg."
+                f"{path.name} is not a sound that can be read here: {error.reason}. Supported: wav, flac, ogg, opus, "
+                "mp3, m4a, webm, wma, aiff or any other format of libsndfile or FFmpeg."
             ) from None
         return np.concatenate(blocks)
 
 
-def strongest(windows: list[TaggedWindow], n_labels: int = SHOWN) -> list[tuple[str, float, float, float]]:
-    """Labels in the order of their highest probability: label, that probability, and start and end of its window."""
+def find_strongest(windows: list[TaggedWindow], n_labels: int = N_SHOWN) -> list[tuple[str, float, float, float]]:
+    """Sort labels by their highest probability: label, that probability, and start and end of its window."""
     best: dict[str, tuple[str, float, float, float]] = {}
     for window in windows:
         for label, value in window.tags:
@@ -177,9 +183,9 @@ def strongest(windows: list[TaggedWindow], n_labels: int = SHOWN) -> list[tuple[
     return sorted(best.values(), key=lambda row: -row[1])[:n_labels]
 
 
-def table(windows: list[TaggedWindow]) -> str:
-    """Lay out the strongest labels in HTML."""
-    rows = strongest(windows)
+def format_table(windows: list[TaggedWindow]) -> str:
+    """Format the strongest labels as HTML."""
+    rows = find_strongest(windows)
     if not rows:
         return '<p class="hint">No label reaches that probability in any window: lower it.</p>'
     lines = [
@@ -187,7 +193,7 @@ def table(windows: list[TaggedWindow]) -> str:
         f"<td>{start:.1f} to {end:.1f} s</td></tr>"
         for label, value, start, end in rows
     ]
-    head = "<tr><th>Strongest labels</th><th>Highest probability</th><th>Heard best</th></tr>"
+    head = "<tr><th>Strongest labels</th><th>Highest probability</th><th>Window</th></tr>"
     return f'<table class="strongest"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>'
 
 
@@ -195,115 +201,149 @@ def build(page: Page, options: argparse.Namespace, folder: Path) -> Any:
     """Lay out the page.
 
     Args:
-        page: tags.
+        page: tags the sounds.
         options: the command line.
-        folder: where results are written before gradio takes them over.
+        folder: where results are written before gradio copies them.
 
     Returns:
         gradio's Blocks.
     """
     import gradio as gr
 
-    def stop(sentence: str) -> Exception:
-        return gr.Error(html.escape(sentence, quote=False), duration=None, title="", print_exception=False)
-
-    def clear(text: str = HINT) -> tuple[Any, ...]:
-        return gr.Image(value=None, visible=False), text, gr.DownloadButton(value=None, interactive=False)
-
-    progress_bar = gr.Progress()  # gradio knows it by its being a default
+    progress_bar = gr.Progress()  # gradio finds it as the default of a parameter
 
     def tag(
         name: str | None, chunk: float, hop: float, top_k: float, threshold: float, progress: Any = progress_bar
     ) -> Iterator[tuple[Any, ...]]:
         if name is None:
-            raise stop("There is no sound yet: drop one or record one first.")
-        yield clear(BUSY)
-        context = contextvars.copy_context()  # progress finds its page in it, and is told from other threads
-        wanted = Wanted(int(top_k), threshold or None)
-        path = Path(name)
-        with tempfile.TemporaryDirectory(dir=folder) as results:
-            picture, rows = Path(results) / f"{path.stem}.png", Path(results) / "tags.csv"
-            try:
-                file, waveform = page.tag(
-                    path, chunk, hop, wanted, lambda share: context.run(progress, share, desc="Listening")
-                )
-                draw(file, picture, waveform)
-                events = merge_events(file.windows) if wanted.threshold is not None else file.windows
-                text = CsvRows().text(replace(file, path=Path(path.name), windows=events))
-                rows.write_text(CsvRows().header() + text, encoding="utf-8")
-            except UserError as error:
-                raise stop(str(error)) from None
-            except Exception:
-                logging.exception("a fault of the page")
-                raise stop("Something went wrong that should not have: the server's console tells what.") from None
-            for sentence in file.warnings.values():
-                gr.Warning(html.escape(f"{path.name} {sentence}.", quote=False), duration=None)
-            download = gr.DownloadButton(value=rows, interactive=True)
-            yield (
-                gr.Image(value=str(picture), visible=True),
-                table(file.windows),
-                download,
-            )  # gradio copies both files now
+            raise _error("There is no sound yet: drop one or record one first.")
+        yield _clear(BUSY)
+        context = contextvars.copy_context()  # progress finds its page in it, but is updated by other threads
 
-    longest = page.engine.max_samples and page.engine.max_samples / page.engine.sample_rate
-    chunk_seconds = min(options.chunk_length, longest or options.chunk_length)
-    hop_seconds = options.hop or chunk_seconds
-    most = longest or max(10.0, chunk_seconds)
+        def show_progress(share: float) -> None:
+            context.run(progress, share, desc="Tagging")
+
+        tag_options = TagOptions(int(top_k), threshold or None)
+        with tempfile.TemporaryDirectory(dir=folder) as results:
+            # gradio copies the files of the results while the generator waits here
+            yield _show(page, Path(name), Path(results), (chunk, hop), tag_options, show_progress)
+
     seconds = options.max_seconds
-    longest_sound = f"{seconds / 60:.3g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
+    longest = f"{seconds / 60:.3g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
     with gr.Blocks(title="CED audio tagging", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as blocks:
         gr.Markdown(
-            "# Audio tagging: what is heard when\n"
-            f"**{Path(page.engine.name).name}**, {len(page.engine.labels)} labels. Sounds of up to {longest_sound} and "
+            "# Audio tagging\n"
+            f"**{Path(page.engine.name).name}**, {len(page.engine.labels)} labels. Sounds of up to {longest} and "
             f"{options.max_mb:g} MB; they stay on the machine that serves this page and are deleted after an hour."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=340):
-                sound = gr.Audio(
-                    sources=["upload", "microphone"],
-                    type="filepath",
-                    label="Sound",
-                    buttons=[],
-                    editable=False,
-                    elem_id="sound",
-                )
-                button = gr.Button("Tag", variant="primary", size="lg", elem_id="tag")
-                chunk = gr.Slider(
-                    min(0.5, chunk_seconds),
-                    most,
-                    chunk_seconds,
-                    step=0.1,
-                    label="Window (seconds)",
-                    info="short: tells when; long: tells what",
-                    elem_id="chunk",
-                )
-                hop = gr.Slider(
-                    min(0.1, hop_seconds),
-                    max(most, hop_seconds),
-                    hop_seconds,
-                    step=0.1,
-                    label="Step (seconds)",
-                    info="from window to window",
-                    elem_id="hop",
-                )
-                top_k = gr.Slider(1, 10, 3, step=1, label="Most labels of a window", elem_id="top_k")
-                threshold = gr.Slider(0, 0.95, 0, step=0.05, label="Lowest probability", elem_id="threshold")
+                sound, button, chunk, hop, top_k, threshold = _add_controls(page.engine, options)
             with gr.Column(scale=3, min_width=480):
-                picture = gr.Image(
-                    show_label=False, buttons=["fullscreen", "download"], visible=False, elem_id="picture", format="png"
-                )
-                labels = gr.HTML(HINT, elem_id="strongest")
-                download = gr.DownloadButton("Download all tags (CSV)", interactive=False, elem_id="download")
-        chunk.release(None, chunk, hop, js="(seconds) => seconds")  # a longer window would overlap unasked
-        results = [picture, labels, download]
-        sound.change(clear, None, results, show_progress="hidden", queue=False, api_visibility="private")
+                results = _add_results()
+        chunk.release(None, chunk, hop, js="(seconds) => seconds")  # else a longer window would overlap
+        sound.change(_clear, None, results, show_progress="hidden", queue=False, api_visibility="private")
         inputs = [sound, chunk, hop, top_k, threshold]
-        button.click(tag, inputs, results, show_progress_on=labels, concurrency_limit=1, api_visibility="private")
+        button.click(tag, inputs, results, show_progress_on=results[1], concurrency_limit=1, api_visibility="private")
     return blocks.queue(default_concurrency_limit=8, max_size=64)
 
 
+def _add_controls(engine: Engine, options: argparse.Namespace) -> tuple[Any, ...]:
+    """Add the sound, the button, and the sliders of window, step, number of labels and lowest probability."""
+    import gradio as gr
+
+    longest = engine.max_samples and engine.max_samples / engine.sample_rate
+    chunk_seconds = min(options.chunk_length, longest or options.chunk_length)
+    hop_seconds = options.hop or chunk_seconds
+    most = longest or max(10.0, chunk_seconds)
+    return (
+        gr.Audio(
+            sources=["upload", "microphone"],
+            type="filepath",
+            label="Sound",
+            buttons=[],
+            editable=False,
+            elem_id="sound",
+        ),
+        gr.Button("Tag", variant="primary", size="lg", elem_id="tag"),
+        gr.Slider(
+            min(0.5, chunk_seconds),
+            most,
+            chunk_seconds,
+            step=0.1,
+            label="Window (seconds)",
+            info="short: precise in time; long: more reliable",
+            elem_id="chunk",
+        ),
+        gr.Slider(
+            min(0.1, hop_seconds),
+            max(most, hop_seconds),
+            hop_seconds,
+            step=0.1,
+            label="Step (seconds)",
+            info="from window to window",
+            elem_id="hop",
+        ),
+        gr.Slider(1, 10, 3, step=1, label="Most labels of a window", elem_id="top_k"),
+        gr.Slider(0, 0.95, 0, step=0.05, label="Lowest probability", elem_id="threshold"),
+    )
+
+
+def _add_results() -> list[Any]:
+    """Add the picture, the table of labels and the download."""
+    import gradio as gr
+
+    return [
+        gr.Image(show_label=False, buttons=["fullscreen", "download"], visible=False, elem_id="picture", format="png"),
+        gr.HTML(HINT, elem_id="strongest"),
+        gr.DownloadButton("Download all tags (CSV)", interactive=False, elem_id="download"),
+    ]
+
+
+def _clear(text: str = HINT) -> tuple[Any, ...]:
+    """Return updates that empty the results."""
+    import gradio as gr
+
+    return gr.Image(value=None, visible=False), text, gr.DownloadButton(value=None, interactive=False)
+
+
+def _error(sentence: str) -> Exception:
+    import gradio as gr
+
+    return gr.Error(html.escape(sentence, quote=False), duration=None, title="", print_exception=False)
+
+
+def _show(
+    page: Page,
+    path: Path,
+    folder: Path,
+    times: tuple[float, float],
+    tag_options: TagOptions,
+    on_window: Callable[[float], None],
+) -> tuple[Any, ...]:
+    """Tag a sound, write its picture and its CSV into a folder, and return the updates of the results."""
+    import gradio as gr
+
+    picture, rows = folder / f"{path.stem}.png", folder / "tags.csv"
+    try:
+        file, waveform = page.tag(path, *times, tag_options, on_window)
+        draw(file, picture, waveform)
+        events = merge_events(file.windows) if tag_options.threshold is not None else file.windows
+        named = replace(file, path=Path(path.name), windows=events)
+        rows.write_text(CSV.header + CSV.format_file(named), encoding="utf-8")
+    except UserError as error:
+        raise _error(str(error)) from None
+    except Exception:
+        logging.exception("an error of the page")
+        raise _error("An internal error occurred; the server's console has the details.") from None
+    for sentence in file.warnings.values():
+        gr.Warning(html.escape(f"{path.name} {sentence}.", quote=False), duration=None)
+    download = gr.DownloadButton(value=rows, interactive=True)
+    return gr.Image(value=str(picture), visible=True), format_table(file.windows), download
+
+
 def check_port(host: str, port: int) -> None:
-    """Raise `UserError` where a port is taken or a host is not this machine's."""
+    """Raise `UserError` where a port is in use or a host is not this machine's."""
     try:
         with socket.create_server((host, port)):
             return
@@ -322,15 +362,15 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             import gradio as gr
         except ImportError:
-            raise UserError("the page wants gradio: pip install -r requirements-demo.txt") from None
+            raise UserError("the page requires gradio: pip install -r requirements-demo.txt") from None
         check_port(options.host, options.port)
         logging.getLogger("httpx").setLevel(logging.WARNING)
         chosen = {name: getattr(options, name) for name in ("engine", "weights", "device", "head")}
         engine = open_engine(options.model, **chosen)
         page = Page(engine, options.max_seconds)
         blocks = build(page, options, Path(folder))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files go then, too
-        # By default the fonts would come from elsewhere.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files are removed
+        # The default fonts would be loaded from another server.
         theme = gr.themes.Default(
             primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
         )

@@ -4,15 +4,15 @@ r"""Make lists of sounds for training, validation and testing: train.tsv, valid.
     python scripts/make_lists.py my_sounds --pattern '{label}_{speaker}_{}.wav'
     python scripts/make_lists.py ESC-50-master --table ESC-50-master/meta/esc50.csv
 
-Labels are the folders below FOLDER, or come from a pattern of names, or from a table. Every label has its share in each
-list as far as groups (speakers, recordings) allow, which are never split, and neither are files of the same content.
-The lists are tab-separated, with the columns `filename`, `labels` (joined by ";") and all others that are known, and
-scripts/wavlist_to_hdf5.py packs them. The same names, labels and seed give the same lists.
+Labels are the folders below FOLDER, or come from a pattern of names, or from a table. Lists are stratified by label;
+groups (speakers, recordings) and files of the same content are never split. The lists are tab-separated, with the
+columns `filename`, `labels` (joined by ";") and all other columns of the pattern or the table, and are packed by
+scripts/wavlist_to_hdf5.py. The same names, labels and seed give the same lists.
 
-In a pattern, {label} is the label, {speaker} or any other name a column, {} anything that is not needed. A name takes
-as little of the text as fits, {} as much; with :d inside ({:d}, {take:d}) it is a whole number. A pattern with a "/" is
-matched against the path below FOLDER, another one against the file's name; the extension may be left out. Columns
-named group, speaker or recording are groups where --group is not given, split and fold are lists to keep.
+In a pattern, {label} is the label, {speaker} or any other name a column, and {} is ignored. A name matches as little
+text as possible, {} as much as possible; with :d inside ({:d}, {take:d}) it is a whole number. A pattern with a "/" is
+matched against the path below FOLDER, others against the file's name; the extension may be omitted. Columns named
+group, speaker or recording are the default groups, columns named split or fold are published lists, which are kept.
 """
 
 import shlex
@@ -30,10 +30,10 @@ from scripts.lists.labels import Clips, label_sounds
 from scripts.lists.list_files import write_lists
 from scripts.lists.name_patterns import suggest_groups
 from scripts.lists.options import ListOptions
-from scripts.lists.report import describe_folder, describe_lists, line
+from scripts.lists.report import describe_folder, describe_lists, format_lines
 from scripts.lists.sound_folders import SoundFolder, find_identical, find_sounds
 from scripts.lists.splits import Split, choose_split_column, draw_split, keep_published
-from scripts.lists.stratification import random_order
+from scripts.lists.stratification import compute_order
 
 
 @print_user_errors
@@ -55,13 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
 def _split(clips: Clips, groups: Groups, column: str, options: ListOptions) -> Split:
     table = clips.table
     labels = table["labels"].tolist() if clips.has_labels else [""] * len(table)
-    order = random_order(table["filename"].tolist(), options.seed)
+    order = compute_order(table["filename"].tolist(), options.seed)
     if not column:
         return draw_split(labels, groups.joined, options.split, order)
     split = keep_published(table[column], labels, groups.joined, options.split.valid, order)
     if options.given_shares:
         split.notes.append(
-            f"{', '.join(options.given_shares)} not used where lists are given; --split_column none makes new ones"
+            f"{', '.join(options.given_shares)} not used for published lists; --split_column none makes new ones"
         )
     return split
 
@@ -74,8 +74,8 @@ def _write(sounds: SoundFolder, clips: Clips, split: Split, groups: Groups, opti
         if "fold" in table and table["fold"].tolist() != split.folds:
             table = table.rename(columns={"fold": "fold_in_table"})
         table["fold"] = split.folds
-    of_list = pd.Series(split.lists)
-    lists = {f"{name}.tsv": table[of_list == name] for name in split.names}
+    list_column = pd.Series(split.lists)
+    lists = {f"{name}.tsv": table[list_column == name] for name in split.names}
     if split.folds is not None:
         lists["folds.tsv"] = table
     folder = Path(options.output)
@@ -89,32 +89,25 @@ def _write(sounds: SoundFolder, clips: Clips, split: Split, groups: Groups, opti
     }
     removed = write_lists(folder, lists, record, options.overwrite)
     paths = [str(folder / name) for name in lists]
-    pack = str(folder / "mine")
-    lines = [line("written", ", ".join(paths))]
+    lines = format_lines("written", ", ".join(paths))
     if removed:
-        lines.append(line("removed", f"{', '.join(map(str, removed))}, of earlier lists"))
-    for number, path in enumerate(paths):
-        lines.append(line("" if number else "next", shlex.join(["python", "scripts/wavlist_to_hdf5.py", path, pack])))
-    return lines
+        lines += format_lines("removed", f"{', '.join(map(str, removed))}, of earlier lists")
+    pack = ["python", "scripts/wavlist_to_hdf5.py"]
+    return lines + format_lines("next", *(shlex.join([*pack, path, str(folder / "mine")]) for path in paths))
 
 
 def _describe(sounds: SoundFolder, clips: Clips, split: Split, groups: Groups, options: ListOptions) -> list[str]:
     lines = describe_folder(sounds, len(clips.table))
-    lines.append(line("labels", f"from {clips.source}" if clips.has_labels else "none"))
-    lines += [line("", note) for note in clips.notes]
-    n_groups = (
-        f"{len(set(groups.by_column.tolist())):,} by {' and '.join(groups.columns)}" if groups.columns else "none"
-    )
-    lines.append(line("groups", n_groups))
-    lines += [line("", note) for note in groups.notes]
+    lines += format_lines("labels", f"from {clips.source}" if clips.has_labels else "none", *clips.notes)
+    n_groups = f"{len(set(groups.by_column.tolist())):,} by {' and '.join(groups.columns)}"
+    lines += format_lines("groups", n_groups if groups.columns else "none", *groups.notes)
     drawn = f"stratified{', by folds' if options.split.folds else ''}, seed {options.seed}"
-    lines.append(line("lists", "published" if split.published else drawn))
-    lines += [line("", note) for note in split.notes]
+    lines += format_lines("lists", "published" if split.published else drawn, *split.notes)
     if not (groups.columns or split.published or options.group):
         cells = clips.table["labels"].unique() if clips.has_labels else []
         labels = {label for cell in cells for label in cell.split(";")}
-        advice = suggest_groups(clips.table["filename"].tolist(), len(labels))
-        lines += [line("advice", advice)] if advice else []
+        if advice := suggest_groups(clips.table["filename"].tolist(), len(labels)):
+            lines += format_lines("advice", advice)
     return lines + describe_lists(clips.table, split, groups)
 
 

@@ -1,19 +1,19 @@
-"""How merging tokens trades accuracy for speed: the tables of FastAST for any checkpoints and any labelled pack.
+"""Measure accuracy and speed over the number of merged tokens: the tables of FastAST for any checkpoints and pack.
 
     python scripts/sweep_token_merging.py --test_data PACK.tsv --inference RUN,RUN,RUN
     python scripts/sweep_token_merging.py --test_data PACK.tsv --r 0,20,40 --inference RUN,RUN --output FOLDER
     python scripts/sweep_token_merging.py --test_data PACK.tsv --trained RUN_R0,RUN_R20,RUN_R40 --cmkd RUN_R0,RUN_R20
 
 Every option that is not named below is a group of checkpoints (runs' folders, files, names), separated by commas.
-Those of `--inference`, and of any name that begins so (`--inference_cmkd`), were trained without merging, say, and are
-judged at every r of --r. Those of any other name (`--trained`, `--cmkd`) are judged as they are: each stands at the r
-that it was trained with. Several checkpoints of a group for one r, seeds say, give a mean and a standard deviation.
+Those of `--inference`, and of any name that begins so (`--inference_cmkd`), are evaluated at every r of --r. Those of
+any other name (`--trained`, `--cmkd`) are evaluated at the r that they were trained with. Several checkpoints of a
+group for one r, such as seeds, give a mean and a standard deviation.
 
 Prints the table and writes it to FOLDER/sweep.md, sweep.csv and sweep.png, and the value of each checkpoint to
-sweep_checkpoints.csv. Drops are those of each checkpoint against its own r = 0 (in a group of trained ones: against the
-one at the same place among those with r = 0), then averaged. clips/s is the network alone on a batch of spectrograms,
-so that reading sounds and the front-end do not count: the median of several passes, all settings of all networks in
-turns; checkpoints of one network share it.
+sweep_checkpoints.csv. A drop is the difference of a checkpoint to itself at r = 0 (in a group of trained ones: to the
+checkpoint at the same place among those with r = 0), then averaged. clips/s is the speed of the network alone on a
+batch of spectrograms, without reading and front-end: the median of several passes, all settings of all networks in
+alternation; checkpoints of one network share it.
 """
 
 import logging
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-# As in run.py: before torch loads OpenMP.
+# Before torch loads OpenMP, as in run.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -35,10 +35,11 @@ from common.errors import print_user_errors
 from common.files import whole_file, write_text
 from common.options import Options, parse_arguments, parse_value
 from models.devices import choose_device
-from scripts.sweeps.results import figure, markdown, points_csv, rows_csv
-from scripts.sweeps.token_merging import clock, judge, plan, rows_of
+from scripts.benchmarks.timing import describe_device
+from scripts.sweeps.results import draw_sweep, format_points_csv, format_rows, format_rows_csv
+from scripts.sweeps.token_merging import evaluate_points, measure_speeds, plan_sweep, summarise_points
 from training.config import Mode
-from training.figures import png
+from training.figures import render_png
 from training.precision import Precision
 
 RS = (0, 5, 10, 15, 20, 25, 30, 35, 40)  # those of the paper
@@ -83,31 +84,26 @@ def main(arguments: list[str] | None = None) -> None:
     groups, packs, metric = options.groups, options.test_data, options.metric
     batch_size, rounds, num_workers, mode = options.batch_size, options.rounds, options.num_workers, options.mode
     precision = Precision(mode, choose_device(options.device))
-    over_all = [name for name in groups if name.startswith("inference")]
-    checked = plan(groups, over_all, sorted({0, *options.r}), packs, metric, tuple(SweepOptions.model_fields))
-    values = judge(checked, batch_size=batch_size, num_workers=num_workers, precision=precision)
-    speeds = clock(checked, batch_size=batch_size, rounds=rounds, precision=precision)
-    rows = rows_of(checked, values, speeds, len(packs))
-
-    caption = _caption(precision.device, mode, batch_size, rounds, packs)
-    text = f"{markdown(rows, checked.metric)}\n\n{caption}\n"
+    inference_groups = [name for name in groups if name.startswith("inference")]
+    names = tuple(SweepOptions.model_fields)
+    sweep = plan_sweep(groups, inference_groups, sorted({0, *options.r}), packs, metric, names)
+    values = evaluate_points(sweep, batch_size=batch_size, num_workers=num_workers, precision=precision)
+    speeds = measure_speeds(sweep, batch_size=batch_size, rounds=rounds, precision=precision)
+    rows = summarise_points(sweep, values, speeds, len(packs))
+    text = (
+        f"{format_rows(rows, sweep.metric)}\n\n"
+        f"On {', '.join(packs)}. r: tokens merged in each block. drop: difference of each checkpoint to r = 0, in "
+        f"points. ±: standard deviation. clips/s: the network alone on spectrograms, {batch_size} clips at once, "
+        f"{mode}, {describe_device(precision.device)}, PyTorch {torch.__version__}, median of {rounds} passes, all "
+        "settings in alternation.\n"
+    )
     folder = Path(options.output)
-    write_text(folder / "sweep.csv", rows_csv(rows, checked.metric))
-    write_text(folder / "sweep_checkpoints.csv", points_csv(checked.points, values, checked.metric))
+    write_text(folder / "sweep.csv", format_rows_csv(rows, sweep.metric))
+    write_text(folder / "sweep_checkpoints.csv", format_points_csv(sweep.points, values, sweep.metric))
     write_text(folder / "sweep.md", text)
     with whole_file(folder / "sweep.png") as partial:
-        partial.write_bytes(png(figure(rows, checked.metric)))
+        partial.write_bytes(render_png(draw_sweep(rows, sweep.metric)))
     print(f"{text}\nresults: {folder}/sweep.csv, sweep_checkpoints.csv, sweep.md, sweep.png")
-
-
-def _caption(device: torch.device, mode: str, batch_size: int, rounds: int, packs: list[str]) -> str:
-    where = f"CPU threads: {torch.get_num_threads()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return (
-        f"On {', '.join(packs)}. r: tokens merged away in each block. drop: in points, each checkpoint against its own "
-        f"r = 0, negative where something is lost. ±: standard deviation. clips/s: the network alone on "
-        f"spectrograms, {batch_size} clips at once, "
-        f"{mode}, {where}, PyTorch {torch.__version__}, median of {rounds} passes, all settings in turns."
-    )
 
 
 if __name__ == "__main__":

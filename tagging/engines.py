@@ -1,4 +1,4 @@
-"""What computes: a model in PyTorch or an exported file in ONNX Runtime, behind one face.
+"""Opens engines: a model in PyTorch, or an exported file in ONNX Runtime.
 
 Letters: B batch, S samples, C classes, E embedding width; T' time steps of an embedding.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.errors import UserError
 from common.samples import as_clips
+from tagging.base import MAX_THREADS, Engine
 
 if TYPE_CHECKING:
     import torch
@@ -21,44 +22,17 @@ if TYPE_CHECKING:
     from models.token_merging import MergingSetting
 
 
-MOST_THREADS = 8  # side by side; with more cores each takes several
-
-
-class Engine(Protocol):
-    """Gives clips their probabilities. Safe to call from several threads at once.
-
-    Attributes:
-        name: of the model or its file.
-        sample_rate: of the clips it takes, in hertz.
-        labels: names of the C classes.
-        max_samples: the longest clip it takes, None where any length will do.
-        n_threads: threads that may call it at once with profit.
-        batch_size: clips a call that use it well.
-    """
-
-    name: str
-    sample_rate: int
-    labels: list[str]
-    max_samples: int | None
-    n_threads: int
-    batch_size: int
-
-    def predict(self, clips: Sequence[np.ndarray]) -> np.ndarray:
-        """Tag clips, (S,) each and of any length, as `common.samples.as_clips` takes them: float32 (B,C)."""
-        ...
-
-
 class TorchEngine:
-    """A model in PyTorch; one without classes gives no probabilities, (B,0), and embeds.
+    """Runs a model in PyTorch; the probabilities of a model without classes are (B,0).
 
-    On a CPU each calling thread computes alone, on one core of a few: several batches side by side keep them busier
-    than one batch spread over them, whose every operation ends in a wait.
+    On a CPU each calling thread computes on a few cores of its own: several batches side by side use the cores better
+    than one batch spread over them, which synchronises all threads after every operation.
 
     Args:
         model: in evaluation mode, on `device`.
-        device: where the model is.
-        n_threads: threads that will call it at once; by default as many as PyTorch would use for one operation on a
-            CPU, at most `MOST_THREADS`, and one on another device.
+        device: the model's device.
+        n_threads: number of threads that will call it at once; by default on a CPU the number that PyTorch would use
+            for one operation, at most `MAX_THREADS`, else 1.
     """
 
     max_samples: int | None = None
@@ -70,15 +44,15 @@ class TorchEngine:
         self.name, self.sample_rate, self.labels = model.name, model.sample_rate, list(model.labels)
         on_cpu = self.device.type == "cpu"
         self.batch_size = 8 if on_cpu else 64
-        self.n_threads = n_threads or (min(torch.get_num_threads(), MOST_THREADS) if on_cpu else 1)
+        self.n_threads = n_threads or (min(torch.get_num_threads(), MAX_THREADS) if on_cpu else 1)
         if on_cpu:
             torch.set_num_threads(max(torch.get_num_threads() // self.n_threads, 1))
 
     def predict(self, clips: Sequence[np.ndarray]) -> np.ndarray:
-        """Tag clips, (S,) each and of any length, as `common.samples.as_clips` takes them: probabilities (B,C).
+        """Return the probabilities, float32 (B,C), of clips (S,) of any lengths, see `common.samples.as_clips`.
 
         Raises:
-            UserError: they are no clips, or the weights give NaN.
+            UserError: the clips are not valid, or the model's output is NaN.
         """
         import torch
 
@@ -88,10 +62,11 @@ class TorchEngine:
             return self.model.predict_waveform(*self._batch(as_clips(clips))).float().cpu().numpy()
 
     def embed(self, clips: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Embed clips: one vector a clip, float32 (B,E), and the vectors (T',E) of each clip's own time steps.
+        """Embed clips: one vector a clip, float32 (B,E), and the vectors (T',E) of each clip's time steps.
 
         Raises:
-            UserError: they are no clips, or a model without classes gives NaN, which `predict` tells of others.
+            UserError: the clips are not valid, or the output of a model without classes is NaN (`predict` checks the
+                others).
         """
         import torch
 
@@ -99,13 +74,15 @@ class TorchEngine:
         with torch.inference_mode():
             whole, steps = self.model.embed_waveform(*self._batch(clips))
         if not self.labels and not bool(whole.isfinite().all()):
-            raise UserError(f"the model {self.name} gives NaN: a clip does, its weights are damaged, or it diverged")
+            raise UserError(
+                f"the output of {self.name} is NaN: a clip has NaN, the weights are damaged, or training diverged"
+            )
         frames = steps.float().cpu().numpy()
-        own = [frames[i, : self.model.n_steps(len(clip))] for i, clip in enumerate(clips)]
-        return whole.float().cpu().numpy(), own
+        valid = [frames[i, : self.model.n_steps(len(clip))] for i, clip in enumerate(clips)]  # without padding
+        return whole.float().cpu().numpy(), valid
 
     def _batch(self, clips: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Waveforms (B,S), zero behind each clip's end, and lengths (B,)."""
+        """Return zero-padded waveforms (B,S) and lengths (B,)."""
         import torch
 
         batch = np.zeros((len(clips), max(map(len, clips))), np.float32)
@@ -113,16 +90,6 @@ class TorchEngine:
             row[: len(clip)] = clip
         lengths = torch.tensor([len(clip) for clip in clips])
         return torch.from_numpy(batch).to(self.device), lengths.to(self.device)
-
-
-def describe_head(head: str | Path | None) -> dict[str, str]:
-    """Return what must be the same where tags are added to: the head as it was given, and a hash of its tensors."""
-    if head is None:
-        return {}
-    from models.heads import load_head
-    from models.loading import weights_hash
-
-    return {"head": str(head), "head_sha256": weights_hash(load_head(head))[:16]}
 
 
 def open_engine(
@@ -137,39 +104,40 @@ def open_engine(
     """Open a model for tagging.
 
     Args:
-        source: what `models.load_model` takes, or an .onnx file that export_onnx.py wrote.
-        engine: "torch" or "onnx"; by default what the source is.
+        source: a source of `models.load_model`, or an .onnx file of export_onnx.py.
+        engine: "torch" or "onnx"; by default that of the source.
         weights: file or address with the weights of a model given by name.
         device: auto, cpu or cuda; ONNX files run on the CPU.
-        token_merging: see `models.token_merging.merging_schedule`; by default what the model says itself.
-        head: what `models.heads.load_head` takes: tag with this head on the model's embeddings.
+        token_merging: see `models.token_merging.merging_schedule`; by default the model's own setting.
+        head: a source of `models.heads.load_head`: tag with this head on the model's embeddings.
 
     Raises:
-        UserError: source, engine and device do not go together, or see `models.load_model`.
+        UserError: source, engine and device cannot be combined, or see `models.load_model`.
     """
     is_onnx = str(source).lower().endswith(".onnx")
     if engine == "onnx" and not is_onnx:
         raise UserError(
-            f"--engine onnx wants an .onnx file, not {source}: write one with "
+            f"--engine onnx expects an .onnx file, not {source}: write one with "
             f"`python export_onnx.py -m {source} --waveform` and give it with -m"
         )
     if engine == "torch" and is_onnx:
-        raise UserError(f"{source} runs with --engine onnx; --engine torch wants a model's name or a checkpoint")
+        raise UserError(f"{source} runs with --engine onnx; --engine torch expects a model's name or a checkpoint")
     if is_onnx:
         if device == "cuda":
-            raise UserError(f"{source}: ONNX files run on the CPU here; leave --device out, or tag with a checkpoint")
+            raise UserError(f"{source}: ONNX files run on the CPU only; remove --device, or tag with a checkpoint")
         if weights is not None:
-            raise UserError(f"{source} holds its weights; leave --weights out")
+            raise UserError(f"{source} contains its weights; remove --weights")
         if token_merging is not None:
-            raise UserError(f"{source} merges what it was exported with; give --token_merging to export_onnx.py")
+            raise UserError(f"{source} has the token merging of its export; give --token_merging to export_onnx.py")
         if head is not None:
-            raise UserError(f"{source} gives no embeddings that --head could read; give -m a name or a checkpoint")
+            raise UserError(f"{source} has no embeddings for --head; give -m a name or a checkpoint")
+        # Imported here: ONNX Runtime is slow to import, and not needed for models in PyTorch.
         from tagging.onnx_engine import OnnxEngine
 
         return OnnxEngine(source)
     from models import load_tagger
     from models.devices import choose_device
 
-    where = choose_device(device)
-    model = load_tagger(source, head=head, weights=weights, device=where, token_merging=token_merging)
-    return TorchEngine(model, where)
+    chosen_device = choose_device(device)
+    model = load_tagger(source, head=head, weights=weights, device=chosen_device, token_merging=token_merging)
+    return TorchEngine(model, chosen_device)

@@ -1,4 +1,4 @@
-"""From windows to events: neighbouring windows in which the same label is heard are one event."""
+"""Join neighbouring windows with the same label to events."""
 
 from collections.abc import Iterable
 
@@ -6,14 +6,14 @@ from tagging.files import TaggedWindow
 
 
 def merge_events(windows: Iterable[TaggedWindow]) -> list[TaggedWindow]:
-    """Join windows that touch or overlap and carry the same label.
+    """Join windows that touch or overlap and have the same label.
 
     Args:
         windows: in the order of their starts, with the tags that reached the threshold.
 
     Returns:
         An event for each stretch of a label, from the start of its first window to the end of its last, with the
-        highest probability among them; in the order of starts, the surest first where several start together.
+        highest probability among them; in the order of starts, those of one start by decreasing probability.
     """
     open_events: dict[str, TaggedWindow] = {}
     events: list[TaggedWindow] = []

@@ -1,6 +1,6 @@
-"""Tag sound files of any format and length: decode beside the model, batch windows across files, keep what is wanted.
+"""Tag sound files of any format and length, in batches of windows across files.
 
-Decoders and engines are threads; between them lies a pool of at most some hundred windows, so that memory depends on
+Decoders and engines are threads; between them is a pool of at most some hundred windows, so that memory depends on
 neither the number of files nor their length.
 """
 
@@ -15,22 +15,24 @@ import numpy as np
 
 from audio.io import AudioBlocks, AudioReadError
 from common.errors import UserError
-from tagging.engines import Engine, TorchEngine
+from tagging.base import Engine
+from tagging.engines import TorchEngine
 from tagging.windows import Windows
 
-LIKE = 1.25  # clips of one batch differ in length by this factor at most: more would be spent on padding
-SHORTEST_TAIL = 0.1  # seconds
-USUAL = 10.0  # seconds of a window; fewer of longer ones are held and make a batch
-AHEAD = 256  # files begun before the one that is handed over next
+MAX_LENGTH_RATIO = 1.25  # of the clips of a batch: more would be spent on padding
+MIN_TAIL_SECONDS = 0.1  # of the last window of a file that has others
+TYPICAL_SECONDS = 10.0  # of a window; fewer of longer ones make a batch and are held
+MAX_FILES_AHEAD = 256  # begun before the file that is returned next
 
 
 @dataclass
 class TaggedWindow:
-    """From `start` to `end` seconds of a file: labels with their probabilities, best first.
+    """A window of a file, from `start` to `end` seconds.
 
     Attributes:
-        embedding: of the window (E,), where it was asked for.
-        frames: embeddings of its time steps (T',E), likewise, float16.
+        tags: labels with their probabilities, best first.
+        embedding: of the window (E,), if requested.
+        frames: embeddings of its time steps (T',E) float16, if requested.
     """
 
     start: float
@@ -48,7 +50,7 @@ class TaggedFile:
         path: as it was given.
         windows: none where there is a fault.
         fault: why it could not be read, None where it could.
-        warnings: what is odd about it although it could be read, see `audio.io.AudioBlocks`.
+        warnings: kind → sentence on a file that could be read, see `audio.io.AudioBlocks`.
     """
 
     path: Path
@@ -58,7 +60,7 @@ class TaggedFile:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TagOptions:
     """What to keep of a window's probabilities.
 
     Attributes:
@@ -71,8 +73,8 @@ class Wanted:
     threshold: float | None = None
     embeddings: bool = False
 
-    def tags(self, probabilities: np.ndarray, labels: list[str]) -> list[tuple[str, float]]:
-        """Choose from the probabilities (C,) of a window."""
+    def select(self, probabilities: np.ndarray, labels: list[str]) -> list[tuple[str, float]]:
+        """Select tags from the probabilities (C,) of a window."""
         k = min(self.top_k or len(labels), len(labels))
         best = np.argsort(-probabilities, kind="stable")[:k]
         if self.threshold is not None:
@@ -81,110 +83,109 @@ class Wanted:
 
 
 @dataclass
-class _Waiting:
-    """A window before it was tagged."""
+class _PendingFile:
+    """A file that is being tagged."""
 
-    file: "_Begun"
+    tagged: TaggedFile
+    decoded: bool = False
+    n_pending: int = 0  # windows decoded and not yet tagged
+
+
+@dataclass
+class _PendingWindow:
+    """A window that is not yet tagged."""
+
+    file: _PendingFile
     window: TaggedWindow
     samples: np.ndarray
 
 
-@dataclass
-class _Begun:
-    """A file under way."""
+class WindowPool:
+    """The windows between decoders and engines, and the files they belong to; all state is behind one lock.
 
-    tagged: TaggedFile
-    decoded: bool = False
-    n_left: int = 0  # windows decoded and not yet tagged
+    Args:
+        paths: the files.
+        capacity: windows in the pool, where they have at most `typical` samples.
+        typical: samples; the pool holds at most `capacity * typical`.
+        on_window: called with the seconds of each window that was tagged.
+    """
 
-    @property
-    def finished(self) -> bool:
-        return self.decoded and self.n_left == 0
-
-
-class _Shop:
-    """Where decoders leave windows and engines fetch them; one lock for all that is shared."""
-
-    def __init__(self, paths: Iterable[Path], capacity: int, usual: int, on_window: Callable[[float], None]) -> None:
+    def __init__(self, paths: Iterable[Path], capacity: int, typical: int, on_window: Callable[[float], None]) -> None:
         self.paths = iter(paths)
-        self.capacity = capacity  # windows in the pool, if they are of usual length or shorter
-        self.usual = usual  # samples
+        self.capacity, self.typical = capacity, typical
         self.on_window = on_window
         self.changed = threading.Condition()
-        self.files: deque[_Begun] = deque()  # in order, not yet handed over
-        self.pool: list[_Waiting] = []  # oldest first
-        self.n_undecoded = 0  # files that decoders are at
+        self.files: deque[_PendingFile] = deque()  # in order, not yet returned
+        self.windows: list[_PendingWindow] = []  # oldest first
         self.all_begun = False
         self.stopped = False
         self.error: BaseException | None = None
 
-    def begin(self) -> _Begun | None:
-        """Give a decoder its next file, or None at the end."""
+    def next_file(self) -> _PendingFile | None:
+        """Return the next file to decode, or None at the end."""
         with self.changed:
-            self.changed.wait_for(lambda: len(self.files) < AHEAD or self.stopped)
+            self.changed.wait_for(lambda: len(self.files) < MAX_FILES_AHEAD or self.stopped)
             path = None if self.stopped else next(self.paths, None)
             if path is None:
                 self.all_begun = True
                 self.changed.notify_all()
                 return None
-            file = _Begun(TaggedFile(path))
+            file = _PendingFile(TaggedFile(path))
             self.files.append(file)
-            self.n_undecoded += 1
             return file
 
-    def put(self, waiting: _Waiting) -> bool:
-        """Leave a window; blocks while the pool is full. False when the work was stopped."""
+    def put(self, pending: _PendingWindow) -> bool:
+        """Add a decoded window; blocks while the pool is full. Returns False after `stop`."""
         with self.changed:
-            self.changed.wait_for(lambda: self._has_room(len(waiting.samples)) or self.stopped)
-            waiting.file.n_left += 1
-            waiting.file.tagged.windows.append(waiting.window)
-            self.pool.append(waiting)
+            self.changed.wait_for(lambda: self._has_space(len(pending.samples)) or self.stopped)
+            pending.file.n_pending += 1
+            pending.file.tagged.windows.append(pending.window)
+            self.windows.append(pending)
             self.changed.notify_all()
             return not self.stopped
 
-    def end(self, file: _Begun, fault: str | None, warnings: dict[str, str]) -> None:
-        """A decoder is through with a file."""
+    def finish_file(self, file: _PendingFile, fault: str | None, warnings: dict[str, str]) -> None:
+        """Mark a file as decoded."""
         with self.changed:
             file.decoded, file.tagged.fault, file.tagged.warnings = True, fault, warnings
-            if fault is not None:  # also one that shows only after hours
-                self.pool = [waiting for waiting in self.pool if waiting.file is not file]
-                file.tagged.windows, file.n_left = [], 0
-            self.n_undecoded -= 1
+            if fault is not None:  # perhaps found after hours of sound, whose windows are dropped
+                self.windows = [pending for pending in self.windows if pending.file is not file]
+                file.tagged.windows, file.n_pending = [], 0
             self.changed.notify_all()
 
-    def fetch(self, batch_size: int) -> list[_Waiting]:
-        """Give an engine the oldest window with others of like length, or nothing at the end."""
+    def get_batch(self, batch_size: int) -> list[_PendingWindow]:
+        """Remove and return the oldest window with others of similar length; nothing at the end."""
         with self.changed:
-            self.changed.wait_for(lambda: self.pool or self.stopped or (self.all_begun and self.n_undecoded == 0))
-            if self.stopped or not self.pool:
+            self.changed.wait_for(lambda: self.windows or self.stopped or self._is_decoded())
+            if self.stopped or not self.windows:
                 return []
-            lengths = [len(waiting.samples) for waiting in self.pool]
-            taken = choose_alike(lengths, max(min(batch_size, batch_size * self.usual // lengths[0]), 1))
-            batch = [self.pool[i] for i in taken]
-            self.pool = [waiting for i, waiting in enumerate(self.pool) if i not in taken]
+            lengths = [len(pending.samples) for pending in self.windows]
+            chosen = choose_batch(lengths, max(min(batch_size, batch_size * self.typical // lengths[0]), 1))
+            batch = [self.windows[i] for i in chosen]
+            self.windows = [pending for i, pending in enumerate(self.windows) if i not in chosen]
             self.changed.notify_all()
             return batch
 
-    def done(self, batch: list[_Waiting]) -> None:
-        """An engine has tagged a batch."""
+    def finish_batch(self, batch: list[_PendingWindow]) -> None:
+        """Mark the windows of a batch as tagged."""
         with self.changed:
-            for waiting in batch:
-                if waiting.file.tagged.fault is None:
-                    waiting.file.n_left -= 1
-                    self.on_window(waiting.window.end - waiting.window.start)
+            for pending in batch:
+                if pending.file.tagged.fault is None:
+                    pending.file.n_pending -= 1
+                    self.on_window(pending.window.end - pending.window.start)
             self.changed.notify_all()
 
-    def fail(self, error: BaseException | None) -> None:
-        """Stop all threads; `error` is raised where the files are handed over."""
+    def stop(self, error: BaseException | None = None) -> None:
+        """Stop all threads; `next_tagged` raises `error`."""
         with self.changed:
             self.error = self.error or error
             self.stopped = True
             self.changed.notify_all()
 
-    def hand_over(self) -> TaggedFile | None:
+    def next_tagged(self) -> TaggedFile | None:
         """Wait for the next file in order; None after the last one."""
         with self.changed:
-            self.changed.wait_for(lambda: self.stopped or (self.files and self.files[0].finished) or self._empty())
+            self.changed.wait_for(lambda: self.stopped or self._is_next_tagged())
             if self.error is not None:
                 raise self.error
             if not self.files:
@@ -193,18 +194,24 @@ class _Shop:
             self.changed.notify_all()
             return file.tagged
 
-    def _has_room(self, n_samples: int) -> bool:
-        held = sum(len(waiting.samples) for waiting in self.pool)
-        return not self.pool or (len(self.pool) < self.capacity and held + n_samples <= self.capacity * self.usual)
+    def _has_space(self, n_samples: int) -> bool:
+        held = sum(len(pending.samples) for pending in self.windows)
+        is_below = len(self.windows) < self.capacity and held + n_samples <= self.capacity * self.typical
+        return is_below or not self.windows  # a single window may be longer than all that the pool should hold
 
-    def _empty(self) -> bool:
-        return self.all_begun and not self.files
+    def _is_decoded(self) -> bool:
+        return self.all_begun and all(file.decoded for file in self.files)
+
+    def _is_next_tagged(self) -> bool:
+        if not self.files:
+            return self.all_begun
+        return self.files[0].decoded and self.files[0].n_pending == 0
 
 
 def tag_files(
     engine: Engine,
     paths: Iterable[Path],
-    wanted: Wanted | None = None,
+    options: TagOptions | None = None,
     *,
     chunk_seconds: float = 10.0,
     hop_seconds: float | None = None,
@@ -212,74 +219,77 @@ def tag_files(
     n_decoders: int = 2,
     on_window: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[TaggedFile]:
-    """Tag files window by window; a batch holds windows of like length, of as many files as it takes.
+    """Tag files window by window; a batch has windows of similar length, of one file or several.
 
-    A file is decoded in blocks, several files at once; a batch waits for nothing: whenever an engine is free it takes
-    what is there.
+    Files are decoded in blocks, several at once. Batches are not waited for: an engine that is free takes the windows
+    that are there.
 
     Args:
-        engine: computes.
+        engine: computes the probabilities.
         paths: the files; any format, sample rate and length.
-        wanted: what to keep of a window, by default its three best labels.
-        chunk_seconds: length of a window; a file's last one is what remains, at least `SHORTEST_TAIL`.
+        options: what to keep of a window, by default its three best labels.
+        chunk_seconds: length of a window; a file's last one is what remains, at least `MIN_TAIL_SECONDS`.
         hop_seconds: from one window's start to the next; `chunk_seconds` when None.
-        batch_size: windows a batch, at most; fewer where they are longer than `USUAL`.
-        n_decoders: threads that decode; decoding and resampling happen outside Python's lock.
+        batch_size: windows a batch, at most; fewer where they are longer than `TYPICAL_SECONDS`.
+        n_decoders: threads that decode; decoding and resampling release Python's lock.
         on_window: called with the seconds of each window that was tagged, from any thread, one call at a time.
 
     Yields:
         One `TaggedFile` a path, in order.
 
     Raises:
-        UserError: windows too long for the engine, or what the engine raises (weights that give NaN, say).
+        UserError: windows too long for the engine, or errors of the engine (weights that give NaN, for example).
     """
-    wanted = wanted or Wanted()
+    options = options or TagOptions()
     windows = create_windows(engine, chunk_seconds, hop_seconds)
-    usual = round(USUAL * engine.sample_rate)
-    shop = _Shop(paths, max(4 * batch_size * engine.n_threads, 16), usual, on_window)
+    capacity = max(4 * batch_size * engine.n_threads, 16)
+    pool = WindowPool(paths, capacity, round(TYPICAL_SECONDS * engine.sample_rate), on_window)
 
-    def decode() -> None:
-        while (file := shop.begin()) is not None:
-            fault = None
-            blocks = AudioBlocks(file.tagged.path, engine.sample_rate)
-            try:
-                for start, samples in cut(blocks, copy.copy(windows)):
-                    times = start / engine.sample_rate, (start + len(samples)) / engine.sample_rate
-                    if not shop.put(_Waiting(file, TaggedWindow(*times), samples)):
-                        break
-            except AudioReadError as error:
-                fault = error.reason
-            shop.end(file, fault, {} if fault else blocks.warnings)
-
-    def compute() -> None:
-        while batch := shop.fetch(batch_size):
-            tag_windows(engine, [w.samples for w in batch], [w.window for w in batch], wanted)
-            shop.done(batch)
-
-    def guarded(work: Callable[[], None]) -> None:
+    def run(work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as error:  # raised again where the files are handed over
-            shop.fail(error)
+        except BaseException as error:  # raised again in the caller's thread
+            pool.stop(error)
 
-    works = [decode] * max(n_decoders, 1) + [compute] * engine.n_threads
-    threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
+    works = [lambda: _decode_files(pool, windows, engine.sample_rate)] * max(n_decoders, 1)
+    works += [lambda: _tag_batches(pool, engine, batch_size, options)] * engine.n_threads
+    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
     for thread in threads:
         thread.start()
     try:
-        while (tagged := shop.hand_over()) is not None:
+        while (tagged := pool.next_tagged()) is not None:
             yield tagged
     finally:
-        shop.fail(None)
+        pool.stop()
         for thread in threads:
             thread.join()
 
 
+def _decode_files(pool: WindowPool, windows: Windows, sample_rate: int) -> None:
+    while (file := pool.next_file()) is not None:
+        fault = None
+        blocks = AudioBlocks(file.tagged.path, sample_rate)
+        try:
+            for start, samples in cut_windows(blocks, copy.copy(windows)):
+                window = TaggedWindow(start / sample_rate, (start + len(samples)) / sample_rate)
+                if not pool.put(_PendingWindow(file, window, samples)):
+                    break
+        except AudioReadError as error:
+            fault = error.reason
+        pool.finish_file(file, fault, {} if fault else blocks.warnings)
+
+
+def _tag_batches(pool: WindowPool, engine: Engine, batch_size: int, options: TagOptions) -> None:
+    while batch := pool.get_batch(batch_size):
+        tag_windows(engine, [each.samples for each in batch], [each.window for each in batch], options)
+        pool.finish_batch(batch)
+
+
 def create_windows(engine: Engine, chunk_seconds: float, hop_seconds: float | None) -> Windows:
-    """Windows of an engine's samples; less than `SHORTEST_TAIL` seconds at the end of a sound are no window.
+    """Create the windows of an engine; less than `MIN_TAIL_SECONDS` at the end of a sound are no window.
 
     Raises:
-        UserError: the engine does not take windows of that length.
+        UserError: the engine does not support windows of that length.
     """
     size = max(round(chunk_seconds * engine.sample_rate), 1)
     if engine.max_samples is not None and size > engine.max_samples:
@@ -289,60 +299,60 @@ def create_windows(engine: Engine, chunk_seconds: float, hop_seconds: float | No
             "give shorter ones, or export with a larger --max-frames"
         )
     hop = size if hop_seconds is None else max(round(hop_seconds * engine.sample_rate), 1)
-    return Windows(size, hop, round(SHORTEST_TAIL * engine.sample_rate))
+    return Windows(size, hop, round(MIN_TAIL_SECONDS * engine.sample_rate))
 
 
-def choose_alike(lengths: list[int], n_most: int) -> list[int]:
-    """Choose what goes into a batch with the first clip: the nearest in length, none longer than `LIKE` times another.
+def choose_batch(lengths: list[int], max_size: int) -> list[int]:
+    """Choose the clips that go into a batch with the first one: those nearest in length, within `MAX_LENGTH_RATIO`.
 
     Args:
         lengths: samples of each clip.
-        n_most: clips, at most.
+        max_size: number of clips, at most.
 
     Returns:
-        Their places in `lengths`, the first one's at the front.
+        Their indices, the first clip's at the front.
     """
     shortest = longest = lengths[0]
     chosen: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: abs(lengths[i] - lengths[0])):
         low, high = min(shortest, lengths[i]), max(longest, lengths[i])
-        if high <= LIKE * low and len(chosen) < n_most:
+        if high <= MAX_LENGTH_RATIO * low and len(chosen) < max_size:
             chosen.append(i)
             shortest, longest = low, high
     return chosen
 
 
-def cut(blocks: Iterable[np.ndarray], windows: Windows) -> Iterator[tuple[int, np.ndarray]]:
-    """Cut blocks of samples (S,) into windows: first sample, samples."""
+def cut_windows(blocks: Iterable[np.ndarray], windows: Windows) -> Iterator[tuple[int, np.ndarray]]:
+    """Cut blocks of samples (S,) into windows: index of the first sample, samples."""
     for block in blocks:
         yield from windows.push(block)
     yield from windows.finish()
 
 
-def tag_windows(engine: Engine, clips: list[np.ndarray], windows: list[TaggedWindow], wanted: Wanted) -> None:
-    """Fill in what an engine says of windows.
+def tag_windows(engine: Engine, clips: list[np.ndarray], windows: list[TaggedWindow], options: TagOptions) -> None:
+    """Set the tags, and the embeddings if requested, of a batch of windows.
 
     Args:
-        engine: computes.
+        engine: computes the probabilities.
         clips: samples (S,) of each window.
-        windows: get their tags, and whatever else is wanted.
-        wanted: what to keep.
+        windows: changed in place.
+        options: what to keep.
     """
     rows = engine.predict(clips)  # (B,C)
     for window, row in zip(windows, rows, strict=True):
-        window.tags = wanted.tags(row, engine.labels)
-    if wanted.embeddings:
-        whole, frames = embedding_engine(engine).embed(clips)
-        for window, vector, steps in zip(windows, whole, frames, strict=True):
-            window.embedding, window.frames = vector, steps.astype(np.float16)  # hours of them may be held
+        window.tags = options.select(row, engine.labels)
+    if options.embeddings:
+        vectors, frames = require_embeddings(engine).embed(clips)
+        for window, vector, steps in zip(windows, vectors, frames, strict=True):
+            window.embedding, window.frames = vector, steps.astype(np.float16)  # half the memory: hours may be held
 
 
-def embedding_engine(engine: Engine) -> TorchEngine:
-    """Return the engine, which can embed.
+def require_embeddings(engine: Engine) -> TorchEngine:
+    """Return the engine if it can embed.
 
     Raises:
         UserError: it cannot.
     """
     if not isinstance(engine, TorchEngine):
-        raise UserError(f"{engine.name} gives probabilities alone; embeddings want a checkpoint and --engine torch")
+        raise UserError(f"{engine.name} has no embeddings; --embeddings requires a checkpoint and --engine torch")
     return engine

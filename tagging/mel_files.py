@@ -1,6 +1,6 @@
-"""Tagging by exported files that take spectrograms, with the features of another program than PyTorch's front-end.
+"""Tag with exported files that take spectrograms, which another library than our front-end computes.
 
-What onnx_inference_with_kaldi.py and onnx_inference_with_torchaudio.py share.
+Shared by onnx_inference_with_kaldi.py and onnx_inference_with_torchaudio.py.
 
 Letters: S samples, F mel bands, T frames.
 """
@@ -15,16 +15,16 @@ import numpy as np
 from audio.io import AudioBlocks, AudioReadError, find_audio_files
 from common.errors import UserError
 from common.parser import Parser
-from tagging.files import TaggedWindow, Wanted, create_windows, cut
+from tagging.files import TaggedWindow, TagOptions, create_windows, cut_windows
 from tagging.onnx_engine import OnnxEngine
-from tagging.session import lines
+from tagging.session import format_windows
 
 # (waveform (S,), settings of CED's front-end) -> mel bands in decibels (F,T)
 Features = Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]
 
 
 def parse(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line of either program."""
+    """Read the command line of either script."""
     parser = Parser(description=description)
     parser.add_argument("wavs", nargs="+", type=Path, metavar="WAV", help="sound files or folders")
     parser.add_argument("-m", "--model", type=Path, required=True, help="an .onnx file of export_onnx.py")
@@ -45,9 +45,9 @@ def open_for_features(path: Path) -> OnnxEngine:
     """
     engine = OnnxEngine(path, n_threads=1)
     if engine.takes != "feats":
-        raise UserError(f"{path} takes waveforms and has its front-end inside; export without --waveform")
+        raise UserError(f"{path} takes waveforms and contains its front-end; export without --waveform")
     if engine.front_end["class"] != "CedMel":
-        raise UserError(f"{path} takes spectrograms of {engine.front_end['class']}; only CED's can be computed here")
+        raise UserError(f"{path} takes spectrograms of {engine.front_end['class']}; only CED's are supported here")
     return engine
 
 
@@ -61,11 +61,11 @@ def tag_chunks(
     """Tag a sound file chunk by chunk: start and end in seconds, probabilities (C,).
 
     Args:
-        engine: computes.
-        features: of the samples of a chunk.
+        engine: computes the probabilities.
+        features: computes the spectrogram of a chunk.
         path: any sound file.
         chunk_seconds: length of a chunk.
-        warnings: gets at the end what is odd about the file, see `audio.io.AudioBlocks`.
+        warnings: updated at the end with those of the file, see `audio.io.AudioBlocks`.
 
     Raises:
         AudioReadError: the file cannot be read.
@@ -75,7 +75,7 @@ def tag_chunks(
     settings = described_front_end(engine.front_end).description
     rate = engine.sample_rate
     blocks = AudioBlocks(path, rate)
-    for start, chunk in cut(blocks, create_windows(engine, chunk_seconds, None)):
+    for start, chunk in cut_windows(blocks, create_windows(engine, chunk_seconds, None)):
         mel = features(chunk, settings)
         yield start / rate, (start + len(chunk)) / rate, engine.predict_spectrogram(mel[None])[0]
     if warnings is not None:
@@ -85,33 +85,34 @@ def tag_chunks(
 def report(
     engine: OnnxEngine, features: Features, paths: Sequence[Path], chunk_seconds: float, top_k: int
 ) -> Iterator[str]:
-    """Lay out the tags of sound files as lines of text: a file's name, then its chunks with their best labels.
+    """Format the tags of sound files as lines of text: a file's name, then its chunks with their best labels.
 
     Raises:
-        UserError: at the end, naming every file that cannot be read.
+        UserError: at the end, with every file that cannot be read.
     """
     files = find_audio_files(paths)
     faults: list[str] = []
     for path in files:
         yield str(path)
-        odd: dict[str, str] = {}
+        warnings: dict[str, str] = {}
         try:
-            for start, end, probabilities in tag_chunks(engine, features, path, chunk_seconds, odd):
-                yield from lines([TaggedWindow(start, end, Wanted(top_k).tags(probabilities, engine.labels))])
+            for start, end, probabilities in tag_chunks(engine, features, path, chunk_seconds, warnings):
+                tags = TagOptions(top_k).select(probabilities, engine.labels)
+                yield from format_windows([TaggedWindow(start, end, tags)])
         except AudioReadError as error:
             faults.append(str(error))
             yield f"  cannot be read: {error.reason}"
-        yield from (f"  {kind}: {sentence}" for kind, sentence in odd.items())
+        yield from (f"  {kind}: {sentence}" for kind, sentence in warnings.items())
     if faults:
         listed = "".join(f"\n  - {fault}" for fault in faults)
         raise UserError(f"{len(faults)} of {len(files)} sound files could not be tagged:{listed}")
 
 
 def run(description: str, features: Features, arguments: Sequence[str] | None) -> None:
-    """Tag what the command line names, and print it.
+    """Tag the files of a command line and print their tags.
 
     Raises:
-        UserError: the model or a sound file cannot be used; the other files are tagged.
+        UserError: the model or a sound file cannot be read; the other files are tagged.
     """
     options = parse(description, arguments)
     for line in report(open_for_features(options.model), features, options.wavs, options.chunk, options.topk):

@@ -1,7 +1,6 @@
 """Exported models in ONNX Runtime.
 
-Files that take waveforms need neither PyTorch nor anything else but NumPy; for files that take spectrograms PyTorch's
-front-end is imported.
+Files that take waveforms need NumPy alone; for files that take spectrograms PyTorch and our front-end are imported.
 
 Letters: B batch, S samples, F mel bands, T frames, C classes.
 """
@@ -19,12 +18,12 @@ import onnxruntime
 
 from common.errors import UserError, some
 from common.samples import as_clips
-from tagging.engines import MOST_THREADS
+from tagging.base import MAX_THREADS
 
 if TYPE_CHECKING:
     from models.frontends import FrontEnd
 
-# What published exports of CED are; their files do not say it.
+# The metadata that published exports of CED lack.
 _PUBLISHED = {
     "sample_rate": "16000",
     "input": "feats",
@@ -34,28 +33,28 @@ _PUBLISHED = {
 
 
 class OnnxEngine:
-    """A file that export_onnx.py wrote, or a published export of CED. Safe to call from several threads at once.
+    """Runs a file of export_onnx.py, or a published export of CED. Safe to call from several threads at once.
 
-    The output is probabilities as the file gives them: the graph holds the sigmoid or softmax. A clip's depend on
-    that clip alone: eight-bit graphs take their scales from all that goes in, and are run for one clip at a time.
+    Sigmoid or softmax are in the graph. A clip's probabilities depend on that clip alone: eight-bit graphs compute
+    their scales from the whole batch, and are therefore run for one clip at a time.
 
     Args:
         path: the .onnx file.
-        n_threads: threads that will call it at once; the cores are shared among them, so that a single caller with
-            n_threads 1 has them all. By default each caller computes on one, up to `MOST_THREADS`, on several beyond.
+        n_threads: number of threads that will call it at once, among which the cores are divided; by default one a
+            core, at most `MAX_THREADS`.
 
     Attributes:
         name: of the model.
-        sample_rate: of the clips it takes, in hertz.
+        sample_rate: of the clips, in hertz.
         labels: names of the C classes.
-        max_samples: the longest clip it takes, None where any length will do.
-        batch_size: clips a call that use it well.
+        max_samples: length of the longest clip supported, None for any length.
+        batch_size: clips per call that use it well.
         precision: "fp32", "fp16" or "int8".
         takes: "waveform" or "feats".
-        front_end: class and arguments of the front-end, also where the file holds it.
+        front_end: class and arguments of the front-end, also where it is in the graph.
 
     Raises:
-        UserError: the file cannot be read, or is another kind of model.
+        UserError: the file cannot be read, or export_onnx.py has not written it.
     """
 
     def __init__(self, path: str | Path, n_threads: int | None = None) -> None:
@@ -63,21 +62,23 @@ class OnnxEngine:
         if not self.path.is_file():
             raise UserError(f"{path}: there is no such file; export_onnx.py writes one")
         n_cores = _n_cores()
-        self.n_threads = n_threads or min(n_cores, MOST_THREADS)
+        self.n_threads = n_threads or min(n_cores, MAX_THREADS)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = max(n_cores // self.n_threads, 1)
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others want the cores too
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "0"
+        )  # it would take the cores from the decoders
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the runtime's errors have no common class
+        except Exception as error:  # the runtime's exceptions have no common base class
             raise UserError(
                 f"{path}: ONNX Runtime cannot read it ({_first_line(error)}); is the file whole?"
             ) from error
         facts = self.session.get_modelmeta().custom_metadata_map
         self._read_facts(facts)
-        # Published files do not tell their precision, and cost as much one by one.
+        # Published files do not have their precision; they are as fast one by one.
         self._one_by_one = facts.get("precision") not in ("fp32", "fp16")
         self.batch_size = 1 if self._one_by_one else 8
         self._features: FrontEnd | None = None
@@ -90,17 +91,17 @@ class OnnxEngine:
                 self.max_samples = _longest(self._features, self._max_frames)
 
     def predict(self, clips: Sequence[np.ndarray]) -> np.ndarray:
-        """Tag clips.
+        """Compute the probabilities of clips.
 
         Args:
-            clips: (S,) each, of any lengths, as `common.samples.as_clips` takes them; those of one length are computed
-                together where the precision allows it.
+            clips: (S,) of any lengths, see `common.samples.as_clips`; those of one length are computed together where
+                the precision allows it.
 
         Returns:
             Probabilities, float32 (B,C).
 
         Raises:
-            UserError: they are no clips, or one is longer than `max_samples` or not finite.
+            UserError: the clips are not valid, or one is longer than `max_samples` or not finite.
         """
         clips = as_clips(clips)
         lengths = np.array([len(clip) for clip in clips], np.int64)
@@ -117,12 +118,12 @@ class OnnxEngine:
         if not np.isfinite(result).all():
             rows = np.flatnonzero(~np.isfinite(result).all(1))
             if any(np.isfinite(clips[int(row)]).all() for row in rows):
-                raise UserError(f"{self.path} gives NaN: its weights are damaged or its training diverged")
+                raise UserError(f"the output of {self.path} is NaN: its weights are damaged or its training diverged")
             raise UserError(f"clips {some(map(str, rows))} of the batch hold NaN or infinite samples")
         return result
 
     def predict_spectrogram(self, mel: np.ndarray) -> np.ndarray:
-        """Tag clips whose spectrograms are at hand, for files that take them.
+        """Compute the probabilities of spectrograms, for files that take them.
 
         Args:
             mel: float32 (B,F,T) in the scale of `front_end`.
@@ -131,10 +132,10 @@ class OnnxEngine:
             Probabilities, float32 (B,C).
 
         Raises:
-            UserError: the file takes waveforms, or not this shape.
+            UserError: the file takes waveforms, or spectrograms of another shape.
         """
         if self.takes != "feats":
-            raise UserError(f"{self.path} takes waveforms and has its front-end inside; export without --waveform")
+            raise UserError(f"{self.path} takes waveforms and contains its front-end; export without --waveform")
         return self._run(mel)
 
     def _spectrogram(self, waveform: np.ndarray) -> np.ndarray:
@@ -144,20 +145,19 @@ class OnnxEngine:
         with torch.inference_mode():
             return cast(np.ndarray, self._features(torch.from_numpy(waveform)).numpy())
 
-    def _run(self, given: np.ndarray) -> np.ndarray:
-        if self._one_by_one and len(given) > 1:
-            return np.concatenate([self._run(given[row : row + 1]) for row in range(len(given))])
+    def _run(self, batch: np.ndarray) -> np.ndarray:
+        if self._one_by_one and len(batch) > 1:
+            return np.concatenate([self._run(batch[row : row + 1]) for row in range(len(batch))])
         try:
-            return cast(np.ndarray, self.session.run([self._output], {self._input: given})[0])
+            return cast(np.ndarray, self.session.run([self._output], {self._input: batch})[0])
         except Exception as error:
             raise UserError(
-                f"{self.path}: ONNX Runtime cannot compute it for an input of shape {given.shape} "
-                f"({_first_line(error)}); files of other programs may take fewer frames: give shorter clips, or export "
-                "the model anew"
+                f"{self.path}: ONNX Runtime failed for an input of shape {batch.shape} ({_first_line(error)}); files "
+                "of other programs may support fewer frames only: give shorter clips, or export the model again"
             ) from error
 
     def _read_facts(self, facts: dict[str, str]) -> None:
-        """Read what the file says about itself; published exports of CED say only that they are one."""
+        """Read the metadata of the file; that of published exports of CED is completed from `_PUBLISHED`."""
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         self._input, self._output = inputs[0].name, outputs[0].name
         n_classes = outputs[0].shape[-1]
@@ -166,13 +166,11 @@ class OnnxEngine:
             from models.labels import labels_for
 
             facts = {"labels": json.dumps(labels_for(n_classes, None))} | _PUBLISHED
-        wanted = ("labels", "sample_rate", "input", "front_end")
-        missing = [key for key in wanted if key not in facts]
+        missing = [key for key in ("labels", "sample_rate", "input", "front_end") if key not in facts]
         if missing or len(inputs) != 1 or facts["input"] != self._input:
             raise UserError(
-                f"{self.path}: is an ONNX model, but none that export_onnx.py wrote: found inputs "
-                f"{some(each.name for each in inputs)} and no {some(missing)} in its metadata; export it from its "
-                "checkpoint"
+                f"{self.path} is an ONNX model that export_onnx.py has not written: found inputs "
+                f"{some(each.name for each in inputs)} and no {some(missing)} in its metadata; export its checkpoint"
             )
         try:
             self.labels: list[str] = json.loads(facts["labels"])
@@ -182,13 +180,13 @@ class OnnxEngine:
         except ValueError as error:
             raise UserError(f"{self.path}: its metadata cannot be read ({error}); export it again") from error
         if len(self.labels) != n_classes:
-            raise UserError(f"{self.path}: has {len(self.labels)} labels for {n_classes} classes; export it again")
+            raise UserError(f"{self.path} has {len(self.labels)} labels for {n_classes} classes; export it again")
         self.takes, self.precision = facts["input"], facts.get("precision", "fp32")
         self.name = facts.get("name") or self.path.stem
 
 
 def _longest(front_end: FrontEnd, max_frames: int) -> int:
-    """Samples of the longest clip that has `max_frames` frames."""
+    """Return the samples of the longest clip that has `max_frames` frames."""
     n_samples = max_frames * front_end.hop_size + front_end.n_fft
     while front_end.n_frames(n_samples) > max_frames:
         n_samples -= 1
@@ -196,10 +194,10 @@ def _longest(front_end: FrontEnd, max_frames: int) -> int:
 
 
 def _n_cores() -> int:
-    """Cores that this process may use, or as many as OMP_NUM_THREADS says."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and int(given) > 0:
-        return int(given)
+    """Return the number of cores that this process may use, or OMP_NUM_THREADS."""
+    n_threads = os.environ.get("OMP_NUM_THREADS", "")
+    if n_threads.isdigit() and int(n_threads) > 0:
+        return int(n_threads)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,10 +1,10 @@
-"""What is written of tagged files: rows and label tracks, a sound file at a time, gone on with after a stop.
+"""What is written of tagged files: tables, embeddings, and folders with a file for each sound.
 
-Every output knows which files it holds already (`done`), so that a command given again does what is left.
+Every output knows which files it holds (`done`), so that the same command, given again, does what remains.
 """
 
 import errno
-import glob
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -12,131 +12,39 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import remove_dead_partials, write_text
-from tagging.embeddings import is_made, is_part
+from common.files import remove_dead_partials, write_json, write_text
+from tagging.embeddings import is_embedding_file, is_part, parts_folder
 from tagging.files import TaggedFile
-from tagging.parts import LastOne, Output, Share, claim_folder, let_go, marks_of, take
-from tagging.rows import (
-    AppendedRows,
-    JsonRows,
-    ParquetTable,
-    Place,
-    describe_warnings,
-    find_rows,
-    form_of,
-    is_hardly_begun,
-    meta_of,
-    open_rows,
-    read_file,
-)
+from tagging.parts import Output, Share, check_provenance, find_marks
+from tagging.rows import TagTable, find_leftovers, is_new, meta_path
 
+TABLES = ("csv", "jsonl", "parquet")
 TRACKS = "audacity"
 
 
-class OwnRows(AppendedRows):
-    """Rows that one process alone appends to; other processes are kept from them, see `tagging.parts.take`."""
-
-    def __init__(self, path: Path, settings: Mapping[str, Any], share: Share) -> None:
-        take(path, share)
-        super().__init__(path, form_of(path), settings)
-
-    def close(self, paths: Iterable[Path] = ()) -> bool:
-        """Flush to disk."""
-        super().close()
-        let_go(self.path)
-        return True
-
-
-class SharedRows(Output):
-    """Rows of several processes, or in a form that cannot be appended to.
-
-    Each process appends to a part of its own, TARGET.part-RANK-of-N.jsonl; the last one to finish adds all parts to the
-    file wanted, in the order of the sounds.
+class FilePerSound(Output):
+    """A folder with a file for each sound that can be read; a subclass implements `make`.
 
     Args:
-        path: the file wanted.
-        settings: what rows are made with.
-        share: this process's part.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any], share: Share) -> None:
-        super().__init__()
-        self.path, self.settings = path, dict(settings)
-        self.last_one = LastOne(path, share)
-        if path.suffix.lower() == ".parquet":
-            table = ParquetTable(path, settings)
-            self.done |= table.done
-            self.faults |= table.faults
-            self.warnings |= table.warnings
-        elif path.exists() and not is_hardly_begun(path, form_of(path)):
-            self._note_places(find_rows(path, form_of(path), settings)[0])
-        for part in parts_of(path):
-            self._note_places(_find_in_part(part, settings))
-        self.part = AppendedRows(path.with_name(f"{path.name}.part-{share}.jsonl"), JsonRows(), settings)
-
-    def write(self, file: TaggedFile) -> None:
-        """Add a file, unless it is there."""
-        if str(file.path) not in self.done:
-            self.part.write(file)
-            self.note(str(file.path), file.fault, describe_warnings(file.warnings))
-
-    def close(self, paths: Iterable[Path]) -> bool:
-        """Finish this part; the last one to do so writes the file wanted."""
-        self.part.close()
-        with self.last_one.finish(self.faults) as everyones:
-            if everyones is None:
-                return False
-            parts = parts_of(self.path)
-            there = {name: (part, at) for part in parts for name, at in _find_in_part(part, self.settings).items()}
-            target = open_rows(self.path, self.settings)
-            order = (name for name in dict.fromkeys([*map(str, paths), *there]) if name in there)
-            target.extend(read_file(part, name, place) for name in order for part, place in [there[name]])
-            self.done |= target.done
-            self.faults |= everyones
-            self.warnings |= {name: place.warning for name, (_, place) in there.items() if place.warning}
-            for part in parts:
-                part.unlink()
-                meta_of(part).unlink(missing_ok=True)  # a process may have been killed before it was there
-            for partial in self.path.parent.glob(f".{glob.escape(self.path.name)}.part-*.partial"):
-                partial.unlink()  # of processes that were killed
-        return True
-
-    def _note_places(self, places: Mapping[str, Place]) -> None:
-        for name, place in places.items():
-            self.note(name, place.fault, place.warning)
-
-
-def parts_of(path: Path) -> list[Path]:
-    """Find what processes have left for a file that is not joined yet."""
-    return sorted(path.parent.glob(f"{glob.escape(path.name)}.part-*-of-*.jsonl"))
-
-
-def _find_in_part(part: Path, settings: Mapping[str, Any]) -> dict[str, Place]:
-    if not meta_of(part).exists():  # just begun by another process
-        return {}
-    return find_rows(part, JsonRows(), settings)[0]
-
-
-class FileEach(Output):
-    """A folder with a file for each sound that can be read.
-
-    Args:
-        folder: where they go, laid out as the sounds are.
+        folder: where they go, in the same subfolders as the sounds.
         paths: all sounds.
-        settings: what they are made with.
-        share: this process's part of the work.
+        settings: the provenance of the files.
+        share: this process's share of the work.
+
+    Raises:
+        UserError: the folder was made with other settings, holds other files, or is locked.
     """
 
     extension: str
 
     def __init__(self, folder: Path, paths: Iterable[Path], settings: Mapping[str, Any], share: Share) -> None:
-        super().__init__()
-        self.targets = beside(folder, paths, self.extension)
-        self.last_one = LastOne(folder, share)
+        super().__init__(folder, settings, share)
+        self.targets = name_targets(folder, paths, self.extension)
         claim_folder(folder, settings)
         for parent in {folder, *(target.parent for target in self.targets.values())}:
             remove_dead_partials(parent)
-        self.done = {name for name, target in self.targets.items() if os.path.exists(target)}  # whatever its length
+        # os.path: Path.exists raises for a name that is too long.
+        self.done = {name for name, target in self.targets.items() if os.path.exists(target)}
 
     def write(self, file: TaggedFile) -> None:
         """Make a sound's file, unless it is there or the sound cannot be read."""
@@ -150,26 +58,22 @@ class FileEach(Output):
             except OSError as error:
                 if error.errno != errno.ENAMETOOLONG:
                     raise
-                self.faults[name] = f"its name is too long for a file beside others, {self.extension} at its end"
+                self.faults[name] = (
+                    f"its name is too long: {self.extension} and a partial file's ending are added to it"
+                )
 
     def make(self, file: TaggedFile, target: Path) -> None:
         """Make the file of a sound that could be read."""
         raise NotImplementedError
 
-    def close(self, paths: Iterable[Path]) -> bool:
-        """Finish; there is nothing to join."""
-        with self.last_one.finish(self.faults) as everyones:
-            self.faults |= everyones or {}
-            return everyones is not None
 
-
-class LabelTracks(FileEach):
+class LabelTracks(FilePerSound):
     """Audacity label tracks: for each sound a text file of start, end and label, separated by tabs."""
 
     extension = ".txt"
 
     def make(self, file: TaggedFile, target: Path) -> None:
-        """Write a file's track."""
+        """Write a sound's track."""
         lines = [
             f"{window.start:.6f}\t{window.end:.6f}\t{label} {value:.2f}\n"
             for window in file.windows
@@ -178,82 +82,88 @@ class LabelTracks(FileEach):
         write_text(target, "".join(lines))
 
 
-def beside(folder: Path, paths: Iterable[Path], extension: str) -> dict[str, Path]:
-    """Name a file in `folder` for each sound: as the sounds lie below the deepest folder that holds them all."""
-    whole = {str(path): Path(os.path.abspath(path)) for path in paths}
-    if not whole:
+def name_targets(folder: Path, paths: Iterable[Path], extension: str) -> dict[str, Path]:
+    """Name a file in `folder` for each sound, in the same subfolders as below the sounds' deepest common folder."""
+    absolute = {str(path): Path(os.path.abspath(path)) for path in paths}
+    if not absolute:
         return {}
-    root = os.path.commonpath([path.parent for path in whole.values()])
-    return {name: folder / path.relative_to(root).with_name(f"{path.name}{extension}") for name, path in whole.items()}
+    root = os.path.commonpath([path.parent for path in absolute.values()])
+    return {
+        name: folder / path.relative_to(root).with_name(f"{path.name}{extension}") for name, path in absolute.items()
+    }
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make a folder with its provenance, or check that an existing one has the same.
+
+    Raises:
+        UserError: it was made with other settings, or holds other files.
+    """
+    note = folder / "made_with.json"
+    if note.exists():
+        check_provenance(folder, json.loads(note.read_text(encoding="utf-8")), settings)
+    elif folder.is_dir() and any(not path.name.startswith(".") and path != note for path in folder.iterdir()):
+        raise UserError(f"{folder} holds files of another program: write elsewhere")
+    write_json(note, dict(settings))
 
 
 def open_output(
-    path: Path,
-    kind: str | None,
-    paths: list[Path],
-    settings: Mapping[str, Any],
-    share: Share,
+    path: Path, output_format: str | None, paths: list[Path], settings: Mapping[str, Any], share: Share
 ) -> Output:
-    """Open where tags go.
+    """Open a table of tags, or a folder of label tracks.
 
     Args:
-        path: a file of rows, or a folder of label tracks.
-        kind: csv, jsonl, parquet or audacity; by default what the name ends in.
+        path: the file or folder.
+        output_format: csv, jsonl, parquet or audacity; by default the path's extension.
         paths: all sounds of all processes.
-        settings: what tags are made with.
-        share: this process's part of the work.
+        settings: the provenance of the tags.
+        share: this process's share of the work.
 
     Raises:
-        UserError: no known form, or what is there was made otherwise.
+        UserError: the format is not supported, or see `TagTable` and `LabelTracks`.
     """
-    wanted = check_form(path, kind)
-    if wanted == TRACKS:
+    if check_format(path, output_format) == TRACKS:
         return LabelTracks(path, paths, settings, share)
-    if wanted == "parquet" or share.world_size > 1 or parts_of(path):  # or of several that were stopped
-        return SharedRows(path, settings, share)
-    return OwnRows(path, settings, share)
+    return TagTable(path, settings, share)
 
 
-def check_form(path: Path, kind: str | None) -> str:
-    """Tell the form of an output, see `open_output`.
+def check_format(path: Path, output_format: str | None) -> str:
+    """Return the format of an output, see `open_output`.
 
     Raises:
-        UserError: no known form.
+        UserError: the format is not supported, or is not that of the path's extension.
     """
-    endings = (".csv", ".jsonl", ".parquet")
-    wanted = kind or path.suffix.lower().lstrip(".")
-    if wanted != TRACKS and (f".{wanted}" not in endings or path.suffix.lower() != f".{wanted}"):
-        raise UserError(
-            f"--output {path}: wanted a name that ends in {', '.join(endings)}, or a folder with --format {TRACKS}"
-        )
-    return wanted
+    extension = path.suffix.lower().lstrip(".")
+    output_format = output_format or extension
+    if output_format != TRACKS and (output_format not in TABLES or output_format != extension):
+        expected = ", ".join(f".{name}" for name in TABLES)
+        raise UserError(f"--output {path}: expected a name that ends in {expected}, or a folder with --format {TRACKS}")
+    return output_format
 
 
-def check_ours(path: Path) -> None:
-    """Check that an output may be removed: rows with their note, embeddings and folders that say how they were made.
+def check_removable(path: Path) -> None:
+    """Check that this program has written an output, so that `remove_output` may remove it.
 
     Raises:
-        UserError: it is something else.
+        UserError: it is or holds something else.
     """
-    parts = path.with_name(f"{path.name}.parts")
+    parts = parts_folder(path)
     if path.is_dir():
-        is_ours = not any(path.iterdir()) or (path / "made_with.json").exists()
+        is_ours = (path / "made_with.json").exists() or not any(path.iterdir())
     else:
-        is_ours = not path.exists() or meta_of(path).exists() or is_hardly_begun(path, form_of(path)) or is_made(path)
-    for is_fine, what in (
-        (is_ours, path),
-        (not parts.is_dir() or all(map(is_part, parts.iterdir())), parts),
-    ):
-        if not is_fine:
-            raise UserError(f"{what} is or holds something else, which --overwrite does not touch: write elsewhere")
+        is_ours = meta_path(path).exists() or is_new(path) or is_embedding_file(path)
+    has_foreign_parts = parts.is_dir() and not all(map(is_part, parts.iterdir()))
+    if not is_ours or has_foreign_parts:
+        raise UserError(
+            f"{parts if is_ours else path} is or holds files of another program, which --overwrite does not touch: "
+            "write elsewhere"
+        )
 
 
 def remove_output(path: Path) -> None:
-    """Remove an output that `check_ours` has let pass, together with what lies beside it."""
+    """Remove an output that `check_removable` accepts, with its parts and marks."""
     if path.is_dir():
         shutil.rmtree(path)
-    shutil.rmtree(path.with_name(f"{path.name}.parts"), ignore_errors=True)
-    parts = parts_of(path)
-    partials = path.parent.glob(f".{glob.escape(path.name)}.part-*.partial")
-    for file in [path, meta_of(path), *parts, *map(meta_of, parts), *partials, *marks_of(path)]:
+    shutil.rmtree(parts_folder(path), ignore_errors=True)
+    for file in [path, meta_path(path), *find_leftovers(path), *find_marks(path)]:
         file.unlink(missing_ok=True)

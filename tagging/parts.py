@@ -1,27 +1,26 @@
-"""What several runs or processes that write one output must agree on: what it is made with, and who finishes it."""
+"""Processes that share one output: locks, and the base class of outputs, whose last process joins all parts."""
 
 import fcntl
 import glob
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from common.errors import UserError
-from common.files import remove_dead_partials, write_json, write_text
+from common.files import remove_dead_partials, write_text
 from tagging.files import TaggedFile
 
 
 class Share(NamedTuple):
-    """Which of the processes that share the work this is.
+    """One process's share of the work.
 
     Attributes:
         rank: from 0.
-        world_size: how many there are.
-        start: what processes that were started together have in common, and others have not.
+        world_size: number of processes.
+        start: identifies the processes that were started together.
     """
 
     rank: int = 0
@@ -29,214 +28,164 @@ class Share(NamedTuple):
     start: str = ""
 
     @classmethod
-    def of_torchrun(cls) -> "Share":
-        """This process among those that torchrun has started; alone where nothing says that there are several.
+    def from_torchrun(cls) -> "Share":
+        """Read the share from torchrun's environment variables; without them there is a single process.
 
         Raises:
-            UserError: there are several, and torchrun has not started them: nothing would tell one start from the next.
+            UserError: WORLD_SIZE is above 1 without torchrun, so that one start cannot be told from the next.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise UserError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torchrun has not started this process: "
-                "several tag together when torchrun starts them; for one alone, unset RANK and WORLD_SIZE"
+                "start several processes with torchrun, or unset RANK and WORLD_SIZE for a single one"
             )
         names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
         start = [os.environ.get(name, "") for name in names]
         if "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            start.append(str(os.getppid()))  # all are children of one torchrun
+            start.append(str(os.getppid()))  # all processes are children of one torchrun
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), " ".join(start))
 
     def __str__(self) -> str:
         return f"{self.rank}-of-{self.world_size}"
 
 
-ALONE = Share()
-PATIENCE = 1.0  # seconds; who has just been stopped may take a moment
+SINGLE_PROCESS = Share()
+LOCK_TIMEOUT = 1.0  # seconds; a process that was just killed may hold its locks for a moment
 
 
-def check_made_with(path: Path, made_with: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse to add to what was made otherwise.
+def check_provenance(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Check that an existing output was made with the same settings.
 
     Raises:
-        UserError: the settings differ; the text says in what.
+        UserError: the settings differ; the text lists the differences.
     """
-    differing = [key for key in {**settings, **made_with} if made_with.get(key) != settings.get(key)]
+    differing = [key for key in {**settings, **found} if found.get(key) != settings.get(key)]
     if differing:
-        was = ", ".join(f"{key} {made_with.get(key)}" for key in differing)
+        was = ", ".join(f"{key} {found.get(key)}" for key in differing)
         now = ", ".join(f"{key} {settings.get(key)}" for key in differing)
         raise UserError(f"{path} was made with {was}; now it is {now}: write elsewhere, or give --overwrite")
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make a folder of outputs, or check that what is in it was made with the same settings.
+# One handle per file: POSIX releases all locks of a process on a file as soon as the process closes any handle of it.
+_LOCKS: dict[Path, IO[bytes]] = {}
+
+
+def lock(path: Path, share: Share) -> None:
+    """Lock an output until `unlock` or the end of this process; may be repeated.
+
+    Processes that share an output lock one byte each, a single process locks the whole range. Partial files of killed
+    processes are removed from the output's folder.
 
     Raises:
-        UserError: it was not.
-    """
-    note = folder / "made_with.json"
-    if note.exists():
-        check_made_with(folder, json.loads(note.read_text(encoding="utf-8")), settings)
-    elif folder.is_dir() and any(not path.name.startswith(".") and path != note for path in folder.iterdir()):
-        raise UserError(f"{folder} holds files of something else: write elsewhere")
-    write_json(note, dict(settings))
-
-
-class Record:
-    """What an output holds.
-
-    Attributes:
-        done: names of the files that it, or another process's part of it, holds.
-        faults: name → reason of those that could not be read.
-        warnings: name → what is odd about those that are, see `tagging.rows.describe_warnings`; rows alone keep it.
-    """
-
-    def __init__(self) -> None:
-        self.done: set[str] = set()
-        self.faults: dict[str, str] = {}
-        self.warnings: dict[str, str] = {}
-
-    def note(self, name: str, fault: str | None, warning: str | None) -> None:
-        """Add a file, with why it could not be read and what is odd about it, None where there is nothing."""
-        self.done.add(name)
-        if fault is not None:
-            self.faults[name] = fault
-        if warning is not None:
-            self.warnings[name] = warning
-
-
-class Output(Record):
-    """Takes tagged files."""
-
-    def write(self, file: TaggedFile) -> None:
-        """Add a file, unless it is there."""
-        raise NotImplementedError
-
-    def flush(self) -> None:
-        """Write what is held, so that nothing is lost if the session ends here; by default nothing is."""
-
-    def close(self, paths: Iterable[Path]) -> bool:
-        """Finish; `paths` is the order wanted. False where other processes have not finished theirs.
-
-        Where they have, this is the last process, and `faults` are then those of all.
-        """
-        raise NotImplementedError
-
-
-_TAKEN: dict[Path, IO[bytes]] = {}  # by this process; each file once, since closing it gives up all its locks
-
-
-def take(path: Path, share: Share) -> None:
-    """Keep others from an output until `let_go` or the end of this process; may be done again.
-
-    Processes that share an output have a byte of the lock each, one that is alone has all of it. What processes that
-    were killed have been writing beside it is removed.
-
-    Raises:
-        UserError: another process has it.
+        UserError: another process holds the lock.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _lock_of(path)
-    place = (0, 0) if share.world_size == 1 else (1, share.rank)  # length, 0 for everything, and first
-    latest = time.monotonic() + PATIENCE
+    length, first = (0, 0) if share.world_size == 1 else (1, share.rank)  # length 0: the whole range
+    deadline = time.monotonic() + LOCK_TIMEOUT
     while True:
-        if path not in _TAKEN:
-            _TAKEN[path] = open(lock, "ab")  # noqa: SIM115 - open as long as the output
-        if _lock(_TAKEN[path], *place) and _is_at(_TAKEN[path], lock):
+        if path not in _LOCKS:
+            _LOCKS[path] = open(_lock_path(path), "ab")  # noqa: SIM115 - open as long as the output
+        if _try_lock(path, length, first):
             remove_dead_partials(path.parent)
             return
-        _close(path)
-        if time.monotonic() > latest:
+        _LOCKS.pop(path).close()
+        if time.monotonic() > deadline:
             raise UserError(f"{path} is being written by another process: wait for its end, or write elsewhere")
-        time.sleep(PATIENCE / 20)
+        time.sleep(LOCK_TIMEOUT / 20)
 
 
-def let_go(path: Path) -> None:
-    """Let others have an output; the last one to do so removes what `take` has left beside it."""
+def unlock(path: Path) -> None:
+    """Release an output; the last process to do so removes the lock file."""
     path = path.absolute()
-    if path not in _TAKEN:
-        return
-    fcntl.lockf(_TAKEN[path], fcntl.LOCK_UN)  # first: of two who let go at once, one finds itself alone then
-    if _lock(_TAKEN[path], 0, 0) and _is_at(_TAKEN[path], _lock_of(path)):
-        _lock_of(path).unlink()
-    _close(path)
+    if path in _LOCKS:
+        # Released before the whole range is tried: of two processes that unlock at once, one must get it.
+        fcntl.lockf(_LOCKS[path], fcntl.LOCK_UN)
+        if _try_lock(path, 0, 0):
+            _lock_path(path).unlink()
+        _LOCKS.pop(path).close()
 
 
-def _lock_of(path: Path) -> Path:
+def _lock_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.taken")
 
 
-def _lock(file: IO[bytes], length: int, first: int) -> bool:
+def _try_lock(path: Path, length: int, first: int) -> bool:
+    """Lock bytes of a lock file; False where another process holds them, or has removed the file meanwhile."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def _is_at(file: IO[bytes], lock: Path) -> bool:
-    """Whether an open file has not been removed since."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), lock.stat())
-    except FileNotFoundError:
+        fcntl.lockf(_LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
+        return os.path.samestat(os.fstat(_LOCKS[path].fileno()), _lock_path(path).stat())
+    except (BlockingIOError, PermissionError, FileNotFoundError):
         return False
 
 
-def _close(path: Path) -> None:
-    if path in _TAKEN:
-        _TAKEN.pop(path).close()
-
-
-def marks_of(path: Path) -> list[Path]:
-    """Find what `LastOne` has left for an output."""
+def find_marks(path: Path) -> list[Path]:
+    """Find the files with which processes have marked themselves as finished, see `Output.close`."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.end-*-of-*"))
 
 
-class LastOne:
-    """Finds out which of several processes is the last to finish, and tells it what all of them could not read.
-
-    Until then the output is taken, see `take`.
+class Output:
+    """Base class of what is written of tagged files; a subclass implements `write`, and `flush` and `join` if needed.
 
     Args:
-        path: the output that they share.
-        share: this process's part.
+        path: the target, which is locked.
+        settings: the provenance of what is written.
+        share: this process's share of the work.
+
+    Attributes:
+        done: names of the files that the target, or a part of any process, holds.
+        faults: name → reason for files that could not be read.
+        warnings: name → text for files with warnings, see `tagging.rows.describe_warnings`; tables alone keep them.
 
     Raises:
-        UserError: another process has this part.
+        UserError: the target is locked by another process.
     """
 
-    def __init__(self, path: Path, share: Share) -> None:
-        self.path, self.share = path, share
-        take(path, share)
-        self._mark(share).unlink(missing_ok=True)
+    def __init__(self, path: Path, settings: Mapping[str, Any], share: Share) -> None:
+        self.path, self.settings, self.share = path, dict(settings), share
+        self.done: set[str] = set()
+        self.faults: dict[str, str] = {}
+        self.warnings: dict[str, str] = {}
+        lock(path, share)
+        self._mark(share.rank).unlink(missing_ok=True)
 
-    @contextmanager
-    def finish(self, faults: Mapping[str, str]) -> Iterator[dict[str, str] | None]:
-        """Say that this process is through, and why it could not read which files.
+    def write(self, file: TaggedFile) -> None:
+        """Add a file, unless the output holds it."""
+        raise NotImplementedError
 
-        Yields:
-            To the last process, which alone is let in until it is through, the faults of all; None to the others.
+    def flush(self) -> None:
+        """Write what is held in memory; by default nothing is."""
+
+    def join(self, paths: Iterable[Path]) -> None:
+        """Join the parts of all processes in the order of `paths`; by default there are none."""
+
+    def close(self, paths: Iterable[Path]) -> bool:
+        """Finish this process's share; the last process joins all parts.
+
+        Args:
+            paths: all files, in the order wanted.
+
+        Returns:
+            Whether this is the last process, whose `faults` are then those of all.
         """
-        lock = self.path.with_name(f".{self.path.name}.lock")
-        with open(lock, "w") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            write_text(self._mark(self.share), json.dumps({"start": self.share.start, "faults": dict(faults)}))
-            told = [self._told(self._mark(Share(rank, self.share.world_size))) for rank in range(self.share.world_size)]
-            everyones = [of_one for of_one in told if of_one is not None]
-            if len(everyones) < len(told):
-                yield None
-            else:
-                yield {name: fault for of_one in everyones for name, fault in of_one.items()}
-                for mark in (*marks_of(self.path), lock):
+        self.flush()
+        barrier = self.path.with_name(f".{self.path.name}.lock")
+        with open(barrier, "w") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)  # one process at a time, also while it joins parts
+            write_text(self._mark(self.share.rank), json.dumps({"start": self.share.start, "faults": self.faults}))
+            marks = [mark for mark in map(self._mark, range(self.share.world_size)) if mark.exists()]
+            contents = [json.loads(mark.read_text(encoding="utf-8")) for mark in marks]
+            # A process of an earlier start does not count as finished: it may have been restarted.
+            finished = [content["faults"] for content in contents if content["start"] == self.share.start]
+            is_last = len(finished) == self.share.world_size
+            if is_last:
+                for faults in finished:
+                    self.faults |= faults
+                self.join(paths)
+                for mark in (*find_marks(self.path), barrier):
                     mark.unlink(missing_ok=True)
-        let_go(self.path)
+        unlock(self.path)
+        return is_last
 
-    def _told(self, mark: Path) -> dict[str, str] | None:
-        """What a process could not read; None where it is not through, or was in an earlier start alone."""
-        if not mark.exists():
-            return None
-        content = json.loads(mark.read_text(encoding="utf-8"))
-        return dict(content["faults"]) if content["start"] == self.share.start else None
-
-    def _mark(self, share: Share) -> Path:
-        return self.path.with_name(f".{self.path.name}.end-{share}")
+    def _mark(self, rank: int) -> Path:
+        return self.path.with_name(f".{self.path.name}.end-{Share(rank, self.share.world_size)}")

@@ -1,4 +1,4 @@
-"""A picture of a sound file: its spectrogram, and below it, over the same time, what was heard when."""
+"""A picture of a sound file: its spectrogram, and below it, on the same time axis, the probabilities of its labels."""
 
 import warnings
 from pathlib import Path
@@ -8,44 +8,44 @@ import numpy as np
 from audio.io import AudioBlocks, AudioReadError
 from common.files import whole_file
 from tagging.files import TaggedFile
-from tagging.outputs import FileEach
-from tagging.rows import as_text
+from tagging.outputs import FilePerSound
+from tagging.rows import escape_name
 
-MOST_COLUMNS = 1200  # of the spectrogram; there are twice as many at most, whatever the length
-LABELS = 10  # most of them in a picture
+MAX_COLUMNS = 1200  # of the spectrogram; fewer than twice as many, for any length
+MAX_LABELS = 10  # in a picture
 RANGE_DB = 80.0
-QUIET_DB = -20.0  # what is at most so loud, silence say, is not made to look loud
-TITLE = 80  # characters, at most
+QUIET_DB = -20.0  # lowest top of the colour scale, so that noise in silence does not look loud
+MAX_TITLE = 80  # characters
 _RATE = 16000
 _N_FFT = 512
 
 
-class Pictures(FileEach):
+class Pictures(FilePerSound):
     """Draws NAME.png for each sound into a folder."""
 
     extension = ".png"
 
     def make(self, file: TaggedFile, target: Path) -> None:
-        """Draw a file."""
+        """Draw a sound's picture."""
         try:
             with whole_file(target) as partial:
                 draw(file, partial)
-        except AudioReadError as error:  # gone since it was tagged
+        except AudioReadError as error:  # removed since it was tagged
             self.faults[str(file.path)] = error.reason
 
 
-def spectrogram(path: Path, n_columns: int = MOST_COLUMNS) -> tuple[np.ndarray, float]:
-    """Compute a spectrogram of few columns, whatever the length of the sound, block by block.
+def compute_spectrogram(path: Path, n_columns: int = MAX_COLUMNS) -> tuple[np.ndarray, float]:
+    """Compute a spectrogram block by block, with a limited number of columns for any length.
 
     Args:
         path: the sound.
-        n_columns: there are fewer than twice as many.
+        n_columns: the spectrogram has fewer than twice as many.
 
     Returns:
-        Decibels (n_fft/2 + 1, columns) up to 8 kHz, each column the mean power over its time, and the seconds in all.
+        Decibels (n_fft/2 + 1, columns) up to 8 kHz, each column the mean power of its frames, and the sound's seconds.
 
     Raises:
-        AudioReadError: it cannot be read.
+        AudioReadError: the sound cannot be read.
     """
     window = np.hanning(_N_FFT).astype(np.float32)
     per_column = 1  # spectra summed in a column; doubled whenever there are too many columns
@@ -78,10 +78,9 @@ def draw(file: TaggedFile, target: str | Path, waveform: np.ndarray | None = Non
     """Draw a tagged file.
 
     Args:
-        file: its windows carry the tags to show; of each label its best windows count for being shown. Where windows
-            overlap, the highest probability shows.
+        file: its tags are drawn, of the labels with the highest probabilities; where windows overlap, the higher one.
         target: the PNG.
-        waveform: the sound's samples (S,), to be drawn above its spectrogram.
+        waveform: samples (S,), drawn above the spectrogram.
 
     Raises:
         AudioReadError: the sound cannot be read again.
@@ -89,18 +88,18 @@ def draw(file: TaggedFile, target: str | Path, waveform: np.ndarray | None = Non
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    decibels, seconds = spectrogram(file.path)
+    decibels, seconds = compute_spectrogram(file.path)
     best: dict[str, float] = {}
     for window in file.windows:
         for label, value in window.tags:
             best[label] = max(best.get(label, 0.0), value)
-    labels = sorted(best, key=lambda label: -best[label])[:LABELS]
+    labels = sorted(best, key=lambda label: -best[label])[:MAX_LABELS]
     heights = [*([] if waveform is None else [1.0]), 3.0, 0.28 * max(len(labels), 1) + 0.3]
     figure = Figure(figsize=(12, sum(heights) - 0.1), layout="constrained")
     FigureCanvasAgg(figure)
     *top, above, below = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     if waveform is not None:
-        times = np.linspace(0, seconds, min(MOST_COLUMNS, len(waveform)), endpoint=False)
+        times = np.linspace(0, seconds, min(MAX_COLUMNS, len(waveform)), endpoint=False)
         firsts = np.linspace(0, len(waveform), len(times), endpoint=False).astype(int)
         lowest, highest = np.minimum.reduceat(waveform, firsts), np.maximum.reduceat(waveform, firsts)
         top[0].fill_between(times, lowest, highest, color=(0.12, 0.3, 0.6), linewidth=0.5)
@@ -109,9 +108,9 @@ def draw(file: TaggedFile, target: str | Path, waveform: np.ndarray | None = Non
     extent = (0.0, seconds, 0.0, _RATE / 2000)
     above.imshow(decibels, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=peak - RANGE_DB, vmax=peak)
     above.set_ylabel("kHz")
-    figure.suptitle(_title(file.path), fontsize="large", parse_math=False)
+    figure.suptitle(_format_title(file.path), fontsize="large", parse_math=False)
     edges = np.unique([(window.start, window.end) for window in file.windows])
-    for row, values in enumerate(_between(edges, file, labels)):
+    for row, values in enumerate(_compute_maxima(edges, file, labels)):
         bars = [*zip(edges[:-1], np.diff(edges), strict=True)]
         colors = [(0.12, 0.3, 0.6, value) for value in values]
         below.broken_barh(bars, (row - 0.4, 0.8), facecolors=colors, linewidth=0)
@@ -119,17 +118,17 @@ def draw(file: TaggedFile, target: str | Path, waveform: np.ndarray | None = Non
     below.set_yticklabels([f"{label}  {best[label]:.2f}" for label in labels], parse_math=False)
     below.spines[["top", "right"]].set_visible(False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a box stands for a letter that the font has not
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # letters that the font lacks are drawn as boxes
         figure.savefig(target, dpi=110, format="png")
 
 
-def _title(path: Path) -> str:
-    name = "".join(letter if letter.isprintable() else " " for letter in as_text(path.name))
-    return name if len(name) <= TITLE else f"{name[: TITLE - 31]} … {name[-28:]}"
+def _format_title(path: Path) -> str:
+    name = "".join(letter if letter.isprintable() else " " for letter in escape_name(path.name))
+    return name if len(name) <= MAX_TITLE else f"{name[: MAX_TITLE - 31]} … {name[-28:]}"
 
 
-def _between(edges: np.ndarray, file: TaggedFile, labels: list[str]) -> np.ndarray:
-    """Highest probability of each label (labels, len(edges) - 1) between neighbouring starts and ends of windows."""
+def _compute_maxima(edges: np.ndarray, file: TaggedFile, labels: list[str]) -> np.ndarray:
+    """Compute the highest probability of each label between neighbouring edges of windows: (labels, len(edges) - 1)."""
     rows = {label: row for row, label in enumerate(labels)}
     highest = np.zeros((len(labels), max(len(edges) - 1, 0)))
     for window in file.windows:

@@ -1,4 +1,4 @@
-"""A stream of samples cut into windows: the same cuts for a file, an hour-long one and a microphone."""
+"""Cut a stream of samples into windows: the same cuts for a file and a stream, of any length."""
 
 from collections.abc import Iterator
 
@@ -8,15 +8,15 @@ from common.errors import UserError
 
 
 class Windows:
-    """Cut samples that come block by block into windows of one length, a fixed hop apart.
+    """Cuts samples that come block by block into windows of one length, a fixed hop apart.
 
     Window k starts at k hops. There is a next one as long as the last one did not reach the end of the sound; the last
-    one is what remains. Only what a window still needs is kept.
+    one is what remains. Only samples that a window still needs are kept.
 
     Args:
         size: samples of a window.
         hop: samples from the start of one window to the next; `size` where they neither overlap nor leave gaps.
-        shortest: less than this many samples behind the last window are left out (decoders and resamplers add some).
+        shortest: fewer samples than this behind the last window are dropped (decoders and resamplers add some).
 
     Raises:
         UserError: a window or a hop of less than one sample.
@@ -32,21 +32,21 @@ class Windows:
         self._first = 0
 
     def push(self, block: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Take the next samples (S,) and give the windows that they complete: first sample, samples (size,)."""
+        """Add samples (S,) and yield the windows that they complete: index of the first sample, samples (size,)."""
         self._kept = np.concatenate([self._kept, block]) if len(self._kept) else block
         self.n_received += len(block)
         while self._start + self.size <= self.n_received:
             offset = self._start - self._first
-            window = self._start, self._kept[offset : offset + self.size].copy()  # else it would keep the whole block
+            window = self._start, self._kept[offset : offset + self.size].copy()  # a view would keep the whole block
             self._start += self.hop
             yield window
         done = min(self._start - self._first, len(self._kept))
-        self._kept = self._kept[done:].copy()  # a copy, so that the block can go
+        self._kept = self._kept[done:].copy()  # a copy, so that the block is freed
         self._first += done
 
     def finish(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Give what remains at the end of the sound, if no window has held it."""
-        reached = self._start - self.hop + self.size if self._start else 0
-        unheard = self.n_received - max(reached, self._start)
-        if unheard >= (self.shortest if self._start else 1):
+        """Yield what remains at the end of the sound, if it is in no window yet."""
+        covered = self._start - self.hop + self.size if self._start else 0
+        n_remaining = self.n_received - max(covered, self._start)
+        if n_remaining >= (self.shortest if self._start else 1):
             yield self._start, self._kept[self._start - self._first :]

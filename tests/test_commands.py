@@ -94,15 +94,15 @@ def test_command_lines_that_are_right_run_as_they_are(words, ran, monkeypatch):
     ("words", "sentence"),
     [
         ("", "COMMANDS"),
-        ("go", "PLACE is not given; wanted python group.py go PLACE"),
-        ("run home", "there is no command 'run'; wanted python group.py go | go_anywhere"),
-        ("go home again", "'again' belongs to nothing; wanted"),
-        ("go home far=2", "'far=2' belongs to nothing (did you mean --far 2?)"),
+        ("go", "PLACE is not given; expected python group.py go PLACE"),
+        ("run home", "there is no command 'run'; expected python group.py go | go_anywhere"),
+        ("go home again", "'again' is not an argument; expected"),
+        ("go home far=2", "'far=2' is not an argument (did you mean --far 2?)"),
         ("go home --fat 2", "unknown option --fat (did you mean 'far'?)"),
-        ("go home --far away", "--far is 'away'; wanted a number"),
-        ("go home --far True", "--far is 'True'; wanted a number"),
+        ("go home --far away", "--far is 'away'; expected a number"),
+        ("go home --far True", "--far is 'True'; expected a number"),
         ("go home --how", "--how is given without a value"),
-        ("go home --speed 1.5", "--speed is '1.5'; wanted a whole number"),
+        ("go home --speed 1.5", "--speed is '1.5'; expected a whole number"),
     ],
 )
 def test_command_lines_that_are_wrong_run_nothing(words, sentence, monkeypatch, capsys):

@@ -173,8 +173,8 @@ COMMANDS = {
     "a command that is none": ("run.py evaluat model.pt", ["no command 'evaluat' (did you mean 'evaluate'?)"]),
     "no configuration": ("run.py train", ["CONFIG_FILE is not given", "python run.py train CONFIG_FILE"]),
     "a key without dashes": ("run.py train mine.yaml epochs=3", ["'epochs=3'", "did you mean --epochs 3?"]),
-    "a word too many": ("run.py evaluate model.pt single.tsv more", ["'more' belongs to nothing"]),
-    "a seed in words": ("run.py --seed one train mine.yaml", ["--seed is 'one'; wanted a whole number"]),
+    "a word too many": ("run.py evaluate model.pt single.tsv more", ["'more' is not an argument"]),
+    "a seed in words": ("run.py --seed one train mine.yaml", ["--seed is 'one'; expected a whole number"]),
     "a key without a value": ("run.py train mine.yaml --epochs", ["epochs", "without a value"]),
     "an option without a value": ("run.py evaluate model.pt --test_data", ["--test_data is given without a value"]),
     "clips at once in words": (
@@ -278,7 +278,7 @@ COMMANDS = {
         "run.py evaluate model.pt single.tsv --head birds",
         ["no head is called 'birds'", "run.py probe"],
     ),
-    "a head on an exported model": ("run.py evaluate model.onnx single.tsv --head birds", ["gives no embeddings"]),
+    "a head on an exported model": ("run.py evaluate model.onnx single.tsv --head birds", ["no embeddings"]),
     "weights that are exported": (
         "run.py train mine.yaml --pretrained model.onnx",
         ["is an exported model", "checkpoint"],
@@ -318,7 +318,7 @@ COMMANDS = {
     "a probe's learning rate in words": (f"{PROBE} --train_data single.tsv --name p --lr fast", ["--lr is 'fast'"]),
     "targets of no classes": ("save_logits.py targets.yaml --topk 0", ["topk is 0"]),
     "targets of an unpacked list": ("save_logits.py targets.yaml --train_data list.tsv", ["not packed yet"]),
-    "a second file for targets": ("save_logits.py targets.yaml mine.yaml", ["'mine.yaml' belongs to nothing"]),
+    "a second file for targets": ("save_logits.py targets.yaml mine.yaml", ["'mine.yaml' is not an argument"]),
     # --- tagging
     "threshold misspelt": (
         "inference.py sound.wav --treshold 0.5",
@@ -332,7 +332,7 @@ COMMANDS = {
         "inference.py single.tsv -m model.pt",
         ["is a list or a pack", "give sound files or folders"],
     ),
-    "no sounds": ("inference.py", ["which sounds?"]),
+    "no sounds": ("inference.py", ["no sounds"]),
     "a file that is not there": ("inference.py sound.wav -m nowhere.onnx", ["no such file; export_onnx.py writes one"]),
     "a network without weights": ("inference.py sound.wav -m resnet10", ["no published weights", "--weights PATH"]),
     "an output of no kind": (

@@ -21,7 +21,7 @@ import onnx_inference_with_torchaudio
 from common.errors import UserError
 from models import audioset_labels
 from models.onnx import export_onnx, with_chunks_of, write_label_table
-from tagging.engines import MOST_THREADS
+from tagging.engines import MAX_THREADS
 from tagging.mel_files import open_for_features, tag_chunks
 from tagging.onnx_engine import OnnxEngine
 from tests.trained import LABELS, RATE, trained_tagger, unheard
@@ -166,7 +166,7 @@ def test_long_files_are_tagged_block_by_block(exported, tmp_path, monkeypatch):
     assert [end for _, end, _ in chunks] == list(range(4, 42, 2))
 
 
-ALONE = """
+SINGLE_PROCESS = """
 import json, sys
 import numpy, onnxruntime, soundfile
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
@@ -181,7 +181,7 @@ print(json.dumps(dict(zip(json.loads(facts["labels"]), probabilities.tolist())))
 def test_onnx_runtime_alone_tags_a_sound_file(exported, tmp_path):
     clip = unheard(3, 4.0)[0][2]
     soundfile.write(tmp_path / "a.wav", clip, RATE, subtype="FLOAT")
-    words = [sys.executable, "-c", ALONE, exported / "wave.onnx", tmp_path / "a.wav"]
+    words = [sys.executable, "-c", SINGLE_PROCESS, exported / "wave.onnx", tmp_path / "a.wav"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert list(found) == LABELS
@@ -240,7 +240,7 @@ def test_in_eight_bits_a_clip_depends_on_itself_alone(exported, name):
 def test_with_many_cores_few_threads_call_and_each_has_several(exported, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "32")
     engine = OnnxEngine(exported / "wave.onnx")
-    assert engine.n_threads == MOST_THREADS == 8
+    assert engine.n_threads == MAX_THREADS == 8
     assert engine.session.get_session_options().intra_op_num_threads == 4
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert OnnxEngine(exported / "wave.onnx").n_threads == 2
@@ -285,7 +285,7 @@ def test_published_exports_are_taken_with_audiosets_labels_and_their_bound(tmp_p
 
 
 def test_other_files_are_refused_with_a_sentence(tmp_path, exported):
-    with pytest.raises(UserError, match=r"none that export_onnx.py wrote: found inputs feats"):
+    with pytest.raises(UserError, match=r"export_onnx.py has not written: found inputs feats"):
         OnnxEngine(published(tmp_path / "foreign.onnx", 3, {}))
     (tmp_path / "text.onnx").write_text("these are words")
     with pytest.raises(UserError, match=r"text.onnx: ONNX Runtime cannot read it"):

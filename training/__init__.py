@@ -1,1 +1,1 @@
-"""How a model learns and is judged: configuration, loop, optimisers, metrics, soft targets, tagging."""
+"""Training and evaluation: configuration, data, loop, optimisers, metrics, stores of targets and reports."""

@@ -1,6 +1,6 @@
-"""Averages of weights: over the steps of a run, over its best checkpoints, and the batch-norm statistics they need."""
+"""Averages of weights, over steps or checkpoints, and batch-norm statistics for them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,11 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class MovingAverage:
     """Exponential moving average of a model's weights and statistics (Polyak averaging).
 
-    The decay is min(decay, (1 + n) / (10 + n)) after n steps, so that the start is soon forgotten.
+    The decay is min(decay, (1 + n) / (10 + n)) after n steps, so that the initial weights lose influence quickly.
 
     Args:
-        model: whose state is averaged.
-        decay: what is kept at each step.
+        model: the model whose state is averaged.
+        decay: weight of the previous average in each step.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -24,7 +24,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model as it is after a step."""
+        """Update the average with the weights after a step."""
         decay = min(self.decay, (1 + self.n) / (10 + self.n))
         self.n += 1
         state = self.model.state_dict()
@@ -35,24 +35,24 @@ class MovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model hold the average inside the block."""
-        own = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        """Give the model the averaged weights inside the block."""
+        original = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(self.average)
         try:
             yield
         finally:
-            self.model.load_state_dict(own)
+            self.model.load_state_dict(original)
 
     def state_dict(self) -> dict[str, object]:
-        """Return what `load_state_dict` takes."""
+        """Return the average and the number of steps."""
         return {"n": self.n, "average": self.average}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.n = int(state["n"])  # type: ignore[call-overload]
-        given = state["average"]
-        assert isinstance(given, dict)
-        for name, value in given.items():
+        average = state["average"]
+        assert isinstance(average, dict)
+        for name, value in average.items():
             self.average[name].copy_(value)
 
 
@@ -65,10 +65,10 @@ def average_states(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return mean
 
 
-def norms_behind_weights(model: nn.Module) -> list[_BatchNorm]:
-    """Return the batch norms whose statistics change with the weights and that are trained.
+def find_trained_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norms that are trained and whose statistics depend on weights.
 
-    A single one normalises the input of a transformer: the sounds alone decide its statistics, which average well.
+    A single one normalises the input of a transformer: its statistics depend on the data alone and average well.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     trained = [
@@ -78,22 +78,32 @@ def norms_behind_weights(model: nn.Module) -> list[_BatchNorm]:
 
 
 @contextmanager
-def recomputed_batch_norm(model: nn.Module) -> Iterator[None]:
-    """Give a model new batch-norm statistics: the mean of those of the batches that it computes inside the block.
+def recompute_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Recompute a model's batch-norm statistics as the mean over the batches that it computes inside the block.
 
-    As stochastic weight averaging does (Izmailov et al., UAI 2018; `torch.optim.swa_utils.update_bn`), but nothing else
-    than `norms_behind_weights` leaves evaluation mode, so that no dropout disturbs them, and frozen norms stay.
+    As in stochastic weight averaging (Izmailov et al., UAI 2018; `torch.optim.swa_utils.update_bn`), but all other
+    modules stay in evaluation mode, so that dropout does not affect the statistics, and frozen norms do not change.
     """
-    norms = norms_behind_weights(model)
-    momenta = [norm.momentum for norm in norms]
+    norms = find_trained_norms(model)
     model.eval()
     for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over all batches
         norm.train()
+    try:
+        with cumulative_statistics(norms):
+            yield
+    finally:
+        model.eval()
+
+
+@contextmanager
+def cumulative_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Reset the running statistics of `norms`; inside the block they are plain means over all batches."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
     try:
         yield
     finally:
-        model.eval()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

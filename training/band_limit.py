@@ -1,10 +1,11 @@
-"""Up to which frequency the clips of a pack reach, and what a model does with mel bands that lie above.
+"""The bandwidth of clips: the frequency above which a pack has no content, and mel bands of a model above it.
 
-Sounds of 8 kHz that were resampled to 16 kHz end at 4 kHz. What a resampler leaves above (mirror images 10 dB below the
-sound, or nothing), how soon it falls off below, and the rounding of 16-bit samples all stand clearly in decibels. A
-network that learnt them gives another resampler's version of a sound other tags: see docs/results.md. So bands
-that reach above `usable_limit` are left out (`f_max`, for networks that start from random weights) or kept silent
-(`band_limit`, for those whose weights know a front-end): in the checkpoint, and so in tags, figures and exports alike.
+Sounds of 8 kHz that were resampled to 16 kHz end at 4 kHz. The content above (mirror images 10 dB below the sound, or
+nothing), the roll-off below, and the rounding of 16-bit samples depend on the resampler and are clearly visible in
+decibels. A network that was trained on them predicts other tags for the output of another resampler: see
+docs/results.md. So bands above `usable_limit` are left out (`f_max`, for networks that start from random weights) or
+set to silence (`band_limit`, for trained weights, whose front-end is fixed): in the
+checkpoint, and so in tags and exports.
 """
 
 import itertools
@@ -15,30 +16,30 @@ import numpy as np
 from audio.dataset import Pack
 from models import AudioTagger
 
-MOST_READ = 256  # clips whose spectrum is looked at
+MAX_CLIPS_READ = 256  # clips whose spectrum is computed
 READ_SECONDS = 10.0  # of each
-# Of them, which may reach above a limit: 3 % of clips that were cut while loud, or clipped, were measured to.
+# Share of the clips that may have content above a limit: measured were 3 %, clips that are clipped or cut while loud.
 FULL_BAND_SHARE = 0.1
-MIXED_SHARE = 0.2  # of the clips, which end below the others and are worth a warning
-# Upper edges in Hz of sounds that were recorded or coded at usual rates; a limit that was measured is one of them.
+MIXED_SHARE = 0.2  # share of clips with a lower limit than the others that causes a warning
+# Upper limits in Hz of sounds that were recorded or coded at usual rates; the measured limit is one of them.
 USUAL_LIMITS = (4000, 5512, 6000, 8000, 11025, 12000, 16000, 22050, 24000)
-# In units of a limit: up to here soxr, torchaudio, librosa and SciPy agree within 4 dB; at 0.98 they are 30 dB apart.
+# Factor of a limit up to which soxr, torchaudio, librosa and SciPy agree within 4 dB; at 0.98 they differ by 30 dB.
 USABLE_SHARE = 0.9
 N_FFT = 1024
-# From this factor above a limit on, sounds that torchaudio or SciPy had upsampled have at most that power, beside what
-# lies just below the limit, in nine clips of ten. Speech and ESC-10 have five times as much above each usual limit.
+# Above this factor of a limit, the power of sounds that torchaudio or SciPy upsampled is at most IMAGE_POWER times the
+# power just below the limit, in nine clips of ten. Speech and ESC-10 have five times as much above each usual limit.
 IMAGES_REACH = 1.15
 IMAGE_POWER = 10**-1.2
 
 
 @dataclass(frozen=True)
 class BandLimits:
-    """Where the clips of a pack end.
+    """The band limits of the clips of a pack.
 
     Attributes:
-        limit: frequency in Hz above which all but a tenth of the clips hold nothing, or mirror images; half the pack's
-            sample rate where there is none.
-        shares: frequency in Hz of `USUAL_LIMITS` → the share of the clips that hold nothing above it but rounding.
+        limit: frequency in Hz above which all but a tenth of the clips have no content, or only mirror images; half the
+            pack's sample rate if there is no limit.
+        shares: frequency in Hz of `USUAL_LIMITS` → share of the clips with nothing but rounding noise above it.
     """
 
     limit: float
@@ -46,13 +47,13 @@ class BandLimits:
 
 
 def measure_band_limits(pack: Pack) -> BandLimits:
-    """Measure where the clips of a pack end, from their samples: files need not be what their sample rate says.
+    """Measure the band limits of the clips of a pack from their samples.
 
-    A clip holds nothing above a limit where the power there is within 10 dB of that of rounding (a uniform error of one
-    step: 1/12 of its square). It holds mirror images where the power is far below that just under the limit
-    (`IMAGE_POWER`): some speech looks like that, too, but not nine clips of ten.
+    A clip has no content above a limit if the power there is within 10 dB of that of rounding (a uniform error of one
+    step: 1/12 of its square). It has mirror images if the power is far below that just under the limit (`IMAGE_POWER`):
+    that is also true for some speech, but not for nine clips of ten.
     """
-    rows = np.unique(np.linspace(0, len(pack) - 1, min(MOST_READ, len(pack))).round().astype(int))
+    rows = np.unique(np.linspace(0, len(pack) - 1, min(MAX_CLIPS_READ, len(pack))).round().astype(int))
     window = np.hanning(N_FFT)
     rounding = 10 * (1 / 32768) ** 2 / 12 * (window**2).sum()
     powers = []
@@ -61,7 +62,7 @@ def measure_band_limits(pack: Pack) -> BandLimits:
         sound = np.pad(sound, (0, max(N_FFT - len(sound), 0)))
         frames = np.lib.stride_tricks.sliding_window_view(sound, N_FFT)[:: N_FFT // 2]
         power = (np.abs(np.fft.rfft(frames * window)) ** 2).mean(axis=0)
-        if power.max() > rounding:  # else it is silent and says nothing
+        if power.max() > rounding:  # otherwise it is silent
             powers.append(power)
     nyquist = pack.sample_rate / 2
     hertz = np.arange(N_FFT // 2 + 1) * pack.sample_rate / N_FFT
@@ -75,7 +76,7 @@ def measure_band_limits(pack: Pack) -> BandLimits:
 
 
 def _around(powers: np.ndarray, hertz: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
-    """Power above and just below a limit, (N,) each, of spectra (N, bins); 0 below it where images cannot be told."""
+    """Return the power above and just below a limit, (N,) each, of spectra (N, bins); 0 below it if it is too high."""
     if IMAGES_REACH * limit < 0.97 * hertz[-1]:
         edges = [*(factor * limit for factor in (IMAGES_REACH, 1.3, 1.5, 2.0)), np.inf]
         parts = [powers[:, (hertz > low) & (hertz <= high)] for low, high in itertools.pairwise(edges)]
@@ -85,28 +86,28 @@ def _around(powers: np.ndarray, hertz: np.ndarray, limit: float) -> tuple[np.nda
 
 
 def usable_limit(limit: float) -> float:
-    """Return the frequency in Hz up to which sounds that end at `limit` are the same, however they were resampled."""
+    """Return the frequency in Hz up to which sounds with a band limit do not depend on the resampler."""
     return USABLE_SHARE * limit
 
 
 def describe_unusable_bands(limits: BandLimits, model: AudioTagger, data: object) -> str | None:
-    """Say where a model learns from mel bands in which clips hold nothing; None where it does not.
+    """Return a warning if a model has mel bands in which the clips have no content, otherwise None.
 
     Args:
-        limits: of the clips to learn from.
+        limits: band limits of the training clips.
         model: the student.
-        data: what the clips are called.
+        data: name of the training data.
     """
     highest = model.front_end.highest_hz
-    whose, limit = "its clips hold", limits.limit
+    subject, limit = "its clips have", limits.limit
     if limit >= highest:
         mixed = (limit for limit, share in limits.shares.items() if share >= MIXED_SHARE)
         limit = next(mixed, highest)
         if limit >= highest:
             return None
-        whose = f"{limits.shares[limit]:.0%} of its clips hold"
+        subject = f"{limits.shares[limit]:.0%} of its clips have"
     return (
-        f"{data}: {whose} nothing above {limit:g} Hz, but {model.name} takes mel bands up to {highest:g} Hz. What it "
-        "learns from the empty ones depends on the resampler, and so will its tags of files that were resampled "
-        f"otherwise, or hold more; `--model_args.band_limit {usable_limit(limit):g}` ignores what lies above"
+        f"{data}: {subject} no content above {limit:g} Hz, but {model.name} has mel bands up to {highest:g} Hz. The "
+        "empty bands depend on the resampler, so tags of files that were resampled otherwise, or have more content, "
+        f"will differ; set `--model_args.band_limit {usable_limit(limit):g}` to ignore these bands"
     )

@@ -1,4 +1,4 @@
-"""Statistics of a clip's spectrogram over time: the features of the baseline.
+"""Features of the baseline: statistics of the spectrogram of a clip over time.
 
 Letters: N clips, S samples, F mel bands, K cepstral coefficients, T frames, P parts.
 """
@@ -17,16 +17,16 @@ from models.ced_mel import CedMel
 N_MELS = 40
 N_MFCCS = 20
 WINDOW_SECONDS, HOP_SECONDS = 0.032, 0.01  # at 16 kHz: 512 and 160 samples
-BLOCK_FRAMES = 1024  # computed at once, so that memory does not grow with a clip's length
-STRETCH_FRAMES = 100  # read in one piece from clips that are not read as a whole: a second
-FLOOR = 1e-6  # added to mel power: digital silence is -60 dB then, near the noise of recordings, not an outlier far off
+BLOCK_FRAMES = 1024  # computed at once, which bounds the memory for long clips
+STRETCH_FRAMES = 100  # of a segment of clips that are read in part: a second
+FLOOR = 1e-6  # added to mel power: digital silence becomes -60 dB, near the noise of recordings, and no outlier
 SPECTRA = ("log-mel", "MFCC")
 PARTS = (1, 4)
 FeatureTable = dict[tuple[str, int], np.ndarray]
 
 
 class LogMel(CedMel):
-    """Log-mel power that is the same whatever is computed with it: no decibel depends on the clip's peak.
+    """Log-mel power in absolute decibels: unlike in CED's front-end, the peak of the clip has no effect.
 
     Windows are 32 ms and hops 10 ms at any rate; a Fourier transform has the next power of two of samples.
 
@@ -43,7 +43,7 @@ class LogMel(CedMel):
             win_size=window,
             hop_size=max(1, round(HOP_SECONDS * sample_rate)),
             f_max=None,
-            center=False,  # blocks of a clip are framed by `log_mel`, which centres them
+            center=False,  # blocks of a clip are framed by `compute_log_mel`, which centres them
         )
 
     def compressed(self, mel: Tensor, alien: Tensor | None) -> Tensor:
@@ -52,11 +52,11 @@ class LogMel(CedMel):
 
 
 def frame_ranges(n_frames: int, most_frames: int) -> Iterator[tuple[int, int]]:
-    """Yield which frames of a clip are looked at, as (first, end): all, or stretches spread evenly over the clip.
+    """Yield the ranges of frames that are read of a clip, (first, end): all, or segments spread evenly over it.
 
     Args:
         n_frames: T of the whole clip.
-        most_frames: of a longer clip about so many are taken, in stretches of `STRETCH_FRAMES`.
+        most_frames: number of frames read of a longer clip, in segments of `STRETCH_FRAMES`.
     """
     if n_frames <= max(most_frames, STRETCH_FRAMES):
         for first in range(0, n_frames, BLOCK_FRAMES):
@@ -68,17 +68,17 @@ def frame_ranges(n_frames: int, most_frames: int) -> Iterator[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def log_mel(pack: Pack, clip: int, front_end: LogMel, most_seconds: float) -> np.ndarray:
+def compute_log_mel(pack: Pack, clip: int, front_end: LogMel, most_seconds: float) -> np.ndarray:
     """Return the log-mel spectrogram of a clip, (T, F) float64 in decibels.
 
     Frames are centred on multiples of the hop and the clip is reflected at its ends, as in `CedMel`; shorter clips
     than half a Fourier transform are extended with zeros.
 
     Args:
-        pack: holds the clip.
-        clip: which one.
-        front_end: of the pack's sample rate.
-        most_seconds: longer clips are looked at in stretches from all over them, about so long together.
+        pack: the pack.
+        clip: index of the clip.
+        front_end: front-end for the pack's sample rate.
+        most_seconds: of longer clips about so much is read, in segments spread over them.
     """
     n_samples = int(pack.n_samples[clip])
     reach = front_end.n_fft // 2
@@ -92,13 +92,13 @@ def log_mel(pack: Pack, clip: int, front_end: LogMel, most_seconds: float) -> np
         position = np.where(position >= n_extended, 2 * (n_extended - 1) - position, position)
         low, high = int(position.min()), int(position.max()) + 1
         samples = np.zeros(high - low, np.float32)
-        known = pack.read(clip, low, min(high, n_samples)) if low < n_samples else samples[:0]
-        samples[: len(known)] = known
+        stored = pack.read(clip, low, min(high, n_samples)) if low < n_samples else samples[:0]
+        samples[: len(stored)] = stored
         blocks.append(front_end(torch.from_numpy(samples[position - low])[None])[0])  # (F, T of the block)
     return torch.cat(blocks, dim=1).T.double().numpy()
 
 
-def cepstra(spectrogram: np.ndarray) -> np.ndarray:
+def compute_cepstra(spectrogram: np.ndarray) -> np.ndarray:
     """Return the first K coefficients of the orthonormal DCT-II over the mel bands: (T,F) -> (T,K)."""
     from scipy.fft import dct
 
@@ -106,23 +106,23 @@ def cepstra(spectrogram: np.ndarray) -> np.ndarray:
     return coefficients
 
 
-def statistics(frames: np.ndarray, n_parts: int) -> np.ndarray:
+def compute_statistics(frames: np.ndarray, n_parts: int) -> np.ndarray:
     """Return mean and standard deviation over time of each of P equal parts, one part after the other.
 
     Args:
         frames: (T,F), T at least 1.
-        n_parts: P; where there are fewer frames than parts, some serve in two.
+        n_parts: P; with fewer frames than parts, some are in two parts.
 
     Returns:
         (P * 2F,) float64.
     """
     n_frames = len(frames)
-    found = []
-    for part in range(n_parts):
-        first = part * n_frames // n_parts
-        own = frames[first : max(first + 1, (part + 1) * n_frames // n_parts)]
-        found += [own.mean(axis=0), own.std(axis=0)]
-    return np.concatenate(found)
+    statistics = []
+    for index in range(n_parts):
+        first = index * n_frames // n_parts
+        part = frames[first : max(first + 1, (index + 1) * n_frames // n_parts)]
+        statistics += [part.mean(axis=0), part.std(axis=0)]
+    return np.concatenate(statistics)
 
 
 def compute_features(pack: Pack, most_seconds: float, description: str = "baseline") -> FeatureTable:
@@ -130,8 +130,8 @@ def compute_features(pack: Pack, most_seconds: float, description: str = "baseli
 
     Args:
         pack: N clips of any sample rate and any lengths.
-        most_seconds: see `log_mel`.
-        description: of the progress bar, which large packs have.
+        most_seconds: see `compute_log_mel`.
+        description: title of the progress bar, for large packs.
 
     Returns:
         (spectrum, P) → float64 (N, width), for each spectrum of `SPECTRA` and P of `PARTS`. A feature of a clip depends
@@ -148,8 +148,8 @@ def compute_features(pack: Pack, most_seconds: float, description: str = "baseli
         mininterval=0.1 if sys.stderr.isatty() else 30,
     )
     for clip in progress:
-        spectrogram = log_mel(pack, clip, front_end, most_seconds)
-        for spectrum, frames in zip(SPECTRA, (spectrogram, cepstra(spectrogram)), strict=True):
+        spectrogram = compute_log_mel(pack, clip, front_end, most_seconds)
+        for spectrum, frames in zip(SPECTRA, (spectrogram, compute_cepstra(spectrogram)), strict=True):
             for parts in PARTS:
-                rows[spectrum, parts].append(statistics(frames, parts))
-    return {key: np.stack(found) for key, found in rows.items()}
+                rows[spectrum, parts].append(compute_statistics(frames, parts))
+    return {key: np.stack(values) for key, values in rows.items()}

@@ -1,4 +1,4 @@
-"""The variants of the baseline: which features, which scikit-learn model, and what they give for other clips.
+"""The variants of the baseline: combinations of features and scikit-learn models.
 
 Letters: N clips, C classes, D features.
 """
@@ -12,21 +12,21 @@ import numpy as np
 from training.baseline_features import PARTS, SPECTRA
 
 REGRESSION, SVM = "logistic regression", "RBF SVM"
-# Clips times classes up to which a variant is tried. Measured on one core at 4,000 clips: an SVM takes 3 s for 50
+# Clips times classes up to which a variant is used. Measured on one core with 4,000 clips: an SVM takes 3 s for 50
 # classes; a binary logistic regression 6 ms on whole clips and 15 ms on four parts, and multi-label sets need one a
 # class.
-MOST_SVM = {True: 200_000, False: 20_000}  # by whether each clip has one label
-MOST_FOUR_PARTS = 500_000
+MAX_SVM_WORK = {True: 200_000, False: 20_000}  # by whether each clip has one label
+MAX_FOUR_PARTS_WORK = 500_000
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do it.
+    """Features and a model.
 
     Attributes:
         spectrum: "log-mel" or "MFCC".
         parts: 1 for statistics of the whole clip, 4 for those of each quarter.
-        model: what is fitted to them.
+        model: the scikit-learn model.
     """
 
     spectrum: str
@@ -38,41 +38,42 @@ class Variant:
         return f"{self.model} on {self.spectrum} statistics of {where}"
 
 
-# The simplest first, which wins where figures are equal.
+# The simplest first: it is chosen among equals.
 VARIANTS = tuple(Variant(*parts) for parts in product(SPECTRA, PARTS, (REGRESSION, SVM)))
 
 
 def affordable_variants(n_clips: int, n_classes: int, single: bool) -> list[Variant]:
-    """Return the variants that take seconds.
+    """Return the variants that can be fitted in seconds.
 
     Args:
-        n_clips: to fit to.
+        n_clips: number of clips for fitting.
         n_classes: C.
-        single: whether each clip has exactly one label, so that one model does for all classes.
+        single: whether each clip has exactly one label, so that one model is fitted for all classes.
     """
     work = n_clips * n_classes
     return [
         variant
         for variant in VARIANTS
-        if (variant.model == REGRESSION or work <= MOST_SVM[single]) and (variant.parts == 1 or work <= MOST_FOUR_PARTS)
+        if (variant.model == REGRESSION or work <= MAX_SVM_WORK[single])
+        and (variant.parts == 1 or work <= MAX_FOUR_PARTS_WORK)
     ]
 
 
 def class_scores(
     variant: Variant, features: np.ndarray, targets: np.ndarray, others: np.ndarray, *, single: bool
 ) -> np.ndarray:
-    """Fit a variant and return what it gives for other clips.
+    """Fit a variant and return its scores for other clips.
 
     Args:
-        variant: what to fit.
-        features: (N,D) to fit to.
+        variant: the variant.
+        features: (N,D) for fitting.
         targets: (N,C) of 0 and 1.
-        others: (N',D).
-        single: each clip has exactly one label, and one model tells all classes apart; otherwise each has its own.
+        others: (N',D) features of the other clips.
+        single: whether each clip has exactly one label: one model for all classes; otherwise one for each class.
 
     Returns:
-        (N',C): probabilities of a logistic regression, decision values of an SVM; below all of these for classes that
-        no clip to fit to has.
+        (N',C): probabilities of a logistic regression, decision values of an SVM; lower than all of these for classes
+        without clips in `targets`.
     """
     from sklearn.preprocessing import StandardScaler
 
@@ -94,11 +95,11 @@ def _fitted_scores(name: str, features: np.ndarray, classes: np.ndarray, others:
     from sklearn.linear_model import LogisticRegression
     from sklearn.svm import SVC
 
-    if (classes == classes[0]).all():  # nothing to tell apart
+    if (classes == classes[0]).all():  # a single class
         return np.ones((len(others), 1))
     model = LogisticRegression(max_iter=1000) if name == REGRESSION else SVC(C=10)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # what is reached by then will do for a baseline
+        warnings.simplefilter("ignore", ConvergenceWarning)  # good enough for a baseline
         model.fit(features, classes)
     if name == REGRESSION:
         probabilities: np.ndarray = model.predict_proba(others)

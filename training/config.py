@@ -60,7 +60,7 @@ TransformList = Annotated[list[_Transforms], BeforeValidator(_read_transform_lis
 
 
 class Config(Options):
-    """Base of the configurations: what their YAML files spell otherwise, and sentences on unknown keys."""
+    """Base of the configurations: null for empty mappings and lists, and messages about unknown keys."""
 
     SPELLING: ClassVar[str] = "{}"
 
@@ -91,104 +91,105 @@ class Config(Options):
 
 
 class TrainConfig(Config):
-    """What `run.py train` reads."""
+    """Configuration of `run.py train`."""
 
     # --- data
     train_data: str  # TSV of a pack
-    eval_data: str | None = None  # TSV of a pack with a `labels` column: reported at the end
-    valid_data: str | None = None  # ours: TSV of a pack with a `labels` column that chooses the best checkpoints
-    valid_fraction: float | None = Field(None, gt=0, lt=1)  # ours: or hold out this part of the training clips for it
-    logitspath: str | None = None  # folder of soft targets; null = those of `teacher`, or the `labels` column (ours)
-    embeddingspath: str | None = None  # ours: folder of a teacher's embeddings, for objectives that learn these
-    # ours: name, checkpoint or run's folder of a model that runs during training; outputs of several are averaged
+    eval_data: str | None = None  # TSV of a pack with a `labels` column, evaluated at the end
+    valid_data: str | None = None  # ours: TSV of a pack with a `labels` column, to select checkpoints
+    valid_fraction: float | None = Field(None, gt=0, lt=1)  # ours: hold out this part of the training clips for it
+    logitspath: str | None = None  # folder of soft targets; null = the teacher's, or the `labels` column (ours)
+    embeddingspath: str | None = None  # ours: folder of a teacher's embeddings, for objectives with such targets
+    # ours: name, checkpoint or run's folder of a model that is run during training; outputs of several are averaged
     teacher: str | list[str] | None = None
-    teacher_weights: str | list[str] | None = None  # ours: weights for each, for files that do not say what they are
+    teacher_weights: str | list[str] | None = None  # ours: weights of each, for teachers given by name
     teacher_head: str | list[str | None] | None = None  # ours: a head on each (`run.py probe`); null = its own classes
-    labels_csv: str | None = None  # ours: index,mid,display_name; null = what the store or the column says
+    labels_csv: str | None = None  # ours: table index,mid,display_name; null = from the store or the column
     num_classes: int | None = Field(None, ge=1)  # null = as many as the targets have
     num_workers: int = Field(4, ge=0)  # processes that read clips; 0 = the training process itself
     chunk_length: float = Field(10.0, gt=0)  # ours: seconds an item has at most, when training on labels
-    # ours: bring shorter items to that length, for networks that want one: true = with silence, repeat = with the clip
-    # itself, over and over, which leaves the statistics of batch norm as they are
+    # ours: pad shorter items to that length, for networks that need one: true = with silence, repeat = with the clip
+    # itself, repeated, which does not change the statistics of batch norm
     fill_chunks: bool | Literal["repeat"] = False
-    # balanced: each clip as often as the rarest of its labels is rare; clusters (ours): as its cluster is small
+    # balanced: probability of a clip inverse to the frequency of its rarest label; clusters (ours): to the size of its
+    # cluster
     sampler: Literal["balanced", "clusters"] | None = None
-    clusters: str | None = None  # ours: file that scripts/cluster_embeddings.py wrote
+    clusters: str | None = None  # ours: file written by scripts/cluster_embeddings.py
 
     # --- model
     model: str  # a name of models.list_models(), or a checkpoint or a run's folder to start from
-    model_args: dict[str, Any] = {}  # settings of that network: model_args.KEY VALUE
-    # A name, path or URL; true = the published initialisation of this model; null = that, or a random start with a
-    # warning where it cannot be had; false = a random start.
+    model_args: dict[str, Any] = {}  # arguments of the network: model_args.KEY VALUE
+    # name, path or URL; true = the published initialisation of this model; null = the same, or random weights with a
+    # warning where it is not available; false = random weights
     pretrained: bool | str | None = None
     init_from_data: bool = False  # ours: set input normalisation and head bias from the first batches
-    freeze: list[str] = []  # ours: patterns of parameter names that stay as they start, `blocks.[0-5].*`
+    freeze: list[str] = []  # ours: patterns of names of parameters that are not trained, `blocks.[0-5].*`
 
     # --- targets
-    # ours: a name of distill/objectives/: target = the targets alone; others are for labels and a teacher at once, and
+    # ours: a name from distill/objectives/: target = loss on the targets alone; cmkd = labels and teacher; others are
     # for embeddings
     objective: str = "target"
-    objective_args: dict[str, Any] = {}  # settings of it: lambda, tau, temperature, hidden, dropout
-    # BCELoss wants a network that gives probabilities, BCEWithLogitsLoss logits; CrossEntropyLoss one label a clip
+    objective_args: dict[str, Any] = {}  # its settings: lambda, tau, temperature, hidden, dropout
+    # BCELoss needs a network that outputs probabilities, BCEWithLogitsLoss logits; CrossEntropyLoss one label a clip
     loss: str = "BCELoss"
-    loss_args: dict[str, Any] = {}  # as of the loss of that name in torch.nn
-    label_type: str = "zero"  # what classes outside the stored top k get
-    label_smoothing: float = Field(0.0, ge=0, lt=1)  # ours: this part of a target becomes 0.5, or 1/C under softmax
+    loss_args: dict[str, Any] = {}  # arguments of the loss of that name in torch.nn
+    label_type: str = "zero"  # value of classes outside the stored top k
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # ours: weight of 0.5, or of 1/C under softmax
     max_aug_epochs: int = Field(0, ge=0)  # stored epochs to use; 0 = all
-    # ours: whether clips are those that stored targets were saved from: compare all lengths and the samples of
-    # all chunks up to 5,000 and of 64 of more (sample), of all (all), or nothing (none), which takes other sounds too
+    # ours: verify that clips are those of the stored targets: compare all lengths, and the samples of all chunks up to
+    # 5,000 and of 64 of more (sample), of all (all), or nothing (none), which allows other sounds
     check_sounds: Literal["sample", "all", "none"] = "sample"
 
     # --- augmentation; shift and masks come with stored soft targets, the last three here are for all other runs (ours)
     mixup: float | None = Field(None, gt=0)  # alpha of the Beta distribution; null or 0 = off
-    mixup_on: Literal["spectrogram", "waveform"] = "spectrogram"  # ours: what is mixed
-    # true = replay nothing of what the teacher's input went through: the student's clips are not shifted, and masks are
-    # drawn anew, as in CED's published code
+    mixup_on: Literal["spectrogram", "waveform"] = "spectrogram"  # ours: input of mixup
+    # true = do not replay the augmentation of the teacher's input: clips are not shifted, and masks are drawn anew, as
+    # in CED's published code
     disable_consistency: bool = False
     wavtransforms: Transforms = {}  # of the waveform: {Shift: {min_shift: -0.5, max_shift: 0.5}}; null = none
     spectransforms: TransformList = []  # masks: [{TimeMasking: {...}}, {FrequencyMasking: {...}}]; null = none
-    mask_fill: Literal["0dB", "mean"] = "0dB"  # what is under a mask
+    mask_fill: Literal["0dB", "mean"] = "0dB"  # value under a mask
 
     # --- optimisation
-    batch_size: int = Field(32, ge=1)  # clips an optimiser step, over all processes and accumulated parts
-    accumulate: int = Field(1, ge=1)  # ours: forward and backward in so many parts of a batch, to save memory
+    batch_size: int = Field(32, ge=1)  # clips an optimiser step, of all processes and accumulated parts
+    accumulate: int = Field(1, ge=1)  # ours: number of parts of a batch for forward and backward, to save memory
     eval_batch_size: int | None = Field(None, ge=1)  # null = batch_size
     epochs: int = Field(120, ge=1)  # passes over the items, or over epoch_length batches
-    budget: float | None = None  # ours: minutes on this machine that `epochs: auto` may fill: 10m, 2h, 90s
+    budget: float | None = None  # ours: time on this machine for `epochs: auto`: 10m, 2h, 90s
     epoch_length: int | None = Field(None, ge=1)  # iterations; null = a full pass
-    optimizer: Literal["Adam8bit", "Adam", "AdamW", "SGD"] = "Adam8bit"  # Adam8bit = Adam where bitsandbytes is not
+    optimizer: Literal["Adam8bit", "Adam", "AdamW", "SGD"] = "Adam8bit"  # Adam8bit = Adam without bitsandbytes
     optimizer_args: dict[str, Any] = {"lr": 0.001}  # lr, weight_decay, betas, momentum ...: optimizer_args.lr 3e-4
     grad_clip: float | None = Field(None, gt=0)  # ours: largest norm of the gradient
     layer_decay: float | None = Field(None, gt=0, le=1)  # ours: learning rate of a block, relative to the one above it
-    ema: float | None = Field(None, gt=0, lt=1)  # ours: decay a step of the averaged weights that are judged and kept
-    use_scheduler: bool = True  # false = the learning rate stays as it is
-    # ours: the learning rate over the run, see training/optim.py. ced = the published one, which files without this key
-    # mean: from 0 to the peak, and a cosine over as many steps as the run has, cut off above decay_frac when it ends.
-    # cosine and linear go down to decay_frac within the run, constant stays at the peak
+    ema: float | None = Field(None, gt=0, lt=1)  # ours: decay per step of averaged weights, which are used and saved
+    use_scheduler: bool = True  # false = constant learning rate
+    # ours: learning rate over the run, see training/optim.py. ced = the published schedule: warm-up from 0 to the peak,
+    # then a cosine over as many steps as the run has, which the run ends before it reaches decay_frac. cosine and
+    # linear reach decay_frac at the end of the run, constant stays at the peak
     schedule: Literal["ced", "cosine", "linear", "constant"] = "ced"
     warmup_iters: int | None = Field(5000, ge=0)  # null or 0 = no warm-up
     warmup_epochs: int | None = Field(None, ge=0)  # in place of warmup_iters
-    decay_frac: float = Field(0.1, ge=0, le=1)  # fraction of the learning rate that cosines and lines go down to
+    decay_frac: float = Field(0.1, ge=0, le=1)  # final fraction of the learning rate
     mode: Mode = "noamp"  # precision; noamp = fp32, amp = fp16, amp_bf16 = bf16
     compile: bool = False  # ours: torch.compile; minutes to start, then faster
     device: str = "auto"  # ours: auto, cpu or cuda
 
     # --- selection and output
-    # What chooses checkpoints and stops early: `valid` (valid_data, or the held-out valid_fraction) or `eval`, as CED
-    # published. null = valid where either is given, else eval, with a warning that its figures are then optimistic.
+    # data for the selection of checkpoints and early stopping: valid (valid_data or valid_fraction) or eval, as in
+    # CED's published files. null = valid where it is given, else eval, with a warning that its figures are optimistic
     select_on: Literal["valid", "eval"] | None = None
-    # ours: without validation data, a value that is logged chooses them: `loss`, say, the smallest; with a `-` before
-    # its name the largest. null = the last weights are kept
+    # ours: without validation data, the logged value that selects checkpoints: the smallest `loss`; with a minus sign
+    # the largest, `-cosine`. null = the last weights are kept
     select_by: str | None = None
     valid_every: int = Field(1, ge=1)  # epochs
     early_stop: int = Field(10, ge=1)  # validations without a better mAP
-    average: bool = True  # average the weights of the best checkpoints, where that validates better than the best one
+    average: bool = True  # average the weights of the best checkpoints, where that improves the validation
     n_saved: int = Field(4, ge=1)  # best checkpoints that are kept
-    checkpoint_every: int | None = Field(None, ge=1)  # ours: steps between checkpoints to go on from; null = an epoch
-    log_every: int = Field(10, ge=1)  # ours: steps between readings of the loss, which wait for the device
-    # ours: at the end, what scikit-learn reaches with simple features on the same clips, where that takes seconds
+    checkpoint_every: int | None = Field(None, ge=1)  # ours: steps between resumable states; null = an epoch
+    log_every: int = Field(10, ge=1)  # ours: steps between readings of the loss, which synchronise with the device
+    # ours: add the figures of scikit-learn with simple features on the same clips at the end, where that takes seconds
     baseline: bool = True
-    smoke: bool = False  # ours: a minute on a CPU, to see that everything runs; sounds are made where data are missing
+    smoke: bool = False  # ours: run everything within a minute on a CPU; missing data are replaced by generated ones
     outputpath: str = "experiments/"  # runs are written to OUTPUTPATH/CONFIG/MODEL/TIME
     logfile: str = "train.log"  # in the run's folder
     debug: bool = False  # log more
@@ -265,7 +266,7 @@ class TrainConfig(Config):
             if key not in known:
                 raise ValueError(f"{name} has no argument {key!r}{did_you_mean(key, known)}")
             if isinstance(_number(given), str):
-                raise ValueError(f"{key} is {given!r}, which is no number")
+                raise ValueError(f"{key} is {given!r}; expected a number")
         return {k: _number(v) for k, v in value.items()}  # YAML reads 1e-3 as text
 
 
@@ -275,7 +276,7 @@ _BELONGS_TO = {key: "model" for key in ("weights", "head", "model_args")} | {
 
 
 class SoftTargetConfig(Config):
-    """What `save_logits.py` reads."""
+    """Configuration of `save_logits.py`."""
 
     train_data: str  # TSV of a pack
     targets: Literal["probabilities", "embeddings"] = "probabilities"  # ours: what is stored
@@ -286,22 +287,22 @@ class SoftTargetConfig(Config):
     callable: str | None = None
     callable_args: dict[str, Any] | None = None  # ours: the function is then a factory, called with these first
     sample_rate: int | None = Field(None, ge=1)  # of the callable, in hertz; null = the pack's
-    keep_tails: bool = False  # ours: keep a last chunk that is shorter than half; CED leaves it out
-    part_size: int = Field(8192, ge=1)  # ours: chunks whose embeddings are written at once: what a stop may cost
-    weights: str | list[str] | None = None  # ours: weights for each of them, for files that do not say what they are
+    keep_tails: bool = False  # ours: keep a last chunk that is shorter than half, which CED drops
+    part_size: int = Field(8192, ge=1)  # ours: chunks per part, which is what an interruption can lose
+    weights: str | list[str] | None = None  # ours: weights of each, for models given by name
     # ours: a head on each of them (`run.py probe`), whose classes are stored; null = the model's own classes
     head: str | list[str | None] | None = None
-    model_args: dict[str, Any] = {}  # settings of the network
+    model_args: dict[str, Any] = {}  # arguments of the network
     name: str | None = None  # ours: the folder's name; null = the models' names joined by "_"
     outputpath: str = "logits/"  # targets are written to OUTPUTPATH/NAME/LIST/chunk_SECONDS
     chunk_length: float = Field(10.0, gt=0)  # seconds
-    epochs: int = Field(40, ge=1)  # passes, each with augmentation of its own
+    epochs: int = Field(40, ge=1)  # passes, each with its own augmentation
     batch_size: int = Field(128, ge=1)  # chunks at once
     num_workers: int = Field(8, ge=0)  # processes that read clips
-    topk: int = Field(20, ge=1)  # largest probabilities of a chunk that are stored
+    topk: int = Field(20, ge=1)  # largest probabilities of a chunk, which are stored
     mode: Mode | None = None  # precision; null = fp32
     device: str = "auto"  # ours: auto, cpu or cuda
-    seed: int = Field(42, ge=0)  # ours: the augmentation seeds are a pure function of it
+    seed: int = Field(42, ge=0)  # ours: of the augmentation seeds
     # of the waveform; null = none
     wavtransforms: Transforms = {"Shift": {"min_shift": -0.5, "max_shift": 0.5}}
     # masks; null = none
@@ -310,13 +311,13 @@ class SoftTargetConfig(Config):
         {"FrequencyMasking": {"freq_mask_param": 24}},
     ]
     mask_fill: Literal["0dB", "mean"] = "0dB"  # ours: what is under a mask
-    # ours: published = base names, columns and a meta.pt that CED's own code reads, see distill/published_layout.py
+    # ours: published = base names, columns and meta.pt as CED's own code reads them, see distill/published_layout.py
     layout: Literal["native", "published"] = "native"
 
     @model_validator(mode="before")
     @classmethod
     def _embeddings_once(cls, given: Any) -> Any:
-        """Embeddings are stored once and without augmentation where nothing else is asked for."""
+        """Set the defaults of embeddings: one pass without augmentation."""
         if isinstance(given, dict) and given.get("targets") == "embeddings":
             return {"outputpath": "embeddings/", "epochs": 1, "wavtransforms": {}, "spectransforms": []} | given
         return given
@@ -371,7 +372,7 @@ def _describe_nearest(kind: type[Config], key: str, given: Mapping[str, Any]) ->
 
 def _one_of(value: str, valid: Any) -> str:
     if value not in valid:
-        raise ValueError(f"it can be {', '.join(valid)}{did_you_mean(value, valid)}")
+        raise ValueError(f"expected {', '.join(valid)}{did_you_mean(value, valid)}")
     return value
 
 
@@ -386,10 +387,10 @@ def read_minutes(value: Any) -> float:
     """Read a duration in minutes: 10, "10m", "2h", "90s".
 
     Raises:
-        ValueError: it is none, or not above zero.
+        ValueError: the value is not a duration above zero.
     """
     found = re.fullmatch(r"(\d*\.?\d+) ?(|s|sec|seconds?|m|min|minutes?|h|hours?)", str(value).strip().lower())
     minutes = float(found[1]) * {"s": 1 / 60, "m": 1, "": 1, "h": 60}[found[2][:1]] if found else 0.0
     if minutes <= 0:
-        raise ValueError("it is a time above zero: 10m, 2h or 90s")
+        raise ValueError("expected a time above zero, such as 10m, 2h or 90s")
     return minutes

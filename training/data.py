@@ -1,4 +1,4 @@
-"""From the paths of a configuration to data: packs, label lists and target sources, with every fault noted."""
+"""Opens the data of a configuration: packs, class names and target sources; collects all faults."""
 
 import logging
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ from training.config import TrainConfig
 from training.labelled import (
     LabelledPack,
     hold_out_clips,
+    list_pack_classes,
     open_labelled,
     open_pack,
     read_clip_labels,
-    vocabulary,
     warn_of_overlap,
 )
 
@@ -35,20 +35,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainingData:
-    """All that a run learns and is judged from.
+    """The training, validation and evaluation data of a run.
 
     Attributes:
         pack: the training clips.
         source: their items and targets.
         labels: the class names.
-        item_labels: the labels of every item of `source`, where the objective needs them beside the targets.
-        items: (M,) the items of `source` to learn from: all but those of held-out clips.
-        valid: chooses checkpoints, or None.
-        evaluation: is reported at the end, or None.
-        selection: what chooses checkpoints, as a sentence.
-        balance: how often to draw each of `items`, for a `sampler`; None for each once.
-        clusters: (M,) the cluster of every item of `source`, where they are named.
-        chunk_seconds: what the items are at most.
+        item_labels: the labels of every item of `source`, if the objective needs them beside the targets.
+        items: (M,) the items of `source` to train on: all but those of held-out clips.
+        valid: the data that select checkpoints, or None.
+        evaluation: the data of the final evaluation, or None.
+        selection: how checkpoints are selected, as a sentence.
+        balance: sampling weight of each of `items`; None for each once.
+        clusters: (M,) the cluster of every item of `source`, if configured.
+        chunk_seconds: largest length of an item.
     """
 
     pack: Pack
@@ -67,26 +67,29 @@ class TrainingData:
 def open_training(
     config: TrainConfig, seed: int, faults: Faults, needs: Needs, teacher_labels: list[str] | None = None
 ) -> TrainingData | None:
-    """Open everything a run needs.
+    """Open all data of a run.
 
     Args:
         config: names the files.
-        seed: of the run, for augmentation seeds that no store brings.
-        faults: gets every fault found; where there is none, data is returned.
-        needs: of the run's objective.
-        teacher_labels: those of `config.teacher`; None where there is none, or it could not be loaded.
+        seed: of the run, for the augmentation of targets that are not stored.
+        faults: gets all faults.
+        needs: requirements of the objective.
+        teacher_labels: classes of the online teacher; None if there is none, or it could not be loaded.
+
+    Returns:
+        The data; None if there are faults.
     """
-    named = _named_labels(config, faults)
-    opened = _open_source(config, needs, named, teacher_labels, seed, faults)
-    of_column = config.num_classes and not config.labels_csv  # by its names, where these are no numbers
-    labels = opened[2] if opened else teacher_labels or (None if of_column else named)
+    configured = _read_configured_labels(config, faults)
+    opened = _open_source(config, needs, configured, teacher_labels, seed, faults)
+    is_numbered = config.num_classes and not config.labels_csv  # the names are those of the column, then
+    labels = opened[2] if opened else teacher_labels or (None if is_numbered else configured)
     packs: dict[str, LabelledPack | None] = {}
     for path in dict.fromkeys(p for p in (config.valid_data, config.eval_data) if p):
         if labels:
             packs[path] = open_labelled(path, labels, faults)
         else:
             open_pack(path, faults, labelled=True)
-    item_labels = _item_labels(config, needs, *opened, seed, faults) if opened and needs.labels else None
+    item_labels = _open_item_labels(config, needs, *opened, seed, faults) if opened and needs.labels else None
     if opened is None or faults.sentences:
         return None
     pack, source, labels = opened
@@ -105,30 +108,41 @@ def open_training(
         if valid is None:
             return None
         items = np.flatnonzero(~held[source.chunks.clip])
-    clusters = _clusters(config.clusters, pack, source, faults) if config.clusters else None
-    drawn = None
+    clusters = weights = None
+    if config.clusters:
+        with faults.noted():
+            names, starts = [pack.names[clip] for clip in source.chunks.clip], source.chunks.start / pack.sample_rate
+            clusters = Clusters.read(config.clusters).of_items(names, starts)
     if config.sampler == "balanced":
-        of_items = _balance(pack, source, labels, faults)
-        drawn = None if of_items is None else of_items[items]
+        weights = _balance_classes(pack, source, labels, items, faults)
     elif config.sampler == "clusters" and clusters is not None:
-        drawn = balance(clusters[items])
+        weights = balance(clusters[items])
     if faults.sentences:
         return None
-    selection = _selection(config, on_eval, valid)
-    seconds = source.chunk_seconds if isinstance(source, MatchedItems) else config.chunk_length
     return TrainingData(
-        pack, source, labels, item_labels, items, valid, evaluation, selection, drawn, clusters, seconds
+        pack,
+        source,
+        labels,
+        item_labels,
+        items,
+        valid,
+        evaluation,
+        _describe_selection(config, on_eval, valid),
+        weights,
+        clusters,
+        source.chunk_seconds if isinstance(source, MatchedItems) else config.chunk_length,
     )
 
 
-def _selection(config: TrainConfig, on_eval: bool, valid: LabelledPack | None) -> str:
+def _describe_selection(config: TrainConfig, on_eval: bool, valid: LabelledPack | None) -> str:
     if config.select_by:
-        return f"checkpoints are chosen by {config.select_by} on the training clips"
+        extreme = "largest" if config.select_by.startswith("-") else "smallest"
+        return f"checkpoints are chosen by the {extreme} {config.select_by.removeprefix('-')} on the training clips"
     if valid is None:
-        return "nothing chooses a checkpoint: the last one is kept"
+        return "no validation data: the last weights are kept"
     if on_eval:
         return (
-            f"checkpoints are chosen on the evaluation data, {config.eval_data}, as CED does: its figures are "
+            f"checkpoints are chosen on the evaluation data, {config.eval_data}, as CED does: its metrics are "
             "optimistic"
         )
     if config.valid_data:
@@ -136,8 +150,8 @@ def _selection(config: TrainConfig, on_eval: bool, valid: LabelledPack | None) -
     return f"checkpoints are chosen on {len(valid.pack)} clips held out of {config.train_data}"
 
 
-def _named_labels(config: TrainConfig, faults: Faults) -> list[str] | None:
-    """Return the class names that the configuration gives: of `labels_csv`, or plain ones for `num_classes`."""
+def _read_configured_labels(config: TrainConfig, faults: Faults) -> list[str] | None:
+    """Return the class names of the configuration: those of `labels_csv`, or numbers for `num_classes`."""
     if config.labels_csv is None:
         return labels_for(config.num_classes, None) if config.num_classes else None
     try:
@@ -152,29 +166,31 @@ def _named_labels(config: TrainConfig, faults: Faults) -> list[str] | None:
     return labels
 
 
-Opened = tuple[Pack, TargetSource, list[str]]
-
-
 def _open_source(
     config: TrainConfig,
     needs: Needs,
-    named: list[str] | None,
+    configured: list[str] | None,
     teacher_labels: list[str] | None,
     seed: int,
     faults: Faults,
-) -> Opened | None:
-    """Open the clips, the names of their classes, and their targets: stored, from labels, or none of their own."""
+) -> tuple[Pack, TargetSource, list[str]] | None:
+    """Open the clips, their targets (stored, from labels, or computed while training), and the class names."""
     path = {"classes": config.logitspath, "embeddings": config.embeddingspath, "none": None}[needs.targets]
     from_labels = needs.targets == "classes" and not (path or config.teacher)
     labelled = from_labels or (needs.labels and needs.targets != "classes")
     pack = open_pack(config.train_data, faults, labelled=labelled)
-    store, replay = _open_store(config, needs, path, faults), None if path else _own_replay(config, faults)
+    store = replay = None
+    with faults.noted():
+        if path:
+            store = _open_store(config, needs, path, faults)
+        else:
+            replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
     if from_labels:
-        labels = None if pack is None else _column_labels(config, named, pack, faults)
+        labels = None if pack is None else _choose_pack_labels(config, configured, pack, faults)
     elif needs.targets == "classes":
-        labels = _teacher_labels(config, needs, named, teacher_labels, store, faults)
+        labels = _choose_teacher_labels(config, needs, configured, teacher_labels, store, faults)
     elif needs.labels:
-        labels = None if pack is None else named or vocabulary(pack)
+        labels = None if pack is None else configured or list_pack_classes(pack)
     else:
         labels = []
     if pack is None or labels is None or (store is None and replay is None):
@@ -183,82 +199,79 @@ def _open_source(
         chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length)
         if not from_labels:
             return pack, SeededItems(chunks, replay, seed), labels
-        indices = _class_indices(config, needs, pack, labels, faults)
+        indices = _read_class_indices(config, needs, pack, labels, faults)
         if indices is None:
             return None
         if len(labels) < 2:
             faults.add(
-                f"{pack.manifest} labels every clip {labels[0]!r}: with one class nothing can be told apart; add "
-                'clips of another ("other", say)'
+                f"{pack.manifest} has the one class {labels[0]!r}; at least two are needed: add clips of another "
+                '("other", say)'
             )
             return None
         return pack, LabelTargets(chunks, indices, len(labels), replay, seed), labels
-    rest = (config.max_aug_epochs, config.check_sounds)
+    options = (config.max_aug_epochs, config.check_sounds)
     with faults.noted():
         if isinstance(store, SoftTargetStore):
-            return pack, StoredTargets(store, pack, len(labels), config.label_type, *rest), labels
+            return pack, StoredTargets(store, pack, len(labels), config.label_type, *options), labels
         assert isinstance(store, EmbeddingStore)
-        return pack, StoredEmbeddings(store, pack, *rest), labels
+        return pack, StoredEmbeddings(store, pack, *options), labels
     return None
 
 
-def _open_store(
-    config: TrainConfig, needs: Needs, path: str | None, faults: Faults
-) -> SoftTargetStore | EmbeddingStore | None:
-    if path is None:
-        return None
+def _open_store(config: TrainConfig, needs: Needs, path: str, faults: Faults) -> SoftTargetStore | EmbeddingStore:
     if config.wavtransforms or config.spectransforms:
         where = "soft targets of logitspath" if needs.targets == "classes" else "store of embeddingspath"
         faults.add(f"wavtransforms and spectransforms come with the {where}; drop them here")
-    with faults.noted():
-        return SoftTargetStore(path) if needs.targets == "classes" else EmbeddingStore(path)
-    return None
+    return SoftTargetStore(path) if needs.targets == "classes" else EmbeddingStore(path)
 
 
-def _teacher_labels(
+def _choose_teacher_labels(
     config: TrainConfig,
     needs: Needs,
-    named: list[str] | None,
-    of_model: list[str] | None,
+    configured: list[str] | None,
+    teacher_labels: list[str] | None,
     store: SoftTargetStore | EmbeddingStore | None,
     faults: Faults,
 ) -> list[str] | None:
-    """Return the classes of stored soft targets, or of the online teacher; None where there are faults."""
+    """Return the classes of stored soft targets, or of the online teacher; None if there are faults."""
     if config.teacher:
-        who, labels, num_classes = f"teacher {config.teacher}", of_model, len(of_model or [])
+        source, labels, num_classes = f"teacher {config.teacher}", teacher_labels, len(teacher_labels or [])
     elif isinstance(store, SoftTargetStore):
-        who, labels, num_classes = f"the teacher of {store.folder}", store.labels, store.num_classes or 0
+        source, labels, num_classes = f"the teacher of {store.folder}", store.labels, store.num_classes or 0
         if store.meta.get("activation") == "softmax" and needs.activation != "softmax":
             logger.warning(
-                "the probabilities of %s sum to one (a softmax), but loss %s learns each class on its own: the "
-                "student's will not; set loss: CrossEntropyLoss",
+                "the probabilities of %s sum to one (a softmax), but with loss %s those of the student will not; set "
+                "loss: CrossEntropyLoss",
                 store.folder,
                 config.loss,
             )
     else:
         return None
-    if named and num_classes and len(named) != num_classes:
+    if configured and num_classes and len(configured) != num_classes:
         faults.add(
-            f"{who} knows {num_classes} classes, the configuration says {len(named)}; drop num_classes and labels_csv "
-            "to take the teacher's"
+            f"{source} has {num_classes} classes, the configuration {len(configured)}; drop num_classes and labels_csv "
+            "to use the teacher's"
         )
         return None
-    if config.labels_csv and named and labels and named != labels:
-        wrong = next(index for index, pair in enumerate(zip(named, labels, strict=True)) if pair[0] != pair[1])
+    if config.labels_csv and configured and labels and configured != labels:
+        pairs = enumerate(zip(configured, labels, strict=True))
+        wrong = next(index for index, (name, teacher_name) in pairs if name != teacher_name)
         faults.add(
-            f"{config.labels_csv} calls class {wrong} {named[wrong]!r}, {who} calls it {labels[wrong]!r}; drop "
-            "labels_csv to take the teacher's names"
+            f"class {wrong} is {configured[wrong]!r} in {config.labels_csv}, but {labels[wrong]!r} in {source}; drop "
+            "labels_csv to use the teacher's names"
         )
         return None
     if config.teacher:
         return labels
-    plain = labels_for(num_classes or (len(named) if named else AUDIOSET_CLASSES), None)
-    return named if config.labels_csv and named else labels or plain
+    default = labels_for(num_classes or (len(configured) if configured else AUDIOSET_CLASSES), None)
+    return configured if config.labels_csv and configured else labels or default
 
 
-def _column_labels(config: TrainConfig, named: list[str] | None, pack: Pack, faults: Faults) -> list[str] | None:
-    """Return the classes of a pack that is learnt from its own labels; None where they are not as many as wanted."""
-    labels = named or vocabulary(pack)
+def _choose_pack_labels(
+    config: TrainConfig, configured: list[str] | None, pack: Pack, faults: Faults
+) -> list[str] | None:
+    """Return the classes of a pack with hard labels; None if their number is not the configured one."""
+    labels = configured or list_pack_classes(pack)
     if config.num_classes and config.labels_csv is None:
         found = list_classes(map(str, pack.table["labels"].unique()))
         if not set(found) <= set(labels) and not all(name.isdigit() for name in found):
@@ -266,30 +279,16 @@ def _column_labels(config: TrainConfig, named: list[str] | None, pack: Pack, fau
         if len(labels) != config.num_classes:
             faults.add(
                 f"num_classes is {config.num_classes}, but {pack.manifest} has {len(found)} classes: {some(found)}; "
-                "drop num_classes to take these, or give all names with labels_csv"
+                "drop num_classes to use these, or give all names with labels_csv"
             )
             return None
     return labels
 
 
-def _own_replay(config: TrainConfig, faults: Faults) -> Replay | None:
-    with faults.noted():
-        return Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
-    return None
-
-
-def _clusters(path: str, pack: Pack, source: TargetSource, faults: Faults) -> np.ndarray | None:
-    """Return the cluster of each item, int64 (M,)."""
-    clips, starts = source.chunks.clip, source.chunks.start / pack.sample_rate
-    with faults.noted():
-        return Clusters.read(path).of_items([pack.names[clip] for clip in clips], starts)
-    return None
-
-
-def _class_indices(
+def _read_class_indices(
     config: TrainConfig, needs: Needs, pack: Pack, labels: list[str], faults: Faults
 ) -> list[np.ndarray] | None:
-    """Return the class indices of each clip; None where they are wrong, or several and the loss is for one."""
+    """Return the class indices of each clip; None if they are invalid, or several and the loss is for one."""
     indices = read_clip_labels(pack, labels, faults)
     if indices is None or needs.activation != "softmax":
         return indices
@@ -304,7 +303,7 @@ def _class_indices(
     return None
 
 
-def _item_labels(
+def _open_item_labels(
     config: TrainConfig,
     needs: Needs,
     pack: Pack,
@@ -313,28 +312,30 @@ def _item_labels(
     seed: int,
     faults: Faults,
 ) -> LabelTargets | None:
-    """Return the labels of every item, beside its target."""
+    """Return the labels of every item, for objectives that use both labels and targets."""
     if "labels" not in pack.table:
-        alone = TrainConfig.model_fields["objective"].default
+        without_labels = TrainConfig.model_fields["objective"].default
         faults.add(
-            f"objective {config.objective} learns from labels as well, but {pack.manifest} has no `labels` column; add "
-            f"it, or set objective: {alone} to learn from the teacher alone"
+            f"objective {config.objective} also learns from labels, but {pack.manifest} has no `labels` column; add "
+            f"it, or set objective: {without_labels} to learn from the teacher only"
         )
         return None
     known = {*labels, *(other for label in labels if (other := other_name(label)))}
-    unknown = [name for name in vocabulary(pack) if name not in known and not name.isdigit()]
+    unknown = [name for name in list_pack_classes(pack) if name not in known and not name.isdigit()]
     if unknown:
         faults.add(
-            f"{pack.manifest} labels clips {some(sorted(unknown))}, which the teacher does not know: its classes are "
-            f"{some(labels)}; give a teacher that was trained on the classes of these clips"
+            f"{pack.manifest} has labels that are not classes of the teacher: {some(sorted(unknown))}; its classes "
+            f"are {some(labels)}; give a teacher that was trained on the classes of these clips"
         )
         return None
-    indices = _class_indices(config, needs, pack, labels, faults)
+    indices = _read_class_indices(config, needs, pack, labels, faults)
     return None if indices is None else LabelTargets(source.chunks, indices, len(labels), source.replay, seed)
 
 
-def _balance(pack: Pack, source: TargetSource, labels: list[str], faults: Faults) -> np.ndarray | None:
-    """Weigh each item by the rarest of its classes: 1 / (number of clips with that class)."""
+def _balance_classes(
+    pack: Pack, source: TargetSource, labels: list[str], items: np.ndarray, faults: Faults
+) -> np.ndarray | None:
+    """Return the sampling weight of each of `items`: 1 / (number of clips with the rarest of its classes)."""
     if "labels" not in pack.table:
         faults.add(f"sampler: balanced needs a `labels` column in {pack.manifest}; add it, or drop the sampler")
         return None
@@ -343,4 +344,4 @@ def _balance(pack: Pack, source: TargetSource, labels: list[str], faults: Faults
         return None
     counts = np.bincount(np.concatenate(indices), minlength=len(labels))
     of_clip = np.array([(1.0 / counts[i]).max() for i in indices])
-    return of_clip[source.chunks.clip]
+    return of_clip[source.chunks.clip[items]]

@@ -1,4 +1,4 @@
-"""Judging a model on a labelled pack."""
+"""Evaluating a model on a labelled pack."""
 
 import logging
 import re
@@ -35,7 +35,7 @@ from training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
-LONG_SECONDS = 30.0  # batches hold fewer clips where these are longer
+LONG_SECONDS = 30.0  # batches of longer clips are smaller
 
 
 def _collate(items: list[dict[str, Any]], sample_rate: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -44,19 +44,19 @@ def _collate(items: list[dict[str, Any]], sample_rate: int) -> tuple[torch.Tenso
 
 
 def _embed_as_stored(model: HeadedTagger, waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Embed clips for a head: (B,S), own samples (B,) -> (B,E), rounded as `distill.embeddings.EmbeddingStore` does."""
+    """Embed clips for a head: (B,S), lengths (B,) -> (B,E), rounded as in `distill.embeddings.EmbeddingStore`."""
     largest = torch.finfo(torch.float16).max
     return model.embed_for_head(waveform, lengths).clamp(-largest, largest).half()
 
 
 def group_by_length(order: np.ndarray, n_samples: np.ndarray, batch_size: int, long: int) -> list[list[int]]:
-    """Cut an order of clips into batches, smaller ones where clips are long, so that memory does not grow with these.
+    """Cut an order of clips into batches, smaller ones for long clips, which bounds the memory.
 
     Args:
         order: clips by ascending length.
-        n_samples: of each clip.
-        batch_size: clips of a batch at most.
-        long: a batch of several clips holds no more samples than `batch_size` clips of so many.
+        n_samples: length of each clip.
+        batch_size: largest number of clips in a batch.
+        long: length in samples; a batch of several clips has at most `batch_size * long` samples.
     """
     batches: list[list[int]] = []
     for clip in order.tolist():
@@ -82,10 +82,10 @@ def predict_pack(
 ) -> np.ndarray:
     """Return the probabilities (N, C) of every clip of `pack`, whole clips, in its order.
 
-    A model with a head on it is given the chunks that its head was trained on, and the head the mean embedding of a
-    clip's chunks, weighted by their lengths and in the precision of stored ones: what `run.py probe` gives it.
+    The input of a head is the same as in `run.py probe`: the mean embedding of the chunks of a clip, cut as for the
+    training of the head, weighted by their lengths, in the precision of stored embeddings.
 
-    Each of several ranks computes its part of the batches, none of them twice, and all get all of the results.
+    Each rank computes a part of the batches, and all get all results.
     """
     ranks = ranks or Ranks()
     compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -96,7 +96,7 @@ def predict_pack(
         chunks = Chunks.whole(pack.n_samples, pack.sample_rate)
         compute, width = model.predict, model.num_classes
     lengths = chunks.n_samples
-    # Clips of like length share a batch, so that little is padded.
+    # Clips of similar length share a batch, which reduces padding.
     order = np.argsort(lengths, kind="stable")
     batches = group_by_length(order, lengths, batch_size, round(LONG_SECONDS * pack.sample_rate))
     batches = batches[ranks.rank :: ranks.world_size]
@@ -120,11 +120,11 @@ def predict_pack(
         for index, waveform, n_samples in loader:
             rows = index.numpy()
             with precision.context():
-                found = compute(waveform.to(precision.device), n_samples.to(precision.device))
-            np.add.at(means, chunks.clip[rows], found.float().cpu().numpy() * share[rows, None])
+                outputs = compute(waveform.to(precision.device), n_samples.to(precision.device))
+            np.add.at(means, chunks.clip[rows], outputs.float().cpu().numpy() * share[rows, None])
             progress.update(len(rows))
     results = torch.from_numpy(means.astype(np.float32))
-    if ranks.world_size > 1:  # a chunk is in one rank's sums, and zero in the others'
+    if ranks.world_size > 1:  # each chunk was computed by one rank, and is zero on the others
         results = ranks.sum(results.to(precision.device)).cpu()
     if isinstance(model, HeadedTagger):
         results = model.tag_embedding(results.to(precision.device)).cpu()
@@ -140,7 +140,7 @@ def evaluate(
     precision: Precision,
     ranks: Ranks | None = None,
 ) -> Metrics:
-    """Return the metrics of `model` on every clip of `data`, shared out among `ranks`; the same on all of them."""
+    """Return the metrics of `model` on `data`, the same on all ranks, among which the clips are divided."""
     scores = predict_pack(
         model, data.pack, batch_size=batch_size, num_workers=num_workers, precision=precision, ranks=ranks
     )
@@ -155,18 +155,18 @@ def open_evaluation(
     token_merging: MergingSetting = None,
     head: str | None = None,
 ) -> tuple[AudioTagger, LabelledPack]:
-    """Load a model and open the labelled pack to judge it on.
+    """Load a model and open the labelled pack for its evaluation.
 
     Args:
         source: a run's folder, a checkpoint, or the name of a model.
         weights: for a model given by name.
         test_data: TSV of the pack.
         device: for the model.
-        token_merging: see `models.token_merging.merging_schedule`; by default what the model says itself.
+        token_merging: see `models.token_merging.merging_schedule`; by default that of the model.
         head: see `models.heads.load_tagger`.
 
     Raises:
-        UserError: all that is wrong with either.
+        UserError: all errors of both.
     """
     faults = Faults("the evaluation")
     model = data = None
@@ -184,7 +184,7 @@ def open_evaluation(
 
 
 def _open_data(test_data: str, labels: list[str], faults: Faults) -> LabelledPack | None:
-    """Open the labelled pack to judge a model with these classes on; what is wrong is noted in `faults`."""
+    """Open the labelled pack for a model with these classes; errors are added to `faults`."""
     data = open_labelled(test_data, labels, faults)
     if data is not None:
         check_label_numbers(data.pack, labels, faults)
@@ -195,7 +195,7 @@ def evaluate_exported(tagger: ExportedTagger, test_data: str) -> tuple[Metrics, 
     """Return the metrics of an exported model on a labelled pack, and the pack.
 
     Raises:
-        UserError: all that is wrong with the pack.
+        UserError: all errors of the pack.
     """
     faults = Faults("the evaluation")
     data = _open_data(test_data, tagger.labels, faults)
@@ -205,12 +205,12 @@ def evaluate_exported(tagger: ExportedTagger, test_data: str) -> tuple[Metrics, 
 
 
 def _warn_of_missing_band(model: AudioTagger, pack: Pack) -> None:
-    """Say that files get other tags than the clips of a pack where its rate left out what a model makes use of."""
+    """Log a warning if the rate of a pack is too low for the highest mel bands of a model."""
     highest, nyquist = model.front_end.highest_hz, pack.sample_rate / 2
     if highest > nyquist:
         logger.warning(
-            "%s is at %d Hz, but %s takes mel bands up to %g Hz: its figures are those of sounds that hold nothing "
-            "above %g Hz. `inference.py` tags files with all that they hold; to judge that, pack with --sample_rate %d",
+            "%s is at %d Hz, but %s has mel bands up to %g Hz: its metrics are those of sounds without content above "
+            "%g Hz. `inference.py` reads files with all their content; to evaluate that, pack with --sample_rate %d",
             pack.manifest,
             pack.sample_rate,
             model.full_name,
@@ -221,13 +221,13 @@ def _warn_of_missing_band(model: AudioTagger, pack: Pack) -> None:
 
 
 def write_results(folder: Path, name: str, metrics: Metrics, data: LabelledPack) -> Path:
-    """Write NAME.json (figures, clips used and missing) and NAME_per_class.csv into `folder`; return the former."""
+    """Write NAME.json (metrics, clips used and missing) and NAME_per_class.csv to `folder`; return the former."""
     prevalence = data.multi_hot().mean(axis=0)
     counts = {
         "data": str(data.pack.manifest),
         "clips": len(data.pack),
         "clips_missing": data.pack.n_missing,
-        "chance_mAP": float(prevalence[prevalence > 0].mean()),  # what random scores reach
+        "chance_mAP": float(prevalence[prevalence > 0].mean()),  # of random scores
     }
     target = folder / f"{name}.json"
     with whole_file(folder / f"{name}_per_class.csv") as partial:

@@ -1,4 +1,4 @@
-"""Exported models on labelled packs, through whatever runs them.
+"""Predictions of exported models for packs, with any runtime.
 
 Letters: N clips, C classes.
 """
@@ -15,13 +15,13 @@ from audio.io import resample
 
 
 class ExportedTagger(Protocol):
-    """What an exported model can do: a file in a runtime, see `tagging.engines.Engine`.
+    """Interface of an exported model in a runtime, see `tagging.engines.Engine`.
 
     Attributes:
         labels: names of the C classes.
-        sample_rate: of the clips it takes, in hertz.
-        max_samples: the longest clip it takes, None where any length will do.
-        batch_size: clips a call that use it well.
+        sample_rate: of its input, in hertz.
+        max_samples: length of the longest input, None for any length.
+        batch_size: recommended number of clips a call.
     """
 
     labels: list[str]
@@ -36,10 +36,10 @@ class ExportedTagger(Protocol):
 def predict_exported(tagger: ExportedTagger, pack: Pack) -> np.ndarray:
     """Return the probabilities (N,C) of every clip of `pack`, whole clips, in its order.
 
-    What is longer than the model takes is cut, and the parts are averaged, weighted by their lengths.
+    Clips that are too long for the model are cut, and the parts are averaged, weighted by their lengths.
     """
     results = np.zeros((len(pack), len(tagger.labels)))
-    order = np.argsort(pack.n_samples, kind="stable")  # those of one length are computed together
+    order = np.argsort(pack.n_samples, kind="stable")  # clips of one length are computed together
     with tqdm(total=len(pack), desc="evaluate", unit="clip", leave=False, mininterval=_interval()) as progress:
         for start in range(0, len(pack), tagger.batch_size):
             rows = order[start : start + tagger.batch_size]

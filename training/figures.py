@@ -1,13 +1,14 @@
-"""The pictures of a run: its curves and its confusion matrix, drawn without a display and without global state."""
+"""Plots of a run: its curves and its confusion matrix, drawn without a display and without global state."""
 
 import io
 import itertools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # matplotlib takes a second to import, which only those who draw should wait for
+if TYPE_CHECKING:  # matplotlib takes a second to import: only functions that draw import it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -22,16 +23,24 @@ NOT_LOSSES: tuple[str, ...] = (
     "wait_share",
     "cosine",
     "grad_norm",
-    "constant_loss",  # has a line of its own kind
+    "constant_loss",  # drawn as a dotted line
 )
-MOST_POINTS = 2000  # of a line; about as many as the picture has columns
-MOST_EPOCH_MARKS = 12
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # told apart also by the colour-blind
+MAX_POINTS = 2000  # of a line: about the width of the plot in pixels
+MAX_EPOCH_MARKS = 12
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+)  # of Okabe and Ito
 INK, FAINT = "#333333", "#DDDDDD"
-LABEL_LENGTH = 26  # characters of a class name in a picture
+LABEL_LENGTH = 26  # characters of a class name in a plot
+REFERENCE_LINE: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": ":"}
 
 
-def png(figure: "Figure") -> bytes:
+def render_png(figure: "Figure") -> bytes:
     """Return a figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
@@ -39,7 +48,7 @@ def png(figure: "Figure") -> bytes:
 
 
 def curves_figure(entries: list[dict[str, Any]]) -> "Figure":
-    """Return the curves of a run: losses, validation mAP, gradient norm, rate and speed, over steps and epochs.
+    """Return the curves of a run: losses, validation mAP, gradient norm, learning rate and speed over the steps.
 
     Args:
         entries: the lines of `metrics.jsonl`; panels without any value are left out.
@@ -47,27 +56,18 @@ def curves_figure(entries: list[dict[str, Any]]) -> "Figure":
     from matplotlib.figure import Figure
 
     steps, epochs = ([entry for entry in entries if entry["kind"] == kind] for kind in ("step", "epoch"))
-    panels = [(_draw_losses, 3.0)]
-    if any("valid_mAP" in entry for entry in epochs):
-        panels.append((_draw_validation, 2.2))
-    if any("cosine" in entry for entry in epochs):
-        panels.append((_draw_cosine, 1.8))
-    if any("grad_norm" in entry for entry in epochs):
-        panels.append((_draw_gradient, 1.3))
-    if any("lr" in entry for entry in entries):
-        panels.append((_draw_learning_rate, 1.3))
-    if any("clips_per_second" in entry for entry in epochs):
-        panels.append((_draw_speed, 1.3))
-    heights = [height for _, height in panels]
+    panels = [(height, draw) for name, height, draw in PANELS if any(name in entry for entry in entries)]
+    panels.insert(0, (3.0, _draw_losses))
+    heights = [height for height, _ in panels]
     figure = Figure(figsize=(10, 1 + sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (draw, _) in zip(axes, panels, strict=True):
+    for axis, (_, draw) in zip(axes, panels, strict=True):
         style(axis)
         draw(axis, steps, epochs)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(loc="upper left", bbox_to_anchor=(1.005, 1.02), fontsize=8, frameon=False, labelcolor=INK)
     last = max((entry["step"] for entry in entries), default=1)
-    axes[-1].set_xlim(0, last * 1.02)  # the last point and its mark stay inside
+    axes[-1].set_xlim(0, last * 1.02)  # room for the last point and its mark
     axes[-1].set_xlabel("step")
     _mark_epochs(axes, epochs)
     figure.align_ylabels(axes)
@@ -75,7 +75,7 @@ def curves_figure(entries: list[dict[str, Any]]) -> "Figure":
 
 
 def style(axis: "Axes") -> None:
-    """Give axes the look of all curves here: faint lines across, no frame, whole numbers below."""
+    """Set the common style of curves: faint horizontal lines, no frame, whole numbers on the x axis."""
     from matplotlib.ticker import MaxNLocator
 
     axis.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -87,10 +87,10 @@ def style(axis: "Axes") -> None:
 
 
 def _mark_epochs(axes: np.ndarray, epochs: list[dict[str, Any]]) -> None:
-    """Draw the ends of epochs, at most a dozen, on every panel and name them above the first."""
+    """Mark the ends of epochs, at most a dozen, on every panel, and number them above the first one."""
     if not epochs:
         return
-    every = _round_interval(epochs[-1]["epoch"] / MOST_EPOCH_MARKS)
+    every = _round_interval(epochs[-1]["epoch"] / MAX_EPOCH_MARKS)
     marked = [entry for entry in epochs if entry["epoch"] % every == 0] or epochs[-1:]
     for axis in axes:
         for entry in marked:
@@ -103,34 +103,33 @@ def _mark_epochs(axes: np.ndarray, epochs: list[dict[str, Any]]) -> None:
 
 
 def _round_interval(least: float) -> int:
-    """Return the smallest of 1, 2, 5, 10, 20, 50, ... that is not below `least`."""
+    """Return the smallest of 1, 2, 5, 10, 20, 50, ... that is at least `least`."""
     power = 10 ** max(0, math.floor(math.log10(max(least, 1))))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least)
 
 
-def _line(entries: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps and the finite values of one figure, few enough to draw."""
-    pairs = [(entry["step"], entry[name]) for entry in entries if name in entry and math.isfinite(entry[name])]
-    x, y = np.array(pairs, float).reshape(-1, 2).T
-    return thinned(x, y)
-
-
-def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most `most` points of a line: the lowest and the highest of each stretch, so that spikes stay."""
-    if len(x) <= most:
+def downsample_line(x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """Return at most `max_points` points of a line: the minimum and maximum of each interval, which keeps spikes."""
+    if len(x) <= max_points:
         return x, y
-    bounds = np.linspace(0, len(x), most // 2 + 1).astype(int)
-    kept = {
+    bounds = np.linspace(0, len(x), max_points // 2 + 1).astype(int)
+    extrema = {
         int(start + pick(y[start:end])) for start, end in itertools.pairwise(bounds) for pick in (np.argmin, np.argmax)
     }
-    order = sorted(kept)
+    order = sorted(extrema)
     return x[order], y[order]
 
 
-def _plot(axis: "Axes", x: np.ndarray, y: np.ndarray, **options: Any) -> None:
-    """Draw a line; with marks where the points are few, since a single one would not show."""
-    marks: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(x) <= 40 else {}
-    axis.plot(x, y, **(marks | options))
+def _draw_line(
+    axis: "Axes", entries: list[dict[str, Any]], name: str, max_marks: int = 40, **options: Any
+) -> np.ndarray:
+    """Draw the finite values of one metric over the steps, with marks up to so many points; return these values."""
+    pairs = [(entry["step"], entry[name]) for entry in entries if name in entry and math.isfinite(entry[name])]
+    x, y = downsample_line(*np.array(pairs, float).reshape(-1, 2).T)
+    if len(x):
+        marks: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(x) <= max_marks else {}
+        axis.plot(x, y, **({"linewidth": 1.4} | marks | options))
+    return y
 
 
 def _draw_losses(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
@@ -142,25 +141,19 @@ def _draw_losses(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[st
     values = []
     for index, name in enumerate(names):
         colour = COLOURS[index % len(COLOURS)]
-        x, y = _line(steps, name)
-        alpha = 0.45 if len(x) < MOST_POINTS // 2 else 0.25  # where a line fills an area, what is behind it shows
-        _plot(axis, x, y, color=colour, linewidth=0.8, alpha=alpha, marker="" if len(x) > 1 else "o")
-        values.append(y)
-        x, y = _line(epochs, name)
-        _plot(axis, x, y, color=colour, linewidth=2.2, label=name)
-        values.append(y)
+        alpha = 0.45 if len(steps) < MAX_POINTS // 2 else 0.25  # a line that fills an area must not hide the others
+        values.append(_draw_line(axis, steps, name, 1, color=colour, linewidth=0.8, alpha=alpha))
+        values.append(_draw_line(axis, epochs, name, color=colour, linewidth=2.2, label=name))
     if names:
-        axis.plot([], [], color=INK, linewidth=2.2, label="mean of an epoch")
-        axis.plot([], [], color=INK, linewidth=0.8, alpha=0.6, label="of a few steps")
-    x, y = _line(epochs, "constant_loss")
-    if len(x):
-        _plot(axis, x, y, color=INK, linewidth=1.2, linestyle=":", marker="", label="constant answers")
-    _log_scale_if_wide(axis, np.concatenate([*values, np.empty(0)]))
+        axis.plot([], [], color=INK, linewidth=2.2, label="mean over an epoch")
+        axis.plot([], [], color=INK, linewidth=0.8, alpha=0.6, label="mean over a few steps")
+    values.append(_draw_line(axis, epochs, "constant_loss", 0, **REFERENCE_LINE, label="constant output"))
+    _log_scale_if_wide(axis, np.concatenate(values))
     axis.set_ylabel("loss")
 
 
 def _log_scale_if_wide(axis: "Axes", values: np.ndarray) -> None:
-    """Use a logarithmic scale where the values, all positive, span more than a decade."""
+    """Use a logarithmic scale if the values are positive and span more than a decade."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     if not len(values) or values.min() <= 0 or values.max() <= 10 * values.min():
@@ -173,61 +166,58 @@ def _log_scale_if_wide(axis: "Axes", values: np.ndarray) -> None:
 
 
 def _draw_cosine(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
-    x, y = _line(epochs, "cosine")
-    _plot(axis, x, y, color=COLOURS[2], linewidth=1.8, label="student and teacher")
+    _draw_line(axis, epochs, "cosine", color=COLOURS[2], linewidth=1.8, label="student and teacher")
     axis.set_ylabel("cosine")
 
 
 def _draw_validation(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
-    x, y = _line(epochs, "valid_mAP")
-    _plot(axis, x, y, color=COLOURS[2], linewidth=1.8, label="validation")
+    _draw_line(axis, epochs, "valid_mAP", color=COLOURS[2], linewidth=1.8, label="validation")
     best = max((entry for entry in epochs if "valid_mAP" in entry), key=lambda entry: entry["valid_mAP"])
-    axis.plot(
-        best["step"],
-        best["valid_mAP"],
-        color=COLOURS[1],
-        marker="*",
-        markersize=13,
-        linestyle="",
-        label=f"best: {best['valid_mAP']:.4f}\n(epoch {best['epoch']})",
-    )
-    x, y = _line(epochs, "valid_chance_mAP")
-    if len(x):
-        _plot(axis, x, y, color=INK, linewidth=1.2, linestyle=":", marker="", label="chance, at most")
+    label = f"best: {best['valid_mAP']:.4f}\n(epoch {best['epoch']})"
+    star: dict[str, Any] = {"color": COLOURS[1], "marker": "*", "markersize": 13, "linestyle": ""}
+    axis.plot(best["step"], best["valid_mAP"], **star, label=label)
+    _draw_line(axis, epochs, "valid_chance_mAP", 0, **REFERENCE_LINE, label="chance (upper bound)")
     axis.set_ylabel("mAP")
-    axis.margins(y=0.12)  # the star stays inside
+    axis.margins(y=0.12)  # room for the star
 
 
 def _draw_gradient(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
-    x, y = _line(steps, "grad_norm")
-    _plot(axis, x, y, color=COLOURS[4], linewidth=0.8, alpha=0.6, marker="" if len(x) > 1 else "o")
-    x, means = _line(epochs, "grad_norm")
-    _plot(axis, x, means, color=COLOURS[4], linewidth=1.8)
-    _log_scale_if_wide(axis, np.concatenate([y, means]))
+    values = _draw_line(axis, steps, "grad_norm", 1, color=COLOURS[4], linewidth=0.8, alpha=0.6)
+    means = _draw_line(axis, epochs, "grad_norm", color=COLOURS[4], linewidth=1.8)
+    _log_scale_if_wide(axis, np.concatenate([values, means]))
     axis.set_ylabel("gradient norm")
 
 
 def _draw_learning_rate(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
-    x, y = _line(steps if any("lr" in entry for entry in steps) else epochs, "lr")
-    _plot(axis, x, y, color=COLOURS[0], linewidth=1.4, marker="" if len(x) > 1 else "o", clip_on=False)
+    _draw_line(axis, steps or epochs, "lr", 1, color=COLOURS[0], clip_on=False)
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axis.set_ylabel("learning rate")
 
 
 def _draw_speed(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
-    x, y = _line(epochs, "clips_per_second")
-    _plot(axis, x, y, color=COLOURS[3], linewidth=1.4, label=f"median {np.median(y):,.0f}" if len(y) else "")
+    speeds = [entry["clips_per_second"] for entry in epochs if "clips_per_second" in entry]
+    _draw_line(axis, epochs, "clips_per_second", color=COLOURS[3], label=f"median {np.median(speeds):,.0f}")
     waits = [entry["wait_share"] for entry in epochs if "wait_share" in entry]
     if waits:
         axis.plot([], [], linestyle="", label=f"waiting for data: {np.mean(waits):.1%}")
-    axis.set_ylim(0, max(y.max() * 1.15, 1) if len(y) else 1)
+    axis.set_ylim(0, max(*speeds, 1) * 1.15)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
     axis.set_ylabel("clips/s")
 
 
+# Further panels: the metric that it needs, its height in inches, and the function that draws it.
+PANELS: tuple[tuple[str, float, Callable[["Axes", list[dict[str, Any]], list[dict[str, Any]]], None]], ...] = (
+    ("valid_mAP", 2.2, _draw_validation),
+    ("cosine", 1.8, _draw_cosine),
+    ("grad_norm", 1.3, _draw_gradient),
+    ("lr", 1.3, _draw_learning_rate),
+    ("clips_per_second", 1.3, _draw_speed),
+)
+
+
 def confusion_figure(confusion: np.ndarray, labels: list[str]) -> "Figure":
-    """Return the confusion matrix as a picture: shares of each true class as shades, counts of clips as numbers.
+    """Return the plot of a confusion matrix: shares of each true class as colours, counts of clips as numbers.
 
     Args:
         confusion: (C, C) counts, rows the true class; readable up to about 50 classes.
@@ -248,8 +238,8 @@ def confusion_figure(confusion: np.ndarray, labels: list[str]) -> "Figure":
     for row, column in np.argwhere(confusion):
         colour = "white" if shares[row, column] > 0.5 else INK
         axis.text(column, row, str(confusion[row, column]), ha="center", va="center", fontsize=size, color=colour)
-    names = drawable(labels)
-    # Names are no formulas: without parse_math, two dollar signs in one would start one.
+    names = drawable_labels(labels)
+    # parse_math: two dollar signs in a class name would start a formula.
     options: dict[str, Any] = {"fontsize": 9 if n_classes <= 25 else 7.5, "color": INK, "parse_math": False}
     axis.set_yticks(range(n_classes), names, **options)
     axis.set_xticks(range(n_classes), names, rotation=90 if max(map(len, names)) > 5 else 0, **options)
@@ -267,14 +257,14 @@ def confusion_figure(confusion: np.ndarray, labels: list[str]) -> "Figure":
     return figure
 
 
-def drawable(labels: list[str]) -> list[str]:
-    """Return the class names as the font can draw them, long ones cut; a class's number where it cannot."""
+def drawable_labels(labels: list[str]) -> list[str]:
+    """Return the class names for a plot: long ones are cut, those with characters missing in the font are numbered."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    known = get_font(findfont(FontProperties())).get_charmap()
+    available = get_font(findfont(FontProperties())).get_charmap()
     return [
         f"class {index}"
-        if any(ord(character) not in known for character in label)
+        if any(ord(character) not in available for character in label)
         else label
         if len(label) <= LABEL_LENGTH
         else label[: LABEL_LENGTH - 3] + "..."

@@ -1,14 +1,22 @@
-"""The end of a run: the weights it keeps, their results, the report, and whether anything was learnt."""
+"""The end of a run: final weights, their evaluation and the report."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from training.averaging import norms_behind_weights, recomputed_batch_norm
+from training.averaging import find_trained_norms, recompute_batch_norm
 from training.baseline import add_baseline
-from training.checkpoints import FinalWeights, choose_final_weights, restore_best
+from training.checkpoints import (
+    FinalWeights,
+    choose_final_weights,
+    copy_weights,
+    keep_best,
+    keep_last,
+    restore_best,
+)
 from training.evaluate import write_results
 from training.report import draw_curves, write_report
 from training.run_facts import describe_run
@@ -18,26 +26,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STATISTICS_BATCHES = 256  # at most, for the batch norm of the final weights
+STATISTICS_BATCHES = 256  # at most, for the batch-norm statistics of the final weights
 
 
 def finish_run(run: "Run") -> dict[str, Any]:
     """Choose the final weights, evaluate them and write the report; every rank calls this after the last step.
 
     Returns:
-        The path of the weights, what they are, the figures they were chosen by, whether anything was learnt, and the
-        figures on the evaluation data.
+        `weights` (their path), `weights_are` (a sentence), `valid_mAP_*` of the candidates, `learns`, and the metrics
+        on the evaluation data.
     """
-    with run.averaged():
-        if not run.best.saved:
-            run.best.update(run.model, {}, run.epoch)
-        run.best.prune()
-    weights = _final_weights(run)
+    weights = _choose_weights(run)
     result: dict[str, Any] = {"weights": str(weights.path), "weights_are": weights.sentence}
     result |= {f"valid_mAP_{name}": score for name, score in weights.compared.items()}
     result["learns"] = run.learning.learns
     config, data = run.config, run.data
-    metrics = run.evaluate("evaluation") if data.evaluation else None
+    metrics = run.evaluate(data.evaluation) if data.evaluation else None
     if run.journal is not None:
         baseline = None
         if metrics is not None and data.evaluation:
@@ -64,23 +68,26 @@ def finish_run(run: "Run") -> dict[str, Any]:
     return result | (metrics.as_dict() if metrics else {})
 
 
-def _final_weights(run: "Run") -> FinalWeights:
+def _choose_weights(run: "Run") -> FinalWeights:
+    best, model, ranks, valid = run.best, run.model, run.ranks, run.data.valid
+    if not best.saved:
+        with run.averaged():
+            last = copy_weights(model)
+        return keep_last(best, model, last, ranks)
+    best.prune()
     if not run.config.average:
-        return restore_best(run.best, run.model, run.ranks)
-    return choose_final_weights(
-        run.best,
-        run.model,
-        run.ranks,
-        (lambda: run.evaluate("valid").mAP) if run.data.valid else None,
-        (lambda: recompute_batch_norm(run)) if norms_behind_weights(run.model) else None,
-    )
+        return restore_best(best, model, ranks)
+    if best.select_by or valid is None:
+        return keep_best(best, model, ranks)
+    update = partial(update_batch_norm, run) if find_trained_norms(model) else None
+    return choose_final_weights(best, model, ranks, lambda: run.evaluate(valid).mAP, update)
 
 
 @torch.no_grad()
-def recompute_batch_norm(run: "Run") -> None:
-    """Give the model the batch-norm statistics of the batches trained on last; every rank computes all of them."""
+def update_batch_norm(run: "Run") -> None:
+    """Recompute batch-norm statistics over the last training batches; every rank computes all of them."""
     first = run.step - min(run.epoch_steps, run.step, STATISTICS_BATCHES)
     batches = [run.batches.batch(step) for step in range(first, run.step)]
-    with recomputed_batch_norm(run.model), run.precision.context():
+    with recompute_batch_norm(run.model), run.precision.context():
         for batch in run.loader(batches):
             run.model.forward_spectrogram(*run.trainer.loss_module.spectrogram(batch.to(run.device)))

@@ -1,7 +1,7 @@
-"""An optimiser step that a gradient which is not finite does not get through, decided without waiting for the device.
+"""An optimiser step that is skipped if the gradient is not finite, without waiting for the device.
 
-The total norm of the gradient, after processes have joined theirs, tells whether a step is good. Fused optimisers of
-PyTorch skip a step where `found_inf` is set, as the gradient scaler of float16 does; the others get a gradient of zero.
+The total norm of the gradient, after the all-reduce over processes, decides. Fused optimisers of PyTorch skip a step if
+`found_inf` is set, as the gradient scaler of float16 does; the others get a gradient of zero.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,17 +13,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class GuardedStep:
-    """Steps an optimiser, and undoes what a bad step has done to buffers.
+    """Steps an optimiser, and restores the buffers that a step with a bad gradient has changed.
 
     Args:
-        optimizer: steps its parameters.
-        scaler: of float16's losses, disabled for other precisions. Under float16 overflows are normal: the scaler skips
-            the step, and tries a smaller scale.
-        buffers: that the forward pass of a step changes.
+        optimizer: the optimiser.
+        scaler: the gradient scaler of float16, disabled for other precisions. Under float16 overflows are normal: the
+            scaler skips the step and reduces the scale.
+        buffers: the buffers that the forward pass of a step changes.
         grad_clip: largest norm of the gradient, or None.
 
     Attributes:
-        has_stepped: whether a gradient was finite in this process.
+        has_stepped: whether this process has had a finite gradient.
     """
 
     def __init__(
@@ -37,25 +37,25 @@ class GuardedStep:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         kinds = {buffer.dtype for buffer in buffers}
         self.buffers = [[buffer for buffer in buffers if buffer.dtype == kind] for kind in kinds]
-        self.kept: list[Tensor] = []
+        self.backup: list[Tensor] = []
         self.skips = bool(optimizer.defaults.get("fused"))
         self.has_stepped = False
 
     def keep_buffers(self) -> None:
-        """Keep the buffers as they are before the forward pass of a step."""
-        # Those of a type end to end: a network has hundreds, and a kernel for each would take time.
-        self.kept = [torch.cat([buffer.flatten() for buffer in group]) for group in self.buffers]
+        """Copy the buffers before the forward pass of a step."""
+        # Concatenated by type: a network has hundreds of buffers, and one kernel for each would be slow.
+        self.backup = [torch.cat([buffer.flatten() for buffer in group]) for group in self.buffers]
 
     def _restore_buffers(self, is_bad: Tensor) -> None:
-        for group, kept in zip(self.buffers, self.kept, strict=True):
-            now = torch.cat([buffer.flatten() for buffer in group])
-            chosen = torch.where(is_bad, kept, now).split([buffer.numel() for buffer in group])
+        for group, backup in zip(self.buffers, self.backup, strict=True):
+            current = torch.cat([buffer.flatten() for buffer in group])
+            chosen = torch.where(is_bad, backup, current).split([buffer.numel() for buffer in group])
             torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(chosen, group, strict=True)])
 
     def step(self) -> Tensor:
-        """Step after the backward pass, where the gradient is finite; return its total norm, on the device.
+        """Step if the gradient is finite; return its total norm, on the device.
 
-        Under float16 the norm of a step that the scaler skips reads 0.
+        Under float16 the norm of a step that the scaler skips is 0.
         """
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -69,16 +69,16 @@ class GuardedStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.has_stepped = True
-            return norm.masked_fill(is_bad, 0)  # a mean over steps leaves out those that were skipped
-        # Only here the device is waited for: a skipped first step would leave the momentum of a fused SGD, which it
-        # allocates without filling it.
+            return norm.masked_fill(is_bad, 0)  # skipped steps must not make the mean norm infinite
+        # The only wait for the device: if the first step were skipped, a fused SGD would keep the momentum that it has
+        # allocated without initialising it.
         if self.has_stepped or not bool(is_bad):
             self._step_unless(is_bad, gradients)
             self.has_stepped = True
         return norm
 
     def _step_unless(self, is_bad: Tensor, gradients: Iterable[Tensor]) -> None:
-        if not self.skips:  # momentum moves on as after a gradient of zero
+        if not self.skips:  # momentum is updated as with a gradient of zero
             for gradient in gradients:
                 gradient.masked_fill_(is_bad, 0)
             self.optimizer.step()
@@ -89,12 +89,12 @@ class GuardedStep:
         optimizer.found_inf = None
 
 
-def changing_buffers(model: nn.Module, objective: nn.Module) -> list[Tensor]:
+def find_updated_buffers(model: nn.Module, objective: nn.Module) -> list[Tensor]:
     """Return the buffers that a forward pass of training changes.
 
     Args:
-        model: the student; its batch norms that learn have running statistics.
-        objective: all buffers of its own count; those of modules in it where they are of a batch norm.
+        model: the student; running statistics of its batch norms, except frozen ones.
+        objective: its direct buffers, and running statistics of batch norms in its modules.
     """
     buffers = list(objective.buffers(recurse=False))
     for module in (*model.modules(), *objective.modules()):

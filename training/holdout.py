@@ -1,4 +1,4 @@
-"""Clips held out for validation: the same in every run, of every class its share, no group on both sides."""
+"""Holding out clips for validation: deterministic, stratified by class, with groups kept together."""
 
 import hashlib
 from collections import Counter
@@ -11,7 +11,7 @@ from audio.manifest import GROUP_COLUMNS
 
 
 def find_groups(pack: Pack, columns: Sequence[str] = GROUP_COLUMNS) -> tuple[str | None, np.ndarray]:
-    """Return the first column that names groups, and the group of each clip, str (N,); each its own without any."""
+    """Return the first column that names groups, and the group of each clip, str (N,); without one, each is its own."""
     alone = np.array([f"row {row}" for row in range(len(pack))])
     for column in columns:
         if column in pack.table:
@@ -31,19 +31,19 @@ def hold_out(
     *,
     spare_single_clips: bool = True,
 ) -> np.ndarray:
-    """Choose clips to hold out, in whatever order they are listed.
+    """Choose clips to hold out, independently of their order in the list.
 
-    Groups are sorted by the rarest class of their clips, then by the hash of their names, and one is held out where
-    that brings the share of held clips nearest to `fraction`. Of few large groups, the smallest is.
+    Groups are sorted by the rarest class of their clips, then by the hash of their names, and one is held out if that
+    brings the share of held clips nearest to `fraction`. Of few large groups, the smallest is held out.
 
     Args:
-        names: of N clips.
-        labels: class indices of each clip, int; empty ones where there are no labels.
+        names: names of N clips.
+        labels: class indices of each clip, int; empty without labels.
         num_classes: C.
-        fraction: of the clips to hold out.
-        groups: of each clip, held out as a whole or not at all; None where each clip is its own.
-        spare_single_clips: leave a group where a class would have no other clip to learn from; then there may be none
-            to hold out.
+        fraction: share of the clips to hold out.
+        groups: group of each clip, held out as a whole or not at all; None if each clip is its own.
+        spare_single_clips: do not hold out a group if a class would have no other clip to learn from; there may be no
+            clip to hold out then.
 
     Returns:
         bool (N,).
@@ -75,12 +75,12 @@ def hold_out(
 
 
 def _most_frequent(classes: list[int]) -> int:
-    """Return the class that occurs most often, the lowest of several."""
+    """Return the class that occurs most often, the lowest one of equals."""
     return min(Counter(classes).items(), key=lambda entry: (-entry[1], entry[0]))[0]
 
 
 def _deduct(rows: list[int], labels: Sequence[np.ndarray], remaining: np.ndarray) -> bool:
-    """Take the labels of some clips from `remaining` (C,), unless a class would be left without any; return whether."""
+    """Subtract the labels of some clips from `remaining` (C,), unless a class would have none; return whether."""
     counts = Counter(int(index) for row in rows for index in labels[row])
     if any(remaining[index] <= count for index, count in counts.items()):
         return False

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: a line of JSON at a time, and the same figures for TensorBoard."""
+"""The journal of a run: `metrics.jsonl`, one line of JSON an entry, and the same values for TensorBoard."""
 
 import json
 import os
@@ -7,39 +7,39 @@ from typing import Any
 
 from common.errors import UserError
 
-NOT_FIGURES = ("kind", "step", "epoch", "best", "learns")  # of an entry; everything else is drawn
+NOT_FIGURES = ("kind", "step", "epoch", "best", "learns")  # of an entry; all other values go to TensorBoard
 
 
 class Journal:
     """The file `metrics.jsonl` of a run and its event files, in `tensorboard/`.
 
-    A run that resumes hands in the position its checkpoint was saved at. The lines behind it are of steps that will be
-    done again, so they are cut off: the file has neither gaps nor repeats, however the run ended.
+    A resumed run passes the position at which its state was saved. Lines after it are of steps that are repeated, so
+    they are cut off: the file has neither gaps nor duplicates, however the run was stopped.
 
     Args:
-        folder: of the run.
-        position: how many bytes of `metrics.jsonl` count; 0 starts it anew.
+        folder: folder of the run.
+        position: number of bytes of `metrics.jsonl` to keep; 0 starts a new file.
 
     Raises:
-        UserError: when `metrics.jsonl` is shorter than `position`, or what counts of it is not whole lines of JSON.
+        UserError: `metrics.jsonl` is shorter than `position`, or that part of it is not whole lines of JSON.
     """
 
     def __init__(self, folder: Path, position: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, which only training should wait for
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         self.path = Path(folder) / "metrics.jsonl"
-        kept = _kept(self.path, position)  # read before anything is cut
+        entries = _read_entries(self.path, position)  # before the file is cut
         self._file = open(self.path, "ab")  # noqa: SIM115 - open as long as the run
         self._file.truncate(position)
-        # TensorBoard drops what earlier event files hold from this step on.
-        purge_step = kept[-1]["step"] + 1 if kept else 0
+        # TensorBoard drops values of earlier event files from this step on.
+        purge_step = entries[-1]["step"] + 1 if entries else 0
         self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge_step, flush_secs=30)
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Append one entry and hand it to the operating system, so that a crash of the run does not lose it.
+        """Append one entry and flush it, so that it survives a crash of the run.
 
         Args:
-            entry: `kind` ("step" or "epoch"), `step`, `epoch` and figures by name.
+            entry: `kind` ("step" or "epoch"), `step`, `epoch` and values by name.
         """
         self._file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
         self._file.flush()
@@ -48,36 +48,36 @@ class Journal:
                 self._board.add_scalar(_tag(entry["kind"], name), value, entry["step"])
 
     def position(self) -> int:
-        """Bring everything to the disk and return how many bytes `metrics.jsonl` has; a checkpoint keeps it."""
+        """Write everything to the disk and return the size of `metrics.jsonl` in bytes, for a state."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._board.flush()
         return os.fstat(self._file.fileno()).st_size
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return every entry recorded so far, those from before a resume included."""
+        """Return all entries so far, including those before a resume."""
         return _parse(self.path, self.path.read_bytes())
 
     def close(self) -> None:
-        """Close the files; nothing can be recorded afterwards."""
+        """Close the files."""
         self._file.close()
         self._board.close()
 
 
 def _tag(kind: str, name: str) -> str:
-    """Return TensorBoard's name of a figure: train/loss, epoch/loss, valid/mAP."""
+    """Return the TensorBoard tag of a value: train/loss, epoch/loss, valid/mAP."""
     if name.startswith("valid_"):
         return f"valid/{name.removeprefix('valid_')}"
     return f"{'train' if kind == 'step' else kind}/{name}"
 
 
-def _kept(path: Path, position: int) -> list[dict[str, Any]]:
-    """Return the entries of the first `position` bytes; raise when there are fewer."""
+def _read_entries(path: Path, position: int) -> list[dict[str, Any]]:
+    """Return the entries of the first `position` bytes; raise if there are fewer."""
     content = path.read_bytes() if position and path.exists() else b""
     if len(content) < position:
         raise UserError(
             f"{path} has {len(content)} bytes; it had {position} when the checkpoint to resume from was saved. "
-            "Put back the file that belongs to the checkpoint, or start a new run"
+            "Restore the file that belongs to the checkpoint, or start a new run"
         )
     return _parse(path, content[:position])
 
@@ -93,7 +93,7 @@ def _parse(path: Path, content: bytes) -> list[dict[str, Any]]:
         except ValueError as error:
             raise UserError(
                 f"{path}, line {number}: {line[:80]!r} is not a whole entry (JSON with kind, step and epoch). "
-                "Put back the file as the run wrote it, or start a new run"
+                "Restore the file as the run wrote it, or start a new run"
             ) from error
         entries.append(entry)
     return entries

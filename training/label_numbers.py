@@ -1,7 +1,7 @@
-"""Numbers in a column of labels that index the classes of a model: whether they can be meant so.
+"""Checks numbers in a column of labels, which are read as indices into the classes of a model.
 
-A list of AudioSet has indexes into its 527 classes. A list of another data set may have indexes into its own, which
-nothing in the column says, and every figure of a model would be wrong.
+AudioSet's lists have indices into its 527 classes. A list of another data set may have indices into its own classes;
+the metrics of a model would then be wrong.
 """
 
 import logging
@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 
 
 def check_label_numbers(pack: Pack, labels: list[str], faults: Faults) -> None:
-    """Note in `faults` numbers that cannot be meant as indexes into a model's classes; log what others stand for.
+    """Add numbers that cannot be indices into a model's classes to `faults`; log the names of others.
 
-    A set of its own counts its classes from 0 and has clips of each: where every clip has one label, the numbers are
-    0 to K - 1 with none missing, and the classes are AudioSet's 527, they are taken for such. The first K classes of
-    AudioSet are kinds of speech, which its own lists label twice ("0;1").
+    A data set with classes of its own numbers them from 0 and has clips of each. So if every clip has one label, the
+    numbers are 0 to K - 1 with none missing, and the model's classes are AudioSet's 527, the numbers are refused: the
+    first K classes of AudioSet are kinds of speech, which its own lists label twice ("0;1").
 
     Args:
-        pack: with a column `labels`.
+        pack: a pack with a column `labels`.
         labels: the classes of the model.
-        faults: gets what is wrong.
+        faults: gets the errors.
     """
     cells = [split_labels(str(cell)) for cell in pack.table["labels"].unique()]
     found = list_classes(map(str, pack.table["labels"].unique()))
@@ -36,10 +36,10 @@ def check_label_numbers(pack: Pack, labels: list[str], faults: Faults) -> None:
     one_each = all(len(cell) == 1 for cell in cells)
     if counts_from_zero and one_each and labels == audioset_labels():
         faults.add(
-            f"{pack.manifest} labels its clips with the numbers 0 to {numbers[-1]}, one each, which look like classes "
-            f"of its own; the model's {len(labels)} classes are AudioSet's, where {examples}. Write AudioSet's names "
+            f"{pack.manifest} has the numbers 0 to {numbers[-1]} as labels, one a clip, which seem to be classes of "
+            f"its own; the model's {len(labels)} classes are AudioSet's, where {examples}. Write AudioSet's names "
             "into the column, train a head on your classes (`run.py probe`), or fine-tune"
         )
         return
     level = logging.WARNING if one_each else logging.INFO
-    logger.log(level, "%s: numbers are taken for the model's classes: %s", pack.manifest, examples)
+    logger.log(level, "%s: numbers are read as indices into the model's classes: %s", pack.manifest, examples)

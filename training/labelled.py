@@ -1,4 +1,4 @@
-"""Labelled packs: opened with every fault noted, their classes, clips held out of them or shared by two of them."""
+"""Labelled packs: opening, class names, held-out clips and overlaps."""
 
 import logging
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from training.holdout import find_groups, hold_out
 logger = logging.getLogger(__name__)
 
 NUMBERED = (
-    "%s labels its clips with numbers: the %d that occur are taken for the names of the classes; if they are indices "
-    "into a longer list, give num_classes or labels_csv (index,mid,display_name)"
+    "%s has numbers as labels: the %d that occur are used as class names; if they are indices into a longer list, set "
+    "num_classes or labels_csv (index,mid,display_name)"
 )
-COMPARED = 8  # clips of the same name in two lists: "1.wav" may be another sound in another folder
+COMPARED = 8  # clips of the same name in two lists are compared: "1.wav" may be another sound in another folder
 PACK_FIRST = "pack the sounds first: `python scripts/wavlist_to_hdf5.py LIST.tsv OUTDIR` writes OUTDIR/labels/LIST.tsv"
 
 
 @dataclass
 class LabelledPack:
-    """A pack and what each of its clips is labelled with.
+    """A pack and the labels of its clips.
 
     Attributes:
         pack: N clips.
@@ -45,12 +45,12 @@ class LabelledPack:
 
 
 def open_pack(path: str, faults: Faults, *, labelled: bool = False) -> Pack | None:
-    """Open a pack; what is wrong with it is noted in `faults`."""
+    """Open a pack; errors are added to `faults`."""
     required = ("filename", "hdf5path", "labels") if labelled else ("filename", "hdf5path")
     if Path(path).is_dir():
         lists = sorted(Path(path).glob("*.tsv")) or sorted(Path(path).glob("labels/*.tsv"))
         found = f", such as {lists[0]}" if lists else f"; {PACK_FIRST}"
-        faults.add(f"{path} is a folder; wanted a packed list{found}")
+        faults.add(f"{path} is a folder; expected a packed list{found}")
         return None
     if not Path(path).is_file():
         beside = [each.name for each in Path(path).parent.glob("*.tsv")]
@@ -65,14 +65,14 @@ def open_pack(path: str, faults: Faults, *, labelled: bool = False) -> Pack | No
 
 
 def open_labelled(path: str, labels: list[str], faults: Faults) -> LabelledPack | None:
-    """Open a pack with a `labels` column of indices into `labels`, or of names in it."""
+    """Open a pack whose `labels` column has names of `labels`, or indices into it."""
     pack = open_pack(path, faults, labelled=True)
     indices = None if pack is None else read_clip_labels(pack, labels, faults)
     return None if pack is None or indices is None else LabelledPack(pack, indices, len(labels))
 
 
 def read_clip_labels(pack: Pack, labels: list[str], faults: Faults) -> list[np.ndarray] | None:
-    """Return the class indices of each clip of a pack; what is wrong with its `labels` column is noted in `faults`."""
+    """Return the class indices of each clip of a pack; errors in its `labels` column are added to `faults`."""
     try:
         return parse_labels(pack.table["labels"], labels, pack.names)
     except UserError as error:
@@ -80,10 +80,11 @@ def read_clip_labels(pack: Pack, labels: list[str], faults: Faults) -> list[np.n
         return None
 
 
-def vocabulary(pack: Pack) -> list[str]:
-    """Return the class names in a pack's `labels` column: in alphabetical order, or by size where all are numbers.
+def list_pack_classes(pack: Pack) -> list[str]:
+    """Return the class names in a pack's `labels` column: in alphabetical order, or ascending if all are numbers.
 
-    AudioSet's identifiers (/m/09x0r) become its display names. Classes that are surely meant to be one are warned of.
+    AudioSet's identifiers (/m/09x0r) are replaced by its display names. Logs a warning for names that are spellings of
+    one class.
     """
     names = list_classes(map(str, pack.table["labels"].unique()))
     if all(name.isascii() and name.isdigit() for name in names):
@@ -96,10 +97,10 @@ def vocabulary(pack: Pack) -> list[str]:
 def hold_out_clips(
     pack: Pack, fraction: float, labels: list[str], faults: Faults
 ) -> tuple[np.ndarray, LabelledPack | None]:
-    """Return which clips are held out, bool (N,), and the pack of these; None where something is wrong."""
+    """Return which clips are held out, bool (N,), and the pack of these; None if there are faults."""
     if "labels" not in pack.table:
         faults.add(
-            f"valid_fraction holds out clips to be judged by, but {pack.manifest} has no `labels` column; add it, give "
+            f"valid_fraction needs labels for validation, but {pack.manifest} has no `labels` column; add it, set "
             "valid_data, or set select_on: eval as published"
         )
         return np.zeros(len(pack), bool), None
@@ -107,10 +108,10 @@ def hold_out_clips(
     if indices is None:
         return np.zeros(len(pack), bool), None
     column, groups = find_groups(pack)
-    kept_together = None if column is None else groups.tolist()
-    held = hold_out(pack.names, indices, len(labels), fraction, kept_together)
-    if not held.any():  # every class has one clip, or one group, alone
-        held = hold_out(pack.names, indices, len(labels), fraction, kept_together, spare_single_clips=False)
+    group_names = None if column is None else groups.tolist()
+    held = hold_out(pack.names, indices, len(labels), fraction, group_names)
+    if not held.any():  # every class has only one clip, or one group
+        held = hold_out(pack.names, indices, len(labels), fraction, group_names, spare_single_clips=False)
     if column is not None:
         logger.info("%d clips of %d groups (%s) are held out", held.sum(), len(set(groups[held].tolist())), column)
     rows = np.flatnonzero(held)
@@ -118,12 +119,12 @@ def hold_out_clips(
 
 
 def warn_of_overlap(pack: Pack, other: Pack, path: str) -> None:
-    """Say so where clips are learnt from and judged by: of the same name, and of the same samples in those compared."""
+    """Log a warning if clips with the same names, and the same samples in those compared, are in both packs."""
     rows = {name: row for row, name in enumerate(pack.names)}
     pairs = [(rows[name], row) for row, name in enumerate(other.names) if name in rows]
-    if any(np.array_equal(pack.read(own), other.read(row)) for own, row in pairs[:COMPARED]):
+    if any(np.array_equal(pack.read(one), other.read(row)) for one, row in pairs[:COMPARED]):
         logger.warning(
-            "%d clips are in %s and in %s, whose figures are then too good: %s",
+            "%d clips are both in %s and in %s, so metrics on the latter are too good: %s",
             len(pairs),
             pack.manifest,
             path,

@@ -1,4 +1,4 @@
-"""Whether a run learns anything: its loss beside that of constant answers, its validation beside chance."""
+"""Detects runs that learn nothing: compares the loss with that of a constant output, validation with chance."""
 
 import logging
 import statistics
@@ -13,29 +13,34 @@ from training.tally import TargetTally
 
 logger = logging.getLogger(__name__)
 
-FIRST_SHARE = 0.2  # of the run, after which it is judged
-LEAST_FALL = 0.02  # of the constant loss, by which the loss must have fallen
-CLEARLY = 1.5  # times the mAP that chance may reach: a model with that has learnt, whatever mixup makes of its loss
-LEAST_WINDOWS = 4  # readings of the loss in an epoch that give it a standard error
+FIRST_SHARE = 0.2  # of the run, before which nothing is checked
+MIN_FALL = 0.02  # of the constant loss, by which the loss must be lower
+CLEARLY = 1.5  # times the upper bound of chance: a model with that mAP has learnt, even if mixup keeps its loss high
+MIN_WINDOWS = 4  # readings of the loss in an epoch, for a standard error
 
 
 @dataclass
 class LearningCheck:
-    """Says when a run learns nothing, from a fifth of it on: once, and once more when it does after all.
+    """Logs a warning if a run learns nothing after a fifth of its steps, and a message if it learns later.
 
-    It learns nothing while the mean loss of an epoch is less than 2 %, or less than two standard errors, below the loss
-    that the best constant answer has on the very targets of this epoch, and the last validation is not far above chance
-    (mixtures of soft labels leave a loss little room); or while the figures of a validation are within
-    what chance gives. Neither is judged where it is not known. Nothing here changes what is learnt.
+    A run learns nothing if the mean loss of an epoch is less than 2 %, or less than two standard errors, below the loss
+    of the best constant output for the targets of this epoch, and the last validation is not far above chance (the loss
+    of mixtures of soft labels cannot fall far); or if the metrics of a validation are within chance. Unknown values are
+    not checked. The check has no effect on training.
 
     Args:
-        targets: of the epoch under way.
-        total_steps: of the run.
-        total_epochs: likewise.
-        causes: returns the likely causes, as sentences; called where there is something to say, given whether the
-            loss, too, has not fallen.
-        ranks: the processes that train together; all judge alike, rank 0 logs.
-        enabled: false for runs too short to learn anything.
+        targets: statistics of the targets of the current epoch.
+        total_steps: number of steps of the run.
+        total_epochs: number of epochs of the run.
+        causes: returns the likely causes, as sentences, given whether the loss has not fallen either.
+        ranks: the processes of the run; all get the same result, rank 0 logs.
+        enabled: false for runs that are too short to learn anything.
+        losses: means over a few steps each, of the current epoch.
+        constant: whether the loss is still that of a constant output; None if unknown.
+        by_chance: whether the metrics of the last validation are within chance; None if unknown.
+        clear: whether they are far above chance.
+        alarmed: whether the warning was logged, and no improvement after it.
+        figures: the values of the last check, as text.
     """
 
     targets: TargetTally
@@ -44,42 +49,42 @@ class LearningCheck:
     causes: Callable[[bool], list[str]]
     ranks: Ranks
     enabled: bool = True
-    losses: list[float] = field(default_factory=list)  # means of a few steps each, of the epoch under way
-    constant: bool | None = None  # whether the loss is still that of constant answers; None: not known yet
-    by_chance: bool | None = None  # whether the last validation's figures are within chance
-    clear: bool = False  # whether they are far above it
-    alarmed: bool = False  # whether the last logged change was that nothing is learnt
-    figures: str = ""  # of the last judgement
+    losses: list[float] = field(default_factory=list)
+    constant: bool | None = None
+    by_chance: bool | None = None
+    clear: bool = False
+    alarmed: bool = False
+    figures: str = ""
 
     @property
     def learns(self) -> bool | None:
-        """Whether something is learnt; None where nothing was judged yet."""
-        known = [stuck for stuck in (self.constant, self.by_chance) if stuck is not None]
-        return not any(known) if known else None
+        """Whether the run learns; None if that is unknown."""
+        failures = [failure for failure in (self.constant, self.by_chance) if failure is not None]
+        return not any(failures) if failures else None
 
     @property
     def postfix(self) -> dict[str, str]:
-        """What the progress bar shows beside the loss."""
+        """Values for the progress bar."""
         return {"learnt": "NOTHING"} if self.alarmed else {}
 
     def add_loss(self, loss: float) -> None:
-        """Take in the mean loss of a few steps."""
+        """Add the mean loss of a few steps."""
         self.losses.append(loss)
 
     def end_epoch(
         self, entry: Mapping[str, Any], metrics: Metrics | None, chance: Chance | None, *, last: bool = False
     ) -> dict[str, Any]:
-        """Judge the epoch that has ended, and begin the next one; all ranks call this.
+        """Check the epoch that has ended, and reset the statistics for the next one; all ranks call this.
 
         Args:
-            entry: `step`, `epoch` and `loss`, the mean of the epoch.
-            metrics: of a validation after it, if there was one.
-            chance: what chance gives there.
+            entry: `step`, `epoch` and `loss`, the mean over the epoch.
+            metrics: metrics of a validation after it, if there was one.
+            chance: the chance level of that validation.
             last: whether the run ends here.
 
         Returns:
-            What the journal is to say beside the entry: `constant_loss`, `valid_top1`, the bounds of chance and,
-            where it was judged, `learns`.
+            Further values for the journal: `constant_loss`, `valid_top1`, the bounds of chance and, if it is known,
+            `learns`.
         """
         constant_loss = self.targets.constant_loss(self.ranks)
         more: dict[str, Any] = {} if constant_loss is None else {"constant_loss": constant_loss}
@@ -95,9 +100,9 @@ class LearningCheck:
         if metrics is not None and chance is not None:
             self.clear = metrics.mAP >= CLEARLY * chance.mAP
         if constant_loss is not None:
-            margin = 0.0 if self.constant is False else _margin(constant_loss, losses)  # no back and forth at the edge
+            margin = 0.0 if self.constant is False else _margin(constant_loss, losses)  # hysteresis
             self.constant = entry["loss"] > constant_loss - margin and not self.clear
-            figures.append(f"loss {entry['loss']:.4g}, that of constant answers {constant_loss:.4g}")
+            figures.append(f"loss {entry['loss']:.4g}, of a constant output {constant_loss:.4g}")
         if metrics is not None and chance is not None:
             self.by_chance = chance.holds(metrics.mAP, metrics.top1)
             figures.append(f"validation mAP {metrics.mAP:.4f}, by chance up to {chance.mAP:.4f}")
@@ -114,30 +119,30 @@ class LearningCheck:
         if not self.ranks.is_main:
             return
         if self.learns:
-            logger.info("something is learnt from epoch %d on: %s", epoch, self.figures)
+            logger.info("the run learns from epoch %d on: %s", epoch, self.figures)
         else:
             logger.warning("NOTHING IS LEARNT after epoch %d of %d: %s", epoch, self.total_epochs, self.explanation())
 
     def explanation(self) -> str:
-        """Say what is wrong and what the likely causes are, a line each."""
+        """Return what was found and the likely causes, a line each."""
         if self.constant:
-            found = "the loss is not clearly below that of answers which are the same for every clip"
+            found = "the loss is not clearly below that of a constant output"
         else:
-            found = "the loss falls, but on the validation data the figures are those of chance"
+            found = "the loss falls, but the validation metrics are those of chance"
         causes = "".join(f"\n  - {cause}" for cause in self.causes(bool(self.constant)))
         return f"{found} ({self.figures}). Likely causes in this run:{causes}"
 
     def summary(self) -> str | None:
-        """Return what the end of the log and the top of the report say; None where something was learnt."""
+        """Return the warning for the end of the log and the report; None if the run has learnt."""
         return f"NOTHING WAS LEARNT: {self.explanation()}" if self.alarmed else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` takes, of this rank and all."""
+        """Return the state of the check, and the sums of targets over all ranks."""
         names = ("losses", "constant", "by_chance", "clear", "alarmed", "figures")
         return {name: getattr(self, name) for name in names} | {"targets": self.targets.over_ranks(self.ranks)}
 
     def load_state_dict(self, state: Mapping[str, Any] | None, device: Any) -> None:
-        """Go on from what `state_dict` returned; None, of a state that an earlier version wrote, begins anew."""
+        """Restore what `state_dict` returned; None, in states of earlier versions, is ignored."""
         if state is None:
             return
         state = dict(state)
@@ -148,6 +153,6 @@ class LearningCheck:
 
 
 def _margin(constant_loss: float, losses: list[float]) -> float:
-    """Return by how much the mean loss of an epoch must be below the constant one."""
-    error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) >= LEAST_WINDOWS else 0.0
-    return max(LEAST_FALL * constant_loss, 2 * error)
+    """Return the required difference of the mean loss of an epoch to the constant loss."""
+    error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) >= MIN_WINDOWS else 0.0
+    return max(MIN_FALL * constant_loss, 2 * error)

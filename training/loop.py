@@ -1,4 +1,4 @@
-"""The one loop: batch after batch, evaluation, checkpoints, and a state to go on from wherever it is stopped."""
+"""The training loop: steps, evaluation, checkpoints, and states to resume from."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ from distill.objectives import Needs, Objective
 from distill.random_streams import Stream, stream_seed
 from models import AudioTagger, Ensemble
 from training.averaging import MovingAverage
-from training.chance import Chance, chance_bounds
+from training.chance import compute_chance_bounds
 from training.checkpoints import BestCheckpoints
 from training.config import TrainConfig
 from training.data import TrainingData
@@ -32,12 +32,12 @@ from training.finish import finish_run
 from training.finite_check import FiniteCheck
 from training.journal import Journal
 from training.labelled import LabelledPack
-from training.learning_causes import likely_causes
+from training.learning_causes import find_likely_causes
 from training.learning_check import LearningCheck
 from training.loss_module import LossModule, add_teacher_output
 from training.metrics import Metrics, evaluate_scores
 from training.optim import count_warmup, create_optimizer, create_schedule, freeze, parameter_groups
-from training.parallel import Ranks, mirrored_shares
+from training.parallel import Ranks, split_mirrored
 from training.precision import Precision
 from training.report import draw_curves
 from training.states import States
@@ -47,24 +47,23 @@ from training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-START_BATCHES = 16  # looked at by init_from_data
+START_BATCHES = 16  # for init_from_data
 
 
 class Run:
-    """One training run in one folder; `fit` is the run, from its first step to its report.
+    """One training run in one folder; `fit` runs it from the first step to the report.
 
     Args:
-        config: of the run.
-        data: what it learns from.
+        config: configuration of the run.
+        data: training, validation and evaluation data.
         model: the student.
-        objective: what it is trained towards.
-        needs: of the objective.
-        folder: gets states, checkpoints, `metrics.jsonl`, curves, results and the report.
+        objective: computes the losses.
+        needs: requirements of the objective.
+        folder: for states, checkpoints, `metrics.jsonl`, curves, results and the report.
         device: to train on.
         seed: of everything random.
-        ranks: the processes that train together.
-        teacher: whose output for the training clips is computed while the student learns, on its device; None where
-            `data` brings the targets, or there are none.
+        ranks: the processes of the run.
+        teacher: the online teacher, on its device; None if `data` has the targets, or there are none.
     """
 
     def __init__(
@@ -104,34 +103,41 @@ class Run:
             stream_seed(seed, Stream.ORDER),
             weights=data.balance,
             cut_passes=config.epoch_length is None,
-            split=self._my_shares,
+            split=self._split_for_rank,
         )
         self.epoch_steps = config.epoch_length or self.batches.batches_a_pass
         self.total_steps = self.epoch_steps * config.epochs
         self.warmup = count_warmup(config, self.epoch_steps, self.total_steps)
         frozen = list(config.freeze)
-        if needs.output is None:  # its last layers get no gradient
+        if needs.output is None:  # the last layers get no gradient
             frozen.append(f"{model.last_layer.split('.')[0]}.*")
         self.frozen_modules = freeze(model, frozen) if frozen else []
-        model.generator = torch.Generator(device)  # patch-out and varied mel bands draw from here
+        model.generator = torch.Generator(device)  # for patch-out and random mel bands
         self.states = States(folder / "states")
         self.best = BestCheckpoints(folder, config.n_saved, config.select_by, writes=self.ranks.is_main)
         self.window, self.epoch_tally, self.targets = Tally(), Tally(), TargetTally(objective)
-        causes = partial(likely_causes, self)
-        learns = (self.targets, self.total_steps, config.epochs, causes, self.ranks, not config.smoke)
-        self.learning = LearningCheck(*learns)
-        self.step, self.stale, self.seconds = 0, 0, 0.0
+        self.learning = LearningCheck(
+            self.targets,
+            self.total_steps,
+            config.epochs,
+            partial(find_likely_causes, self),
+            self.ranks,
+            enabled=not config.smoke,
+        )
+        self.step, self.validations_without_improvement, self.seconds = 0, 0, 0.0
         self.journal: Journal | None = None
         self._next_drawing = 0.0
-        self.finite = FiniteCheck(self.dataset.name, self.ranks, norms=not self.precision.scaler.is_enabled())
+        self.finite_check = FiniteCheck(
+            self.dataset.name, self.ranks, check_norms=not self.precision.scaler.is_enabled()
+        )
 
     def fit(self, state: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Train, validate, average; return the figures of the final model and the path of its weights.
+        """Train to the end; return the metrics of the final model and the path of its weights.
 
         Args:
-            state: of `training.states` to go on from, on rank 0; None to begin at the beginning.
+            state: a state of `training.states` to resume from, on rank 0; None to start at step 0.
         """
-        config, state = self.config, self.ranks.from_main(state)
+        config, state = self.config, self.ranks.broadcast(state)
         if state is None and config.init_from_data:
             self._start_from_data()
         self.trainer = self.create_trainer()
@@ -141,7 +147,7 @@ class Run:
         if state is None:
             self._save()
         self.batches.start = self.step
-        # One endless stream: workers read ahead into the next epoch, since each index says its epoch.
+        # One endless iterator: an index holds its epoch, so workers prefetch across epochs.
         stream = iter(self.loader(self.batches))
         self.trainer.train_mode()
         self.start_timer()
@@ -156,28 +162,29 @@ class Run:
         ) as progress:
             while not self.is_over:
                 self.train_step(stream)
-                if not self.trainer.guard.has_stepped:  # the first gradient of this process is bad: it ends here
-                    self.finite.raise_if_not(self.step)
+                if not self.trainer.guard.has_stepped:  # the first gradient of this process is not finite: stop now
+                    self.finite_check.raise_if_not_finite(self.step)
                 progress.update()
-                ends = self.step % self.epoch_steps == 0
-                if self.step % config.log_every == 0 or ends:
+                is_epoch_end = self.step % self.epoch_steps == 0
+                if self.step % config.log_every == 0 or is_epoch_end:
                     progress.set_postfix(self._log_step(), refresh=False)
-                if ends:
+                if is_epoch_end:
                     self._end_epoch()
                     self.trainer.train_mode()
                     self.start_timer()
                 if self.step % (config.checkpoint_every or self.epoch_steps) == 0 or self.is_over:
                     self._save()
-        if self.stale >= config.early_stop:
-            logger.info("early stop: %d evaluations without a better %s", self.stale, self.best.by)
-        del stream  # ends the workers, which would read ahead for ever
+        if self.validations_without_improvement >= config.early_stop:
+            n = self.validations_without_improvement
+            logger.info("early stop: %d validations without a better %s", n, self.best.metric)
+        del stream  # stops the workers, whose sampler is endless
         result = finish_run(self)
         if self.journal is not None:
             self.journal.close()
         return result
 
     def _start_from_data(self) -> None:
-        """Set batch-norm statistics and the bias of the last layer from the first batches, before any step."""
+        """Initialise batch-norm statistics and the bias of the last layer from the first batches."""
         first = [self.batches.batch(i) for i in range(min(START_BATCHES, self.epoch_steps))]
         batches = (batch.to(self.device) for batch in self.loader(first))
         of_classes = self.needs.targets == "classes"
@@ -187,7 +194,7 @@ class Run:
         start_from_data(self.model, batches, "target" if of_classes else "labels" if self.needs.labels else None)
 
     def create_trainer(self) -> Trainer:
-        """Build what makes the steps: losses, optimiser, schedule, averages."""
+        """Return the trainer: losses, optimiser, schedule and moving average."""
         config, mixup_on = self.config, self.config.mixup_on if self.config.mixup is not None else None
         losses = LossModule(
             self.model,
@@ -219,30 +226,32 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether all steps are made, or nothing became better for too long."""
-        return self.step >= self.total_steps or self.stale >= self.config.early_stop
+        """Whether all steps have been made, or the run stops early."""
+        is_stopped = self.validations_without_improvement >= self.config.early_stop
+        return self.step >= self.total_steps or is_stopped
 
-    def _my_shares(self, n: int) -> Any:
+    def _split_for_rank(self, n: int) -> Any:
+        """Return the positions of a batch of `n` that this rank computes, one array an accumulated part."""
         first = self.ranks.rank * self.config.accumulate
-        return mirrored_shares(n, self.n_parts)[first : first + self.config.accumulate]
+        return split_mirrored(n, self.n_parts)[first : first + self.config.accumulate]
 
     def train_step(self, stream: Iterator[Batch]) -> None:
-        """Make one step; nothing waits for the device."""
+        """Make one step, without waiting for the device."""
         n = self.batches.size(self.step)
-        sizes = [len(share) for share in mirrored_shares(n, self.n_parts)]
-        weights = [len(share) / sum(sizes) for share in self._my_shares(n)]
-        asked = time.perf_counter()
+        sizes = [len(share) for share in split_mirrored(n, self.n_parts)]
+        weights = [len(share) / sum(sizes) for share in self._split_for_rank(n)]
+        request_time = time.perf_counter()
         parts = [next(stream).to(self.device) for _ in weights]
-        self.waited += time.perf_counter() - asked
+        self.wait_seconds += time.perf_counter() - request_time
         losses = self.trainer.step(parts, weights, self.step)
         self.step += 1
         self.clips += n
-        self.finite.add(torch.cat([part.item for part in parts]), losses["loss"], losses["grad_norm"])
+        self.finite_check.add(torch.cat([part.item for part in parts]), losses["loss"], losses["grad_norm"])
         self.window.add(losses)
         self.epoch_tally.add(losses)
 
     def loader(self, batches: Any) -> DataLoader[Any]:
-        """Return a loader of `distill.batch.Batch`, by batches of (epoch, item)."""
+        """Return a loader that yields a `distill.batch.Batch` for each batch of (epoch, item)."""
         return DataLoader(
             self.dataset,
             batch_sampler=batches,
@@ -252,40 +261,40 @@ class Run:
         )
 
     def start_timer(self) -> None:
-        """Begin to count clips and the time that they take."""
-        self.clips, self.waited, self.began = 0, 0.0, time.perf_counter()
+        """Start to measure the speed: clips, and seconds of waiting for data."""
+        self.clips, self.wait_seconds, self.start_time = 0, 0.0, time.perf_counter()
 
     @property
     def epoch(self) -> int:
-        """The epoch of the step made last, from 1."""
+        """The epoch of the last step, from 1."""
         return math.ceil(self.step / self.epoch_steps)
 
     @property
     def learning_rate(self) -> float:
-        """That of the topmost layers."""
+        """The learning rate of the topmost layers."""
         return max(group["lr"] for group in self.trainer.optimizer.param_groups)
 
     def _log_step(self) -> dict[str, str]:
-        """Read the losses, which waits for the device; return what the progress bar shows."""
-        self.finite.raise_if_not(self.step)
+        """Read and record the losses, which waits for the device; return the values for the progress bar."""
+        self.finite_check.raise_if_not_finite(self.step)
         losses = self.window.means(self.ranks)
         self.best.check_logged(losses)
-        place = {"kind": "step", "step": self.step, "epoch": self.epoch}
-        self._record(place | losses | {"lr": self.learning_rate})
+        self._record({"kind": "step", "step": self.step, "epoch": self.epoch, **losses, "lr": self.learning_rate})
         self.learning.add_loss(losses["loss"])
         self.window.reset()
-        seconds = time.perf_counter() - self.began
+        seconds = time.perf_counter() - self.start_time
         return {
             "epoch": str(self.epoch),
-            "loss": f"{losses['loss']:.4g}",  # one averaged over an embedding's width is far below 1
+            "loss": f"{losses['loss']:.4g}",  # a mean over the width of an embedding is far below 1
             "lr": f"{self.learning_rate:.1e}",
             "clips_s": f"{self.clips / seconds:.0f}",
-            "wait": f"{100 * self.waited / seconds:.0f}%",
+            "wait": f"{100 * self.wait_seconds / seconds:.0f}%",
             **self.learning.postfix,
         }
 
     def _end_epoch(self) -> None:
-        seconds = time.perf_counter() - self.began
+        """Validate, update the best checkpoints, and record the epoch."""
+        seconds = time.perf_counter() - self.start_time
         self.seconds += seconds
         entry: dict[str, Any] = {
             "kind": "epoch",
@@ -294,48 +303,45 @@ class Run:
             **self.epoch_tally.means(self.ranks),
             "lr": self.learning_rate,
             "clips_per_second": self.clips / seconds,
-            "wait_share": self.waited / seconds,
+            "wait_share": self.wait_seconds / seconds,
         }
         self.epoch_tally.reset()
-        evaluated = self.epoch % self.config.valid_every == 0 or self.step == self.total_steps
+        is_due = self.epoch % self.config.valid_every == 0 or self.step == self.total_steps
         metrics = chance = None
-        if evaluated and (self.data.valid or self.config.select_by):
+        if is_due and (self.data.valid or self.config.select_by):
             with self.averaged():
                 if self.data.valid:
-                    metrics, chance = self._validate()
+                    scores, targets = self.predict(self.data.valid), self.data.valid.multi_hot()
+                    chance_seed = stream_seed(self.seed, Stream.CHANCE, self.epoch)
+                    chance = compute_chance_bounds(scores, targets, chance_seed)
+                    metrics = evaluate_scores(scores, targets, self.model.labels)
                     entry["valid_mAP"] = metrics.mAP
                 entry["best"] = self.best.update(self.model, entry, self.epoch)
-            self.stale = 0 if entry["best"] else self.stale + 1
-            shown = f", mAP {metrics.mAP:.4f}" if metrics else ""
-            best = " (best)" if entry["best"] else ""
-            logger.info("epoch %d: loss %.4g%s%s", self.epoch, entry["loss"], shown, best)
+            is_best = entry["best"]
+            self.validations_without_improvement = 0 if is_best else self.validations_without_improvement + 1
+            logger.info(
+                "epoch %d: loss %.4g%s%s",
+                self.epoch,
+                entry["loss"],
+                f", mAP {metrics.mAP:.4f}" if metrics else "",
+                " (best)" if is_best else "",
+            )
         self._record(entry | self.learning.end_epoch(entry, metrics, chance, last=self.is_over))
         if metrics and self.journal is not None and time.perf_counter() >= self._next_drawing:
-            began = time.perf_counter()
+            drawing_start = time.perf_counter()
             draw_curves(self.folder, self.journal.entries())
-            # Where evaluations follow each other fast, drawing takes no more than a twentieth of the time.
-            self._next_drawing = began + 20 * (time.perf_counter() - began)
+            # With frequent validations, drawing takes at most a twentieth of the time.
+            self._next_drawing = drawing_start + 20 * (time.perf_counter() - drawing_start)
 
     def averaged(self) -> Any:
-        """Let the model hold the moving average inside a `with` block, where there is one."""
+        """Return a context in which the model has the weights of the moving average, if there is one."""
         return self.trainer.average.applied() if self.trainer.average else nullcontext()
 
-    def evaluate(self, which: str) -> Metrics:
-        """Judge the model as it is on the `valid` or `evaluation` pack."""
-        return self.evaluate_on(getattr(self.data, which))
+    def evaluate(self, data: LabelledPack) -> Metrics:
+        """Return the metrics of the model with its current weights on a labelled pack."""
+        return evaluate_scores(self.predict(data), data.multi_hot(), self.model.labels)
 
-    def evaluate_on(self, data: LabelledPack) -> Metrics:
-        """Judge the model as it is on a labelled pack."""
-        return evaluate_scores(self._scores_on(data), data.multi_hot(), self.model.labels)
-
-    def _validate(self) -> tuple[Metrics, Chance]:
-        """Judge the model on the validation pack, and return what chance would give there as well."""
-        assert self.data.valid is not None
-        scores, targets = self._scores_on(self.data.valid), self.data.valid.multi_hot()
-        chance = chance_bounds(scores, targets, stream_seed(self.seed, Stream.CHANCE, self.epoch))
-        return evaluate_scores(scores, targets, self.model.labels), chance
-
-    def _scores_on(self, data: LabelledPack) -> np.ndarray:
+    def predict(self, data: LabelledPack) -> np.ndarray:
         """Return the probabilities (N, C) of every clip, the same on all ranks."""
         return predict_pack(
             self.model,
@@ -351,14 +357,14 @@ class Run:
             self.journal.record(entry)
 
     def _save(self) -> None:
-        """Write a state that this run, killed at any moment from now on, goes on from."""
-        # A state that holds nonsense would be no help; a finite loss may have had a gradient that was not.
-        self.finite.raise_if_not(self.step)
+        """Write the state that the run is resumed from if it is killed later."""
+        # Never save weights that are not finite; a finite loss may have had a gradient that was not.
+        self.finite_check.raise_if_not_finite(self.step)
         weights = [value for value in self.model.state_dict().values() if value.is_floating_point()]
         if not all(bool(value.isfinite().all()) for value in weights):
             raise UserError(
                 f"the weights are not finite after step {self.step}; training stops here, and the last checkpoint is "
-                "from before. Lower the learning rate or set grad_clip, which begins a new run"
+                "from an earlier step. Lower the learning rate or set grad_clip, which starts a new run"
             )
         tallies = [tally.state_dict(self.ranks) for tally in (self.window, self.epoch_tally)]
         learning = self.learning.state_dict()
@@ -368,7 +374,7 @@ class Run:
                 "trainer": self.trainer.state_dict(),
                 "tallies": tallies,
                 "best": [list(entry) for entry in self.best.saved],
-                "stale": self.stale,
+                "stale": self.validations_without_improvement,
                 "learning": learning,
                 "seconds": self.seconds,
                 "journal": self.journal.position(),
@@ -378,10 +384,11 @@ class Run:
 
     def _load(self, state: dict[str, Any]) -> None:
         self.trainer.load_state_dict(state["trainer"])
-        for tally, kept in zip((self.window, self.epoch_tally), state["tallies"], strict=True):
-            tally.load_state_dict(kept, self.ranks, self.device)
+        for tally, tally_state in zip((self.window, self.epoch_tally), state["tallies"], strict=True):
+            tally.load_state_dict(tally_state, self.ranks, self.device)
         self.best.saved = [(score, name) for score, name in state["best"]]
-        self.best.needed = {path.name for path in self.folder.glob("best_epoch=*.pt")}
+        self.best.in_last_state = {path.name for path in self.folder.glob("best_epoch=*.pt")}
         self.learning.load_state_dict(state.get("learning"), self.device)
-        self.step, self.stale, self.seconds = state["step"], state["stale"], state["seconds"]
-        logger.info("GOING ON after step %d of %d, in %s", self.step, self.total_steps, self.folder)
+        self.step, self.validations_without_improvement = state["step"], state["stale"]
+        self.seconds = state["seconds"]
+        logger.info("RESUMING after step %d of %d, in %s", self.step, self.total_steps, self.folder)

@@ -1,4 +1,4 @@
-"""From a prepared batch to its losses: mixtures, spectrograms, the teacher's output, the objective."""
+"""The forward pass of a batch: mixup, spectrograms, the online teacher, and the losses of the objective."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +18,7 @@ from training.tally import TargetTally
 
 
 class _CompiledStudent:
-    """A student whose computations are compiled as they are used first; in all else the student itself."""
+    """A student whose forward methods are compiled on first use; other attributes are those of the student."""
 
     def __init__(self, student: AudioTagger) -> None:
         self._student = student
@@ -30,18 +30,18 @@ class _CompiledStudent:
 
 
 class LossModule(nn.Module):
-    """Student and objective as one module, so that what joins the gradients of several processes sees both.
+    """Student and objective as one module, as DistributedDataParallel expects it.
 
     Args:
         model: the student.
-        objective: student and batch → losses; its own parameters are trained as well.
-        needs: of the objective.
-        replay: the augmentation of the batches' draws.
+        objective: computes the losses from student and batch; its own parameters are trained as well.
+        needs: requirements of the objective.
+        replay: applies the augmentation of the batches.
         mixup_on: `spectrogram`, `waveform`, or None for no mixup.
         compiled: compile the student's network with `torch.compile`.
-        add_teacher: returns the batch with a teacher's output for the student's input, see `add_teacher_output`; None
-            where the batch brings targets. A function, since the teacher is no part of what is trained.
-        targets: counts what the losses see.
+        add_teacher: returns the batch with the online teacher's output, see `add_teacher_output`; None if the batch has
+            targets. A function, not a module, since the teacher is not trained.
+        targets: collects statistics of the targets.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class LossModule(nn.Module):
         return self._spectrogram(self.model.front_end, mix_waveforms(batch) if self.mixup_on == "waveform" else batch)
 
     def _spectrogram(self, front_end: FrontEnd, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Return what a front-end makes of the clips or their mixtures, masked: (B, F, T), frames (B,) or None."""
+        """Return the masked spectrogram of the clips or their mixtures: (B, F, T), frames (B,) or None."""
         mel, n_frames = self.replay.spectrogram(front_end, batch)
         if self.mixup_on == "spectrogram":
             mel, n_frames = mix_spectrograms(mel, n_frames, batch.mixup_weight)
@@ -88,13 +88,13 @@ class LossModule(nn.Module):
 
 
 def add_teacher_output(teacher: Ensemble, needs: Needs, batch: Batch, spectrogram: Spectrogram) -> Batch:
-    """Return a batch with what a teacher computes of the same clips, augmented and mixed alike.
+    """Return a batch with a teacher's output for the same clips, with the same augmentation and mixup.
 
     Args:
         teacher: on the batch's device.
-        needs: of the objective, which say whether its probabilities, embeddings or layers are wanted.
-        batch: on its device.
-        spectrogram: the input of a model through its front-end.
+        needs: requirements of the objective: probabilities, embeddings or layers of the teacher.
+        batch: the batch.
+        spectrogram: computes the input of a model with its front-end.
     """
     if needs.targets == "classes":
         batch = replace(batch, target=teacher.probabilities(batch, spectrogram))

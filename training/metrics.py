@@ -1,4 +1,4 @@
-"""What a set of scores is worth: mAP, mAUC, d-prime, lwlrap and accuracies, for multi-label and single-label sets.
+"""Metrics of classification: mAP, mAUC, d-prime, lwlrap and accuracies, for multi-label and single-label sets.
 
 Shapes: N clips, C classes.
 """
@@ -14,17 +14,17 @@ import pandas as pd
 from common.columns import align_columns
 from common.errors import UserError, some
 
-AUC_MARGIN = 1e-6  # an AUC of 0 or 1 is read as this far from it, which keeps d-prime within +-6.72
+AUC_MARGIN = 1e-6  # AUCs are clipped to [margin, 1 - margin], which keeps d-prime within +-6.72
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The figures of one evaluation; those that the set does not define are None.
+    """The metrics of one evaluation; those that are undefined for the data are None.
 
     Attributes:
         mAP: mean over the classes that occur (at least one positive clip) of the average precision.
-        n_classes_scored: how many classes that is.
-        n_classes_absent: how many have no positive clip and are left out.
+        n_classes_scored: number of these classes.
+        n_classes_absent: number of classes without a positive clip, which are left out.
         mAUC: mean area under the ROC curve over the classes with both positive and negative clips.
         d_prime: sqrt(2) times the normal quantile of mAUC, which is first clipped to [1e-6, 1 - 1e-6].
         lwlrap: label-weighted label-ranking average precision: the mean over all labels of all clips of the precision
@@ -32,7 +32,7 @@ class Metrics:
         top1: share of the clips whose highest score is their label; None unless every clip has exactly one.
         hit1_among_present: share of the labelled clips whose highest score, among the classes that occur in the set,
             is one of their labels.
-        n_clips: how many clips were scored.
+        n_clips: number of clips.
         per_class: one row a class: index, label, n_positive, AP, AUC (NaN where undefined).
         confusion: (C, C) counts of clips, rows the true class, columns the class with the highest score; None unless
             every clip has exactly one label.
@@ -51,18 +51,18 @@ class Metrics:
     confusion: np.ndarray | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures without the tables, ready for JSON."""
+        """Return the metrics without the tables, for JSON."""
         return {name: value for name, value in vars(self).items() if name not in ("per_class", "confusion")}
 
     def summary(self) -> str:
-        """Return a table of two aligned columns, figure and value; undefined figures are left out."""
+        """Return a table of two aligned columns, metric and value; undefined metrics are left out."""
         absent = f" ({self.n_classes_absent} absent from the set, not counted)" if self.n_classes_absent else ""
         rows = [("clips", str(self.n_clips)), ("classes scored", f"{self.n_classes_scored}{absent}")]
         for name in ("mAP", "mAUC", "d_prime", "lwlrap", "top1", "hit1_among_present"):
             value = getattr(self, name)
             if value is not None:
                 rows.append((name.replace("_", " "), f"{value:.4f}"))
-        return "\n".join(align_columns(rows))
+        return align_columns(rows)
 
 
 def d_prime(auc: float) -> float:
@@ -100,7 +100,7 @@ def evaluate_scores(scores: Any, targets: Any, labels: list[str] | None = None) 
     """Compare scores with the labels.
 
     Args:
-        scores: (N, C), the higher the likelier; only their order counts, so logits and probabilities give the same.
+        scores: (N, C), higher means more likely; only their order matters, so logits and probabilities are equivalent.
         targets: (N, C) of 0 and 1, or (N,) integers: the one class of each clip.
         labels: the C class names for the per-class table; the indices stand in when absent.
 
@@ -113,9 +113,9 @@ def evaluate_scores(scores: Any, targets: Any, labels: list[str] | None = None) 
     """
     scores = np.asarray(scores)
     if scores.dtype.kind != "f":
-        scores = scores.astype(np.float64)  # unsigned integers have no negative to sort by
+        scores = scores.astype(np.float64)  # unsigned integers cannot be negated for sorting
     if scores.ndim != 2 or scores.size == 0:
-        raise UserError(f"scores must be a table of clips by classes; their shape is {scores.shape}")
+        raise UserError(f"expected scores of clips by classes, got the shape {scores.shape}")
     positive = _as_table(np.asarray(targets), scores.shape)  # (N, C) bool
     _check_finite(scores)
     n_clips, n_classes = scores.shape
@@ -124,9 +124,9 @@ def evaluate_scores(scores: Any, targets: Any, labels: list[str] | None = None) 
 
     n_positive = positive.sum(axis=0)  # (C,)
     if not n_positive.any():
-        raise UserError(f"none of the {n_clips} clips has a label: there is nothing to compare the scores with")
+        raise UserError(f"none of the {n_clips} clips has a label, so no metric is defined")
     precisions, areas = np.full(n_classes, np.nan), np.full(n_classes, np.nan)
-    for index in np.flatnonzero(n_positive):  # an absent class has no precision: a 0.0 would pull the mean down
+    for index in np.flatnonzero(n_positive):  # absent classes stay NaN: 0.0 would lower the mean
         precisions[index], areas[index] = average_precision_and_auc(scores[:, index], positive[:, index])
     mean_area = float(np.nanmean(areas)) if np.isfinite(areas).any() else None
 
@@ -153,7 +153,7 @@ def evaluate_scores(scores: Any, targets: Any, labels: list[str] | None = None) 
 
 
 def _as_table(targets: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return targets as (N, C) bool, or raise what does not fit."""
+    """Return targets as (N, C) bool; raise if their shape or values are invalid."""
     n_clips, n_classes = shape
     if targets.shape == (n_clips,) and np.issubdtype(targets.dtype, np.integer):
         wrong = targets[(targets < 0) | (targets >= n_classes)]
@@ -169,13 +169,13 @@ def _as_table(targets: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _check_finite(scores: np.ndarray) -> None:
-    """Raise when a score is NaN or infinite: no ranking exists then."""
+    """Raise if a score is NaN or infinite."""
     finite = np.isfinite(scores).all(axis=1)
     if not finite.all():
         bad = np.flatnonzero(~finite)
         raise UserError(
             f"the scores of {len(bad)} of {len(scores)} clips are NaN or infinite, at rows {some(map(str, bad))}: "
-            "look at those sounds, or at a model that diverged"
+            "check these sounds, and whether the model has diverged"
         )
 
 

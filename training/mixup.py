@@ -1,7 +1,7 @@
-"""Mixup (Zhang et al., ICLR 2018) on the spectrogram or the waveform, as CED trains: every clip with its mirror.
+"""Mixup (Zhang et al., ICLR 2018) of spectrograms or waveforms as in CED: every clip with its mirror in the batch.
 
 CED's loss of a mixture is the mixture of the losses. Binary cross-entropy is linear in the target, so that is the loss
-of the mixed target, and only targets and sounds are touched; so it is for cross-entropy with targets that sum to one.
+of the mixed target, and only targets and inputs are mixed; the same holds for cross-entropy if targets sum to one.
 The weights come with the batch, drawn for each clip and epoch: see `distill.dataset.ReplayDataset`.
 """
 
@@ -14,7 +14,7 @@ from distill.batch import Batch
 
 
 def mix_targets(batch: Batch) -> Batch:
-    """Return the batch with `target`, and `labels` where it has them, mixed with their mirror by `mixup_weight`."""
+    """Return the batch with `target`, and `labels` if it has any, mixed with their mirror by `mixup_weight`."""
     labels = None if batch.labels is None else _mixed(batch.labels, batch.mixup_weight)
     return replace(batch, target=_mixed(batch.target, batch.mixup_weight), labels=labels)
 
@@ -23,9 +23,9 @@ def mix_spectrograms(mel: Tensor, n_frames: Tensor | None, weight: Tensor) -> tu
     """Mix a batch of spectrograms with its mirror.
 
     Args:
-        mel: (B, F, T); a front-end writes silence where a clip has ended, so a shorter partner is silent there.
-        n_frames: (B,) each clip's own frames, or None where all are T.
-        weight: (B,) each clip's share.
+        mel: (B, F, T); front-ends pad with silence, so the shorter clip is silent at its end.
+        n_frames: (B,) number of frames of each clip, or None if all are T.
+        weight: (B,) weight of each clip.
 
     Returns:
         The mixtures (B, F, T) and the frames of each.

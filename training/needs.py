@@ -1,4 +1,7 @@
-"""Whether a configuration brings what its objective needs, and nothing that the objective has no use for."""
+"""Checks that a configuration has what its objective needs, and no settings that the objective ignores."""
+
+from collections.abc import Collection
+from dataclasses import fields
 
 from common.errors import Faults, UserError, some
 from distill.objectives import Needs, ObjectivePlan, list_objectives, plan_objective
@@ -9,19 +12,29 @@ from training.teacher import load_teacher
 _LEARNT = {"classes": "probabilities", "embeddings": "embeddings", "none": "without targets"}
 
 
-def plan_run(config: TrainConfig, faults: Faults) -> ObjectivePlan | None:
-    """Choose the objective of a configuration; note in `faults` where the configuration does not go with it."""
+def plan_run(config: TrainConfig, faults: Faults, chosen: Collection[str] = ()) -> ObjectivePlan | None:
+    """Choose the objective of a configuration, and check that the configuration fits it.
+
+    Args:
+        config: configuration of the run.
+        faults: gets what does not fit.
+        chosen: keys whose values were chosen automatically; the objective may ignore them.
+    """
     with faults.noted():
-        offered = {name: getattr(config, name) for name in ("loss", "loss_args", "label_smoothing")}
-        plan = plan_objective(config.objective, offered, **config.objective_args)
+        shared = {name: getattr(config, name) for name in ("loss", "loss_args", "label_smoothing")}
+        plan = plan_objective(config.objective, shared, **config.objective_args)
+        supported = {field.name for field in fields(plan.settings)}
+        given = [key for key, value in shared.items() if value != TrainConfig.model_fields[key].default]
+        if ignored := [key for key in given if key not in supported and key not in chosen]:
+            faults.add(f"objective {config.objective} does not use {' and '.join(ignored)}; remove this key")
         _check_targets(config, plan.needs, faults)
-        _check_the_rest(config, plan, faults)
+        _check_data(config, plan, faults)
         return plan
     return None
 
 
 def _check_targets(config: TrainConfig, needs: Needs, faults: Faults) -> None:
-    """Compare where targets come from with those that are needed."""
+    """Check where the targets come from."""
     name, learnt = config.objective, _LEARNT[needs.targets]
     if config.embeddingspath and needs.targets != "embeddings":
         others = list_objectives("embeddings")
@@ -32,7 +45,7 @@ def _check_targets(config: TrainConfig, needs: Needs, faults: Faults) -> None:
     stored = {"classes": config.logitspath, "embeddings": config.embeddingspath, "none": None}[needs.targets]
     unused = [key for key in ("logitspath", "teacher") if getattr(config, key)]
     if needs.teacher == "no" and unused:
-        faults.add(f"{' and '.join(unused)} are given, but objective {name} learns {learnt}, from no teacher; drop it")
+        faults.add(f"objective {name} learns {learnt}, without a teacher; drop {' and '.join(unused)}")
     elif needs.teacher == "online" and not config.teacher:
         faults.add(f"objective {name} learns from what a teacher computes; give teacher, a model's name or checkpoint")
     elif needs.teacher == "required" and not (stored or config.teacher):
@@ -50,39 +63,36 @@ def _check_targets(config: TrainConfig, needs: Needs, faults: Faults) -> None:
             )
     if needs.targets == "embeddings" and config.mixup is not None and config.embeddingspath:
         faults.add(
-            "mixup wants the embeddings of mixtures, which are not stored; drop mixup, or give a teacher in place of "
+            "mixup needs the embeddings of mixtures, which are not stored; drop mixup, or give a teacher instead of "
             "embeddingspath"
         )
 
 
-def _check_the_rest(config: TrainConfig, plan: ObjectivePlan, faults: Faults) -> None:
-    """Compare validation, clusters and mixup with what is needed."""
+def _check_data(config: TrainConfig, plan: ObjectivePlan, faults: Faults) -> None:
+    """Check evaluation data, clusters and mixup."""
     name, needs = plan.name, plan.needs
-    judges = [key for key in ("valid_data", "valid_fraction", "eval_data") if getattr(config, key)]
-    if needs.output is None and judges:
+    labelled = [key for key in ("valid_data", "valid_fraction", "eval_data") if getattr(config, key)]
+    if needs.output is None and labelled:
         share = ", or give the labels a share: --objective_args.lambda 0.1" if hasattr(plan.settings, "lambda_") else ""
         faults.add(
-            f"{' and '.join(judges)} would judge a model's classes, but objective {name} learns none without labels; "
-            f"drop that and judge the embeddings by `python run.py probe`{share}"
+            f"{' and '.join(labelled)} is for models with classes, but objective {name} learns none without labels; "
+            f"drop it and evaluate the embeddings with `python run.py probe`{share}"
         )
     if needs.clusters and not config.clusters:
         faults.add(f"objective {name} needs clusters, a file that scripts/cluster_embeddings.py wrote; add it")
     if config.clusters and config.sampler != "clusters" and not needs.clusters:
         users = [each for each in list_objectives() if plan_objective(each).needs.clusters]
-        faults.add(
-            f"clusters are given and nothing uses them; set sampler: clusters, or objective: {some(users)}, or drop "
-            "them"
-        )
+        faults.add(f"clusters are given but not used; set sampler: clusters, or objective: {some(users)}, or drop them")
     if config.mixup is not None and not needs.mixup:
-        why = "wants clips of one cluster each, which mixtures are not" if needs.clusters else "cannot use mixtures"
+        why = "needs clips of one cluster each, not mixtures" if needs.clusters else "does not support mixtures"
         faults.add(f"objective {name} {why}; drop mixup")
 
 
 def load_online_teacher(config: TrainConfig, needs: Needs) -> Ensemble:
-    """Load the teacher whose output is computed while the student learns.
+    """Load the online teacher.
 
     Raises:
-        UserError: it cannot be loaded, or has not what the objective needs.
+        UserError: it cannot be loaded, or does not provide what the objective needs.
     """
     assert config.teacher
     try:
@@ -91,8 +101,8 @@ def load_online_teacher(config: TrainConfig, needs: Needs) -> Ensemble:
         raise UserError(f"teacher: {error}") from None
     if needs.targets != "classes" and config.teacher_head:
         raise UserError(
-            f"teacher_head is for probabilities, but objective {config.objective} learns what the teacher computes "
-            "below, which is the same with any head; drop it"
+            f"teacher_head is for probabilities, but objective {config.objective} learns from the teacher's "
+            "embeddings or layers, which do not depend on a head; drop it"
         )
     if needs.targets == "embeddings" or needs.teacher_layers:
         teacher.single  # noqa: B018 - raises for several models
@@ -101,8 +111,8 @@ def load_online_teacher(config: TrainConfig, needs: Needs) -> Ensemble:
     teacher.check_classes()
     if needs.activation and teacher.activations != {needs.activation}:
         raise UserError(
-            f"teacher {config.teacher} answers by {' and '.join(sorted(teacher.activations))}, but loss {config.loss} "
-            f"is for {needs.activation}; set loss: "
+            f"teacher {config.teacher} has {' and '.join(sorted(teacher.activations))} outputs, but loss "
+            f"{config.loss} is for {needs.activation}; set loss: "
             + ("CrossEntropyLoss" if needs.activation == "sigmoid" else "BCEWithLogitsLoss")
             + ", or give a teacher that was trained with this loss"
         )

@@ -1,4 +1,4 @@
-"""What is optimised, by what, and at which learning rate."""
+"""Optimisation: frozen parameters, parameter groups, optimisers and learning-rate schedules."""
 
 import fnmatch
 import logging
@@ -18,37 +18,37 @@ logger = logging.getLogger(__name__)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
-    """Take parameters out of training.
+    """Freeze parameters.
 
     Args:
-        model: whose parameters are meant.
-        patterns: of their names, as a shell would match them: `patch_embed.*`, `blocks.[0-5].*`.
+        model: the model.
+        patterns: shell patterns of parameter names: `patch_embed.*`, `blocks.[0-5].*`.
 
     Returns:
-        The modules whose parameters are all frozen: their running statistics and dropout should rest as well.
+        The modules whose parameters are all frozen; they should stay in evaluation mode.
 
     Raises:
-        UserError: a pattern that no parameter matches, or nothing is left to train.
+        UserError: no parameter matches a pattern, or all are frozen.
     """
     parameters = dict(model.named_parameters())
     for pattern in patterns:
         names = fnmatch.filter(parameters, pattern)
         if not names:
-            heads = some(dict.fromkeys(name.split(".")[0] + ".*" for name in parameters), 12)
-            raise UserError(f"freeze: no parameter matches {pattern!r}; they start with {heads}")
+            prefixes = some(dict.fromkeys(name.split(".")[0] + ".*" for name in parameters), 12)
+            raise UserError(f"freeze: no parameter matches {pattern!r}; the names start with {prefixes}")
         for name in names:
             parameters[name].requires_grad_(False)
     if not any(p.requires_grad for p in parameters.values()):
-        raise UserError(f"freeze: {some(patterns)} leave nothing to train")
+        raise UserError(f"freeze: no parameter is left to train after {some(patterns)}")
     return [
         module
         for module in model.modules()
-        if (own := list(module.parameters())) and not any(p.requires_grad for p in own)
+        if (of_module := list(module.parameters())) and not any(p.requires_grad for p in of_module)
     ]
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
-    """Return how deep each parameter lies: 0 before the first numbered block, i + 1 in block i, more after them."""
+    """Return the depth of each parameter: 0 before the first numbered block, i + 1 in block i, more after them."""
     depths: dict[str, int] = {}
     deepest = 0
     for name, _ in model.named_parameters():
@@ -62,25 +62,25 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
 def parameter_groups(
     model: AudioTagger, objective: nn.Module, learning_rate: float | None = None, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """Return what to optimise, grouped by weight decay and, with `layer_decay`, by depth.
+    """Return parameter groups by weight decay and, with `layer_decay`, by depth.
 
-    Norms, biases and what a model names in `no_weight_decay` (position embeddings) are not decayed, as is usual for
-    transformers. An objective with parameters of its own (a projection, say) has them trained as well. Layer-wise
-    decay is that of BEiT (Bao et al., ICLR 2022): each block learns at `layer_decay` times the rate of the one above.
+    Norms, biases and the parameters in a model's `no_weight_decay` (position embeddings) have no weight decay, as is
+    usual for transformers. Parameters of the objective (a projection, for example) are included. Layer-wise decay is
+    that of BEiT (Bao et al., ICLR 2022): the learning rate of each block is `layer_decay` times that of the next one.
 
     Args:
-        model: its parameters that ask for a gradient are meant.
-        objective: of the run.
+        model: the student; frozen parameters are left out.
+        objective: the objective.
         learning_rate: of the topmost layer; needed with `layer_decay`.
-        layer_decay: between 0 and 1, or None for one rate.
+        layer_decay: between 0 and 1, or None for the same learning rate in all layers.
     """
-    spared, depths = model.no_weight_decay(), layer_depths(model)
+    excluded, depths = model.no_weight_decay(), layer_depths(model)
     top = max(depths.values())
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in [*model.named_parameters(), *objective.named_parameters(prefix="objective")]:
         if parameter.requires_grad:
             below = 0 if layer_decay is None else top - depths.get(name, top)
-            groups.setdefault((below, parameter.ndim > 1 and name not in spared), []).append(parameter)
+            groups.setdefault((below, parameter.ndim > 1 and name not in excluded), []).append(parameter)
     entries: list[dict[str, Any]] = []
     for (below, decayed), parameters in sorted(groups.items(), key=lambda group: (group[0][0], not group[0][1])):
         entry: dict[str, Any] = {"params": parameters} | ({} if decayed else {"weight_decay": 0.0})
@@ -99,14 +99,14 @@ def create_optimizer(
     """Build an optimiser by name.
 
     Args:
-        name: `Adam8bit` (bitsandbytes, where it is installed with a GPU; Adam otherwise, with one line that says so),
-            or `Adam`, `AdamW`, `SGD` of `torch.optim`.
-        parameters: what to optimise.
-        arguments: for the optimiser.
-        device: where the parameters are; on a GPU the fused form is taken, one kernel for all of them.
+        name: `Adam8bit` (of bitsandbytes; Adam without it or without a GPU, which is logged), or `Adam`, `AdamW`, `SGD`
+            of `torch.optim`.
+        parameters: parameters or parameter groups.
+        arguments: arguments of the optimiser.
+        device: device of the parameters.
 
     Raises:
-        UserError: the optimiser does not know an argument.
+        UserError: an argument is not supported by the optimiser.
     """
     factory = _adam_8bit(device) if name == "Adam8bit" else getattr(torch.optim, name)
     if factory is None:
@@ -122,7 +122,7 @@ def create_optimizer(
 def _adam_8bit(device: torch.device) -> Any:
     if device.type == "cuda":
         try:
-            import bitsandbytes  # optional; loads CUDA libraries, so only when asked for
+            import bitsandbytes  # optional; loads CUDA libraries
 
             return bitsandbytes.optim.Adam8bit
         except ImportError:
@@ -135,19 +135,18 @@ def ced_rate(iteration: int, warmup: int, total: int, decay_frac: float) -> floa
     """Return the learning rate of CED's published run at an iteration from 0, as a fraction of its peak.
 
     A line from exactly 0 reaches the peak at iteration `warmup` - 1. From there a cosine falls towards `decay_frac`
-    over `total` further iterations, of which the run makes only those that are left, so that it ends above
-    `decay_frac`. Without a warm-up, and with one of a single iteration, which has no room for a line, iteration 0 has
-    the peak.
+    over `total` further iterations; the run ends before, above `decay_frac`. With a warm-up of at most one iteration,
+    the peak is at iteration 0.
     """
     rise = max(warmup - 1, 0)  # iterations before the peak
     return iteration / rise if iteration < rise else _descend("cosine", (iteration - rise) / total, decay_frac)
 
 
 def fitted_rate(iteration: int, shape: str, warmup: int, total: int, decay_frac: float) -> float:
-    """Return the learning rate of a run whose descent ends with it, as a fraction of its peak.
+    """Return the learning rate of schedules that reach `decay_frac` at the end of the run, as a fraction of the peak.
 
-    A line from one part in `warmup` + 1 reaches the peak at iteration `warmup`; from there the rate falls to
-    `decay_frac` at `total`, or stays where it is (constant). The arguments are those of `create_schedule`.
+    A line from 1 / (`warmup` + 1) reaches the peak at iteration `warmup`; from there the rate falls to `decay_frac` at
+    `total`, or is constant. The arguments are those of `create_schedule`.
     """
     if iteration < warmup:
         return (iteration + 1) / (warmup + 1)
@@ -155,7 +154,7 @@ def fitted_rate(iteration: int, shape: str, warmup: int, total: int, decay_frac:
 
 
 def _descend(shape: str, progress: float, end: float) -> float:
-    """Return how far a descent from 1 to `end` has come when `progress` of it, from 0 to 1, is over."""
+    """Return the value of a descent from 1 to `end` at `progress`, from 0 to 1."""
     remaining = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[shape]
     return end + (1 - end) * remaining
 
@@ -170,7 +169,7 @@ def create_schedule(
         shape: ced (see `ced_rate`), or cosine, linear or constant (see `fitted_rate`).
         warmup: iterations, 0 for none.
         total: iterations of the whole run, warm-up included.
-        decay_frac: fraction of the peak that the descent goes down to.
+        decay_frac: final fraction of the peak.
     """
 
     def factor(iteration: int) -> float:
@@ -182,12 +181,12 @@ def create_schedule(
 
 
 def count_warmup(config: TrainConfig, epoch_steps: int, total_steps: int) -> int:
-    """Return the steps of the warm-up that a configuration asks for, shortened with a warning in short runs."""
+    """Return the number of warm-up steps; too many for a short run are reduced with a warning."""
     if not config.use_scheduler:
         return 0
-    wanted = config.warmup_iters or 0 if config.warmup_epochs is None else config.warmup_epochs * epoch_steps
-    if wanted < total_steps:
-        return wanted
+    warmup = config.warmup_iters or 0 if config.warmup_epochs is None else config.warmup_epochs * epoch_steps
+    if warmup < total_steps:
+        return warmup
     shortened = total_steps // 10
-    logger.warning("warm-up of %d iterations in a run of %d: shortened to %d", wanted, total_steps, shortened)
+    logger.warning("warm-up of %d iterations in a run of %d: shortened to %d", warmup, total_steps, shortened)
     return shortened

@@ -1,6 +1,6 @@
-"""Several processes that train one model: torchrun starts them, DistributedDataParallel joins their gradients.
+"""Training in several processes: started by torchrun, gradients are averaged by DistributedDataParallel.
 
-Whatever is decided (where to write, what to resume, when to stop) is decided alike by all; rank 0 alone writes.
+All ranks take the same decisions (output folder, resume, stop); only rank 0 writes files.
 """
 
 import os
@@ -19,11 +19,11 @@ from torch.distributed.rendezvous import rendezvous
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together.
+    """The rank of this process, and collective operations.
 
     Attributes:
-        rank: its number.
-        world_size: how many there are.
+        rank: rank of this process.
+        world_size: number of processes.
     """
 
     rank: int = 0
@@ -31,67 +31,65 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is rank 0, which writes files."""
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """Return the sum of every rank's `value`, the same on all of them."""
+        """Return the sum of `value` over all ranks, on every rank."""
         if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
         return value
 
-    def from_main(self, value: Any) -> Any:
-        """Return rank 0's `value` on every rank; tensors in it arrive on the CPU."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's `value` on every rank; tensors in it must be on the CPU."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
-    def of_all(self, value: Any) -> list[Any]:
-        """Return every rank's `value`, in the order of ranks, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in their order, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
         return values
 
 
 @contextmanager
-def joined_ranks() -> Iterator[Ranks]:
-    """Join the processes that torchrun has started; alone where it has not."""
+def process_group() -> Iterator[Ranks]:
+    """Initialise the process group of torchrun, if there is one; yield the ranks."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
         yield Ranks()
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # torchrun's static rendezvous, that of one node unless told otherwise, keeps one store over its restarts: without a
-    # prefix of its own, a rank that starts again could read there where a rank of the attempt before used to listen.
-    # (Over several nodes the c10d rendezvous makes a store an attempt, and nodes may count attempts differently.)
+    # torchrun's static rendezvous, the default on one node, uses one store for all restarts: without a prefix, a
+    # restarted rank could read addresses of the previous attempt. (On several nodes the c10d rendezvous creates a store
+    # for each attempt, and nodes may count attempts differently.)
     store, rank, _ = next(rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    # Both backends: a tensor goes by the one of its device.
+    # Both backends: the device of a tensor selects one.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield Ranks(rank, world_size)
-        # DistributedDataParallel never lets go of the group's threads. One that still holds tensors of the last
-        # exchange when Python ends would take the process with it (SIGABRT): let all come here, and the threads rest.
+        # DistributedDataParallel never stops the threads of the group. A thread that still has tensors of the last
+        # collective when Python exits aborts the process (SIGABRT): wait until all ranks are here and threads are idle.
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 @lru_cache(maxsize=64)
-def mirrored_shares(n: int, parts: int) -> tuple[np.ndarray, ...]:
-    """Split the positions 0 … n - 1 of a batch into shares that each hold every position together with its mirror.
+def split_mirrored(n: int, parts: int) -> tuple[np.ndarray, ...]:
+    """Split the positions 0 … n - 1 of a batch into shares that have every position together with its mirror.
 
-    Position i and n - 1 - i lie in the same share, mirrored, so that a share reversed is that share of the reversed
-    batch: mixup with the mirror gives the same mixtures in parts as in the whole. A batch with fewer pairs than parts
-    is not split: every part gets all of it, and counts that much less.
+    Positions i and n - 1 - i are in the same share, mirrored, so that a reversed share is that share of the reversed
+    batch: mixup with the mirror gives the same mixtures in parts as in the whole batch. A batch with fewer pairs than
+    parts is not split: every part is the whole batch, with a smaller weight.
 
     Returns:
         `parts` arrays of int64.
@@ -108,33 +106,30 @@ def mirrored_shares(n: int, parts: int) -> tuple[np.ndarray, ...]:
 
 
 class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm whose statistics are those of all ranks' batches together, on any device.
-
-    PyTorch's own SyncBatchNorm runs on GPUs alone.
-    """
+    """Batch norm with statistics over all ranks, on any device; PyTorch's SyncBatchNorm supports only GPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self._normalised(x) if self.training else super().forward(x)
-        for behind in self.children():  # timm's norms hold the activation that follows them
-            out = behind(out)
+        out = self._normalize(x) if self.training else super().forward(x)
+        for activation in self.children():  # timm's norms include the activation after them
+            out = activation(out)
         return out
 
-    def _normalised(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor) -> Tensor:
         dims = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         values = x.float()
-        count = torch.full((), x.numel() / x.shape[1], device=x.device)  # made there: nothing waits for a copy
+        count = torch.full((), x.numel() / x.shape[1], device=x.device)  # created on the device, which avoids a copy
         dist.all_reduce(count)
         mean = _sum_of_ranks(values.sum(dims)) / count
         centred = values - mean.view(shape)
         variance = _sum_of_ranks((centred**2).sum(dims)) / count
-        self._track(mean.detach(), variance.detach() * (count / (count - 1)))
+        self._update_running_stats(mean.detach(), variance.detach() * (count / (count - 1)))
         out = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)
 
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running_stats(self, mean: Tensor, variance: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked += 1
@@ -143,11 +138,11 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(variance, momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions will do."""
+        """Accept any number of dimensions."""
 
 
 class _SumOfRanks(torch.autograd.Function):
-    """Sum over ranks; the gradient of a sum that every rank uses is the sum of what they send back."""
+    """Sum over ranks; since every rank uses the sum, its gradient is the sum of the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -167,9 +162,9 @@ def _sum_of_ranks(value: Tensor) -> Tensor:
 
 
 def share_batch_norm(model: nn.Module) -> None:
-    """Make every batch norm of `model` use the statistics of all ranks; parameters and names stay.
+    """Replace every batch norm of `model`, except frozen ones, by one with statistics over all ranks.
 
-    One that is frozen looks at no batch and stays as it is.
+    Parameters, buffers and names do not change.
     """
     for name, module in list(model.named_modules()):
         parameters = list(module.parameters(recurse=False))

@@ -1,21 +1,24 @@
-"""From a configuration file to a run that is ready to start, or to one message with all that is wrong."""
+"""Preparing a run: from a configuration file to a `Run` that is ready to start, or one error with all faults."""
 
 import logging
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+import torch
 
 from common.errors import Faults, UserError
 from common.files import sha256
 from distill.embeddings import StoredEmbeddings
 from distill.mask_check import MaskFindings, check_masks
-from distill.objectives import TrainingFacts
+from distill.objectives import Needs, Objective, TrainingFacts
 from distill.store import MatchedItems
-from models import Ensemble
+from models import AudioTagger, Ensemble
 from models.devices import choose_device
-from training.automatic import Choice, automatic_keys, name_model, resolve, without_timed
+from training.automatic import Choice, fill_timed, list_automatic_keys, name_model, resolve
 from training.band_limit import describe_unusable_bands, measure_band_limits
 from training.budget import choose_epochs, choose_pace, time_run
 from training.config import AUTO, TrainConfig
@@ -32,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Prepared:
-    """A run that is ready to start or to go on.
+class PreparedRun:
+    """A run that is ready to start or to resume.
 
     Attributes:
-        run: to be fitted.
-        folder: its place on disk.
-        state: to go on from, on rank 0; None at the beginning.
+        run: the run.
+        folder: its folder on disk.
+        state: the state to resume from, on rank 0; None at the beginning.
     """
 
     run: Run
@@ -46,7 +49,7 @@ class Prepared:
     state: dict[str, Any] | None
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end; return the figures of the final model and the path of its weights."""
+        """Train to the end; return the metrics of the final model and the path of its weights."""
         result = self.run.fit(self.state)
         if self.run.ranks.is_main:
             self.folder.finish(result)
@@ -56,100 +59,69 @@ class Prepared:
 
 def prepare_run(
     config_file: str, overrides: dict[str, Any], seed: int, *, resume: str = "auto", ranks: Ranks | None = None
-) -> Prepared:
-    """Check a configuration and the data it names, build the model, find or make the run's folder and log into it.
+) -> PreparedRun:
+    """Check a configuration and its data, build the model, find or create the run's folder and start its log.
 
     Args:
         config_file: a YAML file, see `trainconfig/`.
-        overrides: key → value laid over it.
-        seed: of everything random; the caller has seeded PyTorch, which initial weights draw from.
+        overrides: key → value, in place of those of the file.
+        seed: of everything random; the caller has seeded PyTorch, from which initial weights are drawn.
         resume: `auto`, `never`, or the path of a run or of one of its states: see `training.run_folder.choose_folder`.
-        ranks: the processes that train together.
+        ranks: the processes of the run.
 
     Raises:
-        UserError: every fault of the configuration, its data, its model and its objective; nothing was written then.
+        UserError: all faults of the configuration, its data, its model and its objective; nothing has been written.
     """
     ranks = ranks or Ranks()
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        resume = "auto"  # torchrun repeats the command after a crash: on with what it has begun
+        resume = "auto"  # torchrun repeats the command after a crash: resume the run that it started
     faults = Faults(config_file)
-    stem = Path(config_file).stem
-    given, config, chosen = _read(config_file, overrides, seed, resume, ranks, faults)
-    train_data = config.train_data if config else None
+    given, config, choices = _read_config(config_file, overrides, seed, resume, ranks, faults)
+    name, train_data = Path(config_file).stem, config.train_data if config else None
     if config and config.smoke:
         faults.raise_if_any()
-        stem = f"{stem}_smoke"  # beside the real runs, whose `latest` stays theirs
-        config = ranks.from_main(smoke(config, Path(config.outputpath) / stem / "data") if ranks.is_main else None)
-        assert config is not None
-    plan = data = model = device = teacher = None
-    masks = MaskFindings()
-    if config:
-        with faults.noted():
-            device = choose_device(config.device)
-        plan = plan_run(config, faults)
-        if plan:
-            with faults.noted():
-                teacher = load_online_teacher(config, plan.needs) if config.teacher else None
-            data = open_training(config, seed, faults, plan.needs, teacher.labels if teacher else None)
-        if data and config.train_data == train_data:  # sounds that stand in for missing ones are short
-            masks = _check_masks(config, data, faults)
-        with faults.noted():
-            if plan:
-                model = create_student(config, data.labels if data else None, plan.needs)
-    faults.raise_if_any()
-    if config is None or data is None or plan is None or model is None or device is None:
-        raise AssertionError("a part is missing, and no fault was noted")
-    width = 0
-    if plan.needs.targets == "embeddings":
-        width = teacher.single.embed_dim if teacher else cast(StoredEmbeddings, data.source).width
-    objective = plan.build(model, TrainingFacts(seed, width)).to(device)
-    if teacher:
-        teacher.to(device)
+        name = f"{name}_smoke"  # a folder of its own, so that `latest` of the real runs does not change
+        config = ranks.broadcast(smoke(config, Path(config.outputpath) / name / "data") if ranks.is_main else None)
+    has_own_data = config is not None and config.train_data == train_data
+    parts = _build_parts(config, choices, seed, faults, has_own_data=has_own_data)
+    assert config is not None
+    if given and given.get("epochs") == AUTO and "epochs" not in choices and not config.smoke:
+        timed = _time_and_choose(config, given, parts, seed, ranks)
+        choices |= timed
+        config = config.model_copy(update={key: choice.value for key, choice in timed.items()})
 
-    if given and given.get("epochs") == AUTO and "epochs" not in chosen and not config.smoke:
-        timed = (config, data, model, objective, plan.needs, device, seed, ranks.world_size, teacher)
-        timing = ranks.from_main(time_run(*timed) if ranks.is_main else None)
-        absent = {"epoch_length": AUTO}  # a pass, unless the budget is shorter
-        fitting = choose_epochs(config, len(data.items), timing)
-        fitting = {key: choice for key, choice in fitting.items() if (absent | given).get(key) == AUTO}
-        chosen |= fitting
-        config = config.model_copy(update={key: choice.value for key, choice in fitting.items()})
-
-    identity = run_identity(config, seed, _data_identity(config, data, teacher))
-    parent = Path(config.outputpath) / stem / config.model
+    data, teacher = parts.data, parts.teacher
+    identity = run_identity(config, seed, _hash_data(config, data, teacher))
+    parent = Path(config.outputpath) / name / config.model
     found = choose_folder(parent, identity, resume) if ranks.is_main else None
-    path, state_path, there = ranks.from_main((found[0].path, found[1], found[2]) if found else None)
-    run_folder = found[0] if found else RunFolder(path)
-    run = Run(config, data, model.to(device), objective, plan.needs, path, device, seed, ranks, teacher)
+    path, state_path, is_resumed = ranks.broadcast((found[0].path, *found[1:]) if found else None)
+    folder = found[0] if found else RunFolder(path)
+    model, device = parts.model.to(parts.device), parts.device
+    run = Run(config, data, model, parts.objective, parts.needs, path, device, seed, ranks, teacher)
     state = None
     if ranks.is_main:
-        if not there:
-            run_folder.make(config, data.labels, identity, given, chosen)
+        if not is_resumed:
+            folder.make(config, data.labels, identity, given, choices)
         log_to(path / config.logfile, debug=config.debug)
-        state = run.states.load(state_path) if there else None
-        if there and state is None and _has_learned(path):
-            raise UserError(
-                f"{path} was being trained, but its checkpoints in {run.states.folder} are gone; bring them back, or "
-                "begin a new run with --resume never"
-            )
-        _describe(run, there, state)
-        for key, choice in chosen.items():
-            logger.info("chosen for these data: %s: %s (%s)", key, choice.value, choice.reason)
+        state = _load_state(run, state_path) if is_resumed else None
+        _log_start(run, is_resumed, state)
+        for key, choice in choices.items():
+            logger.info("chosen automatically: %s: %s (%s)", key, choice.value, choice.reason)
         limits = None if config.smoke else measure_band_limits(data.pack)
         bands = None if limits is None else describe_unusable_bands(limits, model, config.train_data)
-        for warning in filter(None, (masks.warning, bands)):
+        for warning in filter(None, (parts.mask_warning, bands)):
             logger.warning("%s", warning)
-    return Prepared(run, run_folder, state)
+    return PreparedRun(run, folder, state)
 
 
-def _read(
+def _read_config(
     config_file: str, overrides: dict[str, Any], seed: int, resume: str, ranks: Ranks, faults: Faults
 ) -> tuple[dict[str, Any] | None, TrainConfig | None, dict[str, Choice]]:
-    """Read a configuration and replace `auto`: by what an unfinished run of the same settings chose, else by the data.
+    """Read a configuration and replace `auto`: by the choices of an unfinished run with the same settings, or new ones.
 
     Returns:
-        The settings as they were given, the configuration, and what was chosen. What waits for a timing (`epochs`, and
-        what goes with it) has a value that only completes the configuration.
+        The settings as given, the configuration, and the choices. `epochs: auto` and the keys that depend on it have a
+        placeholder until the run has been timed.
     """
     given = read_settings(config_file, overrides, faults)
     if given is None:
@@ -161,37 +133,90 @@ def _read(
             f"budget chooses the number of epochs, but epochs is {given.get('epochs', 120)}; drop one of them, or set "
             "epochs: auto"
         )
-    settings, chosen = dict(given), {}
-    if automatic_keys(given):
+    settings, choices = dict(given), {}
+    if list_automatic_keys(given):
         if ranks.is_main:
-            folder = Path(str(given.get("outputpath", "experiments/"))) / Path(config_file).stem
-            recalled = recall_choices(folder, given, seed, resume)
-            chosen = resolve(given, faults) if recalled is None else recalled
-        chosen, faults.sentences[:] = ranks.from_main((chosen, faults.sentences))
-        settings |= {key: choice.value for key, choice in chosen.items()}
+            parent = Path(str(given.get("outputpath", "experiments/"))) / Path(config_file).stem
+            recalled = recall_choices(parent, given, seed, resume)
+            choices = resolve(given, faults) if recalled is None else recalled
+        choices, faults.sentences[:] = ranks.broadcast((choices, faults.sentences))
+        settings |= {key: choice.value for key, choice in choices.items()}
     if isinstance(settings.get("epochs"), int):
         pace = {key: choice for key, choice in choose_pace(settings["epochs"]).items() if settings.get(key) == AUTO}
-        chosen |= pace
+        choices |= pace
         settings |= {key: choice.value for key, choice in pace.items()}
-    return given, check_settings(TrainConfig, without_timed(settings), faults), chosen
+    return given, check_settings(TrainConfig, fill_timed(settings), faults), choices
 
 
-def _has_learned(path: Path) -> bool:
-    journal = path / "metrics.jsonl"
-    return any(path.glob("best_epoch=*.pt")) or (journal.is_file() and journal.stat().st_size > 0)
+@dataclass
+class _Parts:
+    """What a run is built from, besides its configuration and folder."""
+
+    data: TrainingData
+    model: AudioTagger
+    objective: Objective
+    needs: Needs
+    device: torch.device
+    teacher: Ensemble | None
+    mask_warning: str | None
 
 
-def _check_masks(config: TrainConfig, data: TrainingData, faults: Faults) -> MaskFindings:
-    """Look at the masks beside the clips' lengths; note in `faults` where too little would be left to learn from."""
-    store = config.logitspath or config.embeddingspath
-    found = check_masks(data.source.replay, data.source.n_reference[data.items], store)
-    if found.fault:
-        faults.add(found.fault)
-    return found
+def _build_parts(
+    config: TrainConfig | None, choices: Collection[str], seed: int, faults: Faults, *, has_own_data: bool
+) -> _Parts:
+    """Open the data and build student, objective and teacher.
+
+    Args:
+        config: None if it could not be read.
+        choices: keys whose values were chosen automatically.
+        seed: of the run.
+        faults: raised here with all faults of configuration, data, model and objective.
+        has_own_data: whether the data are those of the configuration, not the short sounds of a smoke run, for which
+            masks would be too long.
+    """
+    data = model = plan = device = teacher = None
+    masks = MaskFindings()
+    if config:
+        with faults.noted():
+            device = choose_device(config.device)
+        plan = plan_run(config, faults, choices)
+        if plan:
+            with faults.noted():
+                teacher = load_online_teacher(config, plan.needs) if config.teacher else None
+            data = open_training(config, seed, faults, plan.needs, teacher.labels if teacher else None)
+        if data and has_own_data:
+            store = config.logitspath or config.embeddingspath
+            masks = check_masks(data.source.replay, data.source.n_reference[data.items], store)
+            if masks.fault:
+                faults.add(masks.fault)
+        with faults.noted():
+            if plan:
+                model = create_student(config, data.labels if data else None, plan.needs)
+    faults.raise_if_any()
+    if data is None or plan is None or model is None or device is None:
+        raise AssertionError("a part is missing, and no fault was noted")
+    width = 0
+    if plan.needs.targets == "embeddings":
+        width = teacher.single.embed_dim if teacher else cast(StoredEmbeddings, data.source).width
+    objective = plan.build(model, TrainingFacts(seed, width)).to(device)
+    if teacher:
+        teacher.to(device)
+    return _Parts(data, model, objective, plan.needs, device, teacher, masks.warning)
 
 
-def _data_identity(config: TrainConfig, data: TrainingData, teacher: Ensemble | None) -> dict[str, Any]:
-    """What must not change under a run: the lists of its clips, the labels, the store's description, the teacher."""
+def _time_and_choose(
+    config: TrainConfig, given: dict[str, Any], parts: _Parts, seed: int, ranks: Ranks
+) -> dict[str, Choice]:
+    """Time the run, and choose the number of epochs and the keys that depend on it, as far as they are `auto`."""
+    args = (config, parts.data, parts.model, parts.objective, parts.needs, parts.device, seed)
+    timing = ranks.broadcast(time_run(*args, ranks.world_size, parts.teacher) if ranks.is_main else None)
+    settings = {"epoch_length": AUTO} | given  # an epoch is a pass, unless the budget is shorter
+    choices = choose_epochs(config, len(parts.data.items), timing)
+    return {key: choice for key, choice in choices.items() if settings.get(key) == AUTO}
+
+
+def _hash_data(config: TrainConfig, data: TrainingData, teacher: Ensemble | None) -> dict[str, Any]:
+    """Return facts and hashes of the clips, labels, store and teacher, which must not change when a run is resumed."""
     facts: dict[str, Any] = {"labels": data.labels, "items": len(data.items)}
     facts["train_data_sha256"] = sha256(data.pack.manifest)
     meta = Path(config.logitspath or "") / "meta.json"
@@ -204,15 +229,28 @@ def _data_identity(config: TrainConfig, data: TrainingData, teacher: Ensemble | 
     return facts
 
 
-def _describe(run: Run, there: bool, state: dict[str, Any] | None) -> None:
+def _load_state(run: Run, path: Path | None) -> dict[str, Any] | None:
+    """Load the state to resume from; None if the run was stopped before its first one."""
+    state = run.states.load(path)
+    journal = run.folder / "metrics.jsonl"
+    has_steps = any(run.folder.glob("best_epoch=*.pt")) or (journal.is_file() and journal.stat().st_size > 0)
+    if state is None and has_steps:
+        raise UserError(
+            f"{run.folder} has training steps, but its checkpoints in {run.states.folder} are missing; restore them, "
+            "or start a new run with --resume never"
+        )
+    return state
+
+
+def _log_start(run: Run, is_resumed: bool, state: dict[str, Any] | None) -> None:
     config, data, model = run.config, run.data, run.model
     logger.info("command: %s", " ".join(sys.argv))
-    if not there:
+    if not is_resumed:
         logger.info("NEW RUN, from step 0, in %s", run.folder)
     elif state is None:
-        logger.warning("GOING ON in %s, which was stopped before its first checkpoint: from step 0", run.folder)
+        logger.warning("RESUMING %s, which was stopped before its first checkpoint: from step 0", run.folder)
     logger.info(
-        "%s, %.2f M parameters, on %s x %d; %d chunks of %d clips to learn from",
+        "%s, %.2f M parameters, on %s x %d; %d training chunks of %d clips",
         config.model,
         sum(p.numel() for p in model.parameters()) / 1e6,
         run.device,
@@ -221,9 +259,8 @@ def _describe(run: Run, there: bool, state: dict[str, Any] | None) -> None:
         len(data.pack),
     )
     if run.teacher is not None:
-        logger.info("the output of %s is computed while the student learns", run.teacher.name)
+        logger.info("online teacher: %s", run.teacher.name)
     on_eval = data.valid is not None and data.valid is data.evaluation
     logger.log(logging.WARNING if on_eval and config.select_on is None else logging.INFO, "%s", data.selection)
     if isinstance(data.source, MatchedItems):
-        stored = len(data.source.epochs)
-        logger.info("%d stored epochs of targets, used in order and from the start again", stored)
+        logger.info("%d stored epochs of targets, used in order and then repeated", len(data.source.epochs))

@@ -1,4 +1,4 @@
-"""The report of a run: one page that holds everything and needs nothing, and the curves as a picture beside it."""
+"""The report of a run, `report.html`: one page without references to other files; and the plot `curves.png`."""
 
 import base64
 import importlib.metadata
@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import yaml
 
 from common.files import whole_file, write_text
-from training.baseline import Baseline, warning
-from training.figures import confusion_figure, curves_figure, png
+from training.baseline import Baseline, compare_with_baseline
+from training.figures import confusion_figure, curves_figure, render_png
 from training.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchaudio", "timm", "numpy", "pandas", "h5py", "soundfile", "soxr", "safetensors")
-MOST_DRAWN_CLASSES = 50  # of a confusion matrix that can be read
-RANKED = 10  # classes told as best, and as worst
-PAIRS = 10  # most-confused pairs, beside a picture
+MAX_DRAWN_CLASSES = 50  # of a readable confusion matrix
+RANKED = 10  # best classes, and worst classes
+PAIRS = 10  # most-confused pairs, below a plot
 PAIRS_ALONE = 30  # and without one
-MEANINGS = {
+DEFINITIONS = {
     "mAP": ("mAP", "average precision, mean over the classes that occur"),
     "mAUC": ("mAUC", "area under the ROC curve, mean over classes"),
     "d_prime": ("d\u2032", "√2 times the normal quantile of mAUC"),
@@ -38,7 +37,7 @@ MEANINGS = {
 def draw_curves(folder: Path, entries: list[dict[str, Any]]) -> None:
     """Write `curves.png`: losses, validation mAP, learning rate and speed over the steps of `entries`."""
     with whole_file(Path(folder) / "curves.png") as partial:
-        partial.write_bytes(png(curves_figure(entries)))
+        partial.write_bytes(render_png(curves_figure(entries)))
 
 
 def write_report(
@@ -59,14 +58,14 @@ def write_report(
     Args:
         folder: of the run.
         title: of the page.
-        facts: what to tell of the run, by name: model, data, seed, duration, device.
-        config: of the run.
+        facts: facts about the run by name: model, data, seed, duration, device.
+        config: configuration of the run.
         entries: the lines of `metrics.jsonl`.
-        results: of the final model, or None when there is no evaluation data.
-        results_name: what they were measured on.
-        selection: a sentence on how the checkpoint was chosen.
-        baseline: what simple features reach on the same data, shown beside `results`.
-        alert: what is wrong with the run, shown on top; lines after the first are items of a list.
+        results: metrics of the final model, or None without evaluation data.
+        results_name: name of the evaluation data.
+        selection: how the checkpoint was chosen, as a sentence.
+        baseline: the baseline on the same data, shown beside `results`.
+        alert: a warning shown on top; lines after the first are items of a list.
 
     Returns:
         The path of the page.
@@ -75,22 +74,25 @@ def write_report(
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # labels and file names are anybody's text
+        autoescape=True,  # labels and file names are user input
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["metric"] = lambda value: "-" if value is None or math.isnan(value) else f"{value:.4f}"
     page = environment.get_template("report.html.jinja").render(
         title=title,
         alert=None if alert is None else [line.removeprefix("  - ") for line in alert.splitlines()],
         facts=facts,
         selection=selection,
-        curves=_data_uri(png(curves_figure(entries))) if entries else None,
+        curves=_data_uri(render_png(curves_figure(entries))) if entries else None,
         results_name=results_name,
         results=None if results is None else _results(results),
-        baseline=None if baseline is None or results is None else _baseline(baseline, results),
+        baseline=None if results is None else baseline,
+        warning=compare_with_baseline(results, baseline) if results and baseline else None,
+        definitions=DEFINITIONS,
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-        versions=versions(),
+        versions=collect_versions(),
         command=shlex.join(["python", *sys.argv]),
     )
     target = Path(folder) / "report.html"
@@ -98,109 +100,67 @@ def write_report(
     return target
 
 
-def versions() -> dict[str, str]:
-    """Return what the run was made with: Python, the packages that compute, and the commit of the checkout if any."""
+def collect_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages, and the git commit of the checkout, if any."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # most are wanted by some runs only
+        except importlib.metadata.PackageNotFoundError:  # some packages are optional
             continue
     commit = _git_commit()
     return found | ({"git commit": commit} if commit else {})
 
 
 def _git_commit() -> str | None:
-    """Return the commit of this checkout, ending in "-dirty" where files differ from it, or None."""
-    if not (ROOT / ".git").exists():  # an unpacked archive, perhaps within somebody's repository
+    """Return the commit of this checkout, with "-dirty" appended if files differ from it, or None."""
+    if not (ROOT / ".git").exists():  # an unpacked archive, perhaps inside another repository
         return None
     command = ["git", "--no-optional-locks", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        answer = subprocess.run(
+        result = subprocess.run(
             [*command, "--exclude=*"], capture_output=True, text=True, timeout=5, check=True, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
-def _data_uri(picture: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _results(metrics: Metrics) -> dict[str, Any]:
-    """Return what the template shows of `metrics`."""
+    """Return the values of `metrics` for the template."""
     table = metrics.per_class
     scored = table[table.n_positive > 0].sort_values("AP", ascending=False, kind="stable")
-    n_worst = min(RANKED, len(scored) // 2)  # of few classes, none is told twice
-    rows = [
-        (name, f"{getattr(metrics, field):.4f}", meaning)
-        for field, (name, meaning) in MEANINGS.items()
-        if getattr(metrics, field) is not None
-    ]
+    n_worst = min(RANKED, len(scored) // 2)  # with few classes, none is listed twice
     return {
-        "figures": rows,
-        "chance": f"{(scored.n_positive / metrics.n_clips).mean():.4f}",
-        "n_clips": f"{metrics.n_clips:,}",
-        "n_scored": metrics.n_classes_scored,
-        "n_absent": metrics.n_classes_absent,
-        "best": _rows(scored.head(min(RANKED, len(scored) - n_worst))),
-        "worst": _rows(scored.tail(n_worst).iloc[::-1]),
-        "per_class": _rows(table),
+        "metrics": metrics,
+        "chance": (scored.n_positive / metrics.n_clips).mean(),
+        "best": scored.head(min(RANKED, len(scored) - n_worst)).to_dict("records"),
+        "worst": scored.tail(n_worst).iloc[::-1].to_dict("records"),
+        "per_class": table.to_dict("records"),
         "confusion": None if metrics.confusion is None else _confusion(metrics.confusion, table.label.tolist()),
     }
 
 
-def _baseline(baseline: Baseline, results: Metrics) -> dict[str, Any]:
-    """Return what the template shows of a baseline: its figures by name, and sentences."""
-    return {
-        "figures": {
-            name: f"{value:.4f}"
-            for field, (name, _) in MEANINGS.items()
-            if (value := getattr(baseline.metrics, field)) is not None
-        },
-        "sentence": baseline.sentence,
-        "warning": warning(baseline, results),
-    }
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return one dict a class, its figures as text, and AP as the length of a bar."""
-    return [
-        row
-        | {
-            "n_positive": f"{row['n_positive']:,}",
-            "AP": _or_dash(row["AP"]),
-            "AUC": _or_dash(row["AUC"]),
-            "bar": 0 if math.isnan(row["AP"]) else round(100 * row["AP"]),
-        }
-        for row in table.to_dict("records")
-    ]
-
-
-def _or_dash(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4f}"
-
-
 def _confusion(confusion: np.ndarray, labels: list[str]) -> dict[str, Any]:
-    """Return the picture (None for too many classes) and the most-confused pairs."""
-    drawn = len(labels) <= MOST_DRAWN_CLASSES
-    pairs = most_confused(confusion, PAIRS if drawn else PAIRS_ALONE)
+    """Return the plot (None for too many classes) and the most-confused pairs."""
+    drawn = len(labels) <= MAX_DRAWN_CLASSES
+    pairs = find_most_confused(confusion, PAIRS if drawn else PAIRS_ALONE)
     totals = confusion.sum(axis=1)
     return {
-        "picture": _data_uri(png(confusion_figure(confusion, labels))) if drawn else None,
+        "picture": _data_uri(render_png(confusion_figure(confusion, labels))) if drawn else None,
         "wide": len(labels) > 8,
-        "most_drawn": MOST_DRAWN_CLASSES,
-        "pairs": [
-            (labels[true], labels[predicted], f"{count:,}", f"{count / totals[true]:.1%}")
-            for true, predicted, count in pairs
-        ],
-        "n_wrong": f"{confusion.sum() - confusion.trace():,}",
+        "most_drawn": MAX_DRAWN_CLASSES,
+        "pairs": [(labels[true], labels[predicted], count, count / totals[true]) for true, predicted, count in pairs],
+        "n_wrong": confusion.sum() - confusion.trace(),
     }
 
 
-def most_confused(confusion: np.ndarray, most: int) -> list[tuple[int, int, int]]:
-    """Return the pairs (true class, predicted class, clips) that were mixed up most often, the most frequent first."""
+def find_most_confused(confusion: np.ndarray, most: int) -> list[tuple[int, int, int]]:
+    """Return the most frequent confusions, (true class, predicted class, number of clips), the most frequent first."""
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]

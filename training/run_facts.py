@@ -1,4 +1,4 @@
-"""What a run's report says of it, by name: model, data, targets, duration."""
+"""Facts about a run for its report: model, data, targets, duration."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -12,8 +12,8 @@ def describe_run(run: "Run", weights: "FinalWeights") -> dict[str, str]:
     """Return the facts of a finished run.
 
     Args:
-        run: after its last step.
-        weights: that it ends with.
+        run: the run.
+        weights: its final weights.
     """
     config, data = run.config, run.data
     return {
@@ -22,20 +22,20 @@ def describe_run(run: "Run", weights: "FinalWeights") -> dict[str, str]:
         "training data": f"{config.train_data}: {len(data.items)} chunks of {len(data.pack)} clips",
         "targets": describe_targets(run),
         "steps": f"{run.step} of {run.total_steps}, {config.batch_size} clips each",
-        "time training": f"{run.seconds:.0f} s on {run.device}, {run.ranks.world_size} process(es)",
+        "training time": f"{run.seconds:.0f} s on {run.device}, {run.ranks.world_size} process(es)",
         "seed": str(run.seed),
         "command": " ".join(sys.argv),
     }
 
 
 def describe_targets(run: "Run") -> str:
-    """Say what a run learns from: labels, a store, or a teacher."""
+    """Return the targets of a run as text: labels, a store, or a teacher."""
     config = run.config
     targets = f"soft targets of {config.logitspath}" if config.logitspath else None
     if config.embeddingspath:
         targets = f"embeddings of {config.embeddingspath}"
     if run.teacher is not None:
-        what = {"classes": "probabilities", "embeddings": "embeddings", "none": "layers"}[run.needs.targets]
-        targets = f"{what} of {run.teacher.name}, computed while training"
+        kind = {"classes": "probabilities", "embeddings": "embeddings", "none": "layers"}[run.needs.targets]
+        targets = f"{kind} of {run.teacher.name}, computed while training"
     from_labels = run.data.item_labels is not None or (targets is None and run.needs.targets == "classes")
-    return " and ".join(filter(None, ("labels" if from_labels else None, targets))) or "the sounds alone"
+    return " and ".join(filter(None, ("labels" if from_labels else None, targets))) or "only the sounds"

@@ -24,9 +24,8 @@ from models import AudioTagger, Ensemble, create_model, published_initialisation
 from models.base import Activation
 from models.labels import audioset_labels, labels_for, read_labels
 from training.config import SoftTargetConfig, TrainConfig
-from training.embedding import store_embeddings
 from training.labelled import open_pack
-from training.teaching import SoftTargets, Teaching
+from training.store_writer import SoftTargetContent, StoreWriter, store_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +161,7 @@ def _store_targets(folder: Path, manifest: str, labels: list[str]) -> str:
     settings = {"epochs": EPOCHS, "topk": 5, "num_workers": 0, "device": "cpu"}
     config = SoftTargetConfig.model_validate({"train_data": manifest, "model": TEACHER, **settings})
     teacher = Ensemble([_create_teacher(labels, "sigmoid")])
-    return str(Teaching(config, Pack.open(manifest), SoftTargets(teacher, config.topk), folder).save())
+    return str(StoreWriter(config, Pack.open(manifest), SoftTargetContent(teacher, config.topk), folder).save())
 
 
 def _cut(path: str, folder: Path, name: str) -> str:

@@ -1,7 +1,7 @@
-"""Checkpoints to go on from: everything a run needs to continue as if it had never stopped.
+"""States: checkpoints with everything that a run needs to be resumed exactly.
 
 A state is a file of tensors and plain values and a small JSON beside it with its size and SHA-256, written in this
-order, each whole or absent: a state counts once the JSON is there and what it says is true.
+order and atomically: a state is valid only if the JSON is there and matches.
 """
 
 import json
@@ -22,15 +22,15 @@ class States:
     """The states of one run.
 
     Args:
-        folder: of the states.
-        n: how many to keep; the one before the newest is there for the day the newest is damaged.
+        folder: folder of the states.
+        n: number of states to keep; the previous one is a fallback if the newest one is damaged.
     """
 
     def __init__(self, folder: Path, n: int = 2) -> None:
         self.folder, self.n = folder, n
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after `step` steps, then remove the oldest, and any of a later step: it is being redone."""
+        """Write the state after `step` steps, then remove the oldest, and those of later steps, which are outdated."""
         path = self.folder / f"step={step:09d}.pt"
         seal = path.with_suffix(".json")
         seal.unlink(missing_ok=True)
@@ -43,19 +43,19 @@ class States:
             _remove(old)
 
     def load(self, path: Path | None = None) -> dict[str, Any] | None:
-        """Read the newest state that is whole, or the one given; None where not even the first was ever finished.
+        """Read the newest valid state, or the one at `path`; None if none was ever written completely.
 
         Raises:
-            UserError: there are states and none of them is whole, or the one given is not.
+            UserError: there are states and none of them is valid, or the one given is not.
         """
         paths = [path] if path else self._paths()
-        if path and _fault(path) is None:
+        if path and _find_fault(path) is None:
             for later in [p for p in self._paths() if p.name > path.name]:
-                _remove(later)  # it is being redone, and what was written down after this one will be cut
+                _remove(later)  # its steps are repeated, and the journal is truncated to this state
         if all(p.name == "step=000000000.pt" and not p.with_suffix(".json").is_file() for p in paths):
             return None
         for candidate in paths:
-            fault = _fault(candidate)
+            fault = _find_fault(candidate)
             if fault is None:
                 try:
                     return torch.load(candidate, map_location="cpu", weights_only=True)
@@ -63,39 +63,39 @@ class States:
                     fault = f"{type(error).__name__}: {error}"
             logger.warning("CHECKPOINT DAMAGED: %s: %s", candidate, fault)
         raise UserError(
-            f"{self.folder}: none of the checkpoints {some(p.name for p in paths)} is whole, so there is nothing to go "
-            "on from; start anew with --resume never, or bring one of them back"
+            f"{self.folder}: none of the checkpoints {some(p.name for p in paths)} is valid; restore one of them, or "
+            "start a new run with --resume never"
         )
 
     def clear(self) -> None:
-        """Remove all states, once the run is finished."""
+        """Remove all states, after the run has finished."""
         for path in self._paths():
             _remove(path)
-        for rest in self.folder.glob(".*.partial*"):  # nobody else writes here
-            rest.unlink()
+        for partial in self.folder.glob(".*.partial*"):  # the folder has no other writer
+            partial.unlink()
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
     def _paths(self) -> list[Path]:
-        """Newest first."""
+        """Return the files of all states, newest first."""
         return sorted(self.folder.glob("step=*.pt"), reverse=True)
 
 
 def _remove(path: Path) -> None:
-    path.with_suffix(".json").unlink(missing_ok=True)  # first: without it the state does not count
+    path.with_suffix(".json").unlink(missing_ok=True)  # first: without it the state is not valid
     path.unlink()
 
 
-def _fault(path: Path) -> str | None:
-    """Say what is wrong with a state, None where nothing is."""
+def _find_fault(path: Path) -> str | None:
+    """Return why a state is not valid, or None."""
     if not path.with_suffix(".json").is_file():
-        return "it was not written to its end"
+        return "it was not written completely"
     try:
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        wanted_bytes, wanted = int(facts["bytes"]), str(facts["sha256"])
+        expected_size, expected_hash = int(facts["bytes"]), str(facts["sha256"])
         size = path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its checksum cannot be read ({error})"
-    if size != wanted_bytes:
-        return f"it has {size} bytes, wanted {wanted_bytes}"
-    return None if sha256(path) == wanted else "its content is not what was written (SHA-256 differs)"
+    if size != expected_size:
+        return f"it has {size} bytes, expected {expected_size}"
+    return None if sha256(path) == expected_hash else "its content has changed (SHA-256 differs)"

@@ -1,4 +1,4 @@
-"""Making a student ready: architecture, starting weights, and a head start from its data."""
+"""The student: architecture, initial weights, and initialisation from data."""
 
 import logging
 from collections.abc import Iterable
@@ -12,35 +12,36 @@ from common.errors import UserError
 from distill.batch import Batch
 from distill.objectives import Needs
 from models import AudioTagger, create_model, list_models, load_weights, published_initialisation
+from training.averaging import cumulative_statistics
 from training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 
 def create_student(config: TrainConfig, labels: list[str] | None, needs: Needs) -> AudioTagger:
-    """Build the model of a configuration with its starting weights.
+    """Build the model of a configuration with its initial weights.
 
     Args:
-        config: names the model, its arguments and where its weights start.
-        labels: the class names, or None where the data did not say (its faults are told anyway).
-        needs: of what it will be trained towards; they say whether it must give logits or probabilities.
+        config: names the model, its arguments and its initial weights.
+        labels: the class names, or None if the data could not be opened.
+        needs: requirements of the objective, such as logits or probabilities.
 
     Raises:
-        UserError: unknown model or argument; weights that cannot be had or do not fit; output that does not suit the
-            objective.
+        UserError: unknown model or argument; weights that cannot be loaded or do not fit; an output that the objective
+            does not support.
     """
     arguments = dict(config.model_args)
     arguments.pop("outputdim", None)  # published files may repeat the number of classes
     if needs.activation:
         arguments.setdefault("activation", needs.activation)
-    num_classes = None if labels is None else len(labels)  # 0 where embeddings alone are learnt
+    num_classes = None if labels is None else len(labels)  # 0 if only embeddings are learnt
     model = create_model(config.model, num_classes=num_classes, labels=labels, **arguments)
     if needs.output and model.outputs != needs.output:
         loss = "BCELoss" if model.outputs == "probabilities" else "BCEWithLogitsLoss"
         pooling = {"logits": "logit", "probabilities": "mean"}[needs.output]
         other = f" or model_args: {{pooling: {pooling}}}" if hasattr(model, "pooling") else ""
         raise UserError(
-            f"loss {config.loss} wants {needs.output}, but {config.model} gives {model.outputs}; set loss: {loss}"
+            f"loss {config.loss} expects {needs.output}, but {config.model} returns {model.outputs}; set loss: {loss}"
             f"{other}"
         )
     _start(model, config)
@@ -48,10 +49,10 @@ def create_student(config: TrainConfig, labels: list[str] | None, needs: Needs) 
 
 
 def starts_at_random(model: str, pretrained: bool | str | None) -> bool:
-    """Whether a model has no weights to start from: none are wanted, or none were published for it.
+    """Return whether a model starts from random weights: as configured, or because none are published.
 
     Args:
-        model: its name.
+        model: name of the model.
         pretrained: as in `TrainConfig`.
     """
     return pretrained is False or (
@@ -82,71 +83,66 @@ def _start(model: AudioTagger, config: TrainConfig) -> None:
             if config.pretrained:
                 raise
             logger.warning(
-                "%s STARTS FROM RANDOM WEIGHTS: its published initialisation cannot be had (%s). Published figures "
-                "start there. Give `pretrained: PATH` to use it, or false to say that you mean it.",
+                "%s STARTS FROM RANDOM WEIGHTS: its published initialisation, which published results start from, "
+                "cannot be loaded (%s). Set `pretrained: PATH`, or false for random weights.",
                 config.model,
                 error,
             )
 
 
 def check_lengths(model: AudioTagger, lengths: np.ndarray, world_size: int) -> None:
-    """See that a model can learn well from clips of several lengths.
+    """Check that a model can be trained on clips of several lengths.
 
     Args:
         model: the student.
-        lengths: (M,) of the clips.
-        world_size: processes that train together.
+        lengths: (M,) lengths of the items.
+        world_size: number of processes.
 
     Raises:
-        UserError: several processes, and a model that runs each length on its own.
+        UserError: several processes, and a model that computes each length separately.
     """
     if model.masks_padding or len(lengths) == 0:
         return
     shortest, longest = int(lengths.min()), int(lengths.max())
     if world_size > 1 and longest > shortest:
         raise UserError(
-            f"{model.name} runs every length of clip on its own, which several processes cannot do in step; give clips "
-            "of one length (chunk_length), give fill_chunks: true, or train in one process"
+            f"{model.name} computes each length of clip separately, which is not supported with several processes; "
+            "use clips of one length (chunk_length), set fill_chunks: true, or train in one process"
         )
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if norms and longest > 1.1 * shortest:  # a few samples more or less are all the same to it
+    if norms and longest > 1.1 * shortest:  # differences of a few samples do not matter
         logger.warning(
-            "%s runs every length of clip on its own, so that its batch norm learns with other statistics than it is "
-            "used with; cut the clips into chunks of one length (chunk_length, here or where the targets are saved), "
-            "or give fill_chunks: true",
+            "%s computes each length of clip separately, so its batch norm is trained with other statistics than it "
+            "uses in evaluation; cut the clips into chunks of one length (chunk_length, here or in the configuration "
+            "of the stored targets), or set fill_chunks: true",
             model.name,
         )
 
 
 @torch.no_grad()
 def start_from_data(model: AudioTagger, batches: Iterable[Batch], classes: str | None = "target") -> None:
-    """Set what the first thousands of iterations would otherwise find out.
+    """Initialise batch-norm statistics and the bias of the last layer from data, which saves thousands of iterations.
 
     Batch-norm statistics become those of the batches, and the last layer's bias becomes the log-odds of each class's
-    mean target, so that the untrained model already answers with the prior. What was loaded from elsewhere (statistics
-    that have seen batches, a bias that is not zero) stays as it is.
+    mean target, so that the untrained model predicts the prior. Loaded statistics, and a bias that is not zero, are
+    not changed.
 
     Args:
         model: on its device; left in training mode.
         batches: on the model's device.
-        classes: the field of a batch that holds the targets of the classes (B, C); None where there are none.
+        classes: the field of a batch with the targets of the classes (B, C); None if there are none.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.num_batches_tracked]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over all batches
     model.train()
     for other in model.modules():
         if isinstance(other, nn.modules.batchnorm._BatchNorm) and other not in norms:
-            other.eval()  # knows its statistics
+            other.eval()  # has loaded statistics
     targets = []
     rate = model.sample_rate
-    for batch in batches:
-        model(batch.waveforms[rate], batch.lengths[rate])
-        targets += [] if classes is None else [getattr(batch, classes)]
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    with cumulative_statistics(norms):
+        for batch in batches:
+            model(batch.waveforms[rate], batch.lengths[rate])
+            targets += [] if classes is None else [getattr(batch, classes)]
     model.train()
     if not targets:
         return

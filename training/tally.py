@@ -1,4 +1,4 @@
-"""Sums that stay on the device until somebody reads them: of losses over steps, of targets over clips."""
+"""Sums on the device that are read rarely: of losses over steps, of targets over clips."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ class Sums:
         self.sums: dict[str, Tensor] = {}
 
     def add_to(self, name: str, value: Tensor) -> None:
-        """Add to one of them; nothing waits for the device."""
+        """Add to one of them, without waiting for the device."""
         value = value.detach().double()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
@@ -27,7 +27,7 @@ class Sums:
         return {name: ranks.sum(value).cpu() for name, value in self.sums.items()}
 
     def restore(self, sums: Mapping[str, Tensor], ranks: Ranks, device: torch.device) -> None:
-        """Go on from what `over_ranks` returned; rank 0 carries it."""
+        """Restore what `over_ranks` returned: rank 0 has the sums, the others zeros."""
         self.sums = {name: value.to(device) * (1.0 if ranks.is_main else 0.0) for name, value in sums.items()}
 
 
@@ -37,28 +37,28 @@ class Tally(Sums):
     steps = 0
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
-        """Count one step."""
+        """Add the losses of one step."""
         self.steps += 1
         for name, value in losses.items():
             self.add_to(name, value)
 
     def means(self, ranks: Ranks) -> dict[str, float]:
-        """Return the mean of each loss over steps, summed over ranks (each of which counted its share)."""
+        """Return the mean of each loss over steps, summed over ranks (each has its share)."""
         if not self.steps:
             return {}
         sums = ranks.sum(torch.stack(list(self.sums.values()))) / self.steps
         return dict(zip(self.sums, sums.tolist(), strict=True))
 
     def reset(self) -> None:
-        """Begin again."""
+        """Set everything to zero."""
         self.steps, self.sums = 0, {}
 
     def state_dict(self, ranks: Ranks) -> dict[str, Any]:
-        """Return what `load_state_dict` takes."""
+        """Return the sums over all ranks and the number of steps."""
         return {"steps": self.steps, "sums": self.over_ranks(ranks)}
 
     def load_state_dict(self, state: dict[str, Any], ranks: Ranks, device: torch.device) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.steps = state["steps"]
         self.restore(state["sums"], ranks, device)
 
@@ -67,10 +67,10 @@ CLIPS = "clips"  # among the sums of targets
 
 
 class TargetTally(Sums):
-    """What constant outputs would have cost: sums over clips of an objective's target statistics.
+    """Sums over clips of an objective's target statistics, for the loss of a constant output.
 
     Args:
-        objective: of the run.
+        objective: the objective of the run.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -79,13 +79,13 @@ class TargetTally(Sums):
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
-        """Count the clips of a batch whose `target`, and `labels`, are those that the loss sees: mixed, for one."""
+        """Add the clips of a batch with the `target` and `labels` of the loss: after mixup."""
         for name, mean in self.objective.target_statistics(batch).items():
             self.add_to(name, mean.double() * len(batch))
         self.add_to(CLIPS, torch.full((), float(len(batch)), dtype=torch.float64, device=batch.target.device))
 
     def constant_loss(self, ranks: Ranks) -> float | None:
-        """Return the loss of the best constant output for the clips of all ranks; None where it is not known."""
+        """Return the loss of the best constant output for the clips of all ranks; None if it is not known."""
         if CLIPS not in self.sums:
             return None
         sums = self.over_ranks(ranks)
@@ -93,5 +93,5 @@ class TargetTally(Sums):
         return self.objective.constant_loss({name: value / n_clips for name, value in sums.items()})
 
     def reset(self) -> None:
-        """Begin again."""
+        """Set everything to zero."""
         self.sums = {}

@@ -1,4 +1,4 @@
-"""A teacher: one tagger or several whose probabilities are averaged, by their names."""
+"""Loading a teacher: one tagger, or an ensemble whose probabilities are averaged."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,32 +15,31 @@ def load_teacher(
     arguments: Mapping[str, Any] | None = None,
     heads: str | Sequence[str | None] | None = None,
 ) -> Ensemble:
-    """Load the member or members of a teacher; draws nothing from the global random state.
+    """Load the models of a teacher; draws nothing from the global random state.
 
     Args:
         models: names, checkpoints or runs' folders, see `models.load_model`.
-        weights: for each of them, in order, where they do not bring their own.
-        arguments: for all of them, in place of those of their checkpoints.
-        heads: for each of them, in order, see `models.heads.load_tagger`; None for one that tags by itself.
+        weights: for each model, in order, if it is not a checkpoint.
+        arguments: for all models, in place of those of their checkpoints.
+        heads: for each model, in order, see `models.heads.load_tagger`; None for its own classes.
 
     Raises:
-        UserError: a model or head that cannot be had; another number of weights or heads than models; labels that
-            differ.
+        UserError: a model or head cannot be loaded; the number of weights or heads is not that of models; the labels
+            of the models differ.
     """
     names = [models] if isinstance(models, str) else list(models)
-    given: Sequence[str | None] = [weights] if isinstance(weights, str) else weights or [None] * len(names)
-    if len(given) != len(names):
-        raise UserError(f"{len(names)} models and {len(given)} weights are given; give one file a model, in order")
-    on_top: Sequence[str | None] = [heads] if isinstance(heads, str) else heads or [None] * len(names)
-    if len(on_top) != len(names):
-        found = "one head is" if len(on_top) == 1 else f"{len(on_top)} heads are"
+    files: Sequence[str | None] = [weights] if isinstance(weights, str) else weights or [None] * len(names)
+    if len(files) != len(names):
+        raise UserError(f"found {len(files)} weights for {len(names)} models; give one file a model, in order")
+    head_names: Sequence[str | None] = [heads] if isinstance(heads, str) else heads or [None] * len(names)
+    if len(head_names) != len(names):
         raise UserError(
-            f"{len(names)} model{'s' * (len(names) > 1)} and {found} given; give a list with a head for each model, in "
-            "order, null for one that tags by itself"
+            f"found {len(head_names)} heads for {len(names)} models; give a list with a head for each model, in "
+            "order, null for the model's own classes"
         )
     with torch.random.fork_rng(devices=[]):
         members = [
-            load_tagger(name, weights=own, head=head, **arguments or {})
-            for name, own, head in zip(names, given, on_top, strict=True)
+            load_tagger(name, weights=file, head=head, **arguments or {})
+            for name, file, head in zip(names, files, head_names, strict=True)
         ]
     return Ensemble(members)

@@ -1,4 +1,4 @@
-"""The one step that trains everything; what differs is the objective and the source of its targets."""
+"""The training step, the same for all objectives and sources of targets."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,26 +11,26 @@ from torch.nn.parallel import DistributedDataParallel
 from distill.batch import Batch
 from distill.random_streams import Stream, stream_seed
 from training.averaging import MovingAverage
-from training.guarded_step import GuardedStep, changing_buffers
+from training.guarded_step import GuardedStep, find_updated_buffers
 from training.loss_module import LossModule
 from training.parallel import Ranks, share_batch_norm
 from training.precision import Precision
 
 
 class Trainer:
-    """Student and objective, and how they learn.
+    """Trains student and objective, one batch a step.
 
     Args:
-        loss_module: on its device.
-        optimizer: its parameters are those of student and objective.
-        schedule: stepped once a step, or None.
-        precision: the context to compute in.
-        seed: of dropout, stochastic depth and patch-out, which are drawn anew for each step as a pure function of it.
-        total_steps: of the run.
+        loss_module: student and objective, on their device.
+        optimizer: the optimiser of their parameters.
+        schedule: learning-rate schedule, stepped once a step, or None.
+        precision: context of the forward pass.
+        seed: of dropout, stochastic depth and patch-out: the random state is set from it and the number of each step.
+        total_steps: number of steps of the run.
         grad_clip: largest norm of the gradient, or None.
-        average: updated after each step, or None.
-        ranks: the processes that train together.
-        frozen_modules: stay in evaluation mode.
+        average: moving average, updated after each step, or None.
+        ranks: the processes of the run.
+        frozen_modules: modules that stay in evaluation mode.
     """
 
     def __init__(
@@ -56,39 +56,39 @@ class Trainer:
             share_batch_norm(model)
             unused = not loss_module.needs.whole_student
             self.wrapped = DistributedDataParallel(loss_module, broadcast_buffers=False, find_unused_parameters=unused)
-        self.guard = GuardedStep(optimizer, precision.scaler, changing_buffers(model, objective), grad_clip)
+        self.guard = GuardedStep(optimizer, precision.scaler, find_updated_buffers(model, objective), grad_clip)
 
     def train_mode(self) -> None:
-        """Switch to training, after an evaluation, say."""
+        """Switch to training mode, after an evaluation for example."""
         self.loss_module.train()
         for module in self.frozen_modules:
             module.eval()
 
     def step(self, parts: Sequence[Batch], weights: Sequence[float], number: int) -> dict[str, Tensor]:
-        """Learn from one batch; a gradient that is not finite changes nothing.
+        """Make one optimiser step; a gradient that is not finite changes nothing.
 
         Args:
-            parts: of the batch, on the device; several where gradients are accumulated, so that one at a time fits.
-            weights: the share of each part in the whole batch, over all ranks.
-            number: of the step, from 0.
+            parts: parts of the batch, on the device; several if gradients are accumulated.
+            weights: share of each part in the whole batch, over all ranks.
+            number: number of the step, from 0.
 
         Returns:
-            This rank's share of the batch's mean losses and of `grad_norm`, the norm of its gradient before it is
-            clipped, still on the device.
+            This rank's share of the mean losses of the batch and of `grad_norm`, the norm of the gradient before
+            clipping, on the device.
         """
-        self._draw_from(number)
+        self._seed_step(number)
         self.guard.keep_buffers()
         total: dict[str, Tensor] = {}
         for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-            with self._gradients_join(last=i == len(parts) - 1):
+            with self._sync_gradients(last=i == len(parts) - 1):
                 with self.precision.context():
                     losses = self.wrapped(part)
-                # Ranks are averaged by DistributedDataParallel; the shares of a batch are summed.
+                # DistributedDataParallel averages over ranks, but the shares of a batch must be summed.
                 scaled = losses["loss"] * (weight * self.ranks.world_size)
                 self.precision.scaler.scale(scaled).backward()
             for name, value in losses.items():
                 total[name] = total.get(name, 0.0) + value.detach() * weight
-        total["grad_norm"] = self.guard.step() / self.ranks.world_size  # all have the same one
+        total["grad_norm"] = self.guard.step() / self.ranks.world_size  # the same on all ranks, whose shares are summed
         self.optimizer.zero_grad(set_to_none=True)
         if self.schedule is not None:
             self.schedule.step()
@@ -97,31 +97,32 @@ class Trainer:
         self.loss_module.objective.after_step(self.loss_module.model, number + 1, self.total_steps)
         return total
 
-    def _draw_from(self, number: int) -> None:
-        """Set the random state of a step: patch-out is the same on all ranks, dropout is each one's own."""
+    def _seed_step(self, number: int) -> None:
+        """Set the random state of a step: patch-out is the same on all ranks, dropout is different."""
         seed = stream_seed(self.seed, Stream.DROPOUT, number, self.ranks.rank)
-        # As `torch.manual_seed`, which writes down a stack for every device that is not in use: 0.3 ms a step.
+        # `torch.manual_seed` would take 0.3 ms: it formats a stack trace for every device that is not initialised.
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(seed)
         if self.loss_module.model.generator is not None:
             self.loss_module.model.generator.manual_seed(stream_seed(self.seed, Stream.PATCH_OUT, number))
 
-    def _gradients_join(self, last: bool) -> Any:
+    def _sync_gradients(self, last: bool) -> Any:
+        """Return a context in which gradients are averaged over ranks only in the last part."""
         if last or not isinstance(self.wrapped, DistributedDataParallel):
             return nullcontext()
         return self.wrapped.no_sync()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that changes from step to step, as tensors and plain values."""
+        """Return everything that changes from step to step, as tensors and plain values."""
         return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         for name, part in self._parts().items():
             if name == "objective":
-                part.load_state_dict(state.get(name, {}))  # earlier versions left out an empty one
-            elif name != "scaler" or state[name]:  # empty where float16 was not used
+                part.load_state_dict(state.get(name, {}))  # earlier versions omitted an empty one
+            elif name != "scaler" or state[name]:  # empty without float16
                 part.load_state_dict(state[name])
 
     def _parts(self) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What `scripts/benchmark.py` measures, a module for each command."""
+"""The measurements of `scripts/benchmark.py`, a module for each command."""

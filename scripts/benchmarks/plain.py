@@ -1,4 +1,4 @@
-"""The plain way: the same weights in the operations of published code, one after another.
+"""Plain implementations: the same weights with the operations of published code, one after another.
 
 Letters: B batch, S samples, F mel bands, T frames, C classes, D width, H heads, N tokens, d width of a head.
 """
@@ -14,7 +14,7 @@ from models.audiotransformer import AudioTransformer
 from models.ced_mel import CedMel
 from models.layers import Attention, Block
 
-TIME_MASK, FREQUENCY_MASK = 192, 24  # widest masks, in frames and bands, as CED trains
+TIME_MASK, FREQUENCY_MASK = 192, 24  # widest masks of CED's recipes, in frames and bands
 
 
 def plain_mel(front_end: CedMel, waveform: Tensor) -> Tensor:
@@ -34,12 +34,12 @@ def plain_mel(front_end: CedMel, waveform: Tensor) -> Tensor:
 
 
 def plain_masks(mel: Tensor, batch: Batch) -> Tensor:
-    """Mask one stretch of time and one of frequency in each clip: (B,F,T) -> (B,F,T)."""
+    """Mask one range of time and one of frequency in each clip: (B,F,T) -> (B,F,T)."""
     mel = mel.clone()
     for i in range(len(mel)):
         for bins, widest in ((mel[i].T, TIME_MASK), (mel[i], FREQUENCY_MASK)):
             width = batch.value[i] * widest
-            start = int(batch.min_value[i] * (len(bins) - width))  # negative where the mask is the longer
+            start = int(batch.min_value[i] * (len(bins) - width))  # negative for a mask that is longer than the clip
             bins[max(start, 0) : start + int(width)] = 0.0
     return mel
 
@@ -64,7 +64,8 @@ def plain_attention(attention: Attention, x: Tensor, bias: Tensor | None = None)
     qkv = attention.qkv(x).reshape(batch, n_tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = qkv.unbind(0)  # each (B,H,N,d)
     weights, scale = query @ key.transpose(-2, -1), query.shape[-1] ** -0.5
-    weights = weights * scale if bias is None else torch.add(bias, weights, alpha=scale)  # as many passes over them
+    # Scale and bias in one operation, so that a bias adds no pass over the weights.
+    weights = weights * scale if bias is None else torch.add(bias, weights, alpha=scale)
     out = weights.softmax(dim=-1) @ value
     return attention.proj(out.transpose(1, 2).reshape(batch, n_tokens, width)), key
 

@@ -1,8 +1,8 @@
-"""Tag files the straightforward way: one file at a time, one window at a time, attention weights materialised.
+"""Tag files in the simplest way: one file and one window at a time, attention weights materialised.
 
     python scripts/benchmarks/plain_tag.py CHECKPOINT OUTPUT.json CHUNK_SECONDS FILE...
 
-What a reader of a published model's page would write; `scripts/benchmark.py tag` times it as a whole process.
+`scripts/benchmark.py tag` times it as a whole process.
 """
 
 import json

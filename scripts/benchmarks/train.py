@@ -1,4 +1,4 @@
-"""The training step beside a plain one: see `scripts/benchmark.py train`.
+"""The project's training step and a plain one, to be timed: see `scripts/benchmark.py train`.
 
 Letters: B batch, S samples, F mel bands, T frames, C classes.
 """
@@ -24,19 +24,19 @@ from training.optim import create_optimizer, parameter_groups
 from training.precision import Precision
 from training.trainer import Trainer
 
-Step = Callable[[Batch], Tensor | float]  # learns from a batch, returns its loss
+Step = Callable[[Batch], Tensor | float]  # updates the weights, returns the loss
 
 LEARNING_RATE = 1e-3
 
 
 def create_transformer(name: str, num_classes: int) -> AudioTransformer:
-    """Build the audio transformer `name`, whose operations the plain step knows, with logits for output.
+    """Build the audio transformer `name` with logits as output.
 
     Raises:
-        UserError: `name` is another kind of model.
+        UserError: `name` is another kind of model, which the plain step does not implement.
     """
     if not name.startswith(("ced_", "audiotransformer_")):
-        raise UserError(f"the plain step is that of audio transformers, and {name!r} is none; try ced_tiny")
+        raise UserError(f"the plain step requires an audio transformer, and {name!r} is none; try ced_tiny")
     return cast(AudioTransformer, create_model(name, num_classes=num_classes, pooling="logit"))
 
 
@@ -44,11 +44,11 @@ def make_batch(model: AudioTransformer, batch_size: int, seconds: float, device:
     """Return a batch of noise with random targets, on its device.
 
     Args:
-        model: says the sample rate and the classes.
+        model: whose sample rate and number of classes are used.
         batch_size: B.
         seconds: length of the clips.
-        device: gets the batch.
-        seed: of all of it.
+        device: of the batch.
+        seed: of all values.
     """
     generator = torch.Generator().manual_seed(seed)
     n_samples = round(seconds * model.sample_rate)
@@ -68,8 +68,8 @@ def make_batch(model: AudioTransformer, batch_size: int, seconds: float, device:
     ).to(device)
 
 
-def project_step(model: AudioTransformer, mode: str, device: torch.device, compiled: bool) -> Step:
-    """Return the project's own training step of `model`."""
+def make_project_step(model: AudioTransformer, mode: str, device: torch.device, compiled: bool) -> Step:
+    """Return the project's training step of `model`."""
     plan = plan_objective("target", loss="BCEWithLogitsLoss")
     objective = plan.build(model)
     replay = Replay(
@@ -85,8 +85,8 @@ def project_step(model: AudioTransformer, mode: str, device: torch.device, compi
     return lambda batch: trainer.step([batch], [1.0], 0)["loss"]
 
 
-def plain_step(model: AudioTransformer, mode: str, device: torch.device) -> Step:
-    """Return the plain training step of `model`: see `plain_logits`."""
+def make_plain_step(model: AudioTransformer, mode: str, device: torch.device) -> Step:
+    """Return the plain training step of `model`, whose forward pass is `plain_logits`."""
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, foreach=False)
     precision = Precision(mode, device)
     model.train()
@@ -106,7 +106,7 @@ def plain_step(model: AudioTransformer, mode: str, device: torch.device) -> Step
 
 
 def count_flops(model: AudioTransformer, batch: Batch) -> int:
-    """Return the floating-point operations of one training step: products of matrices alone, forward and backward."""
+    """Return the floating-point operations of one training step: matrix products only, forward and backward."""
     mel = plain_mel(cast(CedMel, model.front_end), batch.waveforms[model.sample_rate])
     with FlopCounterMode(display=False) as counter:
         plain_logits(model, mel).sum().backward()

@@ -1,1 +1,1 @@
-"""Clusters of embeddings: how they are found, how good they are, what they look like."""
+"""Clusters of embeddings: k-means, scores and figures."""

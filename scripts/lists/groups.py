@@ -1,10 +1,12 @@
-"""Groups of clips that must stay in one list: by a column, by folder, or since their files hold the same bytes."""
+"""Groups of clips that must stay in one list: by column, by folder, or by identical files."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from audio.manifest import GROUP_COLUMNS
 from common.errors import UserError, did_you_mean, some
@@ -17,11 +19,11 @@ class Groups:
     """The groups of N clips.
 
     Attributes:
-        columns: that make them; none where every clip is its own.
-        by_column: the group that the columns alone make, int64 (N,).
-        joined: the group with identical files joined, int64 (N,).
+        columns: that define the groups; none if every clip is a group of its own.
+        by_column: groups by the columns alone, int64 (N,).
+        joined: groups with identical files joined, int64 (N,).
         identical: rows of each set of identical files.
-        notes: sentences on what was found.
+        notes: for the report.
     """
 
     columns: list[str]
@@ -32,7 +34,7 @@ class Groups:
 
 
 def find_groups(table: pd.DataFrame, given: str, identical: Sequence[Sequence[str]] = ()) -> Groups:
-    """Find what must not be split; where that is the deepest folder, a column `folder` is added to the table.
+    """Find the groups that must not be split; for groups by folder, a column `folder` is added to the table.
 
     Args:
         table: of clips, with the column `filename`.
@@ -48,13 +50,13 @@ def find_groups(table: pd.DataFrame, given: str, identical: Sequence[Sequence[st
     by_column = join_groups(len(table), [table[column].tolist() for column in columns])
     notes = []
     if columns and not given:
-        notes.append(f"taken for the name {columns[0]!r}; --group none for no groups")
+        notes.append(f"chosen by the name {columns[0]!r}; --group none for no groups")
     row_of = {name: row for row, name in enumerate(table["filename"])} if identical else {}
     sets = [rows for names in identical if len(rows := [row_of[name] for name in names if name in row_of]) > 1]
     if sets:
         example = some((table["filename"][row] for row in sets[0]), 2)
         notes.append(
-            f"files that hold the same bytes as another: {sum(map(len, sets))}, in {len(sets)} sets that are not split "
+            f"files with the same bytes as another: {sum(map(len, sets))}, in {len(sets)} sets that are not split "
             f"({example})"
         )
         notes += _note_label_conflicts(table, sets)
@@ -73,7 +75,7 @@ def _choose_columns(table: pd.DataFrame, given: str) -> list[str]:
         if name not in (*columns, FOLDER):
             raise UserError(
                 f"--group {name!r} is no column of the pattern or the table{did_you_mean(name, [*columns, FOLDER])}; "
-                f"wanted {some([*map(repr, columns), repr(FOLDER)], 20)} (the deepest folder)"
+                f"expected {some([*map(repr, columns), repr(FOLDER)], 20)} (the deepest folder)"
             )
     return chosen
 
@@ -90,35 +92,23 @@ def _note_label_conflicts(table: pd.DataFrame, sets: list[list[int]]) -> list[st
 
 
 def join_groups(n_clips: int, keys: Iterable[Sequence[str]], sets: Iterable[Sequence[int]] = ()) -> np.ndarray:
-    """Number the groups that must not be split.
+    """Number the connected components of clips that must not be split.
 
     Args:
         n_clips: N.
-        keys: columns of N strings: clips with the same string in one of them belong together; "" is no group.
-        sets: positions of further clips that belong together.
+        keys: columns of N strings: clips with the same string in a column belong together; "" is no group.
+        sets: rows of further clips that belong together.
 
     Returns:
         The group of each clip, int64 (N,): 0 to G - 1, numbered in the order of their first clips.
     """
-    parent = list(range(n_clips))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    def join(i: int, j: int) -> None:
-        low, high = sorted((root(i), root(j)))
-        parent[high] = low
-
+    pairs: list[tuple[int, int]] = [(same[0], i) for same in sets for i in same[1:]]
     for column in keys:
         first: dict[str, int] = {}
-        for i, key in enumerate(column):
-            if key and (j := first.setdefault(key, i)) != i:
-                join(j, i)
-    for same in sets:
-        for i in same[1:]:
-            join(same[0], i)
-    # The root of a group is its first clip.
-    return np.unique([root(i) for i in range(n_clips)], return_inverse=True)[1].astype(np.int64)
+        pairs += [(first.setdefault(key, i), i) for i, key in enumerate(column) if key]
+    one, other = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    edges = coo_array((np.ones(len(one), dtype=bool), (one, other)), shape=(n_clips, n_clips))
+    component = connected_components(edges, directed=False)[1]
+    # Numbers of components are not documented to follow the order of their first clips.
+    first_rows, group = np.unique(component, return_index=True, return_inverse=True)[1:]
+    return np.argsort(np.argsort(first_rows))[group]

@@ -1,7 +1,7 @@
-"""Lists as files: tab-separated tables in one folder, with a record of what they were made from.
+"""Files of lists: tab-separated tables in one folder, with a record of their provenance.
 
-The record (lists.json) holds the SHA-256 of each list. A list that still has it was made by the command and is not
-edited since: it may be replaced, or removed where new lists have no such part.
+The record (lists.json) has the SHA-256 of each list. A list whose hash is in the record was made by the command and not
+edited since: it may be replaced, or removed if the new lists have no such part.
 """
 
 import hashlib
@@ -22,26 +22,26 @@ def write_lists(folder: Path, lists: dict[str, pd.DataFrame], record: dict[str, 
     """Write lists and their record, and remove lists of an earlier record that are not among them.
 
     Args:
-        folder: made where missing.
+        folder: created if missing.
         lists: file name → table; of `LIST_FILES`.
-        record: what they were made from; goes into lists.json.
-        overwrite: replace lists that no record knows, too.
+        record: their provenance, written to lists.json.
+        overwrite: also replace lists that are not in the record.
 
     Returns:
         The earlier lists that were removed.
 
     Raises:
-        UserError: `folder` is a file, or holds another list of that name; nothing is written then.
+        UserError: `folder` is a file, or has another list of that name; nothing is written then.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; wanted a folder for the lists (--output)")
+        raise UserError(f"{folder}: is a file; expected a folder for the lists (--output)")
     known = _read_record(folder)
     texts = {name: table.to_csv(sep="\t", index=False, lineterminator="\n") for name, table in lists.items()}
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     present = {name: sha256(folder / name) for name in LIST_FILES if (folder / name).is_file()}
     blocked = [name for name in LIST_FILES if (folder / name).exists() and name not in present]
     if blocked:
-        raise UserError(f"{folder / blocked[0]}: is no file; choose another --output")
+        raise UserError(f"{folder / blocked[0]}: is not a file; choose another --output")
     foreign = [
         str(folder / name)
         for name, found in present.items()
@@ -51,11 +51,11 @@ def write_lists(folder: Path, lists: dict[str, pd.DataFrame], record: dict[str, 
         foreign.append(str(folder / RECORD))
     if foreign and not overwrite:
         raise UserError(
-            f"{some(foreign)}: there already, and not as this command wrote it; choose another --output, or add "
-            "--overwrite"
+            f"{some(foreign)}: exists, and was not written by this command or edited since; choose another --output, "
+            "or add --overwrite"
         )
     removed = [folder / name for name in present if name not in hashes and present[name] in known.get(name, [])]
-    # First the record, with what it replaces: stopped in between, all that lies here is still known.
+    # The record comes first, with the earlier hashes: after an interruption, all lists here are in it.
     earlier = {name: [found] for name, found in present.items() if found in known.get(name, [])}
     of_files = {name: [hashes[name], *earlier.get(name, [])] for name in hashes}
     write_json(folder / RECORD, record | {"sha256": earlier | of_files})
@@ -68,7 +68,7 @@ def write_lists(folder: Path, lists: dict[str, pd.DataFrame], record: dict[str, 
 
 
 def _read_record(folder: Path) -> dict[str, list[str]]:
-    """Return the SHA-256 of each list that an earlier call wrote; nothing where there is no such record."""
+    """Return the SHA-256 of each list that an earlier call wrote; empty without a valid record."""
     try:
         known = json.loads((folder / RECORD).read_text(encoding="utf-8"))["sha256"]
         return {str(name): [str(found) for found in hashes] for name, hashes in known.items()}

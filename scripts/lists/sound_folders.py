@@ -173,12 +173,12 @@ def _no_sounds(found: SoundFolder) -> str:
     if found.foreign:
         return (
             f"{found.root}: all its sounds are in formats that cannot be decoded "
-            f"({count_extensions(found.foreign)}); convert them to .flac or .wav first"
+            f"({format_extensions(found.foreign)}); convert them to .flac or .wav first"
         )
     inside = [
         f"{n} {what}"
         for n, what in (
-            (found.not_sounds.total(), f"files that are no sounds ({count_extensions(found.not_sounds)})"),
+            (found.not_sounds.total(), f"files that are no sounds ({format_extensions(found.not_sounds)})"),
             (len(found.empty), "empty files"),
             (len(found.unlistable), "files with names that no list can hold"),
             (len(found.broken_links), "broken links"),
@@ -189,7 +189,7 @@ def _no_sounds(found: SoundFolder) -> str:
     return f"{found.root}: the folder holds no sound; found {', '.join(inside) or 'nothing'}; wanted one of {known}"
 
 
-def count_extensions(counts: Counter[str], limit: int = 8) -> str:
+def format_extensions(counts: Counter[str], limit: int = 8) -> str:
     """Return ".txt 12, .csv 1, without extension 1", the most frequent first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return some((f"{extension or 'without extension'} {n}" for extension, n in ordered), limit)

@@ -116,7 +116,7 @@ def keep_published(
         labels: of each clip, see `stratify`.
         groups: of each clip, int (N,).
         valid: share of valid in the train clips; 0 for none.
-        order: of each clip, see `random_order`.
+        order: of each clip, see `compute_order`.
     """
     read = read_published_lists(values)
     column = str(values.name)
@@ -149,7 +149,7 @@ def draw_split(labels: Sequence[str], groups: np.ndarray, options: SplitOptions,
         labels: of each clip, see `stratify`.
         groups: of each clip, int (N,).
         options: the shares, or the number of folds.
-        order: of each clip, see `random_order`.
+        order: of each clip, see `compute_order`.
 
     Raises:
         UserError: a list or a fold stays empty.
@@ -197,7 +197,7 @@ def _by_number(fold: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", fold)]
 
 
-def count_crossing(groups: np.ndarray, lists: Sequence[str]) -> int:
+def count_split_groups(groups: np.ndarray, lists: Sequence[str]) -> int:
     """Return how many groups have clips in more than one list (or fold)."""
     pairs = pd.DataFrame({"group": groups, "list": list(lists)}).drop_duplicates()
     return int((pairs["group"].value_counts() > 1).sum())

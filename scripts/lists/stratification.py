@@ -24,7 +24,7 @@ _MOST_PASSES = 5
 _LEAST_GAIN = 1e-6
 
 
-def random_order(names: Sequence[str], seed: int) -> np.ndarray:
+def compute_order(names: Sequence[str], seed: int) -> np.ndarray:
     """Return a number for each name that depends on it and the seed alone, uint64 (N,)."""
     prefix = f"{seed}\0".encode()
     digests = [hashlib.blake2b(prefix + name.encode("utf-8"), digest_size=8).digest() for name in names]
@@ -45,7 +45,7 @@ def stratify(
         labels: of each clip, joined by ";"; "" for none.
         groups: of each clip, int (N,), from 0.
         shares: of the L lists; they sum to 1.
-        order: of each clip, (N,): breaks ties between equal groups, see `random_order`.
+        order: of each clip, (N,): breaks ties between equal groups, see `compute_order`.
         first_has_all: a label with fewer groups than lists is in the first list (train) in any case.
 
     Returns:

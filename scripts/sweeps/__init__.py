@@ -1,1 +1,1 @@
-"""Sweeps: what a setting costs and gains, over its range."""
+"""Sweeps over a setting: its cost and its gain."""

@@ -1,4 +1,4 @@
-"""What a sweep over token merging found, as a table, as CSV and as a picture."""
+"""Results of a sweep over token merging as a table, CSV and a figure."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from common.columns import align_columns
-from scripts.sweeps.token_merging import Metric, Point, Row, Spread
+from common.columns import format_markdown_table
+from scripts.sweeps.token_merging import Metric, Point, Row
 from training.figures import COLOURS, FAINT, INK, style
 
 if TYPE_CHECKING:  # takes a second to import
@@ -19,36 +19,24 @@ LEGEND: dict[str, Any] = {"fontsize": 9, "labelcolor": INK, "framealpha": 0.8, "
 NOTE: dict[str, Any] = {"fontsize": 8, "color": INK, "loc": "right"}
 
 
-def markdown(rows: Sequence[Row], metric: Metric) -> str:
-    """Lay out the rows: groups side by side, one line an r."""
-    groups = _by_group(rows)
-    head, rule = ["r"], ["---:"]
-    for group in groups:
-        head += [f"{group}: {metric}, %", "drop", "clips/s"]
-        rule += ["---:"] * 3
-    lines = [head, rule]
+def format_rows(rows: Sequence[Row], metric: Metric) -> str:
+    """Lay out the rows as Markdown: groups side by side, one line for each r."""
+    groups = _group_rows(rows)
+    cells = {(row.group, row.r): _format_cells(row) for row in rows}
+    lines = [["r", *(cell for group in groups for cell in (f"{group}: {metric}, %", "drop", "clips/s"))]]
     for r in sorted({row.r for row in rows}):
-        line = [f"{r:g}"]
-        for own in groups.values():
-            row = next((row for row in own if row.r == r), None)
-            line += _cells(row) if row else ["", "", ""]
-        lines.append(line)
-    return "\n".join(f"| {line} |" for line in align_columns(lines, ">", ">", " | "))
+        lines.append([f"{r:g}", *(cell for group in groups for cell in cells.get((group, r), ["", "", ""]))])
+    return format_markdown_table(lines, ">")
 
 
-def _cells(row: Row) -> list[str]:
+def _format_cells(row: Row) -> list[str]:
     speed = statistics.median(row.clips_per_second)
-    drop = "" if row.drop is None else "0" if row.r == 0 else _text(row.drop, "+.1f")
-    return [_text(row.value, ".1f"), drop, f"{speed:.1f}" if speed < 100 else f"{speed:.0f}"]
+    drop = "" if row.drop is None else "0" if row.r == 0 else f"{row.drop:+.1f}"
+    return [f"{row.value:.1f}", drop, f"{speed:.1f}" if speed < 100 else f"{speed:.0f}"]
 
 
-def _text(spread: Spread, form: str) -> str:
-    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.1f}"
-    return f"{round(spread.mean, 1) + 0.0:{form}}{deviation}"  # without a zero that is negative
-
-
-def rows_csv(rows: Iterable[Row], metric: Metric) -> str:
-    """Write the rows as CSV, values in percent."""
+def format_rows_csv(rows: Iterable[Row], metric: Metric) -> str:
+    """Format the rows as CSV, values in percent."""
     names = ["group", "r", "checkpoints", metric, f"{metric}_std", "drop", "drop_std"]
     lines = []
     for row in rows:
@@ -57,56 +45,62 @@ def rows_csv(rows: Iterable[Row], metric: Metric) -> str:
         speeds = [statistics.median(speed), min(speed), max(speed)]
         values = [row.value.mean, row.value.deviation, *drop, *speeds]
         lines.append([row.group, f"{row.r:g}", row.n_checkpoints, *values])
-    return write_csv(lines, [*names, "clips_per_second", "lowest", "highest"])
+    return format_csv(lines, [*names, "clips_per_second", "lowest", "highest"])
 
 
-def points_csv(points: Sequence[Point], values: Sequence[float], metric: Metric) -> str:
-    """Write the value of every checkpoint at every r as CSV, in percent."""
+def format_points_csv(points: Sequence[Point], values: Sequence[float], metric: Metric) -> str:
+    """Format the value of every checkpoint at every r as CSV, in percent."""
     lines = [
         [point.group, f"{point.r:g}", point.source, point.test_data, value]
         for point, value in zip(points, values, strict=True)
     ]
-    return write_csv(lines, ["group", "r", "checkpoint", "test_data", metric])
+    return format_csv(lines, ["group", "r", "checkpoint", "test_data", metric])
 
 
-def write_csv(lines: Sequence[Sequence[object]], names: Sequence[str]) -> str:
-    """Write lines below the names of their columns; numbers with six digits, nothing for None."""
+def format_csv(lines: Sequence[Sequence[object]], names: Sequence[str]) -> str:
+    """Format lines below the names of their columns; numbers with six digits, nothing for None."""
     table = pd.DataFrame(lines, columns=list(names))
     return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
-def _by_group(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def _group_rows(rows: Iterable[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
     return groups
 
 
-def figure(rows: Sequence[Row], metric: Metric) -> "Figure":
+def draw_sweep(rows: Sequence[Row], metric: Metric) -> "Figure":
     """Draw accuracy or mAP over r, with the standard deviation as a band, and beside it the speed over r."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(10.5, 4.2), layout="constrained")
-    left, right = drawn.subplots(1, 2, width_ratios=[1.35, 1])
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
     _draw_values(left, rows, metric)
     _draw_speeds(right, rows)
+    rs = sorted({row.r for row in rows})
     for axis in (left, right):
         style(axis)
-        axis.set_xticks(sorted({row.r for row in rows}) if len({row.r for row in rows}) <= 12 else axis.get_xticks())
-        axis.set_xlabel("r, tokens merged away in each block")
-    return drawn
+        axis.set_xticks(rs if len(rs) <= 12 else axis.get_xticks())
+        axis.set_xlabel("r, tokens merged in each block")
+    return figure
+
+
+def _draw_line(axis: "Axes", index: int, rs: list[float], values: list[float], label: str, colour: str) -> None:
+    marker = MARKERS[index % len(MARKERS)]
+    axis.plot(rs, values, color=colour, marker=marker, markersize=4.5, linewidth=1.8, label=label)
 
 
 def _draw_values(axis: "Axes", rows: Sequence[Row], metric: Metric) -> None:
-    for index, (group, own) in enumerate(_by_group(rows).items()):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        counts = sorted({row.n_checkpoints for row in own})
-        each = "" if counts == [1] else f", mean of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}"
-        rs, means = [row.r for row in own], [row.value.mean for row in own]
-        axis.plot(rs, means, color=colour, marker=marker, markersize=4.5, linewidth=1.8, label=f"{group}{each}")
-        spread = [row.value.deviation or 0.0 for row in own]
+    for index, (group, members) in enumerate(_group_rows(rows).items()):
+        colour = COLOURS[index % len(COLOURS)]
+        counts = sorted({row.n_checkpoints for row in members})
+        note = "" if counts == [1] else f", mean of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}"
+        rs, means = [row.r for row in members], [row.value.mean for row in members]
+        _draw_line(axis, index, rs, means, f"{group}{note}", colour)
+        spread = [row.value.deviation or 0.0 for row in members]
         low, high = ([mean + sign * s for mean, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-        if len(own) > 1:
+        if len(members) > 1:
             axis.fill_between(rs, low, high, color=colour, alpha=0.15, linewidth=0)
         elif any(spread):
             axis.errorbar(rs, means, spread, color=colour, linewidth=1.2, capsize=3)
@@ -117,22 +111,20 @@ def _draw_values(axis: "Axes", rows: Sequence[Row], metric: Metric) -> None:
 
 
 def _draw_speeds(axis: "Axes", rows: Sequence[Row]) -> None:
-    """Draw one line a network: groups of one network share its speed."""
+    """Draw one line for each network, whose speed its groups share."""
     networks: dict[str, dict[float, Row]] = {}
     for row in rows:
         networks.setdefault(row.network, {})[row.r] = row
     for network, by_r in networks.items():
-        own = [by_r[r] for r in sorted(by_r)]
-        sharing = list(dict.fromkeys(row.group for row in rows if row.network == network))
-        index = list(_by_group(rows)).index(sharing[0])
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        if len(networks) == 1:
-            colour = INK
-        rs, speeds = [row.r for row in own], [statistics.median(row.clips_per_second) for row in own]
-        axis.plot(rs, speeds, color=colour, marker=marker, markersize=4.5, linewidth=1.8, label=", ".join(sharing))
-        low, high = ([bound(row.clips_per_second) for row in own] for bound in (min, max))
+        members = [by_r[r] for r in sorted(by_r)]
+        groups = list(dict.fromkeys(row.group for row in rows if row.network == network))
+        index = list(_group_rows(rows)).index(groups[0])
+        colour = INK if len(networks) == 1 else COLOURS[index % len(COLOURS)]
+        rs, speeds = [row.r for row in members], [statistics.median(row.clips_per_second) for row in members]
+        _draw_line(axis, index, rs, speeds, ", ".join(groups), colour)
+        low, high = ([bound(row.clips_per_second) for row in members] for bound in (min, max))
         axis.fill_between(rs, low, high, color=colour, alpha=0.15, linewidth=0)
-        if 0.0 in by_r and len(own) > 1:
+        if 0.0 in by_r and len(members) > 1:
             ratio = f"{speeds[-1] / speeds[0]:.2f}x"
             axis.annotate(ratio, (rs[-1], speeds[-1]), (0, 7), textcoords="offset points", ha="center", color=colour)
     axis.set_ylabel("clips/s")

@@ -22,7 +22,7 @@ from audio.manifest import read_manifest
 from audio.parts import Slice
 from models import create_model, save_checkpoint
 from scripts import wavlist_to_hdf5
-from tagging.files import Wanted, tag_files
+from tagging.files import TagOptions, tag_files
 from tests.audio.odd_files import ODD_FILES, OddFile, sound_rows
 from tests.audio.sound_bytes import LEVEL, RATE, encoded, noisy, patched, tones, wav, written
 from tests.tagging.sounds import Meter
@@ -101,7 +101,7 @@ def test_a_pack_of_odd_files_that_lost_nothing_ends_well(folder: Path, tmp_path:
 
 
 def test_all_of_them_are_tagged(folder: Path) -> None:
-    files = list(tag_files(Meter(), [folder / row.name for row in ODD_FILES], Wanted(1), chunk_seconds=20.0))
+    files = list(tag_files(Meter(), [folder / row.name for row in ODD_FILES], TagOptions(1), chunk_seconds=20.0))
     for row, file in zip(ODD_FILES, files, strict=True):
         assert (file.fault is None) == (row.seconds is not None)
         assert row.refusal in (file.fault or row.refusal)
@@ -133,7 +133,7 @@ def test_the_command_tells_what_is_odd_and_its_status_whether_sound_is_missing(f
     output = "--output", tmp_path / "tags.csv"
     status, told = run_inference(*(folder / name for name in names), "-m", checkpoint, *output)
     assert status == 1
-    assert "3 of 5 files are odd:" in told
+    assert "3 of 5 files have warnings:" in told
     assert f"  {folder / 'cut.ogg'}: truncated: ends early" in told
     assert f"  {folder / 'opposite channels.wav'}: out_of_phase: has stereo channels of opposite polarity" in told
     assert f"  {folder / 'text.wav'}: cannot be decoded (no sound found in it)" in told

@@ -32,7 +32,7 @@ from models import create_model
 from models.headed import Head
 from models.heads import save_head
 from scripts.hf.folder import export
-from tagging.embeddings import Embeddings
+from tagging.embeddings import EmbeddingFile
 from tagging.files import TaggedFile, TaggedWindow
 from tagging.outputs import open_output
 from tagging.parts import Share
@@ -57,7 +57,7 @@ def _tag(name: str, kind: str | None = None, world_size: int = 1) -> Callable[[P
         for rank in range(world_size):
             share = Share(rank, world_size, start=str(os.getpid()))
             if name == "embeddings.h5":
-                output = Embeddings(folder / name, {"model": "m"}, share)
+                output = EmbeddingFile(folder / name, {"model": "m"}, share)
             elif name == "pictures":
                 output = Pictures(folder / name, paths, {"model": "m"}, share)
             else:

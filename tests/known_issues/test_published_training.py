@@ -25,7 +25,7 @@ from training.loss_module import LossModule
 from training.optim import create_optimizer
 from training.precision import Precision
 from training.settings import read_config
-from training.teaching import SoftTargets, Teaching
+from training.store_writer import SoftTargetContent, StoreWriter
 from training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_more_workers_and_larger_batches_than_there_are_clips_store_every_chunk(
         train_data=str(tone_pack), model="audiotransformer_pico", epochs=1, num_workers=8, batch_size=128, device="cpu"
     )
     teacher = Ensemble([create_model("audiotransformer_pico", num_classes=50)])
-    Teaching(config, Pack.open(tone_pack), SoftTargets(teacher, config.topk), tmp_path).save()
+    StoreWriter(config, Pack.open(tone_pack), SoftTargetContent(teacher, config.topk), tmp_path).save()
     with h5py.File(tmp_path / "logits_ep1_0.h5") as file:
         assert file["topk_values"].shape == (28, 20)
         assert (file["topk_values"][()].max(axis=1) > 0).all()

@@ -12,18 +12,18 @@ from common.errors import Faults
 from common.options import read_options
 from probing.baseline import fit_baselines
 from probing.data import ProbeSet
-from probing.fit import Examples, Fitting, answer, fit, standardisation
+from probing.fit import Examples, FitSettings, compute_statistics, fit, predict
 from probing.options import ProbeOptions
-from probing.pictures import MOST_BARS, probe_figure
+from probing.pictures import MAX_BARS, draw_probe
 from probing.probe import run_trials
-from probing.scores import bootstrap_interval, draws, score, wilson_interval
+from probing.scores import bootstrap_interval, compute_score, draw_weights, wilson_interval
 from tests.training.test_automatic import noise, write_pack
 from training.holdout import hold_out
 from training.metrics import evaluate_scores
 
 CPU = torch.device("cpu")
 LABELS = ["a", "b", "c", "d"]
-QUICK = Fitting(epochs=30, patience=5, lr=1e-2)
+QUICK = FitSettings(epochs=30, patience=5, lr=1e-2)
 
 
 def clouds(n, seed, spread=1.5, width=16):
@@ -48,15 +48,15 @@ def same(one, other):
 def test_a_linear_head_is_as_good_as_logistic_regression():
     train, test = clouds(400, 0), clouds(400, 1)
     held = hold_out(train.names, [np.array([kind]) for kind in train.targets.argmax(1)], 4, 0.2)
-    head = fitted(train.take(~held), train.take(held), Fitting(epochs=100, lr=1e-2, patience=10)).head
+    head = fitted(train.take(~held), train.take(held), FitSettings(epochs=100, lr=1e-2, patience=10)).head
     kinds = test.targets.argmax(1)
-    found = (answer(head, test.embeddings).argmax(1) == kinds).mean()
-    mean, scale = standardisation(train.embeddings)
+    found = (predict(head, test.embeddings).argmax(1) == kinds).mean()
+    mean, scale = compute_statistics(train.embeddings)
     other = LogisticRegression().fit((train.embeddings - mean) / scale, train.targets.argmax(1))
     expected = other.score((test.embeddings - mean) / scale, kinds)
     assert 0.5 < expected < 0.95
     assert found == pytest.approx(expected, abs=0.03)
-    answers = answer(head, test.embeddings)
+    answers = predict(head, test.embeddings)
     by_hand = F.linear(torch.from_numpy((test.embeddings - head.mean.numpy()) / head.scale.numpy()),
                        head.layers[0].weight, head.layers[0].bias).softmax(1)  # fmt: skip
     np.testing.assert_allclose(answers, by_hand.detach().numpy(), atol=1e-5)
@@ -65,8 +65,8 @@ def test_a_linear_head_is_as_good_as_logistic_regression():
 def test_any_number_of_labels_gives_probabilities_of_each():
     train, test = clouds(240, 0, spread=0.3), clouds(80, 1, spread=0.3)
     both = [Examples(e.names, e.embeddings, np.maximum(e.targets, np.roll(e.targets, 1, 1))) for e in (train, test)]
-    head = fitted(both[0], how=Fitting(hidden_sizes=(8,), epochs=40, lr=1e-2), single=False).head
-    found = answer(head, both[1].embeddings)
+    head = fitted(both[0], how=FitSettings(hidden_sizes=(8,), epochs=40, lr=1e-2), single=False).head
+    found = predict(head, both[1].embeddings)
     assert head.activation == "sigmoid"
     assert [layer.out_features for layer in head.layers if hasattr(layer, "out_features")] == [8, 4]
     assert ((found > 0.5) == (both[1].targets > 0.5)).mean() > 0.97
@@ -74,13 +74,13 @@ def test_any_number_of_labels_gives_probabilities_of_each():
 
 def test_the_best_epoch_is_kept_and_patience_ends_a_fit():
     train, valid = clouds(60, 0), clouds(60, 1)
-    one = fitted(train, valid, Fitting(epochs=200, lr=0.03, patience=7))
+    one = fitted(train, valid, FitSettings(epochs=200, lr=0.03, patience=7))
     assert one.n_epochs == one.best_epoch + 7 < 200
     with torch.no_grad():
         logits = one.head(torch.from_numpy(valid.embeddings))
     loss = F.cross_entropy(logits, torch.from_numpy(valid.targets.argmax(1)))
     assert float(loss) == pytest.approx(one.valid_loss, rel=1e-5)
-    shorter = fitted(train, None, Fitting(epochs=one.best_epoch, lr=0.03))
+    shorter = fitted(train, None, FitSettings(epochs=one.best_epoch, lr=0.03))
     assert same(shorter.head, one.head)
     assert (shorter.valid_loss, shorter.best_epoch, shorter.n_valid) == (None, one.best_epoch, 0)
 
@@ -89,7 +89,7 @@ def test_the_same_seed_gives_the_same_head_and_leaves_the_global_state_alone():
     train, valid = clouds(60, 0), clouds(20, 1)
     how = {"epochs": 3, "hidden_sizes": (5,), "dropout": 0.3}
     torch.manual_seed(1)
-    heads = [fitted(train, valid, Fitting(seed=seed, **how)).head for seed in (3, 3, 4)]
+    heads = [fitted(train, valid, FitSettings(seed=seed, **how)).head for seed in (3, 3, 4)]
     drawn = torch.rand(1)
     assert same(heads[0], heads[1])
     # beyond rounding: all clips fit into one batch, so that their order alone changes little
@@ -121,7 +121,7 @@ def test_every_clip_is_tested_once_and_never_by_a_head_that_it_could_influence()
     for trial in trials:
         assert (folds[trial.rows] == trial.name).all()
         assert trial.fitted.n_train + trial.fitted.n_valid + len(trial.rows) == 90
-        np.testing.assert_array_equal(trial.scores, answer(trial.fitted.head, data.embeddings[trial.rows]))
+        np.testing.assert_array_equal(trial.scores, predict(trial.fitted.head, data.embeddings[trial.rows]))
     assert kept.n_train + kept.n_valid == 90
 
     spoilt = Examples(data.names, data.embeddings.copy(), data.targets.copy())
@@ -135,7 +135,7 @@ def test_every_clip_is_tested_once_and_never_by_a_head_that_it_could_influence()
 def test_a_test_part_influences_nothing_and_a_validation_part_only_when_to_stop():
     train, valid, test = clouds(60, 0), clouds(30, 1), clouds(30, 2)
     clips = ProbeSet({}, {"train": train.targets}, LABELS, None)
-    how = Fitting(epochs=60, lr=0.03, patience=60)
+    how = FitSettings(epochs=60, lr=0.03, patience=60)
     (one,), kept = run_trials({"train": train, "valid": valid, "test": test}, clips, 0.2, how, CPU)
     assert kept is one.fitted
     (two,), _ = run_trials({"train": train, "valid": valid, "test": clouds(9, 3)}, clips, 0.2, how, CPU)
@@ -158,7 +158,7 @@ def test_an_accuracy_has_wilsons_interval(right, n):
 
 def test_clips_that_are_all_right_leave_an_interval():
     targets = np.eye(4)[np.arange(80) % 4]
-    found = score(targets + 0.1, targets, LABELS, "accuracy", 0)
+    found = compute_score(targets + 0.1, targets, LABELS, "accuracy", 0)
     assert found.value == 1
     assert found.interval == (pytest.approx(0.9542, abs=1e-4), 1.0)
 
@@ -168,7 +168,7 @@ def test_the_interval_of_map_is_that_of_sets_drawn_one_by_one():
     targets = np.eye(4)[rng.choice(4, 30, p=[0.5, 0.3, 0.15, 0.05])]  # in some draws a class does not occur
     scores = (targets + rng.normal(0, 0.8, (30, 4))).round(1)  # with equal scores
     values = []
-    for weights in draws(30, 50, seed=5):
+    for weights in draw_weights(30, 50, seed=5):
         for column in weights.T:
             rows = np.repeat(np.arange(30), column.astype(int))
             values.append(evaluate_scores(scores[rows], targets[rows]).mAP)
@@ -178,12 +178,12 @@ def test_the_interval_of_map_is_that_of_sets_drawn_one_by_one():
 
 
 def test_draws_are_with_replacement_and_come_in_blocks(monkeypatch):
-    whole = np.concatenate(list(draws(40, 30, seed=1)), axis=1)
+    whole = np.concatenate(list(draw_weights(40, 30, seed=1)), axis=1)
     assert whole.shape == (40, 30)
     assert (whole.sum(axis=0) == 40).all()
     assert 0.3 < (whole == 0).mean() < 0.44  # 1/e of the clips are not drawn
     monkeypatch.setattr("probing.scores.BLOCK", 280)
-    blocks = list(draws(40, 30, seed=1))
+    blocks = list(draw_weights(40, 30, seed=1))
     assert [block.shape[1] for block in blocks] == [7, 7, 7, 7, 2]
     np.testing.assert_array_equal(np.concatenate(blocks, axis=1), whole)
 
@@ -191,17 +191,17 @@ def test_draws_are_with_replacement_and_come_in_blocks(monkeypatch):
 def test_chance_is_what_a_deaf_head_reaches():
     targets = np.eye(3)[[0, 0, 0, 1]]
     scores = np.random.default_rng(0).random((4, 3))
-    assert score(scores, targets, ["x", "y", "z"], "accuracy", 0, 10).chance == 0.75
-    assert score(scores, targets, ["x", "y", "z"], "mAP", 0, 10).chance == 0.5
+    assert compute_score(scores, targets, ["x", "y", "z"], "accuracy", 0, 10).chance == 0.75
+    assert compute_score(scores, targets, ["x", "y", "z"], "mAP", 0, 10).chance == 0.5
 
 
 def test_the_picture_tells_classes_and_of_very_many_the_best_and_the_worst():
     rng = np.random.default_rng(0)
-    for n_classes, metric, n_names in ((4, "accuracy", 4), (4, "mAP", 4), (90, "mAP", MOST_BARS)):
+    for n_classes, metric, n_names in ((4, "accuracy", 4), (4, "mAP", 4), (90, "mAP", MAX_BARS)):
         targets = np.eye(n_classes)[np.arange(180) % n_classes]
         labels = [f"class {index:02d} $x$" for index in range(n_classes)]
-        result = score(targets + rng.normal(0, 0.3, targets.shape), targets, labels, metric, 0, 10)
-        axis = probe_figure(result, labels, "title").axes[0]
+        result = compute_score(targets + rng.normal(0, 0.3, targets.shape), targets, labels, metric, 0, 10)
+        axis = draw_probe(result, labels, "title").axes[0]
         names = [tick.get_text() for tick in axis.get_yticklabels()]
         assert len(names) == n_names
         assert axis.get_title().startswith("title")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from probing.scores import bootstrap_interval
-from scripts.baseline import _interval, main
+from scripts.baseline import _centre_interval, main
 from tests.training.test_baseline import SINGLE, tones
 from training.metrics import evaluate_scores
 
@@ -64,7 +64,7 @@ def test_a_clip_may_have_several_labels(lists, capsys):
     several = [[0], [1, 2], [3], [0, 2], [1]] * 4
     main(["--train_data", lists("train", several), "--test_data", lists("test", several)])
     printed = capsys.readouterr().out
-    assert "mAP where chosen" in printed
+    assert "mAP in selection" in printed
     assert "test: mAP 0." in printed or "test: mAP 1." in printed
 
 
@@ -82,10 +82,10 @@ def test_the_interval_lies_around_the_figure_where_classes_have_few_clips():
     low, high = bootstrap_interval(scores, targets, 0)
     assert value < low  # a clip that is drawn twice helps to rank its class
     judged = SimpleNamespace(value=value, interval=(low, high))
-    moved = _interval(judged)
+    moved = _centre_interval(judged)
     assert moved[0] < value < moved[1]
     assert moved[1] - moved[0] == pytest.approx(high - low)
-    assert _interval(SimpleNamespace(value=(low + high) / 2, interval=(low, high))) == (low, high)
+    assert _centre_interval(SimpleNamespace(value=(low + high) / 2, interval=(low, high))) == (low, high)
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,16 @@ import torch
 from common.errors import UserError
 from scripts.benchmark import Benchmark
 from scripts.benchmarks import tome
-from scripts.benchmarks.tag import largest_difference, make_sounds
-from scripts.benchmarks.tome import block_flops, create_network, with_naive_attention
+from scripts.benchmarks.tag import find_largest_difference, make_sounds
+from scripts.benchmarks.timing import compute_tflops, format_table, time_steps
+from scripts.benchmarks.tome import count_block_flops, create_network, with_naive_attention
 from scripts.benchmarks.train import (
     count_flops,
     create_transformer,
     make_batch,
-    plain_step,
-    project_step,
+    make_plain_step,
+    make_project_step,
 )
-from scripts.benchmarks.turns import table, take_turns
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def network():
 def test_both_steps_learn_the_same(network):
     batch = make_batch(network, 3, 1.3, CPU, seed=1)
     plain_model, our_model = copy.deepcopy(network), copy.deepcopy(network)
-    plain, ours = plain_step(plain_model, "fp32", CPU), project_step(our_model, "fp32", CPU, compiled=False)
+    plain, ours = make_plain_step(plain_model, "fp32", CPU), make_project_step(our_model, "fp32", CPU, compiled=False)
     for _ in range(4):  # the second and later ones tell whether the weights moved alike
         assert float(ours(batch)) == pytest.approx(float(plain(batch)), rel=1e-4)
     for mine, other in zip(our_model.buffers(), plain_model.buffers(), strict=True):
@@ -38,8 +38,8 @@ def test_both_steps_learn_the_same(network):
 
 def test_the_steps_take_turns(network):
     calls = []
-    contenders = {name: lambda batch, name=name: calls.append(name) or 0.0 for name in "ab"}
-    seconds = take_turns(contenders, {}, rounds=2, steps=1, device=CPU)
+    candidates = {name: lambda batch, name=name: calls.append(name) or 0.0 for name in "ab"}
+    seconds = time_steps(candidates, {}, rounds=2, steps=1, device=CPU)
     assert calls == [*"aabb", *"ab", *"ba"]
     assert [len(times) for times in seconds.values()] == [2, 2]
 
@@ -49,12 +49,24 @@ def test_operations_grow_with_the_batch(network):
     assert two == 2 * one > 0
 
 
-def test_table_holds_speed_ratio_and_utilisation():
-    seconds, flops = {"plain": [2.0, 4.0], "project": [1.0, 4.0]}, {"plain": 3 * 10**12, "project": 3 * 10**12}
-    text = table(seconds, 8, flops, "plain", peak_tflops=10.0)
+def test_table_holds_speed_ratio_and_further_columns():
+    seconds = {"plain": [2.0, 4.0], "project": [1.0, 4.0]}
+    tflops = compute_tflops(seconds, dict.fromkeys(seconds, 3 * 10**12))
+    assert tflops == {"plain": 1.0, "project": 1.2}
+    text = format_table(seconds, "plain", 8, "clips/s", {"more": {"plain": "a", "project": "b"}})
     _, plain, project = text.splitlines()
-    assert plain.split() == ["plain", "3.0", "(2.0,", "4.0)", "1.00", "(1.00,", "1.00)", "1", "10.0", "%"]
-    assert project.split() == ["project", "5.0", "(2.0,", "8.0)", "1.50", "(1.00,", "2.00)", "1.2", "12.0", "%"]
+    assert plain.split() == ["plain", "3.0", "(2.0,", "4.0)", "1.00", "(1.00,", "1.00)", "a"]
+    assert project.split() == ["project", "5.0", "(2.0,", "8.0)", "1.50", "(1.00,", "2.00)", "b"]
+
+
+def test_training_prints_the_utilisation(capsys):
+    options = {"seconds": 1, "batch_size": 2, "steps": 1, "rounds": 1, "device": "cpu", "peak_tflops": 0.001}
+    Benchmark().train("audiotransformer_pico", **options)
+    header, *rows = capsys.readouterr().out.splitlines()[1:]
+    assert header.split()[-2:] == ["TFLOP/s", "utilisation"]
+    for row in rows:
+        tflops, percent, _ = row.split()[-3:]
+        assert float(percent) == pytest.approx(1e5 * float(tflops), rel=0.01)
 
 
 def test_command_prints_its_table(capsys):
@@ -65,7 +77,7 @@ def test_command_prints_its_table(capsys):
 
 
 @pytest.mark.parametrize(("model", "seconds"), [("mn04_as", 1), ("audiotransformer_pico", 11)])
-def test_what_the_plain_step_does_not_know_is_told(model, seconds, capsys):
+def test_what_the_plain_step_does_not_support_is_an_error(model, seconds, capsys):
     with pytest.raises(SystemExit):
         Benchmark().train(model, seconds=seconds, device="cpu")
     assert "plain step" in capsys.readouterr().err
@@ -101,17 +113,17 @@ def test_naive_attention_merges_the_same_and_its_operations_are_those_of_the_for
             wanted += 8 * n * width**2 + 4 * n**2 * width  # queries, keys, values and projection; scores and values
             n -= min(r, (n - protected) // 2)
             wanted += 16 * n * width**2
-        assert block_flops(naive, mel, r) == 2 * wanted
+        assert count_block_flops(naive, mel, r) == 2 * wanted
 
 
 def test_the_share_of_the_bound_compares_each_attention_with_itself(monkeypatch, capsys):
-    def turns(contenders, batch, rounds, steps, device):
-        for step in contenders.values():
+    def turns(candidates, batch, rounds, steps, device):
+        for step in candidates.values():
             step(batch)
-        return dict(zip(contenders, ([4.0, 6.0], [2.0, 4.0], [9.0, 9.0], [3.0, 3.0]), strict=True))
+        return dict(zip(candidates, ([4.0, 6.0], [2.0, 4.0], [9.0, 9.0], [3.0, 3.0]), strict=True))
 
-    monkeypatch.setattr(tome, "take_turns", turns)
-    monkeypatch.setattr(tome, "block_flops", lambda network, mel, r: 50 if r else 100)
+    monkeypatch.setattr(tome, "time_steps", turns)
+    monkeypatch.setattr(tome, "count_block_flops", lambda network, mel, r: 50 if r else 100)
     Benchmark().tome("audiotransformer_pico", seconds=1, r=3, batch_size=2, attention=("sdpa", "naive"), rounds=2)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[2][:4] == ["sdpa,", "r", "=", "0"]
@@ -134,7 +146,7 @@ def test_tome_prints_its_table(capsys):
         ({"model": "mn01_as"}, "has no tokens to merge"),
         ({"model": "ced_tiny", "seconds": 20}, "into chunks; try --seconds 10"),
         ({"r": "x"}, "--r is 'x'"),
-        ({"attention": "fast"}, "wanted sdpa, naive, or sdpa,naive"),
+        ({"attention": "fast"}, "sdpa, naive, or sdpa,naive"),
     ],
 )
 def test_faults_of_tome_are_sentences(options, sentence, capsys):
@@ -148,10 +160,10 @@ def test_the_tags_of_a_csv_are_compared_window_by_window_and_label_by_label(tmp_
     rows = ["a.wav,0.0,5.0,Dog,0.9,", "a.wav,5.0,10.0,Cat,0.3,", "a.wav,10.0,10.2,Cat,1.0,", "b.wav,0.0,5.0,Dog,0.58,"]
     table = tmp_path / "tags.csv"
     table.write_text("\n".join(["filename,start,end,label,probability,error", *rows]) + "\n")
-    assert largest_difference(table, reference, ["Cat", "Dog"], 5.0) == pytest.approx(0.02)
+    assert find_largest_difference(table, reference, ["Cat", "Dog"], 5.0) == pytest.approx(0.02)
     table.write_text("filename,start,end,label,probability,error\n")
     with pytest.raises(UserError, match="no row to compare"):
-        largest_difference(table, reference, ["Cat", "Dog"], 5.0)
+        find_largest_difference(table, reference, ["Cat", "Dog"], 5.0)
 
 
 @pytest.mark.long

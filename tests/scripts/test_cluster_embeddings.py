@@ -9,8 +9,8 @@ from common.files import sha256
 from distill.clusters import Clusters
 from distill.embeddings import EmbeddingStore
 from scripts.cluster_embeddings import main
-from scripts.clusters.kmeans import find_clusters, quality
-from scripts.clusters.picture import figure, flatten
+from scripts.clusters.kmeans import compute_quality, find_clusters
+from scripts.clusters.picture import draw_clusters, project
 
 GROUPS = np.repeat([0, 1, 2, 3], [18, 10, 6, 6])
 
@@ -48,11 +48,11 @@ def test_the_command_writes_clusters_that_training_reads(tmp_path, capsys):
     assert facts["store_meta_sha256"] == sha256(store / "meta.json")
     assert facts["silhouette"] > 0.95
     assert f"'{store}' --k 4 --seed 1" in facts["command"]
-    said = capsys.readouterr().out
-    table = [line.split() for line in said.splitlines()[1:3]]
+    out = capsys.readouterr().out
+    table = [line.split() for line in out.splitlines()[1:3]]
     assert [line[0] for line in table] == ["2", "4"]
     assert table[1][1:5] == ["6", "8", "18", "0"]
-    assert f"run.py train CONFIG.yaml --clusters '{store}/clusters_k2.parquet' --sampler clusters" in said
+    assert f"run.py train CONFIG.yaml --clusters '{store}/clusters_k2.parquet' --sampler clusters" in out
     assert matplotlib.image.imread(store / "clusters_k4.png").shape[0] > 1000
     assert EmbeddingStore(store).epochs == [1]  # what lies beside its files is none of its own
 
@@ -78,43 +78,43 @@ def test_the_same_seed_finds_the_same_clusters():
 def test_quality_is_the_definition_and_nothing_where_it_has_no_meaning():
     embeddings, cluster = np.array([[0.0], [1.0], [4.0], [6.0]]), np.array([0, 0, 1, 1])
     inside, outside = np.array([1, 1, 2, 2]), np.array([5, 4, 3.5, 5.5])  # mean distances, by hand
-    found = quality(embeddings, cluster, seed=0)
+    found = compute_quality(embeddings, cluster, seed=0)
     assert found["silhouette"] == pytest.approx(((outside - inside) / outside).mean())
     assert found["davies_bouldin"] == pytest.approx((0.5 + 1.0) / 4.5)
     assert found["calinski_harabasz"] == pytest.approx((4 * 2.25**2) / (2.5 / 2))
     for alone in ([0, 0, 0, 0], [0, 1, 2, 3]):
-        assert set(quality(embeddings, np.array(alone), seed=0).values()) == {None}
+        assert set(compute_quality(embeddings, np.array(alone), seed=0).values()) == {None}
 
 
 def test_the_picture_has_every_point_every_size_and_every_number():
     sizes = np.array([5, 1, 0, 14])
     own = np.repeat([0, 1, 3], [5, 1, 14])
-    above, below = figure(np.random.default_rng(0).standard_normal((20, 2)), own, sizes, "title").axes
+    above, below = draw_clusters(np.random.default_rng(0).standard_normal((20, 2)), own, sizes, "title").axes
     assert len(above.collections[0].get_offsets()) == 20
     assert {text.get_text() for text in above.texts} == {"0", "1", "3"}
     assert [bar.get_height() for bar in below.patches] == [14, 5, 1, 0]
     assert [label.get_text() for label in below.get_xticklabels()] == ["3", "0", "1", "2"]
-    assert below.get_legend().get_texts()[0].get_text() == "if all were equal: 5"
+    assert below.get_legend().get_texts()[0].get_text() == "mean: 5"
 
 
 @pytest.mark.parametrize("embeddings", [np.ones((30, 3)), np.eye(2, 1), np.arange(12.0)[:, None]])
 def test_the_map_of_few_equal_or_narrow_embeddings_is_finite(embeddings):
-    chosen, place = flatten(embeddings, 0)
+    chosen, place = project(embeddings, 0)
     assert (chosen.tolist(), place.shape) == (list(range(len(embeddings))), (len(embeddings), 2))
     assert np.isfinite(place).all()
 
 
-def test_faults_are_told_at_once(tmp_path, capsys):
+def test_faults_are_reported_before_any_work(tmp_path, capsys):
     store = store_of(tmp_path / "store", embeddings_of(GROUPS))
     for words, parts in (
         ((store, "--k", "1,x,50", "--batch_size", "0"), ("--k is 1; expected list of whole number", "--batch_size")),
-        ((store, "--k", "2,50"), ("than there are", "40;")),
+        ((store, "--k", "2,50"), ("more than the number of embeddings", "40;")),
         ((tmp_path / "none",), ("is not a folder",)),
     ):
         with pytest.raises(SystemExit):
             main([str(word) for word in words])
-        told = capsys.readouterr().err
-        assert all(part in told for part in parts), told
+        message = capsys.readouterr().err
+        assert all(part in message for part in parts), message
     assert not list(store.glob("clusters*"))
 
 
@@ -123,4 +123,6 @@ def test_embeddings_that_are_not_finite_are_named(tmp_path, capsys):
     embeddings[20, 1] = np.nan
     with pytest.raises(SystemExit):
         main([str(store_of(tmp_path / "store", embeddings)), "--k", "2"])
-    assert "1 of its 40 embeddings hold values that are not finite, the first of clip_20.wav" in capsys.readouterr().err
+    assert (
+        "1 of its 40 embeddings have values that are not finite, the first is of clip_20.wav" in capsys.readouterr().err
+    )

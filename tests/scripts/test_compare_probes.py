@@ -36,7 +36,7 @@ def test_all_that_is_wrong_is_told_at_once(probes, capsys):
     with pytest.raises(SystemExit):
         main(["--rows", rows, "--tasks", "dogs,words"])
     message = capsys.readouterr().err
-    assert "one_words_s2.json: not what `run.py probe` writes" in message
+    assert "one_words_s2.json: not a file that `run.py probe` wrote" in message
     assert "One: the tasks have different numbers of files: 2 of dogs, 1 of words" in message
     assert "two_dogs.json" in message
     with pytest.raises(SystemExit):

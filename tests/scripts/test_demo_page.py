@@ -23,7 +23,7 @@ from common.errors import UserError
 from models import create_model, save_checkpoint
 from scripts import demo_page
 from tagging.engines import open_engine
-from tagging.files import TaggedWindow, Wanted, tag_files
+from tagging.files import TaggedWindow, TagOptions, tag_files
 from tests.audio.odd_files import ODD_FILES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,7 +212,7 @@ def test_a_sound_dropped_is_tagged_as_the_command_tags_it(page, checkpoint, soun
     page.upload(sound)
     page.tag()
     shown = page.table()
-    assert shown == expected_table(checkpoint, sound, Wanted(3), chunk_seconds=1.0, hop_seconds=0.5)
+    assert shown == expected_table(checkpoint, sound, TagOptions(3), chunk_seconds=1.0, hop_seconds=0.5)
     assert len(shown) >= 3
     width, height = page.picture_size()
     assert width > 1000
@@ -238,7 +238,7 @@ def test_the_settings_are_kept_to(page, checkpoint, sounds, tmp_path):
     page.set("top_k", 8)
     page.set("threshold", 0.5)
     page.tag()
-    assert page.table() == expected_table(checkpoint, sound, Wanted(8, 0.5), chunk_seconds=1.5)[: demo_page.SHOWN]
+    assert page.table() == expected_table(checkpoint, sound, TagOptions(8, 0.5), chunk_seconds=1.5)[: demo_page.N_SHOWN]
     (page.downloads / "tags.csv").unlink()
     page.all("#download")[0].click()
     rows = downloaded(page.downloads)
@@ -255,7 +255,7 @@ def test_what_cannot_be_tagged_is_refused_with_a_sentence(page, sounds):
     page.upload(sounds / "long.wav")
     page.tag()
     assert page.complaint() == (
-        "long.wav is longer than 5 s, the most that this page takes: cut it, or tag it with inference.py, which takes "
+        "long.wav is longer than 5 s, the maximum of this page: cut it, or tag it with inference.py, which supports "
         "any length."
     )
     page.upload(sounds / "big.wav", waits_for="[data-testid=toast-text]")
@@ -297,7 +297,7 @@ def test_without_gradio_a_sentence_says_what_to_install(checkpoint, command, tmp
     (tmp_path / "gradio.py").write_text("raise ImportError('no gradio here')\n")
     result = command("scripts/demo_page.py", "-m", checkpoint, env={"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 1
-    assert result.stderr == "error: the page wants gradio: pip install -r requirements-demo.txt\n"
+    assert result.stderr == "error: the page requires gradio: pip install -r requirements-demo.txt\n"
 
 
 class Counting:
@@ -323,9 +323,9 @@ def test_every_kind_of_file_is_tagged_with_its_warnings_or_refused(tmp_path, row
     (tmp_path / row.name).write_bytes(row.data)
     if row.seconds is None:
         with pytest.raises(UserError, match=f"{row.name} is not a sound that can be read here: .*{row.refusal}"):
-            page.tag(tmp_path / row.name, 20.0, 20.0, Wanted(1), lambda share: None)
+            page.tag(tmp_path / row.name, 20.0, 20.0, TagOptions(1), lambda share: None)
         return
-    file, waveform = page.tag(tmp_path / row.name, 20.0, 20.0, Wanted(1), lambda share: None)
+    file, waveform = page.tag(tmp_path / row.name, 20.0, 20.0, TagOptions(1), lambda share: None)
     assert len(waveform) / 8000 == pytest.approx(row.seconds, abs=0.1)
     assert tuple(file.warnings) == row.warnings
 
@@ -337,7 +337,7 @@ def test_one_sound_is_computed_at_a_time(tmp_path):
         soundfile.write(tmp_path / name, np.full(8 * 8000, level), 8000, "FLOAT")
 
     def tag(name):
-        file, waveform = page.tag(tmp_path / name, 1.0, 0.25, Wanted(1), lambda share: heard.append((name, share)))
+        file, waveform = page.tag(tmp_path / name, 1.0, 0.25, TagOptions(1), lambda share: heard.append((name, share)))
         assert {window.tags[0] for window in file.windows} == {("Silent", 0.75) if name == "a.wav" else ("Loud", 0.75)}
         assert waveform.shape == (64000,)
 
@@ -360,16 +360,16 @@ def test_windows_that_overlap_too_much_are_refused_before_anything_is_computed(t
     soundfile.write(tmp_path / "a.wav", np.zeros(8000), 8000)
     page = demo_page.Page(engine, 10.0)
     with pytest.raises(UserError, match=r"overlap too much .* at least 1 s"):
-        page.tag(tmp_path / "a.wav", 10.0, 0.9, Wanted(1), lambda share: None)
+        page.tag(tmp_path / "a.wav", 10.0, 0.9, TagOptions(1), lambda share: None)
     assert engine.n_calls == 0
-    page.tag(tmp_path / "a.wav", 10.0, 1.0, Wanted(1), lambda share: None)
+    page.tag(tmp_path / "a.wav", 10.0, 1.0, TagOptions(1), lambda share: None)
     assert engine.n_calls == 1
 
 
 def test_a_sound_deleted_meanwhile_is_asked_for_again(tmp_path):
     page = demo_page.Page(Counting(), 10.0)
     with pytest.raises(UserError, match=r"a\.wav was deleted, .* once more"):
-        page.tag(tmp_path / "a.wav", 1.0, 1.0, Wanted(1), lambda share: None)
+        page.tag(tmp_path / "a.wav", 1.0, 1.0, TagOptions(1), lambda share: None)
 
 
 def test_stopping_ends_a_computation_under_way(tmp_path):
@@ -381,7 +381,7 @@ def test_stopping_ends_a_computation_under_way(tmp_path):
 
     def tag():
         try:
-            page.tag(tmp_path / "a.wav", 0.1, 0.01, Wanted(1), lambda share: begun.set())
+            page.tag(tmp_path / "a.wav", 0.1, 0.01, TagOptions(1), lambda share: begun.set())
         except UserError as error:
             outcomes.append(str(error))
 
@@ -400,7 +400,7 @@ def test_the_strongest_labels_are_those_of_their_best_windows():
         TaggedWindow(2, 4, [("Dog", 0.75), ("Rain", 0.625)]),
         TaggedWindow(4, 5, [("Rain", 0.625)]),
     ]
-    assert demo_page.strongest(windows) == [("Dog", 0.75, 2, 4), ("Rain", 0.625, 2, 4), ("<b>", 0.25, 0, 2)]
-    assert demo_page.strongest(windows, 1) == [("Dog", 0.75, 2, 4)]
-    assert "<td>&lt;b&gt;</td>" in demo_page.table(windows)
-    assert "<table" not in demo_page.table([TaggedWindow(0, 2)])
+    assert demo_page.find_strongest(windows) == [("Dog", 0.75, 2, 4), ("Rain", 0.625, 2, 4), ("<b>", 0.25, 0, 2)]
+    assert demo_page.find_strongest(windows, 1) == [("Dog", 0.75, 2, 4)]
+    assert "<td>&lt;b&gt;</td>" in demo_page.format_table(windows)
+    assert "<table" not in demo_page.format_table([TaggedWindow(0, 2)])

@@ -250,7 +250,7 @@ def test_lists_are_made_anew_but_not_over_others(run, tmp_path):
     (tmp_path / "data/train.tsv").write_text("filename\tlabels\nmine.wav\ta\n")
     status, _, err = run("s")
     assert (status, err.count("\n")) == (1, 1)
-    assert "data/train.tsv: there already" in err
+    assert "data/train.tsv: exists" in err
     assert run("s", "--overwrite")[0] == 0
     assert (tmp_path / "data/train.tsv").read_bytes() == first
 

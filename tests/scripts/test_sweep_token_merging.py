@@ -11,8 +11,8 @@ from audio.dataset import Pack
 from models import create_model, load_model, save_checkpoint
 from scripts.sweep_token_merging import main
 from scripts.sweeps import token_merging
-from scripts.sweeps.results import figure, markdown, rows_csv
-from scripts.sweeps.token_merging import Point, Row, Spread, Sweep, batch_of, rows_of
+from scripts.sweeps.results import draw_sweep, format_rows, format_rows_csv
+from scripts.sweeps.token_merging import Point, Row, Spread, Sweep, make_batch, summarise_points
 from tests.conftest import run_command
 from training.labelled import open_labelled
 from training.metrics import evaluate_scores
@@ -80,12 +80,12 @@ def read(path):
 def no_clock(monkeypatch):
     """Every setting is run once, and the n-th is said to take n + 1 seconds, and twice as long in a second round."""
 
-    def turns(contenders, batch, rounds, steps, device):
-        for step in contenders.values():
+    def turns(candidates, batch, rounds, steps, device):
+        for step in candidates.values():
             step(batch)
-        return {name: [1.0 + number, 2.0 + 2 * number] for number, name in enumerate(contenders)}
+        return {name: [1.0 + number, 2.0 + 2 * number] for number, name in enumerate(candidates)}
 
-    monkeypatch.setattr(token_merging, "take_turns", turns)
+    monkeypatch.setattr(token_merging, "time_steps", turns)
 
 
 @pytest.mark.usefixtures("no_clock")
@@ -168,23 +168,23 @@ def test_seeds_are_averaged_over_their_folds_before_they_spread():
     sweep = Sweep(points(0, 0, 0, 0, 5, 5, 5, 5))
     values = [90.0, 80.0, 92.0, 86.0, 88.0, 70.0, 92.0, 80.0]
     speeds = {("net", (0,)): [1.0], ("net", (5,)): [2.0]}
-    plain, merged = rows_of(sweep, values, speeds, n_packs=2)
+    plain, merged = summarise_points(sweep, values, speeds, n_packs=2)
     assert plain.value == Spread(87.0, pytest.approx(2**0.5 * 2))  # seeds of 85 and 89
     assert merged.value == Spread(82.5, pytest.approx(2**0.5 * 3.5))
     assert merged.drop == Spread(-4.5, pytest.approx(2**0.5 * 1.5))  # -6 and -3
     assert merged.clips_per_second == (2.0,)
-    folds, _ = rows_of(Sweep(points(0, 0, 5, 5)), values[:4], speeds, n_packs=2)
+    folds, _ = summarise_points(Sweep(points(0, 0, 5, 5)), values[:4], speeds, n_packs=2)
     assert folds.value == Spread(85.0, pytest.approx(50**0.5))  # one checkpoint a fold: the folds spread
 
 
 def test_drops_without_a_partner():
     speeds = {("net", (0,)): [1.0], ("net", (5,)): [2.0]}
-    _, uneven = rows_of(Sweep(points(0, 5, 5)), [90.0, 80.0, 84.0], speeds, 1)
+    _, uneven = summarise_points(Sweep(points(0, 5, 5)), [90.0, 80.0, 84.0], speeds, 1)
     assert uneven.drop == Spread(-8.0, None)
-    (alone,) = rows_of(Sweep(points(5)), [80.0], speeds, 1)
+    (alone,) = summarise_points(Sweep(points(5)), [80.0], speeds, 1)
     assert alone.drop is None
-    assert markdown([alone], "mAP").splitlines()[2].split() == ["|", "5", "|", "80.0", "|", "|", "2.0", "|"]
-    assert rows_csv([alone], "mAP").splitlines()[1] == "trained,5,1,80,,,,2,2,2"
+    assert format_rows([alone], "mAP").splitlines()[2].split() == ["|", "5", "|", "80.0", "|", "|", "2.0", "|"]
+    assert format_rows_csv([alone], "mAP").splitlines()[1] == "trained,5,1,80,,,,2,2,2"
 
 
 def test_the_picture_shows_every_group_with_its_spread_and_every_network_once():
@@ -193,7 +193,7 @@ def test_the_picture_shows_every_group_with_its_spread_and_every_network_once():
         for group, network in (("inference", "net"), ("trained", "net"), ("small", "other"))
         for r in (0.0, 10.0)
     ]
-    left, right = figure(rows, "mAP").axes
+    left, right = draw_sweep(rows, "mAP").axes
     assert [line.get_label() for line in left.get_lines()] == [
         f"{g}, mean of 3" for g in ("inference", "trained", "small")
     ]
@@ -210,9 +210,9 @@ def test_the_clips_that_are_timed_are_those_in_the_middle(tone_pack):
     pack = Pack.open(tone_pack)
     pack.n_samples = pack.n_samples + torch.arange(28).flip(0).numpy()  # the last is the shortest
     assert torch.equal(
-        batch_of(pack, 16000, 4), torch.stack([torch.from_numpy(pack.read(i)) for i in (15, 14, 13, 12)])
+        make_batch(pack, 16000, 4), torch.stack([torch.from_numpy(pack.read(i)) for i in (15, 14, 13, 12)])
     )
-    assert len(batch_of(pack, 16000, 40)) == 40
+    assert len(make_batch(pack, 16000, 40)) == 40
 
 
 def test_the_command_as_a_user_types_it(folder, tone_pack, tmp_path):
@@ -257,9 +257,9 @@ def test_faults_of_checkpoints_and_packs_are_told_before_the_work(folder, tone_p
     assert "has 4 faults" in text
     assert "mn01_as, which has no tokens to merge" in text
     assert "--batchsize (did you mean 'batch_size'?): 8: no such file or folder" in text
-    assert "--trained: 2 packs go with the checkpoints of each r in turn" in text
-    assert "there are 1 at r = 4" in text
-    assert "say --metric accuracy or --metric mAP" in text
+    assert "--trained: 2 packs are assigned to the checkpoints of each r in turn" in text
+    assert "found 1 at r = 4" in text
+    assert "add --metric accuracy or --metric mAP" in text
     assert not (tmp_path / "out").exists()
 
 

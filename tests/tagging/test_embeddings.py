@@ -8,9 +8,9 @@ import torch
 
 import tagging.embeddings
 from common.errors import UserError
-from tagging.embeddings import Embeddings
-from tagging.files import TaggedFile, Wanted, tag_files
-from tagging.parts import ALONE, Share
+from tagging.embeddings import EmbeddingFile
+from tagging.files import TaggedFile, TagOptions, tag_files
+from tagging.parts import SINGLE_PROCESS, Share
 from tests.tagging.sounds import RATE, humming
 from tests.tagging.test_outputs import NAMES
 
@@ -27,11 +27,11 @@ def tagged(tmp_path_factory, pico):
         soundfile.write(path, humming(number, seconds), RATE, subtype="FLOAT")
     (folder / "bad.wav").write_text("no sound")
     paths.insert(2, folder / "bad.wav")
-    return list(tag_files(pico, paths, Wanted(embeddings=True), chunk_seconds=1.0, hop_seconds=0.7, batch_size=3))
+    return list(tag_files(pico, paths, TagOptions(embeddings=True), chunk_seconds=1.0, hop_seconds=0.7, batch_size=3))
 
 
-def write(path, files, order, share=ALONE):
-    output = Embeddings(path, SETTINGS, share)
+def write(path, files, order, share=SINGLE_PROCESS):
+    output = EmbeddingFile(path, SETTINGS, share)
     for file in files:
         output.write(file)
     return output.close(order)
@@ -92,11 +92,11 @@ def test_parts_and_what_was_there_become_one_file_in_the_order_of_the_sounds(
     tmp_path, tagged, monkeypatch, n_ranks, n_bytes
 ):
     monkeypatch.setattr(tagging.embeddings, "CHUNK_BYTES", n_bytes)
-    monkeypatch.setattr(tagging.embeddings, "MOST_OPEN", 1)
+    monkeypatch.setattr(tagging.embeddings, "MAX_OPEN", 1)
     order = [file.path for file in tagged]
     write(tmp_path / "whole.h5", tagged, order)
     path = tmp_path / "[parts].h5"
-    ranks = [Embeddings(path, SETTINGS, Share(rank, n_ranks)) for rank in range(n_ranks)]
+    ranks = [EmbeddingFile(path, SETTINGS, Share(rank, n_ranks)) for rank in range(n_ranks)]
     for number, file in reversed([*enumerate(tagged)]):
         ranks[number % n_ranks].write(file)
     assert [rank.close(order) for rank in ranks] == [False] * (n_ranks - 1) + [True]
@@ -110,10 +110,10 @@ def test_what_a_killed_run_has_written_is_kept_and_added_to(tmp_path, tagged, mo
     order = [file.path for file in tagged]
     path = tmp_path / "e.h5"
     for rank in range(2):
-        output = Embeddings(path, SETTINGS, Share(rank, 2))
+        output = EmbeddingFile(path, SETTINGS, Share(rank, 2))
         output.write(tagged[3 + rank])  # and is killed, in the middle of the next part
         (tmp_path / "e.h5.parts" / f".{rank}-of-2.000001.h5.77.partial").write_bytes(b"half a part")
-    ranks = [Embeddings(path, SETTINGS, Share(rank, n_next)) for rank in range(n_next)]
+    ranks = [EmbeddingFile(path, SETTINGS, Share(rank, n_next)) for rank in range(n_next)]
     for rank, output in enumerate(ranks):
         assert output.done == {str(tagged[3].path), str(tagged[4].path)}
         for file in tagged[rank::n_next]:
@@ -129,7 +129,7 @@ def test_files_that_were_added_come_last_and_nothing_is_lost_or_twice(tmp_path, 
     path = tmp_path / "e.h5"
     write(path, tagged[3:], order[3:])
     before = read(path)
-    again = Embeddings(path, SETTINGS, ALONE)
+    again = EmbeddingFile(path, SETTINGS, SINGLE_PROCESS)
     assert again.done == set(before[0])
     assert again.close(order)  # nothing to add
     check_same(read(path), before)
@@ -143,21 +143,21 @@ def test_names_may_be_any_bytes(tmp_path, tagged):
     files = [TaggedFile(tagged[0].path.with_name(name), tagged[0].windows) for name in NAMES]
     order = [file.path for file in files]
     write(tmp_path / "e.h5", files[::2], order)
-    output = Embeddings(tmp_path / "e.h5", SETTINGS, ALONE)
+    output = EmbeddingFile(tmp_path / "e.h5", SETTINGS, SINGLE_PROCESS)
     for file in files:
         output.write(file)
     assert output.close(order)
     names, windows = read(tmp_path / "e.h5")
     assert len(names) == len(files)
     assert len(windows) == 3 * len(files)
-    assert {str(path) for path in order} <= Embeddings(tmp_path / "e.h5", SETTINGS, ALONE).done
+    assert {str(path) for path in order} <= EmbeddingFile(tmp_path / "e.h5", SETTINGS, SINGLE_PROCESS).done
 
 
 def test_there_is_a_file_even_if_no_sound_could_be_read(tmp_path):
     write(tmp_path / "e.h5", [TaggedFile(tmp_path / "bad.wav", fault="no samples")], [tmp_path / "bad.wav"])
     with h5py.File(tmp_path / "e.h5") as file:
         assert len(file["filename"]) == len(file["window/file"]) == 0
-    assert Embeddings(tmp_path / "e.h5", SETTINGS, ALONE).done == set()
+    assert EmbeddingFile(tmp_path / "e.h5", SETTINGS, SINGLE_PROCESS).done == set()
 
 
 def test_those_of_another_run_and_files_of_another_kind_are_left_alone(tmp_path, tagged):
@@ -165,7 +165,7 @@ def test_those_of_another_run_and_files_of_another_kind_are_left_alone(tmp_path,
     write(path, tagged[:1], [])
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"made with chunk_length 1\.0; now it is chunk_length 2\.0.*--overwrite"):
-        Embeddings(path, {**SETTINGS, "chunk_length": 2.0}, ALONE)
+        EmbeddingFile(path, {**SETTINGS, "chunk_length": 2.0}, SINGLE_PROCESS)
     assert path.read_bytes() == before
     for content in (b"no HDF5", None):
         if content:
@@ -174,18 +174,18 @@ def test_those_of_another_run_and_files_of_another_kind_are_left_alone(tmp_path,
             with h5py.File(path, "w") as file:
                 file["x"] = 1
         with pytest.raises(UserError, match="cannot be added to"):
-            Embeddings(path, SETTINGS, ALONE)
+            EmbeddingFile(path, SETTINGS, SINGLE_PROCESS)
 
 
 def test_what_is_held_is_written_when_asked_for_and_after_a_while(tmp_path, tagged, monkeypatch):
-    output = Embeddings(tmp_path / "e.h5", SETTINGS, ALONE)
+    output = EmbeddingFile(tmp_path / "e.h5", SETTINGS, SINGLE_PROCESS)
     output.write(tagged[0])
     assert all(window.frames.dtype == np.float16 for window in tagged[0].windows)
-    assert Embeddings(tmp_path / "e.h5", SETTINGS, ALONE).done == set()
+    assert EmbeddingFile(tmp_path / "e.h5", SETTINGS, SINGLE_PROCESS).done == set()
     output.flush()
-    assert Embeddings(tmp_path / "e.h5", SETTINGS, ALONE).done == {str(tagged[0].path)}
+    assert EmbeddingFile(tmp_path / "e.h5", SETTINGS, SINGLE_PROCESS).done == {str(tagged[0].path)}
     output.write(tagged[1])
     monkeypatch.setattr(tagging.embeddings, "CHUNK_SECONDS", 0.0)
     output.write(tagged[3])
     done = {str(tagged[i].path) for i in (0, 1, 3)}
-    assert Embeddings(tmp_path / "e.h5", SETTINGS, ALONE).done == done
+    assert EmbeddingFile(tmp_path / "e.h5", SETTINGS, SINGLE_PROCESS).done == done

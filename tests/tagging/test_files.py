@@ -14,7 +14,7 @@ from common.errors import UserError
 from models import AudioTagger
 from models.ced_mel import CedMel
 from tagging.engines import TorchEngine
-from tagging.files import AHEAD, LIKE, Wanted, choose_alike, tag_files
+from tagging.files import MAX_FILES_AHEAD, MAX_LENGTH_RATIO, TagOptions, choose_batch, tag_files
 from tests.tagging.sounds import RATE, Meter, humming, steady
 
 
@@ -27,29 +27,29 @@ def no_thread_is_left():
 
 @contextlib.contextmanager
 def at_most(seconds):
-    """Fail where a block takes longer, which may be for ever: it runs in the thread of the test, so stop the shop."""
-    shops = []
-    original = tagging.files._Shop.__init__
+    """Fail where a block takes longer, which may be for ever: it runs in the thread of the test, so stop the pool."""
+    pools = []
+    original = tagging.files.WindowPool.__init__
 
     def noted(self, *arguments):
         original(self, *arguments)
-        shops.append(self)
+        pools.append(self)
 
-    tagging.files._Shop.__init__ = noted
-    timer = threading.Timer(seconds, lambda: [shop.fail(TimeoutError("dead-lock")) for shop in shops])
+    tagging.files.WindowPool.__init__ = noted
+    timer = threading.Timer(seconds, lambda: [pool.stop(TimeoutError("dead-lock")) for pool in pools])
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
         timer.join()
-        tagging.files._Shop.__init__ = original
+        tagging.files.WindowPool.__init__ = original
 
 
 def test_every_window_is_tagged_in_order_with_its_times_also_a_short_tail(tmp_path):
     first = steady(tmp_path / "first.wav", [0.25, 0.5, 0.75], last=0.25)
     second = steady(tmp_path / "second.wav", [0.125])
-    files = list(tag_files(Meter(), [first, second], Wanted(2), chunk_seconds=1.0, batch_size=3))
+    files = list(tag_files(Meter(), [first, second], TagOptions(2), chunk_seconds=1.0, batch_size=3))
     assert [file.path for file in files] == [first, second]
     assert [(window.start, window.end) for window in files[0].windows] == [(0, 1), (1, 2), (2, 2.25)]
     assert [window.tags for window in files[0].windows] == [
@@ -71,7 +71,7 @@ def test_windows_overlap_or_leave_gaps_as_asked(tmp_path):
     path = steady(tmp_path / "a.wav", [0.0, 0.25, 0.5, 0.75, 1.0])
 
     def heard(**times):
-        (file,) = tag_files(Meter(), [path], Wanted(1), **times)
+        (file,) = tag_files(Meter(), [path], TagOptions(1), **times)
         return [(window.start, window.end, round(dict(window.tags)["level"], 3)) for window in file.windows]
 
     half = [(k / 2, k / 2 + 2, (k + 1) / 8) for k in range(7)]
@@ -95,13 +95,13 @@ def test_a_batch_is_chosen_alike():
     for _ in range(300):
         lengths = rng.integers(1, 200, rng.integers(1, 30)).tolist()
         n_most = int(rng.integers(1, 12))
-        chosen = choose_alike(lengths, n_most)
+        chosen = choose_batch(lengths, n_most)
         picked = [lengths[i] for i in chosen]
         assert chosen[0] == 0
         assert len(chosen) == len(set(chosen)) <= n_most
-        assert max(picked) <= LIKE * min(picked)
+        assert max(picked) <= MAX_LENGTH_RATIO * min(picked)
         left = [n for i, n in enumerate(lengths) if i not in chosen]
-        fitting = [n for n in left if max(*picked, n) <= LIKE * min(*picked, n)]
+        fitting = [n for n in left if max(*picked, n) <= MAX_LENGTH_RATIO * min(*picked, n)]
         farthest = max(abs(n - lengths[0]) for n in picked)
         assert all(abs(n - lengths[0]) >= farthest for n in fitting)  # the nearest were taken
         assert len(chosen) == n_most or not fitting  # and none was left out without need
@@ -114,13 +114,13 @@ def test_a_batch_holds_windows_of_several_files_and_of_like_length(tmp_path):
         paths.append(tmp_path / f"{number}.wav")
         soundfile.write(paths[-1], np.full(rng.integers(3000, 40000), number / 100), RATE)
     meter = Meter(n_threads=2, pause=0.02)
-    files = list(tag_files(meter, paths, Wanted(1), chunk_seconds=1.0, batch_size=4))
+    files = list(tag_files(meter, paths, TagOptions(1), chunk_seconds=1.0, batch_size=4))
     assert [file.path for file in files] == paths
     assert all(window.tags[0][0] in ("level", "short") for file in files for window in file.windows)
     assert sum(map(len, meter.batches)) == sum(len(file.windows) for file in files)
     for batch in meter.batches:
         assert len(batch) <= 4
-        assert max(map(len, batch)) <= LIKE * min(map(len, batch))
+        assert max(map(len, batch)) <= MAX_LENGTH_RATIO * min(map(len, batch))
     assert max(len({round(float(clip[0]), 2) for clip in batch}) for batch in meter.batches) >= 3  # files
 
 
@@ -133,7 +133,7 @@ def test_long_windows_make_small_batches_and_few_are_held(tmp_path):
         list(tag_files(meter, [path, path], chunk_seconds=20.0, batch_size=4))
     assert sum(map(len, meter.batches)) == 80
     assert max(map(len, meter.batches)) == 2
-    assert max(samples for _, samples in sizes) == 16 * tagging.files.USUAL * rate  # 8 windows of 20 s
+    assert max(samples for _, samples in sizes) == 16 * tagging.files.TYPICAL_SECONDS * rate  # 8 windows of 20 s
     assert max(windows for windows, _ in sizes) == 8
 
 
@@ -141,19 +141,19 @@ def test_long_windows_make_small_batches_and_few_are_held(tmp_path):
 def watch_pool():
     """Give a list that gets windows and samples in the pool whenever one is added."""
     sizes = []
-    original = tagging.files._Shop.put
+    original = tagging.files.WindowPool.put
 
-    def put(self, waiting):
-        result = original(self, waiting)
+    def put(self, pending):
+        result = original(self, pending)
         with self.changed:
-            sizes.append((len(self.pool), sum(len(waiting.samples) for waiting in self.pool)))
+            sizes.append((len(self.windows), sum(len(pending.samples) for pending in self.windows)))
         return result
 
-    tagging.files._Shop.put = put
+    tagging.files.WindowPool.put = put
     try:
         yield sizes
     finally:
-        tagging.files._Shop.put = original
+        tagging.files.WindowPool.put = original
 
 
 def test_the_pool_never_holds_more_than_its_capacity(tmp_path):
@@ -167,7 +167,7 @@ def test_the_pool_never_holds_more_than_its_capacity(tmp_path):
 def test_other_rates_and_channels_become_the_models(tmp_path):
     stereo = np.stack([np.full(44100, 0.75), np.full(44100, 0.25)], axis=1)
     soundfile.write(tmp_path / "stereo.flac", stereo, 44100)
-    (file,) = tag_files(Meter(), [tmp_path / "stereo.flac"], Wanted(1))
+    (file,) = tag_files(Meter(), [tmp_path / "stereo.flac"], TagOptions(1))
     assert (file.windows[0].end, len(file.windows)) == (1.0, 1)
     assert file.windows[0].tags[0][1] == pytest.approx(0.5, abs=1e-2)
 
@@ -200,7 +200,7 @@ def test_a_file_whose_fault_shows_late_gives_no_windows(tmp_path, monkeypatch, n
     samples[-10] = np.nan
     soundfile.write(bad, samples, RATE, subtype="FLOAT")
     meter = Meter(n_threads)
-    files = list(tag_files(meter, [good, bad, good], Wanted(1), chunk_seconds=0.5, batch_size=2))
+    files = list(tag_files(meter, [good, bad, good], TagOptions(1), chunk_seconds=0.5, batch_size=2))
     assert sum(clip[0] == 0.75 for batch in meter.batches for clip in batch) > 30  # tagged before it showed
     assert [file.path for file in files] == [good, bad, good]
     assert [len(file.windows) for file in files] == [2, 0, 2]
@@ -261,7 +261,7 @@ def test_hundreds_of_short_files_wait_behind_a_long_one_without_a_dead_lock(tmp_
     def paths():
         for path in [long, *[short] * 600]:
             begun.append(path)
-            if len(begun) == AHEAD:
+            if len(begun) == MAX_FILES_AHEAD:
                 far_enough.set()
             yield path
 
@@ -273,9 +273,9 @@ def test_hundreds_of_short_files_wait_behind_a_long_one_without_a_dead_lock(tmp_
             return super().predict(clips)
 
     with at_most(30):
-        files = tag_files(Waiting(2), paths(), Wanted(1), chunk_seconds=1.0, batch_size=4)
+        files = tag_files(Waiting(2), paths(), TagOptions(1), chunk_seconds=1.0, batch_size=4)
         assert len(next(files).windows) == 60
-        assert len(begun) <= AHEAD + 2
+        assert len(begun) <= MAX_FILES_AHEAD + 2
         assert [file.windows[0].tags for file in files] == [[("level", 0.25)]] * 600
 
 
@@ -285,9 +285,9 @@ def test_results_wait_no_further_ahead_than_they_may(tmp_path):
     files = tag_files(Meter(), (begun.append(number) or short for number in range(900)), batch_size=4)
     for handed_over in range(1, 500):
         next(files)
-        assert len(begun) <= handed_over + AHEAD
+        assert len(begun) <= handed_over + MAX_FILES_AHEAD
     time.sleep(0.2)
-    assert len(begun) <= 499 + AHEAD
+    assert len(begun) <= 499 + MAX_FILES_AHEAD
     files.close()
 
 
@@ -298,24 +298,24 @@ def test_seconds_are_counted_as_windows_are_done(tmp_path):
 
 
 def test_more_labels_wanted_than_there_are_gives_all(tmp_path):
-    (file,) = tag_files(Meter(), [steady(tmp_path / "a.wav", [0.5])], Wanted(10))
+    (file,) = tag_files(Meter(), [steady(tmp_path / "a.wav", [0.5])], TagOptions(10))
     assert [label for label, _ in file.windows[0].tags] == ["level", "short", "never"]
 
 
 @pytest.mark.parametrize(
     ("wanted", "labels"),
     [
-        (Wanted(), ["c", "a", "d"]),
-        (Wanted(2), ["c", "a"]),
-        (Wanted(None), ["c", "a", "d", "b"]),
-        (Wanted(None, 0.3), ["c", "a", "d"]),
-        (Wanted(1, 0.3), ["c"]),
-        (Wanted(3, 0.8), []),
-        (Wanted(None, 0.0), ["c", "a", "d", "b"]),
+        (TagOptions(), ["c", "a", "d"]),
+        (TagOptions(2), ["c", "a"]),
+        (TagOptions(None), ["c", "a", "d", "b"]),
+        (TagOptions(None, 0.3), ["c", "a", "d"]),
+        (TagOptions(1, 0.3), ["c"]),
+        (TagOptions(3, 0.8), []),
+        (TagOptions(None, 0.0), ["c", "a", "d", "b"]),
     ],
 )
 def test_labels_are_chosen_by_number_and_threshold(wanted, labels):
-    tags = wanted.tags(np.array([0.5, 0.1, 0.7, 0.3], np.float32), ["a", "b", "c", "d"])
+    tags = wanted.select(np.array([0.5, 0.1, 0.7, 0.3], np.float32), ["a", "b", "c", "d"])
     assert [label for label, _ in tags] == labels
     assert [value for _, value in tags] == sorted((value for _, value in tags), reverse=True)
 
@@ -329,8 +329,8 @@ def test_windows_too_long_for_the_engine_are_refused_before_anything_is_read(tmp
 
 
 def test_embeddings_of_an_engine_that_has_none_are_refused(tmp_path):
-    with pytest.raises(UserError, match="meter gives probabilities alone"):
-        list(tag_files(Meter(), [steady(tmp_path / "a.wav", [0.5])], Wanted(embeddings=True)))
+    with pytest.raises(UserError, match="meter has no embeddings"):
+        list(tag_files(Meter(), [steady(tmp_path / "a.wav", [0.5])], TagOptions(embeddings=True)))
 
 
 def test_a_model_that_gives_nan_is_named(tmp_path):
@@ -341,7 +341,7 @@ def test_a_model_that_gives_nan_is_named(tmp_path):
         def forward(self, waveform, lengths=None):
             return torch.full((len(waveform), 3), torch.nan)
 
-    with pytest.raises(UserError, match="Broken gives NaN"):
+    with pytest.raises(UserError, match=r"Broken.* NaN"):
         list(tag_files(TorchEngine(Broken()), [steady(tmp_path / "a.wav", [0.5])]))
 
 
@@ -365,7 +365,7 @@ def mixed(tmp_path_factory) -> list[Path]:
 
 
 def test_tags_do_not_depend_on_the_batch(mixed, pico):
-    every = Wanted(None)
+    every = TagOptions(None)
     together = list(tag_files(pico, mixed, every, chunk_seconds=1.0, batch_size=16))
     alone = [file for path in mixed for file in tag_files(pico, [path], every, chunk_seconds=1.0, batch_size=1)]
     values = []
@@ -382,7 +382,7 @@ def test_tags_do_not_depend_on_the_batch(mixed, pico):
 def test_probabilities_are_the_models_own(tmp_path, pico):
     samples = humming(3, 1.0)
     soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="FLOAT")
-    (file,) = tag_files(pico, [tmp_path / "a.wav"], Wanted(6))
+    (file,) = tag_files(pico, [tmp_path / "a.wav"], TagOptions(6))
     with torch.inference_mode():
         expected = pico.model.predict(torch.from_numpy(samples)[None])[0]
     assert dict(file.windows[0].tags) == pytest.approx(dict(zip(pico.labels, expected.tolist(), strict=True)), abs=1e-6)

@@ -13,9 +13,9 @@ import tagging.parts
 import tagging.rows
 from common.errors import UserError
 from tagging.files import TaggedFile, TaggedWindow
-from tagging.outputs import beside, open_output
-from tagging.parts import ALONE, Share
-from tagging.rows import COLUMNS, as_text, from_text
+from tagging.outputs import name_targets, open_output
+from tagging.parts import SINGLE_PROCESS, Share
+from tagging.rows import COLUMNS, escape_name, unescape_name
 from tagging.session import open_outputs
 
 SETTINGS = {"model": "pico.pt", "chunk_length": 10.0, "threshold": None}
@@ -63,7 +63,7 @@ def read_table(path):
         assert tuple(frame.columns) == COLUMNS
         assert [str(kind) for kind in frame.dtypes[["start", "end", "probability"]]] == ["float64"] * 3
         rows = frame.astype(object).where(frame.notna(), None).values.tolist()
-        return [[list(from_text([row[0]]))[-1] if row[0] != NAMES[-1] else row[0], *row[1:]] for row in rows]
+        return [[list(unescape_name(row[0]))[-1] if row[0] != NAMES[-1] else row[0], *row[1:]] for row in rows]
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
         head, *rows = csv.reader(stream)
     assert tuple(head) == COLUMNS
@@ -79,7 +79,7 @@ def read_lines(path):
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def write(path, files=FILES, settings=SETTINGS, share=ALONE, paths=PATHS):
+def write(path, files=FILES, settings=SETTINGS, share=SINGLE_PROCESS, paths=PATHS):
     output = open_output(path, None, paths, settings, share)
     for file in files:
         output.write(file)
@@ -105,7 +105,7 @@ def test_tables_have_a_row_a_label_and_one_of_every_file(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
-@pytest.mark.parametrize("shares", [[ALONE], [Share(0, 2), Share(1, 2)]])
+@pytest.mark.parametrize("shares", [[SINGLE_PROCESS], [Share(0, 2), Share(1, 2)]])
 def test_what_is_odd_is_known_to_the_last_process_and_when_the_command_is_given_again(tmp_path, form, shares):
     path = tmp_path / f"tags.{form}"
     outputs = [open_output(path, None, PATHS, SETTINGS, share) for share in shares]
@@ -114,7 +114,7 @@ def test_what_is_odd_is_known_to_the_last_process_and_when_the_command_is_given_
     told = {"odd.wav": 'truncated: ends early, "really"; joined: is joined'}
     assert [output.close(PATHS) for output in outputs][-1]
     assert outputs[-1].warnings == told
-    again = open_output(path, None, PATHS, SETTINGS, ALONE)
+    again = open_output(path, None, PATHS, SETTINGS, SINGLE_PROCESS)
     assert again.warnings == told
     again.close(PATHS)
 
@@ -123,8 +123,8 @@ def test_rows_with_other_columns_are_not_added_to(tmp_path):
     write(tmp_path / "tags.csv")
     data = (tmp_path / "tags.csv").read_bytes()
     (tmp_path / "tags.csv").write_bytes(data.replace(b",warning\n", b",warnings\n", 1))
-    with pytest.raises(UserError, match="has other columns than are written now"):
-        open_output(tmp_path / "tags.csv", None, PATHS, SETTINGS, ALONE)
+    with pytest.raises(UserError, match="has other columns than expected"):
+        open_output(tmp_path / "tags.csv", None, PATHS, SETTINGS, SINGLE_PROCESS)
 
 
 def test_jsonl_has_a_line_a_window_and_one_of_every_file(tmp_path):
@@ -148,7 +148,7 @@ def test_jsonl_has_a_line_a_window_and_one_of_every_file(tmp_path):
 
 def test_audacity_finds_a_label_track_for_each_sound_laid_out_as_the_sounds_are(tmp_path):
     paths = [tmp_path / "sounds" / name for name in ("a.wav", "a.flac", "deep/er/b.wav", "deep/bad.wav")]
-    output = open_output(tmp_path / "tracks", "audacity", paths, SETTINGS, ALONE)
+    output = open_output(tmp_path / "tracks", "audacity", paths, SETTINGS, SINGLE_PROCESS)
     for path in paths[:3]:
         output.write(tagged(path))
     output.write(TaggedFile(paths[3], fault="no samples"))
@@ -162,33 +162,33 @@ def test_audacity_finds_a_label_track_for_each_sound_laid_out_as_the_sounds_are(
         ["0.000000", "10.000000", "Bell 0.12"],
         ["20.000000", "22.000060", "Bell 0.50"],
     ]
-    again = open_output(tmp_path / "tracks", "audacity", paths, SETTINGS, ALONE)
+    again = open_output(tmp_path / "tracks", "audacity", paths, SETTINGS, SINGLE_PROCESS)
     assert again.done == {str(path) for path in paths[:3]}
     with pytest.raises(UserError, match=r"threshold None; now it is threshold 0\.5"):
-        open_output(tmp_path / "tracks", "audacity", paths, {**SETTINGS, "threshold": 0.5}, ALONE)
+        open_output(tmp_path / "tracks", "audacity", paths, {**SETTINGS, "threshold": 0.5}, SINGLE_PROCESS)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
-    with pytest.raises(UserError, match="holds files of something else"):
-        open_output(tmp_path / "mine", "audacity", paths, SETTINGS, ALONE)
+    with pytest.raises(UserError, match="holds files of another program"):
+        open_output(tmp_path / "mine", "audacity", paths, SETTINGS, SINGLE_PROCESS)
 
 
 def test_names_in_any_bytes_become_file_names_beside_each_other(tmp_path):
     paths = [tmp_path / name for name in NAMES]
-    targets = beside(tmp_path / "out", paths, ".txt")
+    targets = name_targets(tmp_path / "out", paths, ".txt")
     assert targets == {str(path): tmp_path / "out" / f"{path.name}.txt" for path in paths}
-    assert beside(tmp_path / "out", [], ".txt") == {}
+    assert name_targets(tmp_path / "out", [], ".txt") == {}
 
 
 def test_names_survive_being_text():
     for name in NAMES:
-        assert as_text(name).encode("utf-8")
-        assert name in set(from_text([as_text(name)]))
+        assert escape_name(name).encode("utf-8")
+        assert name in unescape_name(escape_name(name))
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_a_reader_sees_each_file_as_soon_as_it_is_through(tmp_path, form):
     path = tmp_path / f"tags.{form}"
-    output = open_output(path, None, PATHS, SETTINGS, ALONE)
+    output = open_output(path, None, PATHS, SETTINGS, SINGLE_PROCESS)
     for n, file in enumerate(FILES, 1):
         output.write(file)
         names = [line["filename"] for line in read_lines(path)] if form == "jsonl" else [r[0] for r in read_table(path)]
@@ -202,7 +202,7 @@ def test_what_is_there_is_not_done_again_and_the_rest_is_added(tmp_path, form, n
     write(tmp_path / f"whole.{form}")
     path = tmp_path / f"tags.{form}"
     write(path, FILES[:n_first])
-    output = open_output(path, None, PATHS, SETTINGS, ALONE)
+    output = open_output(path, None, PATHS, SETTINGS, SINGLE_PROCESS)
     done = {str(path) for path in PATHS[:n_first]}
     assert {str(path) for path in PATHS if str(path) in output.done} == done
     assert set(output.faults) == ({"broken, really.wav"} & done)
@@ -249,7 +249,7 @@ def test_a_file_of_another_kind_is_left_alone(tmp_path, form):
     path = tmp_path / f"tags.{form}"
     path.write_text("my notes")
     with pytest.raises(UserError, match=r"tags\.\w+ exists.*write elsewhere, or remove it"):
-        open_output(path, None, PATHS, SETTINGS, ALONE)
+        open_output(path, None, PATHS, SETTINGS, SINGLE_PROCESS)
     assert path.read_text() == "my notes"
 
 
@@ -267,7 +267,7 @@ def test_settings_of_another_run_are_a_sentence(tmp_path, form, changed, sentenc
     write(path)
     before = path.read_bytes()
     with pytest.raises(UserError, match=sentence) as error:
-        open_output(path, None, PATHS, {**SETTINGS, **changed}, ALONE)
+        open_output(path, None, PATHS, {**SETTINGS, **changed}, SINGLE_PROCESS)
     assert "--overwrite" in str(error.value)
     assert path.read_bytes() == before
 
@@ -278,10 +278,10 @@ def test_a_note_that_is_damaged_is_a_sentence(tmp_path, form):
     write(path)
     path.with_name(f"{path.name}.meta.json").write_text("{")
     with pytest.raises(UserError, match="missing or damaged"):
-        open_output(path, None, PATHS, SETTINGS, ALONE)
+        open_output(path, None, PATHS, SETTINGS, SINGLE_PROCESS)
 
 
-def overwrite(share=ALONE, **outputs):
+def overwrite(share=SINGLE_PROCESS, **outputs):
     opened = open_outputs(PATHS, {**SETTINGS, "model": "new"}, share, overwrite=True, **outputs)
     assert not any(output.done for output in opened)
     return opened
@@ -322,11 +322,11 @@ def test_overwriting_spares_folders_of_something_else(tmp_path):
     (folder / "a.wav").write_text("a sound")
     for what in ("output", "plot"):
         with pytest.raises(UserError, match="does not touch"):
-            open_outputs(PATHS, SETTINGS, ALONE, kind="audacity", overwrite=True, **{what: folder})
+            open_outputs(PATHS, SETTINGS, SINGLE_PROCESS, output_format="audacity", overwrite=True, **{what: folder})
     assert (folder / "a.wav").exists()
-    open_outputs(PATHS, SETTINGS, ALONE, kind="audacity", output=tmp_path / "tracks")
+    open_outputs(PATHS, SETTINGS, SINGLE_PROCESS, output_format="audacity", output=tmp_path / "tracks")
     (tmp_path / "tracks" / "a.txt").write_text("")
-    overwrite(kind="audacity", output=tmp_path / "tracks")
+    overwrite(output_format="audacity", output=tmp_path / "tracks")
     assert [p.name for p in (tmp_path / "tracks").iterdir()] == ["made_with.json"]
 
 
@@ -342,7 +342,7 @@ def test_several_processes_need_an_output_and_may_not_overwrite(tmp_path):
 )
 def test_a_form_that_is_not_known_or_not_the_names_is_a_sentence(tmp_path, name, kind):
     with pytest.raises(UserError, match=r"\.csv, \.jsonl, \.parquet, or a folder with --format audacity"):
-        open_output(tmp_path / name, kind, PATHS, SETTINGS, ALONE)
+        open_output(tmp_path / name, kind, PATHS, SETTINGS, SINGLE_PROCESS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -364,7 +364,7 @@ def test_parts_of_several_processes_become_one_file_in_the_order_of_the_sounds(t
     left = {p.name for p in tmp_path.iterdir() if not p.name.startswith("whole")}
     assert left == {path.name, f"{path.name}.meta.json"}
     assert ranks[2].faults == {"broken, really.wav": FILES[3].fault}
-    assert len(open_output(path, None, PATHS, SETTINGS, ALONE).done & {str(p) for p in PATHS}) == len(FILES)
+    assert len(open_output(path, None, PATHS, SETTINGS, SINGLE_PROCESS).done & {str(p) for p in PATHS}) == len(FILES)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -393,7 +393,7 @@ def test_a_part_that_was_hardly_begun_is_removed_when_parts_are_joined(tmp_path,
     path = tmp_path / f"tags.{form}"
     (tmp_path / f"{path.name}.part-1-of-2.jsonl").touch()  # and its process was killed before the first note
     (tmp_path / f".{path.name}.part-1-of-2.jsonl.meta.json.partial").write_text("{")
-    output = open_output(path, None, PATHS, SETTINGS, ALONE)
+    output = open_output(path, None, PATHS, SETTINGS, SINGLE_PROCESS)
     output.write(FILES[0])
     assert output.close(PATHS)
     assert {p.name for p in tmp_path.iterdir()} == {path.name, f"{path.name}.meta.json"}
@@ -413,7 +413,7 @@ def test_a_process_of_an_earlier_start_does_not_count_as_finished(tmp_path):
 
 def test_who_is_last_knows_the_faults_of_all_also_where_nothing_is_joined(tmp_path):
     shares = Share(0, 2), Share(1, 2)
-    for outputs in ({"output": tmp_path / "tracks", "kind": "audacity"}, {"plot": tmp_path / "pictures"}):
+    for outputs in ({"output": tmp_path / "tracks", "output_format": "audacity"}, {"plot": tmp_path / "pictures"}):
         (first,), (second,) = (open_outputs(PATHS, SETTINGS, share, **outputs) for share in shares)
         first.write(TaggedFile(Path("broken, really.wav"), fault="no samples"))
         assert not first.close(PATHS)
@@ -452,7 +452,7 @@ def test_a_run_stopped_while_it_joins_parts_joins_them_the_next_time(tmp_path, f
         patch.setattr(Path, "unlink", lambda p, **how: stop() if ".part-" in p.name else unlink(p, **how))
         with pytest.raises(KeyboardInterrupt):
             last.close(PATHS)
-    again = open_output(path, None, PATHS, SETTINGS, ALONE)
+    again = open_output(path, None, PATHS, SETTINGS, SINGLE_PROCESS)
     assert {str(path) for path in PATHS} <= again.done
     assert again.close(PATHS)
     write(tmp_path / f"whole.{form}")
@@ -485,9 +485,9 @@ def test_a_run_killed_right_after_lost_rows_were_cut_off_is_gone_on_with(tmp_pat
     write(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    output = open_output(path, None, PATHS, SETTINGS, ALONE)
-    output.file.write(b'"half' * 1000)  # and is killed before the next note
-    output.file.flush()
+    output = open_output(path, None, PATHS, SETTINGS, SINGLE_PROCESS)
+    output.rows.file.write(b'"half' * 1000)  # and is killed before the next note
+    output.rows.file.flush()
     write(path)
     assert path.read_bytes() == whole
 
@@ -496,8 +496,8 @@ def test_rows_with_a_note_that_are_no_rows_are_a_sentence(tmp_path):
     path = tmp_path / "tags.csv"
     write(path)
     path.write_bytes(path.read_bytes().replace(b"1", b'"', 1))
-    with pytest.raises(UserError, match="was changed by something else"):
-        open_output(path, None, PATHS, SETTINGS, ALONE)
+    with pytest.raises(UserError, match="was changed by another program"):
+        open_output(path, None, PATHS, SETTINGS, SINGLE_PROCESS)
 
 
 def test_a_parquet_table_grows_by_groups_of_rows(tmp_path, monkeypatch):
@@ -519,7 +519,7 @@ def test_going_on_does_not_hold_the_rows(tmp_path, form):
     write(path, files)
     size = path.stat().st_size
     tracemalloc.start()
-    for share in (ALONE, Share(0, 2)):
+    for share in (SINGLE_PROCESS, Share(0, 2)):
         assert len(open_output(path, None, PATHS, SETTINGS, share).done) == 50
     assert tracemalloc.get_traced_memory()[1] < size / 10
     tracemalloc.stop()
@@ -539,7 +539,7 @@ def test_overwriting_checks_everything_before_it_removes_anything(tmp_path):
     (tmp_path / "m.csv").write_bytes(b"precious")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     for outputs in (*strange, {"output": path, "plot": mine}):
-        with pytest.raises(UserError, match=r"does not touch: write elsewhere|wanted a name that ends in"):
+        with pytest.raises(UserError, match=r"does not touch: write elsewhere|expected a name that ends in"):
             overwrite(**outputs)
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     (tmp_path / "e.h5.parts").mkdir()
@@ -551,7 +551,7 @@ def test_overwriting_checks_everything_before_it_removes_anything(tmp_path):
 
 def test_a_name_too_long_for_a_file_beside_others_is_that_files_fault(tmp_path):
     paths = [tmp_path / f"{'n' * 250}.wav", tmp_path / "short.wav"]
-    output = open_output(tmp_path / "tracks", "audacity", paths, SETTINGS, ALONE)
+    output = open_output(tmp_path / "tracks", "audacity", paths, SETTINGS, SINGLE_PROCESS)
     for path in paths:
         output.write(tagged(path))
     assert output.close(paths)

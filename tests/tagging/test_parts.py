@@ -9,12 +9,13 @@ import threading
 import pytest
 
 from common.errors import UserError
-from tagging.parts import ALONE, Share, claim_folder, let_go, take
+from tagging.outputs import claim_folder
+from tagging.parts import SINGLE_PROCESS, Share, lock, unlock
 from tests.conftest import ROOT
 
 HOLD = (
-    "import sys, pathlib; from tagging.parts import Share, take; "
-    "take(pathlib.Path(sys.argv[1]), Share(int(sys.argv[2]), int(sys.argv[3]))); print('taken', flush=True); input()"
+    "import sys, pathlib; from tagging.parts import Share, lock; "
+    "lock(pathlib.Path(sys.argv[1]), Share(int(sys.argv[2]), int(sys.argv[3]))); print('taken', flush=True); input()"
 )
 
 
@@ -39,8 +40,8 @@ def holder(tmp_path):
 @pytest.mark.parametrize(
     ("theirs", "mine", "fine"),
     [
-        ((0, 1), ALONE, False),
-        ((1, 2), ALONE, False),
+        ((0, 1), SINGLE_PROCESS, False),
+        ((1, 2), SINGLE_PROCESS, False),
         ((0, 1), Share(1, 2), False),
         ((1, 2), Share(1, 2), False),
         ((0, 3), Share(0, 2), False),
@@ -50,18 +51,18 @@ def holder(tmp_path):
 def test_an_output_that_another_process_writes_is_a_sentence_until_that_is_killed(
     tmp_path, monkeypatch, holder, theirs, mine, fine
 ):
-    monkeypatch.setattr("tagging.parts.PATIENCE", 0.1)
+    monkeypatch.setattr("tagging.parts.LOCK_TIMEOUT", 0.1)
     process = holder(*theirs)
     if fine:
-        take(tmp_path / "tags.csv", mine)
+        lock(tmp_path / "tags.csv", mine)
     else:
         with pytest.raises(UserError, match=r"tags\.csv is being written by another process"):
-            take(tmp_path / "tags.csv", mine)
+            lock(tmp_path / "tags.csv", mine)
     process.kill()
     process.wait()
-    take(tmp_path / "tags.csv", mine)
-    take(tmp_path / "tags.csv", mine)
-    let_go(tmp_path / "tags.csv")
+    lock(tmp_path / "tags.csv", mine)
+    lock(tmp_path / "tags.csv", mine)
+    unlock(tmp_path / "tags.csv")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -69,14 +70,14 @@ def test_a_lock_that_was_removed_while_one_waited_for_it_is_none(tmp_path, holde
     """The other one ends within the time that this one waits."""
     process = holder(0, 1)
     (tmp_path / ".tags.csv.taken").unlink()  # as the other one does at its end
-    take(tmp_path / "tags.csv", ALONE)
+    lock(tmp_path / "tags.csv", SINGLE_PROCESS)
     assert (tmp_path / ".tags.csv.taken").exists()
-    let_go(tmp_path / "tags.csv")
+    unlock(tmp_path / "tags.csv")
     process = holder(0, 1)
     timer = threading.Timer(0.3, process.kill)
     timer.start()
-    take(tmp_path / "tags.csv", ALONE)
-    let_go(tmp_path / "tags.csv")
+    lock(tmp_path / "tags.csv", SINGLE_PROCESS)
+    unlock(tmp_path / "tags.csv")
     timer.join()
 
 
@@ -94,10 +95,10 @@ def test_processes_that_torchrun_has_not_started_are_a_sentence(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="torchrun has not started this process"):
-        Share.of_torchrun()
+        Share.from_torchrun()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    assert Share.of_torchrun()[:2] == (1, 2)
+    assert Share.from_torchrun()[:2] == (1, 2)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
-    assert Share.of_torchrun()[:2] == (0, 1)
+    assert Share.from_torchrun()[:2] == (0, 1)

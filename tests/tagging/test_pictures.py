@@ -5,9 +5,9 @@ from matplotlib.image import imread
 
 import audio.decoders
 from audio.io import AudioReadError
-from tagging.files import TaggedFile, TaggedWindow, Wanted, tag_files
-from tagging.parts import ALONE
-from tagging.pictures import LABELS, MOST_COLUMNS, Pictures, draw, spectrogram
+from tagging.files import TaggedFile, TaggedWindow, TagOptions, tag_files
+from tagging.parts import SINGLE_PROCESS
+from tagging.pictures import MAX_COLUMNS, MAX_LABELS, Pictures, compute_spectrogram, draw
 from tests.tagging.sounds import RATE, Meter, silence, steady
 from tests.tagging.test_outputs import NAMES
 
@@ -38,7 +38,7 @@ def test_a_spectrogram_is_the_mean_power_of_its_columns(tmp_path, monkeypatch, n
     monkeypatch.setattr(audio.decoders, "_BLOCK_FRAMES", block)
     samples = np.random.default_rng(0).standard_normal(70000).astype(np.float32) * np.linspace(0, 0.3, 70000)
     soundfile.write(tmp_path / "a.wav", samples.astype(np.float32), RATE, subtype="FLOAT")
-    found, seconds = spectrogram(tmp_path / "a.wav", n_columns)
+    found, seconds = compute_spectrogram(tmp_path / "a.wav", n_columns)
     expected = slow_spectrogram(samples.astype(np.float32), n_columns)
     assert seconds == 70000 / RATE
     assert 0 <= found.shape[1] - expected.shape[1] <= 1  # the last one holds what remains
@@ -48,7 +48,7 @@ def test_a_spectrogram_is_the_mean_power_of_its_columns(tmp_path, monkeypatch, n
 
 @pytest.mark.parametrize(("hertz", "rate"), [(440, 16000), (3000, 44100), (1000, 8000), (6000, 192000)])
 def test_a_tone_lies_at_its_pitch_at_every_rate(tmp_path, hertz, rate):
-    decibels, seconds = spectrogram(tone(tmp_path / "a.wav", hertz, 2.0, rate))
+    decibels, seconds = compute_spectrogram(tone(tmp_path / "a.wav", hertz, 2.0, rate))
     assert seconds == 2.0
     rows = decibels[:, 5:-5].argmax(axis=0) * 8000 / 256
     assert np.abs(rows - hertz).max() <= 8000 / 256 / 2 + 1
@@ -56,14 +56,14 @@ def test_a_tone_lies_at_its_pitch_at_every_rate(tmp_path, hertz, rate):
 
 
 def test_an_hour_has_as_few_columns_as_a_minute(tmp_path):
-    decibels, seconds = spectrogram(silence(tmp_path / "hour.wav", 3600))
+    decibels, seconds = compute_spectrogram(silence(tmp_path / "hour.wav", 3600))
     assert seconds == 3600
-    assert MOST_COLUMNS <= decibels.shape[1] < 2 * MOST_COLUMNS
+    assert MAX_COLUMNS <= decibels.shape[1] < 2 * MAX_COLUMNS
     assert decibels.max() == -100
 
 
 def test_the_shortest_sound_has_a_spectrogram(tmp_path):
-    decibels, seconds = spectrogram(steady(tmp_path / "a.wav", [0.5], last=1 / RATE))
+    decibels, seconds = compute_spectrogram(steady(tmp_path / "a.wav", [0.5], last=1 / RATE))
     assert decibels.shape == (257, 1)
     assert seconds == 1 / RATE
 
@@ -86,7 +86,9 @@ def test_a_picture_shows_what_is_heard_when(tmp_path):
     bars = image[round(image.shape[0] * 0.745), :, 0]  # through the upper row, "tone"
     quarters = [bars[round(first + (last - first) * (k + 0.5) / 4)] for k in range(4)]
     assert quarters == pytest.approx([1 - 0.88 * value for value in (0.2, 1.0, 1.0, 0.6)], abs=0.03)  # the surest shows
-    down = image[: round(image.shape[0] * 0.68), first + 9, :3].sum(axis=1)  # beside the left edge of the spectrogram
+    down = image[: round(image.shape[0] * 0.68), first + 9, :3].sum(
+        axis=1
+    )  # beside the left edge of the compute_spectrogram
     dark = np.flatnonzero(down < 0.1)
     lit = np.flatnonzero(down[dark[0] : dark[-1]] > 1)
     assert lit.mean() / (dark[-1] - dark[0]) == pytest.approx(0.5, abs=0.01)  # 4 of 8 kHz
@@ -100,7 +102,7 @@ def test_silence_is_dark(tmp_path):
 
 def test_a_picture_of_each_sound_lies_where_it_is_looked_for(tmp_path):
     paths = [tone(tmp_path / f"{name}.wav", 500, 0.3) for name in ("a", "b")]
-    pictures = Pictures(tmp_path / "pictures", paths, {"model": "meter"}, ALONE)
+    pictures = Pictures(tmp_path / "pictures", paths, {"model": "meter"}, SINGLE_PROCESS)
     for file in tag_files(Meter(), paths):
         pictures.write(file)
     assert pictures.close(paths)
@@ -108,7 +110,7 @@ def test_a_picture_of_each_sound_lies_where_it_is_looked_for(tmp_path):
         image = imread(tmp_path / "pictures" / f"{path.name}.png")
         assert image.shape[1] == pytest.approx(1320, abs=2)
         assert 300 < image.shape[0] < 800
-    again = Pictures(tmp_path / "pictures", paths, {"model": "meter"}, ALONE)
+    again = Pictures(tmp_path / "pictures", paths, {"model": "meter"}, SINGLE_PROCESS)
     assert again.done == {str(path) for path in paths}
 
 
@@ -127,7 +129,7 @@ def test_any_name_can_be_a_title_and_any_label_be_shown(tmp_path):
 def test_no_more_labels_are_shown_than_there_is_room_for(tmp_path):
     path = tone(tmp_path / "a.wav", 500, 0.5)
     heights = []
-    for n in (0, 1, LABELS, 527):
+    for n in (0, 1, MAX_LABELS, 527):
         draw(TaggedFile(path, [TaggedWindow(0, 0.5, [(str(i), 0.5) for i in range(n)])]), tmp_path / "a.png")
         heights.append(len(imread(tmp_path / "a.png")))
     assert heights[0] == heights[1] < heights[2] == heights[3]
@@ -135,11 +137,11 @@ def test_no_more_labels_are_shown_than_there_is_room_for(tmp_path):
 
 def test_a_sound_that_is_gone_when_it_is_drawn_is_told_of(tmp_path):
     path = tone(tmp_path / "a.wav", 500, 0.3)
-    (file,) = tag_files(Meter(), [path], Wanted(1))
+    (file,) = tag_files(Meter(), [path], TagOptions(1))
     path.unlink()
     with pytest.raises(AudioReadError):
         draw(file, tmp_path / "a.png")
-    pictures = Pictures(tmp_path / "pictures", [path], {}, ALONE)
+    pictures = Pictures(tmp_path / "pictures", [path], {}, SINGLE_PROCESS)
     pictures.write(file)
     pictures.close([path])
     assert pictures.faults == {str(path): "there is no such file"}

@@ -8,9 +8,9 @@ import inference
 import tagging.session
 from common.errors import UserError
 from tagging.events import merge_events
-from tagging.files import TaggedWindow, Wanted
+from tagging.files import TaggedWindow, TagOptions
 from tagging.parts import Share
-from tagging.session import Session, lines
+from tagging.session import Session, format_windows
 from tests.tagging.sounds import RATE, Meter, humming, steady
 
 
@@ -51,26 +51,26 @@ def paths(tmp_path):
 def test_of_several_processes_the_last_one_at_the_last_output_tells_of_faults(paths, last, found_bad, well):
     outputs = [Kept(is_last) for is_last in last]
     share = Share(1 if found_bad else 0, 2)
-    assert Session(Meter(), Wanted(), share=share).run(paths, outputs, quiet=True) is well
+    assert Session(Meter(), TagOptions(), share=share).run(paths, outputs, quiet=True) is well
     assert [file.path for file in outputs[0].files] == paths[share.rank :: 2]
 
 
 def test_faults_of_others_and_of_earlier_runs_are_told_of_too(paths, capsys):
     good = [path for path in paths if path.name != "1.wav"]
-    assert not Session(Meter(), Wanted()).run(good, [Kept(faults={"elsewhere.wav": "no samples"})], quiet=True)
+    assert not Session(Meter(), TagOptions()).run(good, [Kept(faults={"elsewhere.wav": "no samples"})], quiet=True)
     assert "1 of 3 files could not be read:\n  elsewhere.wav: no samples\n" in capsys.readouterr().err
 
 
 def test_a_file_that_one_output_lacks_is_tagged_again(paths):
     everything = [str(path) for path in paths]
     full, lacking = Kept(done=everything), Kept(done=everything[:3])
-    Session(Meter(), Wanted()).run(paths, [full, lacking], quiet=True)
+    Session(Meter(), TagOptions()).run(paths, [full, lacking], quiet=True)
     assert [file.path for file in lacking.files] == [file.path for file in full.files] == paths[3:]
 
 
 def test_with_a_threshold_outputs_get_events(paths):
     output = Kept()
-    Session(Meter(), Wanted(None, 0.2), chunk_seconds=1.0).run(paths[2:], [output], quiet=True)
+    Session(Meter(), TagOptions(None, 0.2), chunk_seconds=1.0).run(paths[2:], [output], quiet=True)
     found = [(window.start, window.end, window.tags) for window in output.files[1].windows]
     assert found == [(0.0, 3.0, [("level", 0.25)])]
 
@@ -79,7 +79,7 @@ def test_with_a_threshold_outputs_get_events(paths):
 def test_progress_counts_what_windows_share_once_and_moves_within_a_file(tmp_path, capsys, monkeypatch, hop, seconds):
     monkeypatch.setattr(tagging.session, "_Progress", Counting)
     soundfile.write(tmp_path / "a.wav", humming(1, 2.0), RATE)
-    session = Session(Meter(pause=0.15), Wanted(), chunk_seconds=1.0, hop_seconds=hop, batch_size=1)
+    session = Session(Meter(pause=0.15), TagOptions(), chunk_seconds=1.0, hop_seconds=hop, batch_size=1)
     session.run([tmp_path / "a.wav"], [], quiet=True)
     assert Counting.seconds_of_last == seconds
     assert re.search(r"0/1 .* x real time", capsys.readouterr().err)  # before the file is through
@@ -95,8 +95,8 @@ class Counting(tagging.session._Progress):
 
 def test_tags_are_laid_out_a_line_a_window():
     windows = [TaggedWindow(0, 10, [("Chirp, tweet", 0.75), ("Bell", 0.0625)]), TaggedWindow(3590.0, 3600.04)]
-    assert lines(windows) == ["  [   0.0 -   10.0 s]  Chirp, tweet 0.750, Bell 0.062", "  [3590.0 - 3600.0 s]"]
-    assert lines(merge_events([])) == []
+    assert format_windows(windows) == ["  [   0.0 -   10.0 s]  Chirp, tweet 0.750, Bell 0.062", "  [3590.0 - 3600.0 s]"]
+    assert format_windows(merge_events([])) == []
 
 
 def test_what_is_held_is_written_however_a_session_ends(paths):
@@ -106,14 +106,14 @@ def test_what_is_held_is_written_however_a_session_ends(paths):
 
     held = Kept()
     with pytest.raises(KeyboardInterrupt):
-        Session(Meter(), Wanted()).run(paths, [held, Interrupted()], quiet=True)
+        Session(Meter(), TagOptions()).run(paths, [held, Interrupted()], quiet=True)
     assert (len(held.files), held.n_flushed) == (1, 1)
 
 
 def test_what_an_engine_cannot_do_shows_before_anything_is_removed():
-    with pytest.raises(UserError, match="embeddings want a checkpoint"):
-        Session(Meter(), Wanted(embeddings=True)).check()
-    Session(Meter(), Wanted()).check()
+    with pytest.raises(UserError, match="embeddings requires a checkpoint"):
+        Session(Meter(), TagOptions(embeddings=True)).check()
+    Session(Meter(), TagOptions()).check()
 
 
 def test_an_engine_that_cannot_embed_leaves_what_it_should_overwrite(tmp_path, monkeypatch, paths, capsys):
@@ -124,7 +124,7 @@ def test_an_engine_that_cannot_embed_leaves_what_it_should_overwrite(tmp_path, m
     monkeypatch.setattr(inference, "open_engine", lambda *unused, **also_unused: Meter())
     with pytest.raises(SystemExit):
         inference.main([str(paths[0]), "--embeddings", str(target), "--overwrite"])
-    assert "embeddings want a checkpoint" in capsys.readouterr().err
+    assert "embeddings requires a checkpoint" in capsys.readouterr().err
     assert target.exists()
 
 
@@ -137,5 +137,5 @@ def test_sound_that_is_missing_makes_the_status_1_also_where_another_process_or_
 ):
     path = steady(tmp_path / "a.wav", [0.5])
     output = Kept(done=[str(path)], warnings={str(path): warning})
-    assert Session(Meter(), Wanted(1)).run([path], [output], quiet=True) is all_is_well
-    assert f"1 of 1 files are odd:\n  {path}: {warning}" in capsys.readouterr().err
+    assert Session(Meter(), TagOptions(1)).run([path], [output], quiet=True) is all_is_well
+    assert f"1 of 1 files have warnings:\n  {path}: {warning}" in capsys.readouterr().err

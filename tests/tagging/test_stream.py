@@ -14,16 +14,17 @@ import pytest
 import soundfile
 
 import inference
+from audio.streams import FORMATS, Encoding, StreamDecoder
 from common.errors import UserError
-from tagging.files import Wanted, tag_files
-from tagging.stream import FORMATS, Encoding, StreamDecoder, StreamTagger
+from tagging.files import TagOptions, tag_files
+from tagging.stream import StreamTagger
 from tests.audio.odd_files import ODD_FILES
 from tests.audio.sound_bytes import encoded, id3, tones, without_xing, written
 from tests.audio.test_streams import Pipe
 from tests.conftest import ROOT
 from tests.tagging.sounds import RATE, Meter, humming, steady
 
-EVERY = Wanted(None)
+EVERY = TagOptions(None)
 RAW = Encoding(RATE)
 SUBTYPES = {
     "u8": "PCM_U8",
@@ -261,7 +262,7 @@ def test_as_a_command_it_tells_of_each_window_before_the_stream_ends(tmp_path, c
 def test_raw_samples_through_a_pipe_as_a_command(tmp_path, checkpoint, pico):
     path = tmp_path / "a.wav"
     soundfile.write(path, humming(8, 1.5, 8000, 2), 8000, subtype="PCM_U8")
-    (file,) = tag_files(pico, [path], Wanted(None, 0.5), chunk_seconds=1.0)
+    (file,) = tag_files(pico, [path], TagOptions(None, 0.5), chunk_seconds=1.0)
     with subprocess.Popen(["tail", "-c", "+45", path], stdout=subprocess.PIPE) as tail:
         raw = "--rate", "8000", "--channels", "2", "--encoding", "u8"
         with command("-m", checkpoint, "-c", "1", "--threshold", "0.5", *raw, stdin=tail.stdout) as process:
@@ -285,19 +286,19 @@ def test_a_level_is_the_mean_of_the_channels(tmp_path):
 
 def test_samples_of_the_wrong_kind_and_after_the_end_are_refused(pico):
     tagger = StreamTagger(pico, chunk_seconds=1.0)
-    with pytest.raises(UserError, match="int16; wanted floats"):
+    with pytest.raises(UserError, match="int16; expected floats"):
         tagger.push(np.zeros(100, np.int16))
     tagger.push(np.zeros(8000))
     assert len(tagger.finish()) == 1
     assert tagger.finish() == []
-    with pytest.raises(UserError, match="was finished"):
+    with pytest.raises(UserError, match="is finished"):
         tagger.push(np.zeros(100))
 
 
 @pytest.mark.parametrize("shape", [(2, RATE), (6, 100), (1, 2), (RATE, 2, 1), ()])
 def test_channels_first_and_other_shapes_are_refused(shape):
     tagger = StreamTagger(Meter(), chunk_seconds=0.5)
-    with pytest.raises(UserError, match=r"samples have shape .* wanted \(S,\) or \(S, channels\)"):
+    with pytest.raises(UserError, match=r"samples have shape .* expected \(S,\) or \(S, channels\)"):
         tagger.push(np.zeros(shape))
     assert len(tagger.push(np.full((RATE, 2), 0.5))) == 2
     with pytest.raises(UserError, match="transpose them"):

@@ -133,7 +133,7 @@ def test_auto_is_refused_where_nothing_chooses_it():
 
 def test_published_configurations_hold_nothing_automatic():
     for path in {*(ROOT / "trainconfig").glob("*.yaml"), *(ROOT / "logitconfig").glob("*.yaml")} - set(OWN):
-        assert not automatic.automatic_keys(yaml.safe_load(path.read_text())), path
+        assert not automatic.list_automatic_keys(yaml.safe_load(path.read_text())), path
 
 
 @pytest.mark.parametrize(("text", "minutes"), [("10m", 10), ("2h", 120), ("90s", 1.5), (3, 3), ("0.5 hours", 30)])
@@ -251,8 +251,8 @@ def test_choices_for_other_soft_targets_are_not_taken_again(tmp_path):
     (store / "meta.json").write_text('{"activation": "softmax"}')
     given = {"train_data": str(train_data), "logitspath": str(store), "loss": "auto"}
     identity = {"seed": 1, "train_data_sha256": sha256(train_data), "soft_targets_sha256": sha256(store / "meta.json")}
-    automatic_keys = {"loss": {"value": "CrossEntropyLoss", "reason": "softmax"}}
-    noted = {"identity": identity, "given": given, "automatic": automatic_keys}
+    list_automatic_keys = {"loss": {"value": "CrossEntropyLoss", "reason": "softmax"}}
+    noted = {"identity": identity, "given": given, "automatic": list_automatic_keys}
     write_json(tmp_path / "runs" / "resnet10" / "2026" / "run.json", noted)
     assert recall_choices(tmp_path / "runs", given, 1, "auto") == {"loss": Choice("CrossEntropyLoss", "softmax")}
     (store / "meta.json").write_text('{"activation": "sigmoid"}')
@@ -322,7 +322,10 @@ def test_prepared_configurations_carry_no_auto(tone_pack, tmp_path, monkeypatch)
         assert getattr(run.config, key) == 3
     with pytest.raises(UserError, match="mixup says auto"):
         prepared(tone_pack, tmp_path / "mixup", mixup="auto")
-    assert prepare.automatic_keys({"model_args": {"auto": True}, "loss": "auto", "epochs": 3}) == ["model_args", "loss"]
+    assert prepare.list_automatic_keys({"model_args": {"auto": True}, "loss": "auto", "epochs": 3}) == [
+        "model_args",
+        "loss",
+    ]
 
 
 def test_a_budget_and_a_number_of_epochs_are_too_much(tone_pack, tmp_path):

@@ -14,8 +14,9 @@ from audio.dataset import Pack
 from audio.io import from_int16, to_int16
 from models import create_model, load_model, save_checkpoint
 from models.onnx import export_onnx
-from tagging.engines import Engine, TorchEngine, open_engine
-from tagging.files import Wanted, tag_files
+from tagging.base import Engine
+from tagging.engines import TorchEngine, open_engine
+from tagging.files import TagOptions, tag_files
 from tagging.onnx_engine import OnnxEngine
 from tests.conftest import run_command
 from tests.sounds_resampled import RESAMPLERS, resample_by
@@ -156,7 +157,7 @@ def tag_pack(model, pack: Pack) -> np.ndarray:
 
 def tag_paths(engine: Engine, paths: list[Path]) -> np.ndarray:
     """Probabilities (N,C) as `inference.py` computes them."""
-    tagged = list(tag_files(engine, paths, Wanted(top_k=None)))
+    tagged = list(tag_files(engine, paths, TagOptions(top_k=None)))
     assert all(len(file.windows) == 1 for file in tagged)
     return np.array([[dict(file.windows[0].tags)[label] for label in engine.labels] for file in tagged])
 

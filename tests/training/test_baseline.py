@@ -21,12 +21,12 @@ from training.baseline import (
     add_baseline,
     fit_baseline,
     fits_in_seconds,
-    seconds_read,
+    limit_seconds,
     thin_out,
     training_packs,
     warning,
 )
-from training.baseline_features import LogMel, compute_features, frame_ranges, log_mel, statistics
+from training.baseline_features import LogMel, compute_features, compute_log_mel, compute_statistics, frame_ranges
 from training.baseline_variants import REGRESSION, SVM, VARIANTS, affordable_variants
 from training.holdout import find_groups
 from training.labelled import LabelledPack
@@ -147,17 +147,17 @@ def test_features_are_those_of_plain_loops(tmp_path, sample_rate, seconds):
 def test_a_clip_that_is_computed_in_blocks_is_one_that_is_computed_at_once(tmp_path, monkeypatch):
     pack = pack_of(tmp_path, [0.1 * np.random.default_rng(0).standard_normal(8000 * 12 + 77)])
     front_end = LogMel(8000)
-    whole = log_mel(pack, 0, front_end, 600.0)
+    whole = compute_log_mel(pack, 0, front_end, 600.0)
     assert whole.shape == (12 * 100 + 1, 40)
     monkeypatch.setattr(baseline_features, "BLOCK_FRAMES", 5000)
-    assert np.allclose(log_mel(pack, 0, front_end, 600.0), whole, atol=1e-4)
+    assert np.allclose(compute_log_mel(pack, 0, front_end, 600.0), whole, atol=1e-4)
     monkeypatch.setattr(baseline_features, "BLOCK_FRAMES", 1)
-    assert np.allclose(log_mel(pack, 0, front_end, 600.0), whole, atol=1e-4)
+    assert np.allclose(compute_log_mel(pack, 0, front_end, 600.0), whole, atol=1e-4)
 
 
 def test_a_long_clip_is_read_in_stretches_from_all_over_it(tmp_path):
     pack = pack_of(tmp_path, [0.1 * np.random.default_rng(0).standard_normal(8000 * 61)])
-    whole, part = (log_mel(pack, 0, LogMel(8000), seconds) for seconds in (600.0, 4.0))
+    whole, part = (compute_log_mel(pack, 0, LogMel(8000), seconds) for seconds in (600.0, 4.0))
     assert len(part) == 400
     places = [0, 2000, 4001, 6001]
     for index, place in enumerate(places):
@@ -171,8 +171,8 @@ def test_a_long_clip_is_read_in_stretches_from_all_over_it(tmp_path):
 
 def test_fewer_frames_than_parts_serve_in_several():
     frames = np.array([[1.0], [5.0]])
-    assert statistics(frames, 4).tolist() == [1, 0, 1, 0, 5, 0, 5, 0]
-    assert statistics(frames, 1).tolist() == [3, 2]
+    assert compute_statistics(frames, 4).tolist() == [1, 0, 1, 0, 5, 0, 5, 0]
+    assert compute_statistics(frames, 1).tolist() == [3, 2]
 
 
 def test_esc10_fold_1_is_what_other_code_reaches(shared, tmp_path):
@@ -325,7 +325,7 @@ def test_many_clips_are_thinned_out_class_by_class_whatever_their_order(tmp_path
     for name, label in zip(few.pack.names, few.labels, strict=True):
         assert label.tolist() == [labels[data.pack.names.index(name)]]
     assert thin_out(data, 63) is data
-    monkeypatch.setattr(baseline_module, "MOST_CLIPS", 16)
+    monkeypatch.setattr(baseline_module, "MAX_CLIPS", 16)
     found = fit_baseline(data, data)
     assert found.n_fitted == 16
     assert "16 of 63 training clips were taken, by the hash of their names" in found.sentence
@@ -365,15 +365,15 @@ def test_costly_variants_are_left_out_and_it_is_said(tmp_path, monkeypatch):
         ("MFCC", 1, REGRESSION),
     ]
     assert SVM in {variant.model for variant in affordable_variants(4000, 10, single=True)}
-    monkeypatch.setattr("training.baseline_variants.MOST_SVM", {True: 10, False: 10})
+    monkeypatch.setattr("training.baseline_variants.MAX_SVM_WORK", {True: 10, False: 10})
     data = tones(tmp_path, SEVERAL, "train", num_classes=500)  # of which four occur
     assert "only logistic regression was tried, with 4 classes of 30 clips" in fit_baseline(data, data).sentence
 
 
 def test_how_much_is_read_depends_on_how_much_there_is():
-    assert seconds_read(10) == 600
-    assert seconds_read(100) == 360
-    assert seconds_read(4000) == 10
+    assert limit_seconds(10) == 600
+    assert limit_seconds(100) == 360
+    assert limit_seconds(4000) == 10
     assert fits_in_seconds(320 + 80, 0.6)
     assert fits_in_seconds(4000 + 10_000, 36)
     assert not fits_in_seconds(4000 + 20_000, 66)

@@ -11,7 +11,7 @@ from common.errors import Faults
 from models import create_model, load_model
 from run import Runner
 from tests.training.test_resume import LABELS_ONLY, SETTINGS, StoppedError, final_weights, the_run, weights_of
-from training.averaging import norms_behind_weights, recomputed_batch_norm
+from training.averaging import find_trained_norms, recompute_batch_norm
 from training.checkpoints import BestCheckpoints, choose_final_weights, restore_best
 from training.evaluate import evaluate
 from training.labelled import open_labelled
@@ -141,7 +141,7 @@ def test_recomputed_statistics_are_the_mean_of_the_batches_and_nothing_else_chan
         norm.running_mean.fill_(7.0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batches = [torch.randn(8, 3) + i for i in range(3)]
-    with recomputed_batch_norm(model), torch.no_grad():
+    with recompute_batch_norm(model), torch.no_grad():
         for batch in batches:
             model(batch)
     after = model.state_dict()
@@ -157,8 +157,8 @@ def test_recomputed_statistics_are_the_mean_of_the_batches_and_nothing_else_chan
 
 
 def test_only_networks_with_norms_behind_their_weights_need_new_statistics():
-    assert norms_behind_weights(tagger()) == []  # its one norm is of the input
-    assert len(norms_behind_weights(create_model("mn01_as", num_classes=2))) > 20
+    assert find_trained_norms(tagger()) == []  # its one norm is of the input
+    assert len(find_trained_norms(create_model("mn01_as", num_classes=2))) > 20
 
 
 def configure(tone_pack, tmp_path, **changes):

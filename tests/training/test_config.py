@@ -110,7 +110,9 @@ def test_disable_consistency_wants_stored_targets(tmp_path):
     assert read(TrainConfig, path, disable_consistency=False).schedule == "ced"
 
 
-@pytest.mark.parametrize(("argument", "sentence"), [({"lrr": 1}, "did you mean 'lr'"), ({"lr": "abc"}, "no number")])
+@pytest.mark.parametrize(
+    ("argument", "sentence"), [({"lrr": 1}, "did you mean 'lr'"), ({"lr": "abc"}, "expected a number")]
+)
 def test_arguments_of_the_optimizer_are_checked_with_the_rest(tmp_path, argument, sentence):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({"train_data": "a", "model": "m", "optimizer": "AdamW", "optimizer_args": argument}))

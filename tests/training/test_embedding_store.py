@@ -18,8 +18,7 @@ from tests.batches import make_batch
 from tests.conftest import run_command
 from training.config import SoftTargetConfig
 from training.embedders import FunctionEmbedder, NpzEmbedder, open_embedder
-from training.embedding import store_embeddings
-from training.teaching import Embeddings, SoftTargets, Teaching
+from training.store_writer import EmbeddingContent, SoftTargetContent, StoreWriter, store_embeddings
 
 
 @pytest.fixture
@@ -55,16 +54,16 @@ def test_stored_embeddings_are_the_models_own(pack, model, tmp_path):
 
 def test_what_is_written_stays_and_what_is_missing_is_made_by_any_number_of_processes(pack, model, tmp_path):
     settings = config(pack, model="x", part_size=8)
-    asked = Embeddings(open_of(model), 8)
-    whole = EmbeddingStore(Teaching(settings, pack, asked, tmp_path / "one").save())
+    asked = EmbeddingContent(open_of(model), 8)
+    whole = EmbeddingStore(StoreWriter(settings, pack, asked, tmp_path / "one").save())
     assert sorted(p.name for p in (tmp_path / "one").glob("*.h5")) == [f"embeddings_ep1_{part}.h5" for part in range(4)]
     two = tmp_path / "two"
     for rank in (0, 1):
-        Teaching(settings, pack, asked, two, rank, 2).save()
+        StoreWriter(settings, pack, asked, two, rank, 2).save()
     lost = two / "embeddings_ep1_2.h5"
     kept = {path.name: path.stat().st_mtime_ns for path in two.glob("*.h5") if path != lost}
     lost.unlink()
-    Teaching(settings, pack, asked, two).save()  # one process goes on where two were
+    StoreWriter(settings, pack, asked, two).save()  # one process goes on where two were
     assert kept == {path.name: path.stat().st_mtime_ns for path in two.glob("*.h5") if path != lost}
     np.testing.assert_array_equal(EmbeddingStore(two).read(1), whole.read(1))
     other = create_model("audiotransformer_pico", num_classes=7, depth=1).eval()
@@ -119,7 +118,7 @@ def test_a_tail_without_a_row_is_left_out_of_the_store(pack, tmp_path):
     write_npz(tmp_path / "t", pack, lambda n: np.arange(4).reshape(2, 2) + 10 * n)  # S-SONDO drops tails
     settings = config(pack, npz=str(tmp_path / "t"), chunk_length=0.4)
     store = EmbeddingStore(
-        Teaching(settings, pack, Embeddings(open_embedder(settings, pack), 5), tmp_path / "s").save()
+        StoreWriter(settings, pack, EmbeddingContent(open_embedder(settings, pack), 5), tmp_path / "s").save()
     )
     assert store.rows(1)["start"].round(3).tolist() == [0.0, 0.4] * 28
     np.testing.assert_array_equal(store.read(1)[2:4], [[10, 11], [12, 13]])
@@ -186,7 +185,9 @@ def test_a_function_gets_waveforms_at_its_rate_and_lengths(pack, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     settings = config(pack, callable="mine:make", callable_args={"scale": 2.0})
-    store = EmbeddingStore(Teaching(settings, pack, Embeddings(open_embedder(settings, pack)), tmp_path / "s").save())
+    store = EmbeddingStore(
+        StoreWriter(settings, pack, EmbeddingContent(open_embedder(settings, pack)), tmp_path / "s").save()
+    )
     wave = pack.read(11)
     np.testing.assert_allclose(store.read(1)[11], [2 * wave.mean(), 2 * wave.std(ddof=1)], rtol=2e-3, atol=1e-6)
     wrong = FunctionEmbedder("mine:wrong", None, 16000)
@@ -212,22 +213,22 @@ def test_one_is_asked(pack, changes, sentence):
 
 
 def test_embeddings_that_half_precision_cannot_hold_are_clipped_and_told(pack, model, tmp_path, monkeypatch, caplog):
-    asked = Embeddings(open_of(model))
+    asked = EmbeddingContent(open_of(model))
     monkeypatch.setattr(asked.source, "embeddings", lambda batch, hear: torch.full((len(batch), 2), -1e6))
     with caplog.at_level("WARNING"):
-        store = EmbeddingStore(Teaching(config(pack, model="x"), pack, asked, tmp_path / "a").save())
+        store = EmbeddingStore(StoreWriter(config(pack, model="x"), pack, asked, tmp_path / "a").save())
     assert (store.read(1) == -65504).all()
     assert "8 embeddings hold numbers beyond those of half precision, and are clipped at 65504" in caplog.text
     monkeypatch.setattr(asked.source, "embeddings", lambda batch, hear: torch.full((len(batch), 2), torch.nan))
     with pytest.raises(UserError, match=r"answer to sounds/tone_\d+\.wav is not a number"):
-        Teaching(config(pack, model="x"), pack, asked, tmp_path / "b").save()
+        StoreWriter(config(pack, model="x"), pack, asked, tmp_path / "b").save()
 
 
 def test_a_store_in_use_keeps_its_description_and_small_ones_are_shared(pack, model, tmp_path):
-    asked = Embeddings(open_of(model))
-    folder = Teaching(config(pack, model="x"), pack, asked, tmp_path).save()
+    asked = EmbeddingContent(open_of(model))
+    folder = StoreWriter(config(pack, model="x"), pack, asked, tmp_path).save()
     before = (folder / "meta.json").read_bytes()
-    Teaching(config(pack, model="x", batch_size=3), pack, asked, tmp_path, 1, 2).save()
+    StoreWriter(config(pack, model="x", batch_size=3), pack, asked, tmp_path, 1, 2).save()
     assert (folder / "meta.json").read_bytes() == before
     assert [asked.n_parts(n, 1) for n in (0, 255, 2000, 2_000_000)] == [1, 1, 7, 245]
 
@@ -247,4 +248,4 @@ def test_a_checkpoint_that_a_function_reads_is_part_of_what_it_is(tmp_path, monk
 def test_a_model_without_classes_is_not_asked_for_any():
     embeds = create_model("audiotransformer_pico", num_classes=0, depth=1)
     with pytest.raises(UserError, match="embeds and has no classes"):
-        SoftTargets(open_of(embeds), 5)
+        SoftTargetContent(open_of(embeds), 5)

@@ -15,8 +15,8 @@ from models import create_model, load_model, save_checkpoint
 from run import Runner
 from tests.conftest import run_command, torchrun
 from tests.training.test_resume import lines_of, the_run, weights_of
-from training.embedding import store_embeddings
 from training.prepare import prepare_run
+from training.store_writer import store_embeddings
 from training.trainer import Trainer
 
 SETTINGS = {

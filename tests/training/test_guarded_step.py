@@ -19,7 +19,7 @@ from tests.conftest import run_command, torchrun
 from tests.training import methods  # noqa: F401  (it registers its objectives)
 from tests.training.test_loop import settings
 from training.averaging import MovingAverage
-from training.guarded_step import GuardedStep, changing_buffers
+from training.guarded_step import GuardedStep, find_updated_buffers
 from training.loss_module import LossModule
 from training.optim import create_optimizer, parameter_groups
 from training.precision import Precision
@@ -120,9 +120,9 @@ def test_a_good_step_is_the_plain_one_to_the_bit(optimiser):
 def test_only_what_a_step_changes_is_kept():
     model = create_model("audiotransformer_pico", num_classes=2)
     objective = plan_objective("masked_reconstruction").build(model)
-    assert len(changing_buffers(model, objective)) == 3  # of init_bn; those of the frozen average stay
+    assert len(find_updated_buffers(model, objective)) == 3  # of init_bn; those of the frozen average stay
     model.init_bn.requires_grad_(False)
-    assert not changing_buffers(model, objective)
+    assert not find_updated_buffers(model, objective)
     guard = GuardedStep(torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", enabled=False), [], None)
     guard.keep_buffers()
 

@@ -10,7 +10,7 @@ from audio.dataset import Pack
 from audio.shards import ShardWriter
 from common.errors import Faults
 from models.labels import audioset_labels
-from training.labelled import open_labelled, vocabulary
+from training.labelled import list_pack_classes, open_labelled
 
 
 def labelled(folder: Path, labels: list[str]) -> Pack:
@@ -24,7 +24,7 @@ def labelled(folder: Path, labels: list[str]) -> Pack:
 
 def test_identifiers_of_audioset_are_classes_by_their_display_names(tmp_path):
     pack = labelled(tmp_path, ["/m/09x0r;/m/0dgbq", "/m/0bt9lr", "Speech"])
-    assert vocabulary(pack) == ["Civil defense siren", "Dog", "Speech"]
+    assert list_pack_classes(pack) == ["Civil defense siren", "Dog", "Speech"]
     faults = Faults("x")
     opened = open_labelled(str(tmp_path / "x.tsv"), audioset_labels(), faults)
     assert not faults.sentences
@@ -35,6 +35,6 @@ def test_identifiers_of_audioset_are_classes_by_their_display_names(tmp_path):
 @pytest.mark.parametrize(("labels", "warned"), [(["Dog", "Dog;cat", "dog"], True), (["dog", "cat", "dogs"], False)])
 def test_classes_that_look_alike_are_warned_of_with_counts_and_stay_apart(tmp_path, caplog, labels, warned):
     caplog.set_level(logging.WARNING)
-    assert len(vocabulary(labelled(tmp_path, labels))) == 3
+    assert len(list_pack_classes(labelled(tmp_path, labels))) == 3
     assert ("'Dog' (2 clips) and 'dog' (1 clips)" in caplog.text) == warned
     assert bool(caplog.text) == warned

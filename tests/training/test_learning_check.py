@@ -15,8 +15,8 @@ from tests.batches import make_batch
 from tests.objectives import build_objective, losses_of
 from tests.training.test_loop import settings, train
 from tests.training.test_report import Page
-from training.chance import Chance, chance_bounds
-from training.learning_causes import likely_causes
+from training.chance import Chance, compute_chance_bounds
+from training.learning_causes import find_likely_causes
 from training.learning_check import LearningCheck
 from training.metrics import evaluate_scores
 from training.parallel import Ranks
@@ -118,14 +118,14 @@ def test_scores_that_know_nothing_are_within_chance_and_those_that_know_a_little
         targets = np.eye(5)[random.integers(0, 5, n_clips)]
         scores = random.random((n_clips, 5))
         metrics = evaluate_scores(scores, targets)
-        n_above += not chance_bounds(scores, targets, trial).holds(metrics.mAP, metrics.top1)
+        n_above += not compute_chance_bounds(scores, targets, trial).holds(metrics.mAP, metrics.top1)
         constant = np.tile(random.random(5), (n_clips, 1))
         metrics = evaluate_scores(constant, targets)
-        assert chance_bounds(constant, targets, trial).holds(metrics.mAP, metrics.top1)
+        assert compute_chance_bounds(constant, targets, trial).holds(metrics.mAP, metrics.top1)
     assert n_above <= 3
     scores += 0.5 * targets
     metrics = evaluate_scores(scores, targets)
-    assert not chance_bounds(scores, targets, 0).holds(metrics.mAP, metrics.top1)
+    assert not compute_chance_bounds(scores, targets, 0).holds(metrics.mAP, metrics.top1)
 
 
 def test_the_bounds_are_those_of_permuted_clips_and_of_the_largest_class():
@@ -133,13 +133,13 @@ def test_the_bounds_are_those_of_permuted_clips_and_of_the_largest_class():
     targets = np.eye(4)[[0] * 30 + [1] * 10 + [2] * 20]  # class 3 is absent
     scores = random.random((60, 4))
     permuted = [evaluate_scores(scores, targets[random.permutation(60)]).mAP for _ in range(2000)]
-    found = chance_bounds(scores, targets, 1)
-    assert found == chance_bounds(scores, targets, 1) != chance_bounds(scores, targets, 2)
+    found = compute_chance_bounds(scores, targets, 1)
+    assert found == compute_chance_bounds(scores, targets, 1) != compute_chance_bounds(scores, targets, 2)
     assert np.quantile(permuted, 0.98) < found.mAP < np.mean(permuted) + 7 * np.std(permuted)
     accuracies = random.binomial(60, 0.5, 20000) / 60
     assert (accuracies > found.top1).mean() < 0.002 < (accuracies >= found.top1 - 3 / 60).mean()
     targets[0, 1] = 1  # two labels
-    assert chance_bounds(scores, targets, 1).top1 is None
+    assert compute_chance_bounds(scores, targets, 1).top1 is None
 
 
 class Fixed:
@@ -224,7 +224,7 @@ def test_a_fall_within_the_noise_of_the_epoch_is_none():
 def test_a_loss_that_falls_beside_a_validation_at_chance_is_said_as_such(caplog):
     targets = np.eye(2)[np.arange(200) % 2]
     scores = np.random.default_rng(0).random((200, 2))
-    metrics, chance = evaluate_scores(scores, targets), chance_bounds(scores, targets, 0)
+    metrics, chance = evaluate_scores(scores, targets), compute_chance_bounds(scores, targets, 0)
     check = checked(0.7)
     more = check.end_epoch(entry(5, 0.1), metrics, chance)
     assert more["learns"] is False
@@ -337,7 +337,7 @@ def test_it_changes_nothing_that_is_learnt(tone_pack, tmp_path, monkeypatch):
     config = settings(tone_pack, epochs=3, valid_every=1, mixup=0.5)
     with_it = train(tmp_path / "with", config)[1].model.state_dict()
     monkeypatch.setattr("training.tally.TargetTally.add", lambda *_: None)
-    monkeypatch.setattr("training.loop.chance_bounds", lambda *_: Chance(1.0, None))
+    monkeypatch.setattr("training.loop.compute_chance_bounds", lambda *_: Chance(1.0, None))
     without = train(tmp_path / "without", config)[1].model.state_dict()
     assert all(torch.equal(with_it[key], without[key]) for key in with_it)
     assert not any("constant_loss" in line for line in lines(tmp_path / "without"))
@@ -362,6 +362,6 @@ USUAL = {"few clips", "few steps", "otherwise"}  # of 28 tones in four steps
 )
 def test_causes_name_what_stands_out_in_this_run_and_nothing_else(tone_pack, tmp_path, changes, constant, causes, part):
     _, run = train(tmp_path, settings(tone_pack, epochs=1, valid_every=1, baseline=False, **changes))
-    found = likely_causes(run, constant)
+    found = find_likely_causes(run, constant)
     assert {sentence.partition(":")[0] for sentence in found} == causes | USUAL
     assert part in "\n".join(found)

@@ -26,8 +26,8 @@ from training.labelled import open_labelled
 from training.loop import Run
 from training.needs import plan_run
 from training.precision import Precision
+from training.store_writer import SoftTargetContent, StoreWriter
 from training.student import create_student
-from training.teaching import SoftTargets, Teaching
 from training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -228,7 +228,7 @@ def test_the_key_disable_consistency_reaches_the_clips_of_a_run(tone_pack, tmp_p
     labels = [f"tone {i}" for i in range(7)]
     teacher = Ensemble([create_model("audiotransformer_pico", num_classes=7, labels=labels, depth=1)])
     config = SoftTargetConfig(train_data=str(tone_pack), **given)
-    Teaching(config, Pack.open(tone_pack), SoftTargets(teacher, 3), store).save()
+    StoreWriter(config, Pack.open(tone_pack), SoftTargetContent(teacher, 3), store).save()
     changes = {"logitspath": str(store), "disable_consistency": disabled, "epochs": 1, "valid_every": 1}
     _, run = train(tmp_path / "run", settings(tone_pack, **changes))
     for item, (clip, start, stop) in enumerate(run.data.source.chunks):

@@ -8,7 +8,7 @@ from common.errors import UserError
 from models import Ensemble, create_model
 from training.config import SoftTargetConfig
 from training.prepare import prepare_run
-from training.teaching import SoftTargets, Teaching
+from training.store_writer import SoftTargetContent, StoreWriter
 
 SETTINGS = {
     "model": "audiotransformer_pico",
@@ -63,7 +63,7 @@ def test_masks_of_stored_targets_are_warned_of_since_the_run_cannot_change_them(
     settings = {"epochs": 1, "topk": 3, "num_workers": 0, "device": "cpu"}  # masks of up to 1.92 s by default
     config = SoftTargetConfig(train_data=str(tone_pack), model="audiotransformer_pico", **settings)
     teacher = Ensemble([create_model("audiotransformer_pico", num_classes=7, depth=1)])
-    store = Teaching(config, Pack.open(tone_pack), SoftTargets(teacher, 3), tmp_path / "store").save()
+    store = StoreWriter(config, Pack.open(tone_pack), SoftTargetContent(teacher, 3), tmp_path / "store").save()
     log = (prepare([], logitspath=str(store)).folder.path / "train.log").read_text()
     assert f"the targets of {store} were stored with masks" in log
     assert "make them again, by save_logits.py with `TimeMasking: {time_mask_param: 192, max_share: 0.2}`" in log

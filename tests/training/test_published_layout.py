@@ -24,7 +24,7 @@ from distill.targets import SoftTargetStore, StoredTargets
 from models import Ensemble, create_model
 from tests.conftest import run_command
 from training.config import SoftTargetConfig
-from training.teaching import SoftTargets, Teaching
+from training.store_writer import SoftTargetContent, StoreWriter
 
 # --- What the published code brings along: its modules, by the published names ---
 
@@ -139,7 +139,7 @@ def published(tmp_path_factory, tone_pack):
     settings = {"epochs": 2, "batch_size": 8, "num_workers": 0, "topk": 5, "device": "cpu", "chunk_length": 0.4}
     config = SoftTargetConfig(train_data=str(pack.manifest), model="x", layout="published", **settings)
     for rank in (1, 0):
-        Teaching(config, pack, SoftTargets(teacher, config.topk), folder / "store", rank, 2).save()
+        StoreWriter(config, pack, SoftTargetContent(teacher, config.topk), folder / "store", rank, 2).save()
     return folder
 
 
@@ -303,4 +303,4 @@ def test_a_folder_in_one_layout_is_not_continued_in_the_other(published):
         train_data=str(pack.manifest), model="x", epochs=2, topk=5, chunk_length=0.4, device="cpu"
     )
     with pytest.raises(UserError, match="layout"):
-        Teaching(config, pack, SoftTargets(teacher, 5), published / "store", 0, 2)
+        StoreWriter(config, pack, SoftTargetContent(teacher, 5), published / "store", 0, 2)

@@ -21,14 +21,14 @@ from tests.conftest import ROOT, run_command, torchrun
 from tests.training.test_resume import LABELS_ONLY, SETTINGS, lines_of, the_run, weights_of
 from training.evaluate import evaluate
 from training.labelled import open_labelled
-from training.parallel import mirrored_shares
+from training.parallel import split_mirrored
 from training.precision import Precision
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 7, 8, 31, 32])
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
 def test_shares_hold_every_position_once_together_with_its_mirror(n, parts):
-    shares = mirrored_shares(n, parts)
+    shares = split_mirrored(n, parts)
     assert len(shares) == parts
     if (n + 1) // 2 < parts:
         assert all(share.tolist() == list(range(n)) for share in shares)
@@ -44,7 +44,7 @@ def test_the_batches_of_two_ranks_are_those_of_one(tmp_path):
         return [next(stream) for _ in range(n)]
 
     whole = first(None, 8)
-    halves = [first(lambda n, rank=rank: [mirrored_shares(n, 2)[rank]], 8) for rank in (0, 1)]
+    halves = [first(lambda n, rank=rank: [split_mirrored(n, 2)[rank]], 8) for rank in (0, 1)]
     for batch, *parts in zip(whole, *halves, strict=True):
         assert sorted(batch) == sorted(parts[0] + parts[1])
     assert sorted(item for batch in whole[:4] for _, item in batch) == list(range(10, 31))
@@ -111,16 +111,16 @@ def test_gradients_in_parts_are_those_of_the_whole(tone_pack, tmp_path):
 
 RESTARTED = """
 import os, sys, time
-from training.parallel import joined_ranks
+from training.parallel import process_group
 
 again = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
 if again and os.environ["RANK"] == "0":
     time.sleep(2)  # the other rank asks where this one listens before it listens anywhere
-with joined_ranks() as ranks:
+with process_group() as ranks:
     if not again:
         sys.exit(1)
     with open(f"{sys.argv[1]}/{ranks.rank}", "w") as file:  # not printed: two processes may write into one line
-        file.write(str(ranks.of_all(ranks.rank)))
+        file.write(str(ranks.gather(ranks.rank)))
 """
 
 
@@ -154,7 +154,7 @@ def test_a_rank_that_dies_is_started_again_and_training_goes_on(tone_pack, tmp_p
         output = launcher.communicate()[0]
     assert launcher.returncode == 0, output
     folder = the_run(tmp_path / "runs")
-    assert "GOING ON after step" in (folder / "train.log").read_text()
+    assert "RESUMING after step" in (folder / "train.log").read_text()
     assert lines_of(folder) == lines_of(whole)
     a, b = weights_of(folder), weights_of(whole)
     assert all(torch.equal(a[key], b[key]) for key in a)

@@ -12,9 +12,9 @@ import torch
 from sklearn.metrics import confusion_matrix
 
 from training import report
-from training.figures import confusion_figure, curves_figure, thinned
+from training.figures import confusion_figure, curves_figure, downsample_line
 from training.metrics import evaluate_scores
-from training.report import draw_curves, most_confused, versions, write_report
+from training.report import collect_versions, draw_curves, find_most_confused, write_report
 
 FACTS = {"model": "ced_tiny", "seed": "42", "device": "<cpu>"}
 CONFIG = {"model": "ced_tiny", "optimizer_args": {"lr": 0.001}, "train_data": "a & b.tsv"}
@@ -156,7 +156,7 @@ def test_a_long_line_is_thinned_and_keeps_its_spikes(tmp_path):
     x = np.arange(100_000.0)
     y = np.sin(x / 9000)
     y[[777, 43_210]] = 5, -5
-    few_x, few_y = thinned(x, y)
+    few_x, few_y = downsample_line(x, y)
     assert len(few_x) <= 2000
     assert np.array_equal(y[few_x.astype(int)], few_y)
     assert (np.diff(few_x) > 0).all()
@@ -183,7 +183,7 @@ def test_the_report_holds_every_figure(tmp_path):
     assert f"A mAP of {prevalence.mean():.4f} is what random scores reach" in text
     assert "On eval.tsv:" in text
     assert "The best of 4 validations was taken." in text
-    for name, value in (FACTS | versions()).items():
+    for name, value in (FACTS | collect_versions()).items():
         assert f"{name} {value}" in text
     assert "model: ced_tiny optimizer_args: lr: 0.001 train_data: a & b.tsv" in text
     assert shlex.join(sys.argv) in text
@@ -234,7 +234,7 @@ def test_more_classes_than_a_picture_can_show_are_listed_as_pairs(tmp_path):
 def test_the_confusion_picture_grows_with_the_classes_and_takes_any_name(n_classes):
     names = ["$x$ or $\\frac", "音楽", "a name that is longer than any picture has room for", *map(str, range(50))]
     figure = confusion_figure(np.eye(n_classes, dtype=np.int64) * 1234, names[:n_classes])
-    height, width = matplotlib.image.imread(io.BytesIO(report.png(figure))).shape[:2]
+    height, width = matplotlib.image.imread(io.BytesIO(report.render_png(figure))).shape[:2]
     assert 300 < height < 2200
     assert 300 < width < 2200
     drawn = [label.get_text() for label in figure.axes[0].get_yticklabels()]
@@ -260,27 +260,27 @@ def test_a_report_without_evaluation_data_or_steps_says_so(tmp_path):
 def test_perfect_scores_have_no_confused_pair(tmp_path):
     page = page_of(tmp_path, evaluate_scores(np.eye(3), np.eye(3)))
     assert "No clip was taken for another class" in page.text
-    assert most_confused(np.array([[5, 2], [7, 1]]), 10) == [(1, 0, 7), (0, 1, 2)]
+    assert find_most_confused(np.array([[5, 2], [7, 1]]), 10) == [(1, 0, 7), (0, 1, 2)]
 
 
 def test_versions_name_the_commit_where_there_is_one(monkeypatch, tmp_path):
-    found = versions()
+    found = collect_versions()
     assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path)]
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    assert "git commit" not in versions()
+    assert "git commit" not in collect_versions()
     subprocess.run([*git, "init", "-q"], check=True)
-    assert "git commit" not in versions()  # nothing is committed yet
+    assert "git commit" not in collect_versions()  # nothing is committed yet
     (tmp_path / "file").write_text("1")
     subprocess.run([*git, "add", "file"], check=True)
     subprocess.run([*git, "commit", "-qm", "first"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    assert versions()["git commit"] == head
+    assert collect_versions()["git commit"] == head
     (tmp_path / "file").write_text("2")
-    assert versions()["git commit"] == f"{head}-dirty"
+    assert collect_versions()["git commit"] == f"{head}-dirty"
     monkeypatch.setenv("PATH", "")
-    assert "git commit" not in versions()
+    assert "git commit" not in collect_versions()
 
 
 def test_drawing_leaves_the_global_state_of_matplotlib_alone(tmp_path):

@@ -116,7 +116,7 @@ def test_killed_at_ten_random_moments_a_run_ends_with_the_same_weights(config, t
     steps = [line["step"] for line in lines_of(mended) if line["kind"] == "step"]
     assert steps == sorted(set(steps))
     assert [line["epoch"] for line in lines_of(mended) if line["kind"] == "epoch"] == [1, 2, 3, 4, 5]
-    assert "GOING ON after step" in (tmp_path / "log.txt").read_text()
+    assert "RESUMING after step" in (tmp_path / "log.txt").read_text()
     assert sorted(p.name for p in mended.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
@@ -167,7 +167,7 @@ def test_random_band_edges_and_positions_are_the_same_ones_after_a_stop(tone_pac
             Runner(7).train(str(path), outputpath=str(tmp_path / "runs"))
     Runner(7).train(str(path), outputpath=str(tmp_path / "runs"))
     folder = the_run(tmp_path / "runs")
-    assert "GOING ON after step 3 of" in (folder / "train.log").read_text()
+    assert "RESUMING after step 3 of" in (folder / "train.log").read_text()
     assert_same(the_run(tmp_path / "whole"), folder)
     path.write_text(yaml.safe_dump(settings | {"model_args": arguments | {"fmin_aug_range": 1, "fmax_aug_range": 1}}))
     Runner(7).train(str(path), outputpath=str(tmp_path / "fixed"))
@@ -194,7 +194,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(st
     Runner(7).train(str(path), outputpath=str(output))
     log = (folder / "train.log").read_text()
     assert "step=000000012.pt" in caplog.text + log
-    assert "GOING ON after step 9 of 20" in log
+    assert "RESUMING after step 9 of 20" in log
     assert_same(the_run(output.parent / "whole"), the_run(output))
 
 
@@ -210,7 +210,7 @@ def test_with_no_whole_checkpoint_left_it_stops_rather_than_start_from_scratch(s
 def test_a_path_goes_on_with_that_run_or_that_state(stopped):
     path, output, folder = stopped
     Runner(7).train(str(path), outputpath=str(output), resume=str(folder / "states" / "step=000000009.pt"))
-    assert "GOING ON after step 9 of 20" in (folder / "train.log").read_text()
+    assert "RESUMING after step 9 of 20" in (folder / "train.log").read_text()
     assert_same(the_run(output.parent / "whole"), the_run(output))
 
 
@@ -221,7 +221,7 @@ def test_a_state_without_what_it_learns_is_gone_on_from_as_well(stopped):
     del state["learning"]
     States(folder / "states").save(12, state)
     Runner(7).train(str(path), outputpath=str(output))
-    assert "GOING ON after step 12 of 20" in (folder / "train.log").read_text()
+    assert "RESUMING after step 12 of 20" in (folder / "train.log").read_text()
     one, other = weights_of(the_run(output.parent / "whole")), weights_of(the_run(output))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -250,13 +250,13 @@ def test_a_run_in_use_is_left_alone(stopped, monkeypatch):
     _, _, folder = stopped
     identity = json.loads((folder / "run.json").read_text())["identity"]
     code = f"from training.run_folder import RunFolder; from pathlib import Path; f = RunFolder(Path({str(folder)!r}))"
-    code += "; assert f.claim(); print('held', flush=True); input()"
+    code += "; assert f.lock(); print('held', flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        monkeypatch.setattr("training.run_folder.CLAIM_SECONDS", 0.3)
+        monkeypatch.setattr("training.run_folder.LOCK_SECONDS", 0.3)
         with pytest.raises(UserError, match="this very run, and another process is training it"):
             choose_folder(folder.parent, identity, "auto")
         assert not choose_folder(folder.parent, identity, "never")[2]

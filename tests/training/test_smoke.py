@@ -20,8 +20,8 @@ from training.data import open_training
 from training.needs import plan_run
 from training.prepare import prepare_run
 from training.smoke import smoke
+from training.store_writer import SoftTargetContent, StoreWriter
 from training.teacher import load_teacher
-from training.teaching import SoftTargets, Teaching
 
 # What a smoke run may change; everything else is what is being tried.
 CHANGED = {
@@ -66,8 +66,8 @@ def store(tone_pack, tmp_path):
         train_data=str(tone_pack), model="audiotransformer_pico", epochs=3, topk=3, num_workers=0, device="cpu"
     )
     teacher = create_model("audiotransformer_pico", labels=[f"tone {i}" for i in range(7)], num_classes=7, depth=1)
-    return Teaching(
-        config, Pack.open(tone_pack), SoftTargets(Ensemble([teacher]), config.topk), tmp_path / "store"
+    return StoreWriter(
+        config, Pack.open(tone_pack), SoftTargetContent(Ensemble([teacher]), config.topk), tmp_path / "store"
     ).save()
 
 

@@ -18,7 +18,7 @@ from distill.sound_check import COMPARED, fingerprint
 from distill.targets import SoftTargetStore, StoredTargets
 from models import Ensemble, create_model
 from training.config import SoftTargetConfig
-from training.teaching import Embeddings, SoftTargets, Teaching
+from training.store_writer import EmbeddingContent, SoftTargetContent, StoreWriter
 
 N, RATE = 100, 16000
 
@@ -54,8 +54,8 @@ def teacher():
 def save(pack: Pack, teacher: Ensemble, folder: Path, targets: str = "probabilities", **changes):
     settings = {"epochs": 1, "batch_size": 64, "num_workers": 0, "topk": 3, "device": "cpu", "chunk_length": 1.0}
     config = SoftTargetConfig(train_data=str(pack.manifest), model="x", targets=targets, **settings | changes)
-    content = SoftTargets(teacher, 3) if targets == "probabilities" else Embeddings(teacher)
-    return Teaching(config, pack, content, folder).save()
+    content = SoftTargetContent(teacher, 3) if targets == "probabilities" else EmbeddingContent(teacher)
+    return StoreWriter(config, pack, content, folder).save()
 
 
 @pytest.fixture(scope="module")

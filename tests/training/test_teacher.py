@@ -23,8 +23,8 @@ from training.mixup import mix_targets
 from training.prepare import prepare_run
 from training.run_facts import describe_targets
 from training.run_folder import RunFolder
+from training.store_writer import SoftTargetContent, StoreWriter
 from training.teacher import load_teacher
-from training.teaching import SoftTargets, Teaching
 
 CPU = torch.device("cpu")
 LABELS = [f"tone {index}" for index in range(7)]
@@ -208,7 +208,9 @@ def test_asking_online_is_what_a_store_of_the_same_seed_would_say(configure, che
     teacher = load_teacher(str(checkpoints / "cnn.pt"))
     settings = {"epochs": 2, "topk": 7, "num_workers": 0, "device": "cpu", "seed": 3} | AUGMENTED
     config = SoftTargetConfig(train_data=str(tone_pack), model="mn01_as", **settings)
-    store = Teaching(config, Pack.open(tone_pack), SoftTargets(teacher, config.topk), tmp_path / "store").save()
+    store = StoreWriter(
+        config, Pack.open(tone_pack), SoftTargetContent(teacher, config.topk), tmp_path / "store"
+    ).save()
     losses = {}
     for objective in ("target", "cmkd"):
         online = prepare(configure(teacher=str(checkpoints / "cnn.pt"), objective=objective))
@@ -280,7 +282,9 @@ def test_what_does_not_fit_is_told(configure, checkpoints, tone_pack, tmp_path, 
     settings = {"teacher": "ced.pt", "objective": "cmkd"} | changes
     if changes.get("logitspath"):
         config = SoftTargetConfig(train_data=str(tone_pack), model="x", epochs=1, num_workers=0, device="cpu")
-        Teaching(config, Pack.open(tone_pack), SoftTargets(load_teacher("ced.pt"), config.topk), Path("store")).save()
+        StoreWriter(
+            config, Pack.open(tone_pack), SoftTargetContent(load_teacher("ced.pt"), config.topk), Path("store")
+        ).save()
         settings |= {"wavtransforms": {}, "spectransforms": []}
     with pytest.raises(UserError) as error:
         prepare(configure(**settings))

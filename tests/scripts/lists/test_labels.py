@@ -228,7 +228,7 @@ def test_lists_are_replaced_only_if_the_command_made_them(tmp_path):
     assert not (tmp_path / "d" / "test.tsv").exists()
     (tmp_path / "d" / "train.tsv").write_text("filename\nedited.wav\n")
     (tmp_path / "d" / "valid.tsv").write_text("filename\nmine.wav\n")
-    with pytest.raises(UserError, match=r"train\.tsv, .*valid\.tsv: there already.*--overwrite"):
+    with pytest.raises(UserError, match=r"train\.tsv, .*valid\.tsv: exists.*--overwrite"):
         write_lists(tmp_path / "d", {"train.tsv": one, "valid.tsv": one}, {}, False)
     assert (tmp_path / "d" / "train.tsv").read_text() == "filename\nedited.wav\n"
     write_lists(tmp_path / "d", {"train.tsv": one}, {}, True)

@@ -10,19 +10,19 @@ from scripts.lists.groups import find_groups, join_groups
 from scripts.lists.splits import (
     SplitOptions,
     choose_split_column,
-    count_crossing,
+    count_split_groups,
     draw_split,
     keep_published,
     read_published_lists,
 )
-from scripts.lists.stratification import random_order, stratify
+from scripts.lists.stratification import compute_order, stratify
 
 SHARES = [0.6, 0.2, 0.2]
 
 
 def split(labels, groups=None, shares=SHARES, seed=0, first_has_all=True):
     groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
-    order = random_order([str(i) for i in range(len(labels))], seed)
+    order = compute_order([str(i) for i in range(len(labels))], seed)
     return stratify(labels, groups, shares, order, first_has_all=first_has_all)
 
 
@@ -97,7 +97,7 @@ def greedy(labels, order, shares):
 def test_single_clips_are_shared_out_as_a_plain_program_does(seed):
     labels = random_labels(60, 12, np.random.default_rng(seed))
     shares = [0.61, 0.22, 0.17]  # no ties, which the last bit of a sum would decide
-    order = random_order([str(i) for i in range(60)], 0)
+    order = compute_order([str(i) for i in range(60)], 0)
     assert split(labels, shares=shares).tolist() == greedy(labels, order, shares)
 
 
@@ -121,7 +121,7 @@ def test_groups_are_never_split_and_every_label_is_in_every_list_where_they_allo
     label_of = rng.integers(0, 20, 400)
     labels = [f"l{label_of[group]}" for group in groups]
     lists = split(labels, groups)
-    assert count_crossing(groups, [str(number) for number in lists]) == 0
+    assert count_split_groups(groups, [str(number) for number in lists]) == 0
     counted = np.array(list(counts_of(labels, lists).values()))
     assert np.abs(counted / counted.sum(axis=1, keepdims=True) - SHARES).max() < 0.05
 
@@ -144,16 +144,16 @@ def test_the_split_is_a_function_of_names_labels_and_seed():
     names = [f"n{i}" for i in range(300)]
     for groups in (np.arange(300), rng.integers(0, 40, 300)):
         groups = np.unique(groups, return_inverse=True)[1]
-        lists = stratify(labels, groups, SHARES, random_order(names, 7))
+        lists = stratify(labels, groups, SHARES, compute_order(names, 7))
         rows = rng.permutation(300)
         again = stratify(
             [labels[row] for row in rows],
             rng.permutation(groups.max() + 1)[groups[rows]],
             SHARES,
-            random_order([names[row] for row in rows], 7),
+            compute_order([names[row] for row in rows], 7),
         )
         assert again.tolist() == lists[rows].tolist()
-        assert stratify(labels, groups, SHARES, random_order(names, 8)).tolist() != lists.tolist()
+        assert stratify(labels, groups, SHARES, compute_order(names, 8)).tolist() != lists.tolist()
 
 
 def test_clips_without_labels_have_their_share_too():
@@ -223,7 +223,7 @@ def test_identical_files_are_joined_and_told():
 
 def draw(labels, groups=None, **options):
     groups = np.arange(len(labels)) if groups is None else np.array(groups)
-    return draw_split(labels, groups, SplitOptions(**options), random_order([str(i) for i in range(len(labels))], 0))
+    return draw_split(labels, groups, SplitOptions(**options), compute_order([str(i) for i in range(len(labels))], 0))
 
 
 def test_lists_with_a_share_of_zero_are_left_out():
@@ -275,7 +275,7 @@ def test_other_values_are_no_split(values):
 def keep(values, valid=0.2, labels=None, groups=None, name="split"):
     labels = ["a"] * len(values) if labels is None else labels
     groups = np.arange(len(values)) if groups is None else np.array(groups)
-    order = random_order([str(i) for i in range(len(values))], 0)
+    order = compute_order([str(i) for i in range(len(values))], 0)
     return keep_published(pd.Series(values, name=name), labels, groups, valid, order)
 
 
@@ -294,7 +294,7 @@ def test_valid_clips_are_drawn_from_train_where_none_are_published():
     assert Counter(zip(labels[:20], kept.lists[:20], strict=True)) == {
         ("a", "train"): 8, ("a", "valid"): 2, ("b", "train"): 8, ("b", "valid"): 2,
     }  # fmt: skip
-    assert count_crossing(np.array(groups), kept.lists) == 0
+    assert count_split_groups(np.array(groups), kept.lists) == 0
     assert keep(["train"] * 4 + ["test"], valid=0).names == ["train", "test"]
 
 

@@ -15,11 +15,11 @@ from distill.targets import SoftTargetStore, StoredTargets
 from models import Ensemble, create_model
 from tests.batches import make_batch
 from training.config import SoftTargetConfig
-from training.teaching import SoftTargets, Teaching
+from training.store_writer import SoftTargetContent, StoreWriter
 
 
 def teaching(config, pack, teacher, folder, rank=0, world_size=1):
-    return Teaching(config, pack, SoftTargets(teacher, config.topk), folder, rank, world_size)
+    return StoreWriter(config, pack, SoftTargetContent(teacher, config.topk), folder, rank, world_size)
 
 
 @pytest.fixture
