@@ -5,6 +5,7 @@ replaced: placeholders, downloads, devices, and the length of trainings.
 """
 
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -21,6 +22,7 @@ import torch
 
 from models import create_model, load_model, save_checkpoint
 from scripts.configuration_reference import PAGE, create_page
+from tests.test_architecture import PACKAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -266,6 +268,20 @@ def test_files_and_options_in_the_documents_exist():
             assert (ROOT / path).is_file(), f"{page.name}: {path}"
         for option in re.findall(r"[\s`]--(\w+)", text):
             assert option in known, f"{page.name}: {option}"
+
+
+def test_names_of_the_code_in_the_architecture_exist():
+    text = BLOCK.sub("", (ROOT / "ARCHITECTURE.md").read_text())
+    packages = "|".join(PACKAGES)
+    names = re.findall(rf"(?<![\w/.])((?:{packages})(?:\.(?!py\b)\w+)+)", text)
+    names += [path.replace("/", ".") for path in re.findall(rf"`((?:{packages})/[\w/]+)\.py`", text)]
+    for path, listed in re.findall(rf"`((?:{packages})/[\w/]+)\.py`: ((?:`[\w.]+`(?:, )?)+)", text):
+        names += [f"{path.replace('/', '.')}.{name}" for name in re.findall(r"`([\w.]+)`", listed)]
+    for package, listed in re.findall(r"^- \*\*`(\w+)/`\*\*:(.*?)(?=^- |\n\n)", text, re.DOTALL | re.MULTILINE):
+        names += [f"{package}.{module}" for module in re.findall(r"`(\w+)\.py`", listed)]
+    assert len(names) > 50
+    for name in set(names) - {"distill.objectives.mean_teacher"}:  # the example
+        pkgutil.resolve_name(name)
 
 
 def anchors(page: Path) -> set[str]:
