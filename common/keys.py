@@ -89,11 +89,14 @@ def takes_bool(annotation: Any) -> bool:
 
 
 def _read_comments(model: type[BaseModel]) -> dict[str, tuple[str, str]]:
-    """Return the group and the meaning of each key of a class, from the comments of its source."""
+    """Return the group and the meaning of each key of a class, from the comments of its source and of its bases."""
+    comments: dict[str, tuple[str, str]] = {}
+    for base in model.__bases__:
+        if issubclass(base, BaseModel) and base is not BaseModel:
+            comments |= _read_comments(base)
     lines = textwrap.dedent(inspect.getsource(model)).splitlines()
     definition = ast.parse("\n".join(lines)).body[0]
     assert isinstance(definition, ast.ClassDef)
-    comments: dict[str, tuple[str, str]] = {}
     group, after = "", 0
     for node in definition.body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name) or node.end_lineno is None:

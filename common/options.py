@@ -23,7 +23,7 @@ OptionsT = TypeVar("OptionsT", bound="Options")
 # r, [r, inflect], a number for each block, or {r: ..., proportional: false}: see models/token_merging.py
 MergingOption = int | list[int | float] | dict[str, Any] | None
 
-_NO_DEFAULTS = ("null", "[]", "{}", '""')  # not worth a word in a list of options
+_NO_DEFAULTS = ("null", "false", "[]", "{}", '""')  # not worth a word in a list of options
 _TEXT = {str, Literal, type(None)}
 
 
@@ -56,6 +56,16 @@ class Options(BaseModel):
         meaning = next((key.meaning for key in list_keys(cls) if key.name == name), "")
         spelt = name.upper() if name in cls.POSITIONAL else cls.SPELLING.format(name)
         return f"{spelt} is missing: {meaning}"
+
+
+class ModelOptions(Options):
+    """The options of commands that run a model."""
+
+    SHORT: ClassVar[Mapping[str, str]] = {"model": "m"}
+
+    model: str = "ced_mini"  # name, checkpoint, folder of a run or of Hugging Face, or .onnx file
+    weights: str | None = None  # file or URL of the weights of a model given by name
+    head: str | None = None  # a head on the model's embeddings: a name in heads/, a published one, or a file
 
 
 def read_options(
@@ -186,11 +196,13 @@ def _create_parser(kind: type[Options], description: str) -> argparse.ArgumentPa
         details = key.kind if key.default in _NO_DEFAULTS else f"{key.kind}; {key.describe_default()}"
         about = f"{key.meaning} ({details})".replace("%", "%%")
         if key.name in kind.POSITIONAL:
-            nargs = "*" if _takes(field, list) else "?"
-            parser.add_argument(key.name, metavar=key.name.upper(), nargs=nargs, help=about)
+            parser.add_argument(
+                key.name, metavar=key.name.upper(), nargs="*" if _takes(field, list) else "?", help=about
+            )
             continue
         flags = [f"-{kind.SHORT[key.name]}"] if key.name in kind.SHORT else []
-        parser.add_argument(*flags, f"--{key.name}", metavar="VALUE", help=about)
+        n_values = "?" if _takes(field, bool) else None
+        parser.add_argument(*flags, f"--{key.name}", metavar="VALUE", nargs=n_values, help=about)
     return parser
 
 

@@ -4,10 +4,9 @@
     python scripts/demo_page.py -m experiments/mine -c 10 --hop 2 --host 0.0.0.0 --port 8000
 
 It requires `pip install -r requirements-demo.txt`, and no network: the page loads nothing from other servers, and
-sounds never leave the machine that serves it. Sounds and results are deleted after an hour, and when the page is stopped.
+sounds never leave the machine that serves it. Sounds and results are deleted after an hour, and when the page stops.
 """
 
-import argparse
 import contextvars
 import html
 import itertools
@@ -18,19 +17,20 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in inference.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from pydantic import Field
 
 from audio.io import AudioBlocks, AudioReadError
 from common.errors import UserError, print_user_errors
-from common.parser import Parser
+from common.options import ModelOptions, parse_arguments
 from tagging.base import Engine
 from tagging.engines import open_engine
 from tagging.events import merge_events
@@ -56,28 +56,19 @@ HINT = '<p class="hint">Drop a sound or record one, then press <b>Tag</b>.</p>'
 BUSY = '<p class="hint">&nbsp;</p>'  # space for the progress bar
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(description="Serve a page to try a model.")
-    add = parser.add_argument
-    add("-m", "--model", default="ced_mini", help="a model's name, a checkpoint, a run's folder, or an .onnx file")
-    add("--weights", help="file or address with the weights of the model named by -m")
-    add("--head", help="tag with this head on the model's embeddings: a name in heads/, or a file")
-    add("-c", "--chunk_length", type=float, default=2.0, help="of a window at first, in seconds (default %(default)s)")
-    add("--hop", type=float, help="seconds from window to window at first (default: the chunk length)")
-    add("--host", default="127.0.0.1", help="0.0.0.0 allows other machines (default %(default)s)")
-    add("--port", type=int, default=7860, help="default %(default)s")
-    add("--max_seconds", type=float, default=600.0, help="longest sound (default %(default)s)")
-    add("--max_mb", type=float, default=100.0, help="largest file, in MiB (default %(default)s)")
-    add("--engine", choices=("torch", "onnx"), help="default: onnx for .onnx files, else torch")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    options = parser.parse_args(arguments)
-    for name in ("chunk_length", "hop", "port", "max_seconds", "max_mb"):
-        if getattr(options, name) is not None and not getattr(options, name) > 0:
-            parser.error(f"--{name} must be above 0, not {getattr(options, name)}")
-    if options.port > 65535:
-        parser.error(f"--port must be at most 65535, not {options.port}")
-    return options
+class PageOptions(ModelOptions):
+    """The options of demo_page.py."""
+
+    SHORT: ClassVar[Mapping[str, str]] = {"model": "m", "chunk_length": "c"}
+
+    chunk_length: float = Field(2.0, gt=0)  # initial length of a window in seconds
+    hop: float | None = Field(None, gt=0)  # initial seconds from window to window; null = the chunk length
+    host: str = "127.0.0.1"  # 0.0.0.0 allows other machines
+    port: int = Field(7860, ge=1, le=65535)  # of the page
+    max_seconds: float = Field(600.0, gt=0)  # length of the longest sound
+    max_mb: float = Field(100.0, gt=0)  # size of the largest file, in MiB
+    engine: Literal["torch", "onnx"] | None = None  # null = onnx for .onnx files, else torch
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the model
 
 
 class Page:
@@ -197,7 +188,7 @@ def format_table(windows: list[TaggedWindow]) -> str:
     return f'<table class="strongest"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>'
 
 
-def build(page: Page, options: argparse.Namespace, folder: Path) -> Any:
+def build(page: Page, options: PageOptions, folder: Path) -> Any:
     """Lay out the page.
 
     Args:
@@ -248,7 +239,7 @@ def build(page: Page, options: argparse.Namespace, folder: Path) -> Any:
     return blocks.queue(default_concurrency_limit=8, max_size=64)
 
 
-def _add_controls(engine: Engine, options: argparse.Namespace) -> tuple[Any, ...]:
+def _add_controls(engine: Engine, options: PageOptions) -> tuple[Any, ...]:
     """Add the sound, the button, and the sliders of window, step, number of labels and lowest probability."""
     import gradio as gr
 
@@ -355,7 +346,7 @@ def check_port(host: str, port: int) -> None:
 @print_user_errors
 def main(arguments: list[str] | None = None) -> None:
     """Serve the page until it is stopped."""
-    options = parse(arguments)
+    options = parse_arguments(PageOptions, __doc__, arguments)
     with tempfile.TemporaryDirectory(prefix="ced-demo-", ignore_cleanup_errors=True) as folder:
         local = ",".join(filter(None, (os.environ.get("NO_PROXY"), "localhost", "127.0.0.1", options.host)))
         os.environ |= {"GRADIO_TEMP_DIR": f"{folder}/cache", "GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": local}

@@ -5,16 +5,16 @@ Shared by onnx_inference_with_kaldi.py and onnx_inference_with_torchaudio.py.
 Letters: S samples, F mel bands, T frames.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from audio.io import AudioBlocks, AudioReadError, find_audio_files
 from common.errors import UserError
-from common.parser import Parser
+from common.options import Options, parse_arguments
 from tagging.files import TaggedWindow, TagOptions, create_windows, cut_windows
 from tagging.onnx_engine import OnnxEngine
 from tagging.session import format_windows
@@ -23,18 +23,16 @@ from tagging.session import format_windows
 Features = Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]
 
 
-def parse(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line of either script."""
-    parser = Parser(description=description)
-    parser.add_argument("wavs", nargs="+", type=Path, metavar="WAV", help="sound files or folders")
-    parser.add_argument("-m", "--model", type=Path, required=True, help="an .onnx file of export_onnx.py")
-    parser.add_argument("--chunk", type=float, default=5.0, help="seconds tagged at a time (default %(default)s)")
-    parser.add_argument("-k", "--topk", type=int, default=3, help="labels of each chunk (default %(default)s)")
-    options = parser.parse_args(arguments)
-    for name in ("chunk", "topk"):
-        if not getattr(options, name) > 0:
-            parser.error(f"--{name} must be above 0, not {getattr(options, name)}")
-    return options
+class MelFileOptions(Options):
+    """The options of onnx_inference_with_kaldi.py and onnx_inference_with_torchaudio.py."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("wavs",)
+    SHORT: ClassVar[Mapping[str, str]] = {"model": "m", "topk": "k"}
+
+    wavs: list[Path] = Field(min_length=1)  # sound files or folders
+    model: Path  # an .onnx file of export_onnx.py
+    chunk: float = Field(5.0, gt=0)  # seconds tagged at a time
+    topk: int = Field(3, ge=1)  # labels of each chunk
 
 
 def open_for_features(path: Path) -> OnnxEngine:
@@ -114,6 +112,6 @@ def run(description: str, features: Features, arguments: Sequence[str] | None) -
     Raises:
         UserError: the model or a sound file cannot be read; the other files are tagged.
     """
-    options = parse(description, arguments)
+    options = parse_arguments(MelFileOptions, description, arguments)
     for line in report(open_for_features(options.model), features, options.wavs, options.chunk, options.topk):
         print(line, flush=True)

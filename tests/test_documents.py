@@ -5,6 +5,7 @@ replaced: placeholders, downloads, devices, and the length of trainings.
 """
 
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -21,6 +22,7 @@ import torch
 
 from models import create_model, load_model, save_checkpoint
 from scripts.configuration_reference import PAGE, create_page
+from tests.test_architecture import PACKAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -187,7 +189,6 @@ def test_the_commands_on_token_merging_run(packed):
     )
 
 
-@pytest.mark.long
 def test_the_commands_on_embeddings_end_with_a_head_on_a_student(packed):
     changes = {
         r"(?<=save_logits\.py )\S+": r"\g<0> --model data/model.pt",
@@ -197,7 +198,6 @@ def test_the_commands_on_embeddings_end_with_a_head_on_a_student(packed):
     assert (packed / "heads/embedded.pt").is_file()
 
 
-@pytest.mark.long
 def test_the_published_commands_run(checkout):
     save_checkpoint(checkout / "data/ced_tiny.pt", create_model("ced_tiny"))
     (checkout / "sounds").symlink_to("my_sounds")
@@ -249,9 +249,11 @@ def test_the_benchmarks_run(checkout):
 
 def test_every_page_with_commands_is_run():
     source = Path(__file__).read_text()
-    for page in PAGES:
-        if page.name != "ARCHITECTURE.md" and BLOCK.search(page.read_text()):
-            assert f'ROOT / "{page.relative_to(ROOT)}"' in source, page
+    blocks = {page: BLOCK.findall(page.read_text()) for page in PAGES if page.name != "ARCHITECTURE.md"}
+    for page in (page for page, found in blocks.items() if found):
+        assert f'ROOT / "{page.relative_to(ROOT)}"' in source, page
+    text = "".join(text for found in blocks.values() for _, text in found)
+    assert all(command in text for command in SKIPPED)
 
 
 def test_files_and_options_in_the_documents_exist():
@@ -266,6 +268,20 @@ def test_files_and_options_in_the_documents_exist():
             assert (ROOT / path).is_file(), f"{page.name}: {path}"
         for option in re.findall(r"[\s`]--(\w+)", text):
             assert option in known, f"{page.name}: {option}"
+
+
+def test_names_of_the_code_in_the_architecture_exist():
+    text = BLOCK.sub("", (ROOT / "ARCHITECTURE.md").read_text())
+    packages = "|".join(PACKAGES)
+    names = re.findall(rf"(?<![\w/.])((?:{packages})(?:\.(?!py\b)\w+)+)", text)
+    names += [path.replace("/", ".") for path in re.findall(rf"`((?:{packages})/[\w/]+)\.py`", text)]
+    for path, listed in re.findall(rf"`((?:{packages})/[\w/]+)\.py`: ((?:`[\w.]+`(?:, )?)+)", text):
+        names += [f"{path.replace('/', '.')}.{name}" for name in re.findall(r"`([\w.]+)`", listed)]
+    for package, listed in re.findall(r"^- \*\*`(\w+)/`\*\*:(.*?)(?=^- |\n\n)", text, re.DOTALL | re.MULTILINE):
+        names += [f"{package}.{module}" for module in re.findall(r"`(\w+)\.py`", listed)]
+    assert len(names) > 50
+    for name in set(names) - {"distill.objectives.mean_teacher"}:  # the example
+        pkgutil.resolve_name(name)
 
 
 def anchors(page: Path) -> set[str]:

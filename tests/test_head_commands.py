@@ -160,7 +160,7 @@ def test_the_heads_answers_are_stored_and_belong_to_its_weights(lists, tmp_path,
             head.layers[0].bias[0] += 0.1
         save_head("heads/tones.pt", head)
         text = refused(capsys, save_logits, config, m="embeds.pt", head="tones")
-        assert "holds soft targets made with another teacher" in text
+        assert "has soft targets made with another teacher" in text
     finally:
         save_head("heads/tones.pt", before)
 
@@ -171,7 +171,7 @@ def test_wrong_use_is_answered_with_a_sentence(lists, tmp_path, capsys):
     for words, sentence in (
         ({"experiment": "embeds.pt", "head": "tone"}, "no head is called 'tone' (did you mean 'tones'?)"),
         ({"experiment": "embeds.pt", "head": "wide"}, "the head reads embeddings of 961 numbers, 'mn01_as' gives"),
-        ({"experiment": "tagger.onnx", "head": "tones"}, "tagger.onnx gives no embeddings that --head could read"),
+        ({"experiment": "tagger.onnx", "head": "tones"}, "tagger.onnx has no embeddings for --head"),
         ({"experiment": "embeds.pt", "hed": "tones"}, "unknown option --hed (did you mean 'head'?)"),
     ):
         assert sentence in refused(capsys, Runner().evaluate, **words, **test)

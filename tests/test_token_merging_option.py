@@ -49,7 +49,7 @@ def expected(path, pack, setting):
 def refused(capsys, function, *arguments, **options):
     with pytest.raises(SystemExit) as stopped:
         function(*arguments, **options)
-    assert stopped.value.code == 1
+    assert stopped.value.code in (1, 2)
     return capsys.readouterr().err
 
 
@@ -104,7 +104,7 @@ def test_tagging_merges_as_told_and_does_not_add_to_tags_made_otherwise(folder, 
     words[2] = str(folder / "vit.pt")
     setting = "{r: 5, proportional: false}"
     assert "was made with token_merging 5" in refused(capsys, inference.main, [*words, "--token_merging", setting])
-    assert "'x' is no number" in refused(capsys, inference.main, [*words, "--token_merging", "x"])
+    assert "--token_merging is 'x'" in refused(capsys, inference.main, [*words, "--token_merging", "x"])
 
 
 def test_an_export_merges_as_told_and_its_file_takes_no_other_setting(folder, tone_pack, tmp_path, monkeypatch, capsys):

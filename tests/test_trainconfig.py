@@ -1,4 +1,4 @@
-"""The files of trainconfig/: what their heads say, and that each of them runs, on no data at all."""
+"""The files of trainconfig/: the parts of their heads, and a run of each without data."""
 
 import re
 from pathlib import Path
@@ -36,7 +36,7 @@ def head(path: Path) -> list[str]:
 
 
 @every_file
-def test_the_head_says_what_it_is_how_to_run_it_what_it_needs_and_what_it_reaches(path):
+def test_the_head_has_command_requirements_and_figures(path):
     lines = head(path)
     assert re.fullmatch(r"# [A-Z].*\.", lines[0])
     fields = dict(match.groups() for line in lines if (match := FIELD.fullmatch(line)))
@@ -51,9 +51,9 @@ def test_the_head_says_what_it_is_how_to_run_it_what_it_needs_and_what_it_reache
 
 
 @every_file
-def test_every_file_says_what_chooses_its_checkpoints(path):
+def test_every_file_sets_what_chooses_its_checkpoints(path):
     config = read(path)
-    if config.embeddingspath:  # nothing to be judged by: that is for run.py probe
+    if config.embeddingspath:  # no validation: run.py probe evaluates it
         assert config.select_on is None
     elif path in PUBLISHED or (re.search(r"esc\d0", path.stem) and not path.stem.startswith("ssondo")):
         assert config.select_on == "eval"
@@ -119,7 +119,7 @@ def test_every_file_runs_from_start_to_end_without_data(path, tmp_path, monkeypa
     ],
     ids=["student", "labels", "both"],
 )
-def test_the_variants_of_ones_own_embedder_run_as_its_head_says(changes, n_classes, tmp_path, monkeypatch):
+def test_the_variants_of_ones_own_embedder_run_as_in_its_head(changes, n_classes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = ROOT / "trainconfig" / "own_embedder.yaml"
     Runner(seed=1).train(str(path), smoke=True, outputpath=str(tmp_path / "runs"), **changes)
