@@ -39,16 +39,16 @@ class Row:
 
     Attributes:
         name: as given.
-        values: task → one value a seed.
+        values: task → one value for each seed; "average" → means over the tasks.
     """
 
     name: str
     values: dict[str, list[float]]
 
     @property
-    def averages(self) -> list[float]:
-        """The mean over the tasks, one a seed."""
-        return [statistics.fmean(seed) for seed in zip(*self.values.values(), strict=True)]
+    def average(self) -> float:
+        """The mean over tasks and seeds."""
+        return statistics.fmean(self.values["average"])
 
 
 def read_row(name: str, pattern: str, tasks: list[str], faults: Faults) -> Row:
@@ -67,18 +67,17 @@ def read_row(name: str, pattern: str, tasks: list[str], faults: Faults) -> Row:
     counts = [f"{len(found)} of {task}" for task, found in values.items()]
     if len({len(found) for found in values.values()}) > 1:
         faults.add(f"{name}: the tasks have different numbers of files: {', '.join(counts)}; expected as many of each")
+    values["average"] = [statistics.fmean(seed) for seed in zip(*values.values(), strict=False)]
     return Row(name, values)
 
 
 def format_rows(rows: list[Row], teacher: Row | None) -> str:
     """Lay out the rows as Markdown, the teacher's last; % of teacher compares the averages."""
-    tasks = list(rows[0].values)
-    lines = [["", *tasks, "average", *(["% of teacher"] if teacher else [])]]
+    lines = [["", *rows[0].values, *(["% of teacher"] if teacher else [])]]
     for row in [*rows, *([teacher] if teacher else [])]:
-        line = [row.name, *(f"{Spread.of(values):.1f}" for values in (*row.values.values(), row.averages))]
+        line = [row.name, *(f"{Spread.of(values):.1f}" for values in row.values.values())]
         if teacher:
-            share = 100 * statistics.fmean(row.averages) / statistics.fmean(teacher.averages)
-            line.append("" if row is teacher else f"{share:.1f}")
+            line.append("" if row is teacher else f"{100 * row.average / teacher.average:.1f}")
         lines.append(line)
     return format_markdown_table(lines)
 
@@ -89,6 +88,7 @@ def format_rows_csv(rows: list[Row]) -> str:
         (row.name, task, seed, value)
         for row in rows
         for task, values in row.values.items()
+        if task != "average"
         for seed, value in enumerate(values, 1)
     ]
     return format_csv(lines, ["row", "task", "seed", "value"])
@@ -98,18 +98,18 @@ def draw_rows(rows: list[Row], teacher: Row | None) -> "Figure":
     """Draw the tasks side by side, one bar for each row, a point for each seed, and the teacher as a line."""
     from matplotlib.figure import Figure
 
-    tasks = [*rows[0].values, "average"]
+    tasks = list(rows[0].values)
     figure = Figure(figsize=(2.2 + 2.6 * len(tasks), 1.4 + 0.34 * len(rows)), layout="constrained")
     axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for index, (axis, task) in enumerate(zip(axes, tasks, strict=True)):
         colour = COLOURS[index % len(COLOURS)]
         style(axis)
         for place, row in enumerate(rows):
-            values = row.averages if task == "average" else row.values[task]
+            values = row.values[task]
             axis.barh(place, statistics.fmean(values), color=colour, alpha=0.75, height=0.66)
             axis.plot(values, [place] * len(values), "o", color=INK, markersize=3)
         if teacher:
-            value = statistics.fmean(teacher.averages if task == "average" else teacher.values[task])
+            value = statistics.fmean(teacher.values[task])
             axis.axvline(value, color=INK, linewidth=1.2, linestyle="--")
             task += f"   (dashed: {teacher.name}, {value:.1f})"
         axis.set_title(task, fontsize=9, color=INK)

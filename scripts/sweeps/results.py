@@ -1,7 +1,9 @@
 """Results of a sweep over token merging as a table, CSV and a figure."""
 
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -65,10 +67,8 @@ def format_csv(lines: Sequence[Sequence[object]], names: Sequence[str]) -> str:
 
 
 def _group_rows(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.group, []).append(row)
-    return groups
+    """Group rows that are sorted by group, as `summarise_points` returns them."""
+    return {group: list(members) for group, members in itertools.groupby(rows, key=attrgetter("group"))}
 
 
 def draw_sweep(rows: Sequence[Row], metric: Metric) -> "Figure":
