@@ -1,1 +1,1 @@
-"""Making lists of sounds: the options of the command, and what it prints."""
+"""Lists of sounds: labels, groups, stratified splits, files and reports."""
