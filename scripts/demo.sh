@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on sounds made by formula, on a machine with nothing but Python: pack, teach, distil, evaluate, tag.
+# The whole pipeline on synthetic sounds, on a machine with nothing but Python: pack, train, distil, evaluate, tag.
 # Arguments are passed on to scripts/demo.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,8 +1,8 @@
 # Sourced by demo.sh and test.sh: makes the virtual environment and installs a requirements file into it, once.
 #
-#   VENV         folder of the environment (default .venv); what is installed there already is kept where it fits
+#   VENV         folder of the environment (default .venv); packages that are installed there are kept if they fit
 #   PYTHON       interpreter to make it with (default: the first of python3.11 to python3.14 and python3 that fits)
-#   TORCH_INDEX  index that PyTorch is taken from, such as https://download.pytorch.org/whl/cpu: 200 MB without GPU
+#   TORCH_INDEX  index that PyTorch is installed from, such as https://download.pytorch.org/whl/cpu: 200 MB without GPU
 #                libraries in place of 5 GB
 
 VENV="${VENV:-.venv}"
@@ -29,7 +29,7 @@ make_environment() { # $1: requirements file
         local pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
         if [ -n "${TORCH_INDEX:-}" ]; then
             echo "installing PyTorch from $TORCH_INDEX"
-            # torchvision, which timm wants, must be of the same build. Versions such as 2.11.0+cpu satisfy ==2.11.0 below.
+            # torchvision, which timm requires, must be of the same build. Versions such as 2.11.0+cpu satisfy ==2.11.0 below.
             "${pip[@]}" --index-url "$TORCH_INDEX" $(grep -E '^torch(audio)?==' requirements.txt) torchvision
         elif ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
             echo "PyTorch comes with its GPU libraries (5 GB); for 200 MB without: TORCH_INDEX=https://download.pytorch.org/whl/cpu bash $0"

@@ -10,5 +10,5 @@ if [ "${1:-}" = long ]; then selection=() && shift; fi
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-# One test process a core; a file stays in one process, for what its tests share.
+# One test process a core; the tests of a file run in one process, since they share fixtures.
 "$bin/python" -m pytest -q --durations=15 -n auto --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"

@@ -6,12 +6,12 @@ lists (balanced_train_segments.csv) are read as they are: put one beside or abov
     find my_sounds -name '*.wav' | awk 'BEGIN{print "filename"}{print}' > my_sounds.tsv
     python scripts/wavlist_to_hdf5.py my_sounds.tsv data/my_sounds
 
-writes data/my_sounds/hdf5/my_sounds_0.h5 ..., data/my_sounds/labels/my_sounds.tsv (give this one to training) and
+writes data/my_sounds/hdf5/my_sounds_0.h5 ..., data/my_sounds/labels/my_sounds.tsv (for training) and
 data/my_sounds/labels/my_sounds.report.json (what was packed, and what not, and why). Relative names are looked for
 beside the list, then in the working directory. Sound of any format is mixed down to one channel and resampled.
 
-All files are written in any case; the exit status is 1 where clips were left out because they could not be read, or
-packed with sound missing (truncated, damaged).
+All files are written in any case; the exit status is 1 if clips were skipped because they could not be read, or
+packed incompletely (truncated, damaged).
 """
 
 import sys

@@ -27,7 +27,7 @@ def succeed(*words, **options):
 
 
 def tones_alone(pack, runs):
-    """Words that train and judge on one pack, and write below `runs`."""
+    """Words that train and evaluate on one pack, and write below `runs`."""
     held_out = ("--valid_data", "null", "--select_on", "null")
     return ["--train_data", pack, "--eval_data", pack, *held_out, "--outputpath", runs]
 
@@ -90,7 +90,7 @@ def test_torchrun_splits_the_work_and_every_clip_is_there_once(store, tone_pack)
         assert file["topk_values"].shape == (14, 7)
 
 
-def test_the_student_knows_the_teachers_classes_without_having_seen_a_label(student):
+def test_the_student_has_the_teachers_classes_without_labels(student):
     model = load_model(student)
     assert model.labels == [f"tone {i}" for i in range(7)]
     assert (model.name, model.sample_rate) == ("audiotransformer_pico", 16000)
@@ -120,7 +120,7 @@ def test_a_published_checkpoint_that_does_not_say_what_it_is_takes_a_name(studen
     assert set(pd.read_csv(tags)["label"].astype(str)) <= {str(i) for i in range(7)}
 
 
-def test_a_misspelt_option_of_evaluate_is_told_before_the_work(student, tone_pack):
+def test_a_misspelt_option_of_evaluate_is_reported_before_the_work(student, tone_pack):
     result = run_command("run.py", "evaluate", student, "--test_data", tone_pack, "--batchsize", "3")
     assert result.returncode == 1
     assert result.stderr.strip() == "error: unknown option --batchsize (did you mean 'batch_size'?)"
@@ -134,7 +134,7 @@ def test_tagging_prints_the_teachers_class_names(student, tone_pack):
     assert out.count("tone ") == 2
 
 
-def test_every_fault_is_told_before_training_starts(tone_pack, store, tmp_path):
+def test_every_fault_is_reported_before_training_starts(tone_pack, store, tmp_path):
     lines = Path(tone_pack).read_text().splitlines()
     header = lines[0].split("\t")
     column = header.index("labels")

@@ -65,7 +65,7 @@ def refused(capsys, function, *arguments, **options):
     return capsys.readouterr().err
 
 
-def test_figures_are_of_clips_that_their_heads_never_heard(work, pack):
+def test_figures_are_of_clips_that_their_heads_were_not_trained_on(work, pack):
     facts, head = read_record(work), load_head(work / "heads" / "tones.pt")
     assert (facts["metric"], facts["chance"], facts["labels"]) == ("accuracy", pytest.approx(1 / 7), LABELS)
     assert [(fold["fold"], fold["n_test"], fold["n_train"], fold["n_valid"]) for fold in facts["folds"]] == [

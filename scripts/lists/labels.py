@@ -10,6 +10,7 @@ import pandas as pd
 from audio.audioset import find_segments, is_segment_table
 from audio.labels import SEPARATOR
 from audio.manifest import NameIndex, read_manifest
+from audio.tables import load_text
 from common.errors import UserError, did_you_mean, some
 from scripts.lists.name_patterns import NamePattern, Proposal, choose_label, propose_labels
 from scripts.lists.sound_folders import SoundFolder
@@ -297,14 +298,7 @@ def _label_by_table(sounds: SoundFolder, options: LabelOptions) -> Clips:
 
 
 def _find_delimiter(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            header = file.readline()
-    except OSError as error:
-        what = (
-            "there is no such table" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        )
-        raise UserError(f"{path}: {what}") from None
+    header = load_text(path).partition(b"\n")[0].decode(errors="replace")
     return "\t" if "\t" in header else max(",;", key=header.count)
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from common.columns import format_markdown_table
-from scripts.sweeps.token_merging import Metric, Point, Row
+from scripts.sweeps.token_merging import Point, Row
+from training.baseline import Metric
 from training.figures import COLOURS, FAINT, INK, style
 
 if TYPE_CHECKING:  # takes a second to import

@@ -9,7 +9,6 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,13 +18,13 @@ from common.errors import Faults, UserError, did_you_mean, some
 from models import AudioTagger, load_model
 from models.vit import SpectrogramTransformer
 from scripts.benchmarks.timing import time_steps
+from training.baseline import Metric, get_value
 from training.evaluate import evaluate
 from training.labelled import LabelledPack, open_labelled
 from training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
-Metric = Literal["accuracy", "mAP"]
 Schedule = tuple[int, ...]  # tokens merged in each block
 
 
@@ -228,9 +227,7 @@ def evaluate_points(sweep: Sweep, *, batch_size: int, num_workers: int, precisio
         _set_schedule(model, point.schedule)
         data = sweep.pack(point, model)
         metrics = evaluate(model, data, batch_size=batch_size, num_workers=num_workers, precision=precision)
-        value = metrics.top1 if sweep.metric == "accuracy" else metrics.mAP
-        assert value is not None
-        values.append(100 * value)
+        values.append(100 * get_value(metrics, sweep.metric))
         setting = f"{number} of {len(sweep.points)}: {point.group}, r = {point.r:g}, {point.source}"
         logger.info("%s: %s %.2f %%", setting, sweep.metric, values[-1])
     return values

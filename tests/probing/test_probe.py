@@ -56,10 +56,10 @@ def test_a_linear_head_is_as_good_as_logistic_regression():
     expected = other.score((test.embeddings - mean) / scale, kinds)
     assert 0.5 < expected < 0.95
     assert found == pytest.approx(expected, abs=0.03)
-    answers = predict(head, test.embeddings)
+    probabilities = predict(head, test.embeddings)
     by_hand = F.linear(torch.from_numpy((test.embeddings - head.mean.numpy()) / head.scale.numpy()),
                        head.layers[0].weight, head.layers[0].bias).softmax(1)  # fmt: skip
-    np.testing.assert_allclose(answers, by_hand.detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(probabilities, by_hand.detach().numpy(), atol=1e-5)
 
 
 def test_any_number_of_labels_gives_probabilities_of_each():
@@ -211,7 +211,7 @@ def test_the_picture_tells_classes_and_of_very_many_the_best_and_the_worst():
             assert names[-1].startswith(order[-1])
 
 
-def test_every_fault_of_the_options_is_told_at_once():
+def test_every_fault_of_the_options_is_reported_at_once():
     faults = Faults("the probe")
     given = {"model": "mn04_as", "embeddings": "a,b", "epoch": 3, "lr": -1, "hidden_sizes": "5,6", "name": "x/y"}
     read_options(ProbeOptions, given | {"data": "a.tsv", "test_data": "b.tsv"}, faults)

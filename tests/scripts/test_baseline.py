@@ -81,8 +81,8 @@ def test_the_interval_lies_around_the_figure_where_classes_have_few_clips():
     value = evaluate_scores(scores, targets).mAP
     low, high = bootstrap_interval(scores, targets, 0)
     assert value < low  # a clip that is drawn twice helps to rank its class
-    judged = SimpleNamespace(value=value, interval=(low, high))
-    moved = _centre_interval(judged)
+    result = SimpleNamespace(value=value, interval=(low, high))
+    moved = _centre_interval(result)
     assert moved[0] < value < moved[1]
     assert moved[1] - moved[0] == pytest.approx(high - low)
     assert _centre_interval(SimpleNamespace(value=(low + high) / 2, interval=(low, high))) == (low, high)
@@ -102,15 +102,15 @@ def test_the_interval_lies_around_the_figure_where_classes_have_few_clips():
     ],
     ids=str,
 )
-def test_mistakes_are_told_in_sentences(words, sentences, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_errors(words, sentences, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         main(words)
     assert stopped.value.code in (1, 2)
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
+    output = capsys.readouterr().err
+    assert "Traceback" not in output
     for sentence in sentences:
-        assert sentence in told
+        assert sentence in output
 
 
 def test_the_command_helps_and_runs_as_a_user_runs_it(command, lists, tmp_path):

@@ -26,10 +26,10 @@ def test_entries_that_differ_are_listed_with_both_values_and_counted(tmp_path, c
     for path, record in zip(paths, records, strict=True):
         path.write_text(json.dumps(record))
     assert behaviour.compare(*paths) == 2
-    told = capsys.readouterr().out
-    assert "runs: b" in told
-    assert "2.0000001" in told
-    assert "1 entries are equal, 2 differ" in told
+    output = capsys.readouterr().out
+    assert "runs: b" in output
+    assert "2.0000001" in output
+    assert "1 entries are equal, 2 differ" in output
     with pytest.raises(SystemExit) as ended:
         behaviour.main(["compare", *map(str, paths)])
     assert ended.value.code

@@ -108,12 +108,12 @@ def test_naive_attention_merges_the_same_and_its_operations_are_those_of_the_for
     assert not torch.equal(*outputs)
     width, depth = network.embed_dim, len(network.blocks)
     for r in (0, 20):
-        n, wanted = n_tokens, 0
+        n, expected = n_tokens, 0
         for _ in range(depth):
-            wanted += 8 * n * width**2 + 4 * n**2 * width  # queries, keys, values and projection; scores and values
+            expected += 8 * n * width**2 + 4 * n**2 * width  # queries, keys, values and projection; scores and values
             n -= min(r, (n - protected) // 2)
-            wanted += 16 * n * width**2
-        assert count_block_flops(naive, mel, r) == 2 * wanted
+            expected += 16 * n * width**2
+        assert count_block_flops(naive, mel, r) == 2 * expected
 
 
 def test_the_share_of_the_bound_compares_each_attention_with_itself(monkeypatch, capsys):

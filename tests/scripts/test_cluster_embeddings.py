@@ -57,7 +57,7 @@ def test_the_command_writes_clusters_that_training_reads(tmp_path, capsys):
     assert EmbeddingStore(store).epochs == [1]  # what lies beside its files is none of its own
 
 
-def test_directions_are_clustered_where_asked(tmp_path, capsys):
+def test_directions_are_clustered_with_normalize(tmp_path, capsys):
     """Two directions, each at two lengths: by themselves it is the lengths that tell, normalised the directions."""
     length, way = np.repeat([1, 1, 30, 30], 6), np.tile([0, 1], 12)
     store = store_of(tmp_path / "store", length[:, None] * np.array([[1.0, 0.1], [0.1, 1.0]])[way])

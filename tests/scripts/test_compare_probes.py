@@ -30,7 +30,7 @@ def test_the_table_is_the_plain_arithmetic(probes, capsys):
     assert (probes / "out" / "probes.png").stat().st_size > 5000
 
 
-def test_all_that_is_wrong_is_told_at_once(probes, capsys):
+def test_every_fault_is_reported_at_once(probes, capsys):
     (probes / "one_words_s2.json").write_text("{}")
     rows = f"One={probes}/one_{{task}}_s*.json,Two={probes}/two_{{task}}.json"
     with pytest.raises(SystemExit):

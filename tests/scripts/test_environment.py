@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# An interpreter of any version: it answers `-c`, makes a folder for `-m venv`, and writes down what pip is given.
+# An interpreter of any version: it accepts `-c`, makes a folder for `-m venv`, and records the arguments of pip.
 INTERPRETER = """#!/bin/bash
 if [ "$1" = -c ]; then exec {python} -c "import sys; sys.version_info = {version}; exec(sys.argv[1])" "$2"; fi
 if [ "$1" = --version ]; then echo "Python {version}"; exit; fi

@@ -124,7 +124,7 @@ def coarse_spectrum(samples):
     return np.concatenate([bands.mean(0), bands.std(0), np.abs(np.diff(bands, axis=0)).mean(0)])
 
 
-def test_classes_can_be_told_apart_and_vary_within():
+def test_classes_differ_and_vary_within():
     train: list[tuple[np.ndarray, int]] = []
     test: list[tuple[np.ndarray, int]] = []
     for label in range(16):

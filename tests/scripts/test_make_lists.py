@@ -28,8 +28,8 @@ def run(tmp_path, monkeypatch, capsys):
             main([*map(str, words)])
         except SystemExit as stopped:
             status = stopped.code
-        told = capsys.readouterr()
-        return status, told.out, told.err
+        output = capsys.readouterr()
+        return status, output.out, output.err
 
     return call
 
@@ -215,7 +215,7 @@ def test_folds_can_be_probed(run, tone_pack, tmp_path, command):
     assert Counter(pack.table["fold"]) == dict.fromkeys("1234", 7)
 
 
-def test_a_published_split_that_leaks_is_told(run, tmp_path):
+def test_a_published_split_that_leaks_is_reported(run, tmp_path):
     write(tmp_path, *(f"s/{number}.wav" for number in range(4)))
     (tmp_path / "s/4.wav").write_bytes((tmp_path / "s/0.wav").read_bytes())
     (tmp_path / "m.csv").write_text(
@@ -266,7 +266,7 @@ def test_labels_and_columns_of_a_table_cannot_break_the_lists(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ((), "FOLDER is missing"),
         (("nowhere",), "nowhere: there is no such folder"),
@@ -289,18 +289,18 @@ def test_labels_and_columns_of_a_table_cannot_break_the_lists(run, tmp_path):
         (("s", "--output", "m.csv"), "m.csv: is a file"),
     ],
 )
-def test_a_mistake_is_one_sentence(run, tmp_path, words, said):
+def test_a_mistake_is_one_sentence(run, tmp_path, words, message):
     write(tmp_path, *(f"s/{kind}/x_{number}.wav" for kind in "ab" for number in (1, 2, 3)), "void/a.txt")
     (tmp_path / "m.csv").write_text("file,labl\nx_1,a\n")
     status, out, err = run(*words)
     assert (status in (1, 2), out) == (True, "")
-    assert said in err
+    assert message in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert not (tmp_path / "data").exists()
 
 
-def test_several_mistakes_are_told_together(run):
+def test_several_mistakes_are_reported_together(run):
     _, _, err = run("s", "--sed", "3", "--folds", "1")
     assert "2 faults" in err
     assert "did you mean 'seed'" in err

@@ -51,7 +51,7 @@ def folder(tone_pack, tmp_path_factory):
                 torch.manual_seed(seed)
                 model = small(activation="softmax", token_merging=r)
                 known = model.mlp_head[0](model.embed(waves[::2])[0])  # (14,D)
-                known += 1.0 * known.std(0) * torch.randn(known.shape)  # it shall not know everything
+                known += 1.0 * known.std(0) * torch.randn(known.shape)  # so that it makes errors
                 known = torch.cat([known, torch.ones(14, 1)], dim=1)
                 fitted = torch.linalg.lstsq(known, torch.eye(7)[classes[::2]], driver="gelsd").solution.T  # (C,D+1)
                 model.mlp_head[1].weight.copy_(fitted[:, :-1])
@@ -78,7 +78,7 @@ def read(path):
 
 @pytest.fixture
 def no_clock(monkeypatch):
-    """Every setting is run once, and the n-th is said to take n + 1 seconds, and twice as long in a second round."""
+    """Every setting is run once, and the n-th takes n + 1 seconds, and twice as long in a second round."""
 
     def turns(candidates, batch, rounds, steps, device):
         for step in candidates.values():
@@ -121,7 +121,7 @@ def test_the_table_holds_accuracies_and_drops_as_computed_by_hand(folder, tone_p
 
 
 @pytest.mark.usefixtures("no_clock")
-def test_sigmoid_models_are_judged_by_map_and_others_stand_beside_them_as_they_are(folder, tone_pack, tmp_path):
+def test_sigmoid_models_are_evaluated_by_map_and_other_models_without_merging(folder, tone_pack, tmp_path):
     groups = {"inference_of_one": str(folder / "sigmoid.pt"), "teacher": str(folder / "cnn.pt")}
     run_sweep(test_data=str(tone_pack), r=4, output=tmp_path, num_workers=0, **groups)
     data, (waves, _) = open_labelled(str(tone_pack), LABELS, None), sounds(tone_pack)
@@ -229,14 +229,14 @@ def test_the_command_as_a_user_types_it(folder, tone_pack, tmp_path):
     assert all(0 < float(row["lowest"]) <= float(row["clips_per_second"]) <= float(row["highest"]) for row in rows)
 
 
-def test_help_says_what_is_judged_and_what_is_timed():
+def test_help_says_what_is_evaluated_and_what_is_timed():
     done = run_command("scripts/sweep_token_merging.py", "--help")
     assert done.returncode == 0
     for part in ("--inference RUN,RUN", "--batch_size VALUE", "median of several passes", "for folds"):
         assert part in done.stdout
 
 
-def told(capsys, **options):
+def run_failing(capsys, **options):
     """The sentence that the command ends with."""
     with pytest.raises(SystemExit) as stopped:
         run_sweep(**options)
@@ -244,16 +244,16 @@ def told(capsys, **options):
     return capsys.readouterr().err
 
 
-def test_faults_of_the_command_are_told_at_once(capsys):
-    text = told(capsys, r="0,x", mode="fp8", rounds=0)
+def test_faults_of_the_command_are_reported_at_once(capsys):
+    text = run_failing(capsys, r="0,x", mode="fp8", rounds=0)
     for part in ("--test_data is missing", "--r is 'x'", "'fp8'", "at least 1"):
         assert part in text
 
 
-def test_faults_of_checkpoints_and_packs_are_told_before_the_work(folder, tone_pack, tmp_path, capsys):
+def test_faults_of_checkpoints_and_packs_are_reported_before_the_work(folder, tone_pack, tmp_path, capsys):
     folds = ",".join(map(str, halves(tone_pack, tmp_path)))
     groups = {"inference": folder / "cnn.pt", "batchsize": 8, "trained": folder / "4_0.pt"}
-    text = told(capsys, test_data=folds, output=tmp_path / "out", **groups)
+    text = run_failing(capsys, test_data=folds, output=tmp_path / "out", **groups)
     assert "has 4 faults" in text
     assert "mn01_as, which has no tokens to merge" in text
     assert "--batchsize (did you mean 'batch_size'?): 8: no such file or folder" in text
@@ -263,12 +263,12 @@ def test_faults_of_checkpoints_and_packs_are_told_before_the_work(folder, tone_p
     assert not (tmp_path / "out").exists()
 
 
-def test_accuracy_wants_one_label_a_clip(folder, tone_pack, tmp_path, capsys):
+def test_accuracy_requires_one_label_a_clip(folder, tone_pack, tmp_path, capsys):
     twice = tmp_path / "twice.tsv"
     twice.write_text(Path(halves(tone_pack, tmp_path)[0]).read_text().replace("tone 0\t", "tone 0;tone 1\t"))
-    text = told(capsys, test_data=str(twice), inference=folder / "0_0.pt")
+    text = run_failing(capsys, test_data=str(twice), inference=folder / "0_0.pt")
     assert "2 of its 14 clips have no label, or several" in text
     assert "--metric mAP" in text
-    assert "use accuracy, mAP or auto" in told(
+    assert "use accuracy, mAP or auto" in run_failing(
         capsys, test_data=str(tone_pack), metric="map", inference=folder / "0_0.pt"
     )

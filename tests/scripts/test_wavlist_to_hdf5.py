@@ -80,9 +80,9 @@ def test_a_wrong_command_ends_in_a_sentence_and_leaves_nothing(
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code in (1, 2)
-    told = capsys.readouterr().err
-    assert words in told
-    assert "Traceback" not in told
+    output = capsys.readouterr().err
+    assert words in output
+    assert "Traceback" not in output
     assert not Path("out").exists()
 
 

@@ -122,7 +122,7 @@ def test_folders_give_labels_beside_the_columns_of_a_pattern():
         ({"pattern": "{label}_{}", "label_level": "first"}, "omit one of them"),
         ({"pattern": "{label}_{}", "table": "x.csv"}, "omit one of them"),
         ({"table": "x.csv", "label_level": "last"}, "omit one of them"),
-        ({"table": "x.csv"}, "x.csv: there is no such table"),
+        ({"table": "x.csv"}, "x.csv: there is no such file"),
         ({"label_level": "3rd"}, "expected first, last, a number"),
         ({"label_level": "5"}, "none of its 2 sounds has a label"),
     ],
@@ -247,7 +247,7 @@ def test_equal_lists_are_no_obstacle_and_foreign_records_are(tmp_path):
         write_lists(tmp_path / "train.tsv", {"train.tsv": table}, {}, False)
 
 
-def test_lists_of_a_call_that_was_stopped_are_known_to_the_next(tmp_path, monkeypatch):
+def test_lists_of_an_interrupted_call_are_replaced_by_the_next(tmp_path, monkeypatch):
     one, other = pd.DataFrame({"filename": ["a.wav"]}), pd.DataFrame({"filename": ["b.wav"]})
     write_lists(tmp_path, {"train.tsv": one, "test.tsv": one}, {}, False)
     write_text = list_files.write_text

@@ -40,7 +40,7 @@ def test_the_other_reading_takes_as_much_as_fits():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"),
+    ("pattern", "message"),
     [
         ("dog", "no placeholder"),
         ("{label", "unbalanced braces"),
@@ -52,10 +52,10 @@ def test_the_other_reading_takes_as_much_as_fits():
         ("{label}_{filename}", "another name"),
     ],
 )
-def test_a_wrong_pattern_is_told(pattern, said):
+def test_a_wrong_pattern_is_an_error(pattern, message):
     with pytest.raises(UserError) as error:
         NamePattern(pattern)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_parts_that_take_few_values_are_proposed():
@@ -97,9 +97,9 @@ def test_cuts_of_recordings_are_suggested_as_groups():
         for number in range(9)
         for cut in (1, 2)
     ]
-    said = suggest_groups(cuts, 2)
-    assert "cat/cat_rec0_01.wav and cat/cat_rec0_02.wav" in said
-    assert "{recording}_{:d}" in said
+    message = suggest_groups(cuts, 2)
+    assert "cat/cat_rec0_01.wav and cat/cat_rec0_02.wav" in message
+    assert "{recording}_{:d}" in message
     assert suggest_groups([f"{label}_{number}.wav" for label in ("dog", "cat") for number in range(30)], 2) == ""
     assert suggest_groups([f"dog/{number:05d}.wav" for number in range(30)], 1) == ""
     deep = [f"{label}/rec{number}/{cut}.wav" for label in ("dog", "cat") for number in range(9) for cut in (1, 2)]

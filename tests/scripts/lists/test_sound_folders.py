@@ -100,13 +100,13 @@ def test_a_name_that_is_no_utf8_is_listed_as_text_and_its_file_is_compared(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [((), "found nothing"), (("a.txt",), ".txt 1"), (("a.aax", "b.aax"), r"\.aax 2.*convert")],
 )
-def test_a_folder_without_sounds_is_an_error(tmp_path, names, said):
+def test_a_folder_without_sounds_is_an_error(tmp_path, names, message):
     (tmp_path / "s").mkdir()
     write(tmp_path / "s", *names)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         find_sounds(str(tmp_path / "s"))
 
 

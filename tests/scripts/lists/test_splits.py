@@ -82,8 +82,8 @@ def greedy(labels, order, shares):
                 clips = clips_of[part] if part else list(range(len(labels)))
                 for which, share in enumerate(shares):
                     has = sum(list_of.get(j) == which for j in clips)
-                    wanted = share * len(clips) - has
-                    gains[which] += (2 * wanted - 1) / (share * len(clips))
+                    expected = share * len(clips) - has
+                    gains[which] += (2 * expected - 1) / (share * len(clips))
             lacking = [which for which in range(len(shares)) if which not in {list_of.get(j) for j in clips_of[label]}]
             n_left = len(left[label]) - number
             allowed = range(len(shares)) if n_left > len(lacking) else lacking
@@ -213,7 +213,7 @@ def test_groups_come_from_columns_folders_and_usual_names():
         find_groups(table, "speakr")
 
 
-def test_identical_files_are_joined_and_told():
+def test_identical_files_are_joined_and_noted():
     groups = find_groups(clips(labels=list("aabb")), "", [["d0/x/0.wav", "d0/x/2.wav"], ["d1/x/1.wav", "gone.wav"]])
     assert groups.joined.tolist() == [0, 1, 0, 2]
     assert groups.by_column.tolist() == [0, 1, 2, 3]
@@ -304,7 +304,7 @@ def test_published_folds_are_kept_in_the_order_of_their_numbers():
     assert kept.lists == ["train", "test", "valid", "train"]
 
 
-def test_the_column_of_a_split_is_found_or_told():
+def test_the_column_of_a_split_is_found_or_an_error():
     table = clips(labels=["a"], Fold=["1"], set=["train"])
     assert choose_split_column(table) == "Fold"
     assert choose_split_column(table, "set") == "set"
