@@ -1,11 +1,14 @@
 """What tests share: where reference data lies, and sounds made by formula."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +56,27 @@ def run_command(*words: str | Path, cwd: Path = ROOT, env: dict[str, str] | None
         text=True,
         check=False,
     )
+
+
+@contextmanager
+def start_server(script: str) -> Iterator[Callable[[dict], Any]]:
+    """Start a script that reads tasks and writes results, a line of JSON each; yield what sends a task and waits."""
+    with subprocess.Popen(
+        [sys.executable, ROOT / script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
+
+        def run_task(task: dict) -> Any:
+            print(json.dumps(task), file=process.stdin, flush=True)
+            assert process.stdout is not None
+            return json.loads(process.stdout.readline())
+
+        yield run_task
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 def torchrun() -> tuple[str, ...]:

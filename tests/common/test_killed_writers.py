@@ -1,14 +1,10 @@
 """Whatever a writer leaves that is killed, the next one removes: each kind of writer, at each of its renames."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import start_server
 
 # What takes long to write is killed at some of its renames only: before the first one, after it, and later.
 SOME = {
@@ -36,20 +32,13 @@ KINDS = (
 @pytest.fixture(scope="module")
 def write():
     """`write(kind, folder, moment)` writes in a process of its own, see killed_writers.py."""
-    script = ROOT / "tests" / "common" / "killed_writers.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with start_server("tests/common/killed_writers.py") as run_task:
 
-        def ask(kind, folder, moment=-1):
+        def write_once(kind, folder, moment=-1):
             folder.mkdir(exist_ok=True)
-            task = {"writer": kind, "folder": str(folder), "moment": moment}
-            print(json.dumps(task), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
+            return run_task({"writer": kind, "folder": str(folder), "moment": moment})
 
-        yield ask
-        process.stdin.close()
+        yield write_once
 
 
 @pytest.mark.parametrize("kind", KINDS)

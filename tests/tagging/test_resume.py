@@ -1,10 +1,7 @@
 """Runs that are killed and started again, and runs of several processes: one output as of one run."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import h5py
 import numpy as np
@@ -13,7 +10,7 @@ import pytest
 import soundfile
 
 import inference
-from tests.conftest import ROOT, run_command, torchrun
+from tests.conftest import run_command, start_server, torchrun
 from tests.tagging.sounds import RATE, hum_folder, humming
 
 N_FILES = 60
@@ -35,20 +32,10 @@ BAD = ("007b.wav", "031b.wav", "058b.wav")
 @pytest.fixture(scope="module")
 def killed():
     """`killed(kills, seed, processes, *arguments)` tags with kills between, see killing.py."""
-    script = ROOT / "tests" / "tagging" / "killing.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-
-        def ask(kills, seed, processes, *arguments):
-            words = [*map(str, arguments), "--quiet"]
-            task = {"kills": kills, "seed": seed, "processes": processes, "arguments": words}
-            print(json.dumps(task), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
-
-        yield ask
-        process.stdin.close()
+    with start_server("tests/tagging/killing.py") as run_task:
+        yield lambda kills, seed, processes, *arguments: run_task(
+            {"kills": kills, "seed": seed, "processes": processes, "arguments": [*map(str, arguments), "--quiet"]}
+        )
 
 
 def arguments_for(folder, checkpoint, output, *more):

@@ -138,17 +138,22 @@ def stop_after(monkeypatch, step: int):
     monkeypatch.setattr(Run, "train_step", patched)
 
 
+def train_and_stop(path, folder, n_steps, monkeypatch):
+    """Train to the end in `folder`/whole, and until an error after some steps in `folder`/runs."""
+    Runner(7).train(str(path), outputpath=str(folder / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, n_steps)
+        with pytest.raises(StoppedError):
+            Runner(7).train(str(path), outputpath=str(folder / "runs"))
+
+
 @pytest.fixture
 def stopped(tone_pack, tmp_path, monkeypatch):
     """A run that crashed after 14 steps, with states after 9 and 12: configuration, output path, run folder."""
     path = tmp_path / "config.yaml"
     settings = SETTINGS | LABELS_ONLY | {"train_data": str(tone_pack), "eval_data": str(tone_pack), "num_workers": 0}
     path.write_text(yaml.safe_dump(settings))
-    Runner(7).train(str(path), outputpath=str(tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 14)
-        with pytest.raises(StoppedError):
-            Runner(7).train(str(path), outputpath=str(tmp_path / "runs"))
+    train_and_stop(path, tmp_path, 14, monkeypatch)
     (folder,) = (p.parent for p in (tmp_path / "runs").glob("*/*/*/run.json"))
     assert sorted(p.name for p in (folder / "states").glob("*.pt")) == ["step=000000009.pt", "step=000000012.pt"]
     return path, tmp_path / "runs", folder
@@ -160,11 +165,7 @@ def test_random_band_edges_and_positions_are_the_same_ones_after_a_stop(tone_pac
     settings |= {"model": "passt_pico", "model_args": arguments, "epochs": 2, "accumulate": 2}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
-    Runner(7).train(str(path), outputpath=str(tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 5)
-        with pytest.raises(StoppedError):
-            Runner(7).train(str(path), outputpath=str(tmp_path / "runs"))
+    train_and_stop(path, tmp_path, 5, monkeypatch)
     Runner(7).train(str(path), outputpath=str(tmp_path / "runs"))
     folder = the_run(tmp_path / "runs")
     assert "RESUMING after step 3 of" in (folder / "train.log").read_text()
