@@ -123,7 +123,7 @@ def test_a_published_checkpoint_that_does_not_say_what_it_is_takes_a_name(studen
 def test_a_misspelt_option_of_evaluate_is_reported_before_the_work(student, tone_pack):
     result = run_command("run.py", "evaluate", student, "--test_data", tone_pack, "--batchsize", "3")
     assert result.returncode == 1
-    assert result.stderr.strip() == "error: unknown option --batchsize (did you mean 'batch_size'?)"
+    assert "unknown option --batchsize (did you mean 'batch_size'?)" in result.stderr
 
 
 def test_tagging_prints_the_teachers_class_names(student, tone_pack):
@@ -162,9 +162,9 @@ def test_a_store_of_another_pack_and_of_other_classes_is_refused(tone_pack, stor
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(settings))
     result = run_command("run.py", "train", config)
-    assert "knows 7 classes, the configuration says 527" in result.stderr
+    assert "has 7 classes, the configuration 527" in result.stderr
     result = run_command("run.py", "train", config, "--num_classes", "null", "--loss", "BCELoss")
-    assert "loss BCELoss wants probabilities" in result.stderr
+    assert "loss BCELoss expects probabilities" in result.stderr
 
 
 def test_a_published_run_without_its_initialisation_says_so_loudly(tone_pack, store, tmp_path, capsys, monkeypatch):
