@@ -70,12 +70,6 @@ def plain_attention(attention: Attention, x: Tensor, bias: Tensor | None = None)
     return attention.proj(out.transpose(1, 2).reshape(batch, n_tokens, width)), key
 
 
-def plain_block(block: Block, x: Tensor) -> Tensor:
-    """(B,N,D) -> (B,N,D)."""
-    x = x + plain_attention(block.attn, block.norm1(x))[0]
-    return x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
-
-
 def plain_logits(model: AudioTransformer, mel: Tensor) -> Tensor:
     """(B,F,T) -> (B,C) with the weights of `model`, in the operations of the published network."""
     x = cast(nn.Module, model.init_bn)(mel[:, :, None]).transpose(1, 2)  # (B,1,F,T)
@@ -84,6 +78,7 @@ def plain_logits(model: AudioTransformer, mel: Tensor) -> Tensor:
     x = x + model.time_pos_embed[..., : x.shape[-1]]
     x = x + model.freq_pos_embed
     x = x.flatten(2).transpose(1, 2)
-    for block in model.blocks:
-        x = plain_block(cast(Block, block), x)
+    for block in cast("list[Block]", model.blocks):
+        x = x + plain_attention(block.attn, block.norm1(x))[0]
+        x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
     return model.outputlayer(model.norm(x).mean(1))
