@@ -17,12 +17,12 @@ def test_help_is_given_and_no_option(words, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_commands(Runner)
     assert stopped.value.code == 0
-    told = capsys.readouterr()
-    assert "SYNOPSIS" in told.out + told.err
-    assert "unknown option" not in told.out + told.err
+    message = capsys.readouterr()
+    assert "SYNOPSIS" in message.out + message.err
+    assert "unknown option" not in message.out + message.err
 
 
-def told_help(monkeypatch, capsys, *words):
+def get_help(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["run.py", *words])
     with pytest.raises(SystemExit) as stopped:
         run_commands(Runner, keys={"train": TrainConfig})
@@ -32,20 +32,20 @@ def told_help(monkeypatch, capsys, *words):
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], []])
 def test_the_help_lists_the_commands(words, monkeypatch, capsys):
-    told = told_help(monkeypatch, capsys, *words)
+    message = get_help(monkeypatch, capsys, *words)
     for command in ("train", "config", "evaluate", "probe"):
-        assert f"\n    {command} " in told
-    assert "--seed (whole number; default 42)" in told
+        assert f"\n    {command} " in message
+    assert "--seed (whole number; default 42)" in message
 
 
 @pytest.mark.parametrize("words", [["train", "--help"], ["train", "mine.yaml", "--epochs", "3", "-h"]])
 def test_the_help_of_a_command_lists_its_keys_and_runs_nothing(words, monkeypatch, capsys):
-    told = told_help(monkeypatch, capsys, *words)
-    assert "python run.py train CONFIG_FILE" in told
-    assert "--resume (text; default auto)" in told
+    message = get_help(monkeypatch, capsys, *words)
+    assert "python run.py train CONFIG_FILE" in message
+    assert "--resume (text; default auto)" in message
     for name in TrainConfig.model_fields:
-        assert f"\n    --{name} (" in told
-    assert "--optimizer_args.lr 3e-4" in told
+        assert f"\n    --{name} (" in message
+    assert "--optimizer_args.lr 3e-4" in message
 
 
 class Group:
@@ -108,8 +108,8 @@ def test_command_lines_that_are_right_run_as_they_are(words, ran, monkeypatch):
 def test_command_lines_that_are_wrong_run_nothing(words, sentence, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_group(monkeypatch, words)
-    told = capsys.readouterr()
-    assert sentence in told.out + told.err
+    message = capsys.readouterr()
+    assert sentence in message.out + message.err
     assert Group.ran == []
 
 
@@ -122,14 +122,14 @@ def test_command_lines_that_are_wrong_run_nothing(words, sentence, monkeypatch, 
         (["--threshold", "x"], "argument --threshold: invalid float value: 'x'"),
     ],
 )
-def test_a_parser_answers_in_one_sentence(words, sentence, capsys):
+def test_a_parser_prints_one_message(words, sentence, capsys):
     parser = Parser(prog="tag.py", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model")
     parser.add_argument("--threshold", type=float)
     with pytest.raises(SystemExit) as stopped:
         parser.parse_args(words)
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert told.startswith("error: ")
-    assert sentence in told
-    assert told.count("\n") == 1
+    assert message.startswith("error: ")
+    assert sentence in message
+    assert message.count("\n") == 1

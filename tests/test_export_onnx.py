@@ -50,9 +50,9 @@ def test_the_published_command_writes_both_files_and_the_label_table(checkpoint,
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"run", "audiotransformer_pico.onnx", "audiotransformer_pico.int8.onnx", "class_labels_indices.csv"}
     assert read_labels(tmp_path / "class_labels_indices.csv") == LABELS
-    told = done.stdout.splitlines()
-    assert re.match(r"audiotransformer_pico.onnx: \d.\d\d MB, up to \S+ from PyTorch", told[0])
-    assert told[2] == "class_labels_indices.csv: 7 labels"
+    message = done.stdout.splitlines()
+    assert re.match(r"audiotransformer_pico.onnx: \d.\d\d MB, up to \S+ from PyTorch", message[0])
+    assert message[2] == "class_labels_indices.csv: 7 labels"
     session = onnxruntime.InferenceSession(tmp_path / "audiotransformer_pico.onnx", providers=["CPUExecutionProvider"])
     assert [entry.name for entry in session.get_inputs()] == ["feats"]
     assert session.get_modelmeta().custom_metadata_map["model_type"] == "CED"
@@ -65,13 +65,13 @@ def test_calibration_tells_what_every_precision_costs(checkpoint, model, tone_pa
     )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["own.int8.onnx", "own.onnx"]
     assert read_labels(tmp_path / "names.csv") == LABELS
-    told = capsys.readouterr().out
+    message = capsys.readouterr().out
     data = open_labelled(str(tone_pack), LABELS, None)
     waves = torch.stack([torch.from_numpy(data.pack.read(row)) for row in range(len(data.pack))])
     expected = evaluate_scores(model.predict(waves).numpy(), data.multi_hot()).mAP
-    assert re.search(rf"^PyTorch fp32 +{expected:.4f} ", told, re.MULTILINE)
-    assert re.search(rf"^fp32 +{expected:.4f} +-?0.00 +\d.\d\d +\d+.\d +\S+own.onnx$", told, re.MULTILINE)
-    eight_bit = re.search(r"^int8 +(\d.\d+) +(-?\d+.\d\d) ", told, re.MULTILINE)
+    assert re.search(rf"^PyTorch fp32 +{expected:.4f} ", message, re.MULTILINE)
+    assert re.search(rf"^fp32 +{expected:.4f} +-?0.00 +\d.\d\d +\d+.\d +\S+own.onnx$", message, re.MULTILINE)
+    eight_bit = re.search(r"^int8 +(\d.\d+) +(-?\d+.\d\d) ", message, re.MULTILINE)
     assert float(eight_bit[2]) == pytest.approx(100 * (expected - float(eight_bit[1])), abs=0.02)
 
     figures = []
@@ -114,9 +114,9 @@ def test_faults_are_sentences_and_nothing_is_written(words, sentence, checkpoint
     with pytest.raises(SystemExit) as status:
         export_onnx.main([word.format(checkpoint=checkpoint) for word in words])
     assert status.value.code == 1
-    told = capsys.readouterr().err
-    assert sentence in told
-    assert "Traceback" not in told
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert "Traceback" not in message
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -140,7 +140,7 @@ def write_config(path, lists, **changes):
 
 
 @torch.inference_mode()
-def test_the_heads_answers_are_stored_and_belong_to_its_weights(lists, tmp_path, capsys):
+def test_outputs_of_a_head_are_stored_and_belong_to_its_weights(lists, tmp_path, capsys):
     config = write_config(tmp_path / "targets.yaml", lists)
     save_logits(config, m="embeds.pt", head="tones")
     store = SoftTargetStore("logits/mn01_as+tones/head_train/chunk_10")
@@ -165,7 +165,7 @@ def test_the_heads_answers_are_stored_and_belong_to_its_weights(lists, tmp_path,
         save_head("heads/tones.pt", before)
 
 
-def test_wrong_use_is_answered_with_a_sentence(lists, tmp_path, capsys):
+def test_wrong_use_ends_with_a_message(lists, tmp_path, capsys):
     save_head("heads/wide.pt", Head(961, 2))
     test = {"test_data": lists["test"], "num_workers": 0, "device": "cpu"}
     for words, sentence in (

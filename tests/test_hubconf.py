@@ -98,7 +98,7 @@ with torch.no_grad():
     assert np.shape(found["birds"]) == (2, 2)
 
 
-def test_every_model_is_an_entry_point_and_says_what_it_takes(elsewhere, copy):
+def test_every_model_is_an_entry_point_and_describes_its_arguments(elsewhere, copy):
     code = """
 from torch.hub import _add_to_sys_path, _import_module
 with _add_to_sys_path(copy):
@@ -127,7 +127,7 @@ except Exception as error:
     assert "nowhere.pt" in found["text"]
 
 
-def test_a_package_of_the_users_own_of_the_same_name_is_told(elsewhere, copy):
+def test_a_package_of_the_users_own_of_the_same_name_is_reported(elsewhere, copy):
     load = 'torch.hub.load(copy, "audiotransformer_pico", source="local", pretrained=False, num_classes=3)'
     (elsewhere / "models").mkdir()
     found, done = run(elsewhere, copy, f"network = {load}\nshow(n=network.num_classes)")

@@ -140,16 +140,16 @@ def test_of_a_mixed_folder_every_readable_file_is_tagged_and_every_other_one_nam
     target = tmp_path / "tags.csv"
     assert exit_status(mixed, "-m", checkpoint, "--output", target, "-c", 1) == 1
     rows = read_csv(target)
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     for name, reason in bad.items():
         (row,) = (row for row in rows if row["filename"] == str(mixed / name))
         assert reason in row["error"]
         assert row["label"] == row["start"] == row["probability"] == ""
-        assert f"  {mixed / name}: {row['error']}" in told
-    assert f"{len(bad)} of {len(GOOD) + 6} files could not be read:" in told
+        assert f"  {mixed / name}: {row['error']}" in message
+    assert f"{len(bad)} of {len(GOOD) + 6} files could not be read:" in message
     assert (
         f"1 of {len(GOOD) + 6} files have warnings:\n  {mixed / 't_truncated.wav'}: truncated: ends before the length"
-        in told
+        in message
     )
     for name in (*GOOD, "t_truncated.wav"):
         own = [row for row in rows if row["filename"] == str(mixed / name)]
@@ -157,8 +157,8 @@ def test_of_a_mixed_folder_every_readable_file_is_tagged_and_every_other_one_nam
         last = 1.25 if name.startswith("t") else 1.5
         assert [float(row["end"]) for row in own] == pytest.approx([1.0] * 3 + [last] * 3, abs=0.1)
         assert all(row["error"] == "" and 0 < float(row["probability"]) < 1 for row in own)
-        assert f"{mixed / name}: " not in told or name.startswith("t")
-    assert "notes.txt" not in told
+        assert f"{mixed / name}: " not in message or name.startswith("t")
+    assert "notes.txt" not in message
     assert len({row["filename"] for row in rows}) == len(GOOD) + 6
 
 

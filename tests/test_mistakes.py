@@ -93,7 +93,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("changes", "parts"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_in_training_is_answered_by_a_sentence_and_writes_nothing(changes, parts, packs, tmp_path, capsys):
+def test_a_mistake_in_training_ends_with_a_message_and_writes_nothing(changes, parts, packs, tmp_path, capsys):
     changes = dict(changes)
     for key in ("eval_data", "valid_data"):
         if changes.get(key) in packs:
@@ -101,10 +101,10 @@ def test_a_mistake_in_training_is_answered_by_a_sentence_and_writes_nothing(chan
     with pytest.raises(SystemExit) as stopped:
         train(packs, tmp_path / "runs", **changes)
     assert stopped.value.code == 1
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     for part in parts:
-        assert part in said, said
-    assert "Traceback" not in said
+        assert part in message, message
+    assert "Traceback" not in message
     assert not (tmp_path / "runs").exists()
 
 
@@ -116,15 +116,15 @@ def test_soft_targets_with_masks_longer_than_the_clips_are_refused(packs, tmp_pa
             model="resnet10_small",
             outputpath=str(tmp_path),
         )
-    said = capsys.readouterr().err
-    assert "1.92 s" in said
-    assert "max_share: 0.2" in said
+    message = capsys.readouterr().err
+    assert "1.92 s" in message
+    assert "max_share: 0.2" in message
 
 
-def test_clips_that_are_learnt_from_and_judged_by_are_said(packs, tmp_path, capsys):
+def test_clips_that_are_in_two_sets_are_reported(packs, tmp_path, capsys):
     train(packs, tmp_path / "runs", baseline=False, **{"model_args.width": 4})
-    said = capsys.readouterr().err
-    assert "8 clips are both in" in said
+    message = capsys.readouterr().err
+    assert "8 clips are both in" in message
 
 
 def run_lists(monkeypatch, *words: str) -> None:
@@ -143,7 +143,7 @@ def run_lists(monkeypatch, *words: str) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_in_lists_are_answered_by_a_sentence(words, part, tmp_path, capsys, monkeypatch):
+def test_mistakes_in_lists_end_with_a_message(words, part, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a_1", "a_2", "b_1", "b_2"):
         (tmp_path / "sounds").mkdir(exist_ok=True)
@@ -151,9 +151,9 @@ def test_mistakes_in_lists_are_answered_by_a_sentence(words, part, tmp_path, cap
     with pytest.raises(SystemExit) as stopped:
         run_lists(monkeypatch, *words)
     assert stopped.value.code not in (0, None)
-    said = capsys.readouterr().err
-    assert part in said, said
-    assert "Traceback" not in said
+    message = capsys.readouterr().err
+    assert part in message, message
+    assert "Traceback" not in message
     assert not (tmp_path / "data").exists()
 
 
@@ -431,16 +431,16 @@ def files_below(folder: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize(("command", "parts"), COMMANDS.values(), ids=COMMANDS)
-def test_a_mistaken_command_is_answered_by_a_sentence_and_writes_nothing(command, parts, work, capsys, monkeypatch):
+def test_a_mistaken_command_ends_with_a_message_and_writes_nothing(command, parts, work, capsys, monkeypatch):
     before = files_below(work)
     with pytest.raises(SystemExit) as stopped:
         give(command, work, monkeypatch)
     assert stopped.value.code in (1, 2)
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     for part in parts:
-        assert part in said, said
-    assert "Traceback" not in said
-    assert "weights_only" not in said  # PyTorch's advice to switch its safety off
+        assert part in message, message
+    assert "Traceback" not in message
+    assert "weights_only" not in message  # PyTorch's advice to switch its safety off
     assert files_below(work) == before
 
 
@@ -455,8 +455,8 @@ def test_classes_that_all_differ_are_one_line(name, work, capsys, monkeypatch):
 def test_augmentation_is_switched_off_by_what_means_off(off, work, capsys, monkeypatch):
     more = "" if off.startswith("0") else f" --wavtransforms {off} --spectransforms {off}"
     give(f"run.py config mine.yaml --mixup {off}{more}", work, monkeypatch)
-    told = yaml.safe_load(capsys.readouterr().out)
-    assert (told["mixup"], told["wavtransforms"], told["spectransforms"]) == (None, {}, [])
+    message = yaml.safe_load(capsys.readouterr().out)
+    assert (message["mixup"], message["wavtransforms"], message["spectransforms"]) == (None, {}, [])
     config = check_settings(
         SoftTargetConfig,
         {"train_data": "a", "model": "b", "wavtransforms": None, "spectransforms": False},
@@ -473,7 +473,7 @@ def test_a_command_of_another_folder_runs_there(tmp_path):
     assert yaml.safe_load(done.stdout)["sampler"] is None
 
 
-def test_what_is_meant_for_the_projects_folder_is_said_to_be_there(tmp_path, monkeypatch):
+def test_what_is_meant_for_the_projects_folder_is_reported_with_its_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert describe_elsewhere("README.md") == f" (looked for in {tmp_path}; it is in {ROOT}: run the command there)"
     assert describe_elsewhere("nowhere.md") == f" (looked for in {tmp_path})"
@@ -487,16 +487,16 @@ def test_classes_that_differ_by_case_alone_are_warned_of(packs, tmp_path, capsys
     twice.write_text("\n".join([*lines[:-1], lines[-1].replace("cat", "Cat")]) + "\n")
     with pytest.raises(SystemExit):
         train({**packs, "twice": str(twice)}, tmp_path / "runs", "twice", loss="nonsense")
-    said = capsys.readouterr().err
-    assert "'Cat' (1 clips) and 'cat' (3 clips)" in said
-    assert "write them alike" in said
+    message = capsys.readouterr().err
+    assert "'Cat' (1 clips) and 'cat' (3 clips)" in message
+    assert "write them alike" in message
 
 
-def test_a_folder_with_a_semicolon_in_its_name_is_told(tmp_path, capsys, monkeypatch):
+def test_a_folder_with_a_semicolon_in_its_name_is_reported(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a; b/1", "a; b/2", "c/1", "c/2"):
         (tmp_path / "sounds" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "sounds" / f"{name}.wav").write_bytes(name.encode())
     run_lists(monkeypatch, "sounds", "--output", "lists")
-    said = capsys.readouterr().out
-    assert "'a; b' (2 sounds: a;b); rename what is one label" in said
+    message = capsys.readouterr().out
+    assert "'a; b' (2 sounds: a;b); rename what is one label" in message

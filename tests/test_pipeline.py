@@ -69,7 +69,7 @@ def student(tone_pack, store, tmp_path_factory):
     return folder
 
 
-def test_the_teacher_learned_and_its_folder_says_all_about_it(teacher):
+def test_the_teacher_learned_and_its_folder_describes_it(teacher):
     results = json.loads((teacher / "results.json").read_text())
     assert results["mAP"] > 3 * results["chance_mAP"]
     assert yaml.safe_load((teacher / "config.yaml").read_text())["optimizer_args"]["lr"] == 3e-3
@@ -167,7 +167,7 @@ def test_a_store_of_another_pack_and_of_other_classes_is_refused(tone_pack, stor
     assert "loss BCELoss expects probabilities" in result.stderr
 
 
-def test_a_published_run_without_its_initialisation_says_so_loudly(tone_pack, store, tmp_path, capsys, monkeypatch):
+def test_a_published_run_without_its_initialisation_logs_a_warning(tone_pack, store, tmp_path, capsys, monkeypatch):
     def offline(url, *_, **__):
         raise OSError("no network")
 

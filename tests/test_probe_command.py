@@ -92,7 +92,7 @@ def test_the_same_command_gives_the_same_figures_from_embeddings_that_are_kept(w
     assert f"next: python inference.py FILES_OR_FOLDERS -m {model} --head {work / 'heads' / 'tones.pt'}" in out
 
 
-def test_another_head_of_that_name_is_not_replaced_unasked(work, model, pack, capsys):
+def test_another_head_of_that_name_is_not_replaced_without_overwrite(work, model, pack, capsys):
     before = (work / "heads" / "tones.pt").read_bytes()
     options = places(work) | QUICK | {"epochs": 2}
     text = refused(capsys, Runner(seed=3).probe, str(model), data=str(pack), name="tones", **options)
@@ -161,7 +161,7 @@ def test_all_faults_are_reported_before_anything_is_computed(model, pack, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_tags_are_what_the_head_says_of_the_models_embeddings(work, model, tone_pack, tmp_path, capsys):
+def test_tags_are_what_the_head_computes_from_the_models_embeddings(work, model, tone_pack, tmp_path, capsys):
     sound, tags = tone_pack.parents[2] / "sounds" / "tone_003.wav", tmp_path / "tags.csv"
     words = [str(sound), "-m", str(model), "-k", "7", "--output", str(tags), "--device", "cpu"]
     inference.main([*words, "--head", str(work / "heads" / "tones.pt")])
@@ -176,7 +176,7 @@ def test_tags_are_what_the_head_says_of_the_models_embeddings(work, model, tone_
     assert "was made with head" in text
 
 
-def test_a_model_without_classes_embeds_and_says_why_it_does_not_tag(model, tone_pack, tmp_path, capsys):
+def test_a_model_without_classes_embeds_and_reports_why_it_does_not_tag(model, tone_pack, tmp_path, capsys):
     sound = tone_pack.parents[2] / "sounds" / "tone_003.wav"
     words = [str(sound), "-m", str(model), "--device", "cpu"]
     for more in ([], ["--embeddings", str(tmp_path / "e.h5"), "--output", str(tmp_path / "tags.csv")]):

@@ -123,12 +123,14 @@ def test_the_programs_print_the_best_labels_of_every_chunk(exported, program, tm
     soundfile.write(paths[1], np.repeat(clips[2], 3), 3 * RATE)
     module = __import__(program)
     module.main([*map(str, paths), "-m", str(exported / "model.onnx"), "--chunk", "5", "-k", "2"])
-    told = capsys.readouterr().out.splitlines()
-    assert [told[0], told[4]] == list(map(str, paths))
-    assert [line[:23] for line in told[1:4]] == [f"  [{a:6.1f} - {b:6.1f} s]  " for a, b in ((0, 5), (5, 10), (10, 11))]
-    for line, target in ((told[1], targets[0]), (told[2], targets[1]), (told[5], targets[2])):
-        heard = [name for name, here in zip(LABELS, target, strict=True) if here]
-        assert any(line[23:].startswith(f"{name} 0.") or line[23:].startswith(f"{name} 1.") for name in heard)
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[0], lines[4]] == list(map(str, paths))
+    assert [line[:23] for line in lines[1:4]] == [
+        f"  [{a:6.1f} - {b:6.1f} s]  " for a, b in ((0, 5), (5, 10), (10, 11))
+    ]
+    for line, target in ((lines[1], targets[0]), (lines[2], targets[1]), (lines[5], targets[2])):
+        present = [name for name, here in zip(LABELS, target, strict=True) if here]
+        assert any(line[23:].startswith(f"{name} 0.") or line[23:].startswith(f"{name} 1.") for name in present)
         assert line[23:].count(" 0.") + line[23:].count(" 1.") == 2
     for wrong, sentence in ((exported / "wave.onnx", "without --waveform"), (tmp_path / "absent.onnx", "no such file")):
         with pytest.raises(SystemExit):
@@ -146,11 +148,11 @@ def test_unreadable_files_are_listed_at_the_end_and_the_others_are_tagged(export
     with pytest.raises(SystemExit) as status:
         __import__(program).main([str(tmp_path), "-m", str(exported / "model.onnx")])
     assert status.value.code == 1
-    told = capsys.readouterr()
-    assert re.search(r"c\.wav\n  \[   0\.0 -    1\.0 s\]  \w+", told.out)
-    assert "2 of 3 sound files could not be tagged" in told.err
-    assert f"{tmp_path / 'a.wav'}: cannot be decoded" in told.err
-    assert f"{tmp_path / 'b.flac'}: the file has no content" in told.err
+    lines = capsys.readouterr()
+    assert re.search(r"c\.wav\n  \[   0\.0 -    1\.0 s\]  \w+", lines.out)
+    assert "2 of 3 sound files could not be tagged" in lines.err
+    assert f"{tmp_path / 'a.wav'}: cannot be decoded" in lines.err
+    assert f"{tmp_path / 'b.flac'}: the file has no content" in lines.err
 
 
 def test_long_files_are_tagged_block_by_block(exported, tmp_path, monkeypatch):

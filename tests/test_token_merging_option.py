@@ -63,7 +63,7 @@ def test_numbers_of_a_command_line():
         read_merging("{r: [8}")
 
 
-def test_evaluate_merges_as_told(folder, tone_pack, tmp_path, capsys):
+def test_evaluate_merges_as_set(folder, tone_pack, tmp_path, capsys):
     data = open_labelled(str(tone_pack), LABELS, None)
     figures = []
     plain = {"r": 5, "proportional": "false"}  # as Fire has it
@@ -82,7 +82,7 @@ def test_evaluate_merges_as_told(folder, tone_pack, tmp_path, capsys):
     assert "token_merging is -1; wanted" in text
 
 
-def test_tagging_merges_as_told_and_does_not_add_to_tags_made_otherwise(folder, tone_pack, tmp_path, capsys):
+def test_tagging_merges_as_set_and_does_not_add_to_tags_made_otherwise(folder, tone_pack, tmp_path, capsys):
     sounds, tags = tone_pack.parents[2] / "sounds", tmp_path / "tags.csv"
     words = [str(sounds), "-m", str(folder / "vit.pt"), "-k", "7", "--output", str(tags), "--quiet", "--device", "cpu"]
     waves = torch.stack([torch.from_numpy(read_audio(path, 16000)[0]) for path in sorted(sounds.iterdir())])
@@ -107,7 +107,7 @@ def test_tagging_merges_as_told_and_does_not_add_to_tags_made_otherwise(folder, 
     assert "--token_merging is 'x'" in refused(capsys, inference.main, [*words, "--token_merging", "x"])
 
 
-def test_an_export_merges_as_told_and_its_file_takes_no_other_setting(folder, tone_pack, tmp_path, monkeypatch, capsys):
+def test_an_export_merges_as_set_and_its_file_takes_no_other_setting(folder, tone_pack, tmp_path, monkeypatch, capsys):
     exported = []
 
     def export(model, files, waveform):

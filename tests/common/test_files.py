@@ -115,7 +115,7 @@ def age(path, seconds):
 
 
 @pytest.mark.parametrize("why", ["another machine", "no locks", "not locked yet"])
-def test_where_a_lock_says_nothing_only_what_is_old_goes(tmp_path, writer, monkeypatch, why):
+def test_where_a_lock_proves_nothing_only_what_is_old_goes(tmp_path, writer, monkeypatch, why):
     process, partial = writer()
     process.kill()
     process.wait()

@@ -45,7 +45,7 @@ def test_keys_have_the_meaning_that_stands_beside_them():
 
 
 @pytest.mark.parametrize("model", [TrainConfig, SoftTargetConfig, ProbeOptions])
-def test_every_key_of_a_configuration_says_what_it_means(model):
+def test_every_key_of_a_configuration_has_a_meaning(model):
     keys = list_keys(model)
     assert [key.name for key in keys] == list(model.model_fields)
     assert not [key.name for key in keys if len(key.meaning) < 5 and key.name != "patience"]

@@ -84,7 +84,7 @@ def test_every_fault_is_in_one_message_and_nothing_runs(capsys):
         assert part in message
 
 
-def test_conflicts_are_told_beside_wrong_values_that_become_defaults():
+def test_conflicts_are_reported_beside_wrong_values_that_become_defaults():
     faults = Faults("the command")
     options = read_options(Small, {"model": "x", "quick": True, "share": 0.7, "widths": "0"}, faults)
     assert faults.sentences == [

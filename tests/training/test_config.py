@@ -72,7 +72,7 @@ def test_published_defaults(tmp_path):
     assert (config.max_aug_epochs, config.use_scheduler, config.average, config.n_saved) == (0, True, True, 4)
 
 
-def test_all_faults_are_told_at_once_with_the_nearest_valid_key(tmp_path):
+def test_all_faults_are_reported_together_with_the_nearest_valid_key(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("model: x\nepoch: 3\nbatch_size: many\nlabel_type: last_men\nlos: BCELoss\n")
     with pytest.raises(UserError) as error:
@@ -101,7 +101,7 @@ def test_every_key_can_be_overridden_nested_ones_with_a_dot(tmp_path):
     assert config.label_type == "527"
 
 
-def test_disable_consistency_wants_stored_targets(tmp_path):
+def test_disable_consistency_needs_stored_targets(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({"train_data": "a.tsv", "model": "m", "disable_consistency": True}))
     with pytest.raises(UserError, match=r"disable_consistency is for stored targets.*give logitspath"):

@@ -71,7 +71,7 @@ def store(tone_pack, tmp_path):
     ).save()
 
 
-def test_what_is_learnt_and_how_stays_and_only_its_amount_shrinks(tmp_path):
+def test_objective_and_model_stay_and_only_its_amount_shrinks(tmp_path):
     config = settings(
         mixup=0.4, mixup_on="waveform", ema=0.9, layer_decay=0.8, freeze=["blocks.0.*"], grad_clip=1.0,
         sampler="balanced", schedule="linear", optimizer="AdamW", mode="amp", average=False, label_smoothing=0.1,
@@ -92,7 +92,7 @@ def test_what_is_learnt_and_how_stays_and_only_its_amount_shrinks(tmp_path):
     assert small.warmup_epochs == 1
 
 
-def test_made_up_sounds_with_ten_named_classes_stand_in_where_nothing_says_any(tmp_path, caplog):
+def test_made_up_sounds_with_ten_named_classes_are_generated_by_default(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     data = opened(smoke(settings(valid_data="data/valid.tsv"), tmp_path / "smoke"))
     assert data.labels == [f"sound {i}" for i in range(10)]
@@ -116,7 +116,7 @@ def test_made_up_sounds_with_ten_named_classes_stand_in_where_nothing_says_any(t
     ],
     ids=["nothing said", "num_classes", "labels_csv", "labels_csv that is not there"],
 )
-def test_made_up_targets_are_over_the_classes_that_are_wanted(tmp_path, changes, labels, caplog):
+def test_made_up_targets_are_over_the_classes_that_are_requested(tmp_path, changes, labels, caplog):
     Path("names.csv").write_text('index,mid,display_name\n0,"","a"\n1,"","b, c"\n')
     short = smoke(settings(logitspath="logits/gone", **changes), tmp_path / "smoke")
     store = SoftTargetStore(short.logitspath)
@@ -134,7 +134,9 @@ def test_made_up_targets_are_over_the_classes_that_are_wanted(tmp_path, changes,
     assert ("gone.csv" in caplog.text) == ("gone.csv" in changes.values())
 
 
-def test_real_data_are_used_and_judged_by_sixteen_clips_from_all_over(tone_pack, store, tmp_path, caplog, monkeypatch):
+def test_real_data_are_used_and_evaluated_on_sixteen_clips(
+    tone_pack, store, tmp_path, caplog, monkeypatch
+):
     caplog.set_level(logging.INFO)
     config = settings(
         train_data=str(tone_pack), eval_data=str(tone_pack), valid_data=str(tone_pack), logitspath=str(store)
@@ -207,7 +209,7 @@ def test_faults_of_data_that_exist_are_left_for_the_run_to_tell(tone_pack, tmp_p
 
 @pytest.mark.parametrize("model", ["audiotransformer_pico", "audiotransformer_tiny"])
 @pytest.mark.parametrize("pretrained", [None, True, "ced_tiny", "https://example.org/x.pt", "gone.pt", False], ids=str)
-def test_nothing_is_downloaded_and_that_is_said(tmp_path, caplog, model, pretrained):
+def test_nothing_is_downloaded_and_that_is_logged(tmp_path, caplog, model, pretrained):
     caplog.set_level(logging.INFO)
     assert smoke(settings(model=model, pretrained=pretrained), tmp_path / "smoke").pretrained is False
     wanted = isinstance(pretrained, str) or (pretrained is not False and model.endswith("tiny"))
@@ -239,7 +241,7 @@ def test_it_gives_the_same_again_whatever_was_there_and_draws_nothing_from_the_g
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_label_table_that_cannot_be_read_is_told(tmp_path):
+def test_a_label_table_that_cannot_be_read_is_reported(tmp_path):
     Path("names.csv").write_text("index,mid\n")
     with pytest.raises(UserError, match=r"names\.csv"):
         smoke(settings(labels_csv="names.csv"), tmp_path / "smoke")
