@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Make train.tsv, valid.tsv and test.tsv of the sounds below a folder, and print what was chosen."""
     options = parse_arguments(ListOptions, __doc__, arguments)
     sounds = find_sounds(options.folder)
-    clips = label_sounds(sounds, options.labels)
+    clips = label_sounds(sounds, options)
     column = choose_split_column(clips.table, options.split_column)
     if column:
         clips.keep(clips.table[column] != "", f"sounds with nothing in the column {column!r}")
@@ -57,8 +57,8 @@ def _split(clips: Clips, groups: Groups, column: str, options: ListOptions) -> S
     labels = table["labels"].tolist() if clips.has_labels else [""] * len(table)
     order = compute_order(table["filename"].tolist(), options.seed)
     if not column:
-        return draw_split(labels, groups.joined, options.split, order)
-    split = keep_published(table[column], labels, groups.joined, options.split.valid, order)
+        return draw_split(labels, groups.joined, options, order)
+    split = keep_published(table[column], labels, groups.joined, options.valid, order)
     if options.given_shares:
         split.notes.append(
             f"{', '.join(options.given_shares)} not used for published lists; --split_column none makes new ones"
@@ -101,7 +101,7 @@ def _describe(sounds: SoundFolder, clips: Clips, split: Split, groups: Groups, o
     lines += format_lines("labels", f"from {clips.source}" if clips.has_labels else "none", *clips.notes)
     n_groups = f"{len(set(groups.by_column.tolist())):,} by {' and '.join(groups.columns)}"
     lines += format_lines("groups", n_groups if groups.columns else "none", *groups.notes)
-    drawn = f"stratified{', by folds' if options.split.folds else ''}, seed {options.seed}"
+    drawn = f"stratified{', by folds' if options.folds else ''}, seed {options.seed}"
     lines += format_lines("lists", "published" if split.published else drawn, *split.notes)
     if not (groups.columns or split.published or options.group):
         cells = clips.table["labels"].unique() if clips.has_labels else []

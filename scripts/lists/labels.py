@@ -13,6 +13,7 @@ from audio.manifest import NameIndex, read_manifest
 from audio.tables import load_text
 from common.errors import UserError, did_you_mean, some
 from scripts.lists.name_patterns import NamePattern, Proposal, choose_label, propose_labels
+from scripts.lists.options import ListOptions
 from scripts.lists.sound_folders import SoundFolder
 from scripts.lists.splits import LIST_WORDS
 
@@ -27,28 +28,6 @@ LABEL_COLUMNS = (
 LABEL = "label"  # placeholder of patterns
 
 _LINE_BREAKS = re.compile(r"[\r\n]+")
-
-
-@dataclass(frozen=True)
-class LabelOptions:
-    """The source of the labels of a folder's sounds.
-
-    Attributes:
-        pattern: of names, see `scripts.lists.name_patterns`.
-        table: path of a table (tsv or csv) with a header.
-        filename_column: of the table; guessed if "".
-        label_column: of the table; guessed if "", no labels if "none".
-        label_separator: between the labels of a cell of the table; ";" separates in any case.
-        label_level: the folder below the root that is the label: "first", "last", a number from 1, or "none" for no
-            labels; "" if it is not given.
-    """
-
-    pattern: str = ""
-    table: str = ""
-    filename_column: str = ""
-    label_column: str = ""
-    label_separator: str = ";"
-    label_level: str = ""
 
 
 @dataclass
@@ -79,7 +58,7 @@ class Clips:
             self.table = self.table[rows].reset_index(drop=True)
 
 
-def label_sounds(sounds: SoundFolder, options: LabelOptions) -> Clips:
+def label_sounds(sounds: SoundFolder, options: ListOptions) -> Clips:
     """Find the labels and columns of the sounds of a folder.
 
     Raises:
@@ -260,7 +239,7 @@ def _describe_missing_labels(sounds: SoundFolder, folders: list[list[str]], prop
     )
 
 
-def _label_by_table(sounds: SoundFolder, options: LabelOptions) -> Clips:
+def _label_by_table(sounds: SoundFolder, options: ListOptions) -> Clips:
     path = options.table
     table = read_manifest(path, required=(), delimiter=_find_delimiter(path))
     names = _choose_column(table, path, options.filename_column, FILENAME_COLUMNS, "filename_column", "file names")

@@ -6,8 +6,6 @@ from typing import ClassVar
 from pydantic import Field
 
 from common.options import Options
-from scripts.lists.labels import LabelOptions
-from scripts.lists.splits import SplitOptions
 
 DEFAULT_SHARE = 0.2
 
@@ -49,16 +47,6 @@ class ListOptions(Options):
     def given_shares(self) -> list[str]:
         """The options that decide how clips are split, as far as they were given."""
         return [f"--{name}" for name in ("valid", "test", "folds") if name in self.model_fields_set]
-
-    @property
-    def labels(self) -> LabelOptions:
-        """Where labels come from."""
-        return LabelOptions(**self.model_dump(include=set(LabelOptions.__dataclass_fields__)))
-
-    @property
-    def split(self) -> SplitOptions:
-        """How clips are split."""
-        return SplitOptions(self.valid, self.test, self.folds or 0)
 
     def conflicts(self) -> Iterator[str]:
         """Yield a sentence for each group of options that cannot be given together."""

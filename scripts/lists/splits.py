@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from common.errors import UserError, did_you_mean, some
+from scripts.lists.options import ListOptions
 from scripts.lists.stratification import stratify
 
 TRAIN, VALID, TEST = LISTS = ("train", "valid", "test")
@@ -23,21 +24,6 @@ LIST_WORDS = {
 }
 SPLIT_COLUMNS = ("split", "fold", "folds")
 _MAX_FOLDS = 100
-
-
-@dataclass(frozen=True)
-class SplitOptions:
-    """Shares of the lists, or the number of folds.
-
-    Attributes:
-        valid: share of the clips; 0 for no such list.
-        test: likewise.
-        folds: their number; 0 for lists alone.
-    """
-
-    valid: float = 0.2
-    test: float = 0.2
-    folds: int = 0
 
 
 @dataclass
@@ -142,7 +128,7 @@ def keep_published(
     return split
 
 
-def draw_split(labels: Sequence[str], groups: np.ndarray, options: SplitOptions, order: np.ndarray) -> Split:
+def draw_split(labels: Sequence[str], groups: np.ndarray, options: ListOptions, order: np.ndarray) -> Split:
     """Draw lists or folds by stratification.
 
     Args:

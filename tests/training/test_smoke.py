@@ -134,9 +134,7 @@ def test_made_up_targets_are_over_the_classes_that_are_requested(tmp_path, chang
     assert ("gone.csv" in caplog.text) == ("gone.csv" in changes.values())
 
 
-def test_real_data_are_used_and_evaluated_on_sixteen_clips(
-    tone_pack, store, tmp_path, caplog, monkeypatch
-):
+def test_real_data_are_used_and_evaluated_on_sixteen_clips(tone_pack, store, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     config = settings(
         train_data=str(tone_pack), eval_data=str(tone_pack), valid_data=str(tone_pack), logitspath=str(store)

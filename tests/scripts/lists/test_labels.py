@@ -4,9 +4,14 @@ import pytest
 
 from common.errors import UserError
 from scripts.lists import list_files
-from scripts.lists.labels import LabelOptions, clean_labels, label_sounds
+from scripts.lists.labels import clean_labels, label_sounds
 from scripts.lists.list_files import write_lists
+from scripts.lists.options import ListOptions
 from scripts.lists.sound_folders import SoundFolder
+
+
+def make_options(**given):
+    return ListOptions(folder="sounds", **{name: str(value) for name, value in given.items()})
 
 
 def sounds_of(*names):
@@ -28,7 +33,7 @@ def join_notes(clips):
 
 def test_the_first_folder_is_the_label_and_another_level_on_demand():
     sounds = sounds_of("dog/rec1/a.wav", "dog/rec2/b.wav", "cat/rec1/c.wav", "cat/d.wav", "lost.wav")
-    clips = label_sounds(sounds, LabelOptions())
+    clips = label_sounds(sounds, make_options())
     assert labels_of(clips) == {
         "cat/d.wav": "cat",
         "cat/rec1/c.wav": "cat",
@@ -37,15 +42,15 @@ def test_the_first_folder_is_the_label_and_another_level_on_demand():
     }
     assert "without a label: 1 (lost.wav)" in join_notes(clips)
     assert "--label_level last would give 3" in join_notes(clips)
-    last = labels_of(label_sounds(sounds, LabelOptions(label_level="last")))
+    last = labels_of(label_sounds(sounds, make_options(label_level="last")))
     assert last == {"cat/d.wav": "cat", "cat/rec1/c.wav": "rec1", "dog/rec1/a.wav": "rec1", "dog/rec2/b.wav": "rec2"}
-    second = labels_of(label_sounds(sounds, LabelOptions(label_level="2")))
+    second = labels_of(label_sounds(sounds, make_options(label_level="2")))
     assert second == {"cat/rec1/c.wav": "rec1", "dog/rec1/a.wav": "rec1", "dog/rec2/b.wav": "rec2"}
 
 
 def test_a_semicolon_joins_labels_and_spaces_around_them_do_not_count():
     sounds = sounds_of("a;b/1.wav", "a ;c/2.wav", " b/3.wav", "b/4.wav", "x+y/5.wav")
-    clips = label_sounds(sounds, LabelOptions())
+    clips = label_sounds(sounds, make_options())
     assert labels_of(clips) == {
         "a;b/1.wav": "a;b", "a ;c/2.wav": "a;c", " b/3.wav": "b", "b/4.wav": "b", "x+y/5.wav": "x+y",
     }  # fmt: skip
@@ -54,7 +59,7 @@ def test_a_semicolon_joins_labels_and_spaces_around_them_do_not_count():
 
 
 def test_no_labels_on_demand():
-    clips = label_sounds(sounds_of("x.wav", "y.wav"), LabelOptions(label_level="none"))
+    clips = label_sounds(sounds_of("x.wav", "y.wav"), make_options(label_level="none"))
     assert list(clips.table) == ["filename"]
     assert not clips.has_labels
 
@@ -62,19 +67,19 @@ def test_no_labels_on_demand():
 def test_folders_that_look_like_lists_are_no_labels_in_silence():
     sounds = sounds_of("train/dog/a.wav", "test/dog/b.wav", "Val/cat/c.wav")
     with pytest.raises(UserError, match=r"look like lists.*'\{split\}/\{label\}/\{\}'"):
-        label_sounds(sounds, LabelOptions())
-    assert set(labels_of(label_sounds(sounds, LabelOptions(label_level="first"))).values()) == {"train", "test", "Val"}
-    clips = label_sounds(sounds, LabelOptions(pattern="{split}/{label}/{}"))
+        label_sounds(sounds, make_options())
+    assert set(labels_of(label_sounds(sounds, make_options(label_level="first"))).values()) == {"train", "test", "Val"}
+    clips = label_sounds(sounds, make_options(pattern="{split}/{label}/{}"))
     assert labels_of(clips)["Val/cat/c.wav"] == "cat"
     assert clips.table["split"].tolist() == ["Val", "test", "train"]
 
 
 def test_the_only_candidate_of_a_pattern_is_used_without_folders():
     names = [f"{label}_{number}.wav" for label in ("dog", "cat") for number in range(9)]
-    clips = label_sounds(sounds_of(*names), LabelOptions())
+    clips = label_sounds(sounds_of(*names), make_options())
     assert labels_of(clips)["dog_3.wav"] == "dog"
     assert "'{label}_{}'" in clips.source
-    inside = label_sounds(sounds_of(*(f"audio/{name}" for name in names)), LabelOptions())
+    inside = label_sounds(sounds_of(*(f"audio/{name}" for name in names)), make_options())
     assert labels_of(inside)["audio/cat_0.wav"] == "cat"
     assert "one folder" in inside.source
 
@@ -92,14 +97,14 @@ def test_the_only_candidate_of_a_pattern_is_used_without_folders():
 )
 def test_the_error_without_labels_suggests_options(names, message):
     with pytest.raises(UserError, match=message) as error:
-        label_sounds(sounds_of(*names), LabelOptions())
+        label_sounds(sounds_of(*names), make_options())
     for option in ("--pattern", "--table", "--label_level"):
         assert option in str(error.value)
 
 
 def test_a_pattern_gives_labels_and_columns_and_drops_other_names():
     sounds = sounds_of("s/dog_anna_1.wav", "s/cat_bob_2.wav", "s/other.wav")
-    clips = label_sounds(sounds, LabelOptions(pattern="{label}_{speaker}_{}"))
+    clips = label_sounds(sounds, make_options(pattern="{label}_{speaker}_{}"))
     assert clips.table.to_dict("list") == {
         "filename": ["s/cat_bob_2.wav", "s/dog_anna_1.wav"], "labels": ["cat", "dog"], "speaker": ["bob", "anna"],
     }  # fmt: skip
@@ -109,7 +114,7 @@ def test_a_pattern_gives_labels_and_columns_and_drops_other_names():
 
 def test_folders_give_labels_beside_the_columns_of_a_pattern():
     sounds = sounds_of("dog/anna_1.wav", "cat/bob_2.wav", "cat/3.wav")
-    clips = label_sounds(sounds, LabelOptions(pattern="{speaker}_{}", label_level="first"))
+    clips = label_sounds(sounds, make_options(pattern="{speaker}_{}", label_level="first"))
     assert clips.table["labels"].tolist() == ["cat", "cat", "dog"]
     assert clips.table["speaker"].tolist() == ["", "bob", "anna"]
 
@@ -129,7 +134,7 @@ def test_folders_give_labels_beside_the_columns_of_a_pattern():
 )
 def test_options_that_match_nothing_are_errors(options, message):
     with pytest.raises(UserError, match=message):
-        label_sounds(sounds_of("a/dog_1.wav", "a/dog_2.wav"), LabelOptions(**options))
+        label_sounds(sounds_of("a/dog_1.wav", "a/dog_2.wav"), make_options(**options))
 
 
 def test_esc50s_table_is_read(tmp_path):
@@ -139,7 +144,7 @@ def test_esc50s_table_is_read(tmp_path):
         "1-100032-A-0.wav,1,0,dog,True,100032,A\n1-100038-A-14.wav,2,14,chirping_birds,False,100038,A\n",
     )
     clips = label_sounds(
-        sounds_of("audio/1-100032-A-0.wav", "audio/1-100038-A-14.wav", "demo.wav"), LabelOptions(table=path)
+        sounds_of("audio/1-100032-A-0.wav", "audio/1-100038-A-14.wav", "demo.wav"), make_options(table=path)
     )
     assert labels_of(clips) == {"audio/1-100032-A-0.wav": "dog", "audio/1-100038-A-14.wav": "chirping_birds"}
     assert clips.table["fold"].tolist() == ["1", "2"]
@@ -153,7 +158,7 @@ def test_urbansound8ks_table_is_read(tmp_path):
         "slice_file_name,fsID,start,end,salience,fold,classID,class\n"
         "100032-3-0-0.wav,100032,0.0,0.317551,1,5,3,dog_bark\n9-9-9-9.wav,9,0,1,1,1,0,drilling\n",
     )
-    clips = label_sounds(sounds_of("audio/fold5/100032-3-0-0.wav"), LabelOptions(table=path))
+    clips = label_sounds(sounds_of("audio/fold5/100032-3-0-0.wav"), make_options(table=path))
     assert labels_of(clips) == {"audio/fold5/100032-3-0-0.wav": "dog_bark"}
     assert "or several: 1 (9-9-9-9.wav)" in join_notes(clips)
 
@@ -166,9 +171,9 @@ def test_fsd50ks_table_is_read_and_commas_are_noticed(tmp_path):
         '1,"Music","/m/a",val\n2,"Electric_guitar,Music","/m/a",val\n',
     )
     sounds = sounds_of(*(f"FSD50K.dev_audio/{name}.wav" for name in (64760, 16399, 1, 2)))
-    whole = label_sounds(sounds, LabelOptions(table=path))
+    whole = label_sounds(sounds, make_options(table=path))
     assert "with --label_separator , there would be 3" in join_notes(whole)
-    clips = label_sounds(sounds, LabelOptions(table=path, label_separator=","))
+    clips = label_sounds(sounds, make_options(table=path, label_separator=","))
     assert labels_of(clips)["FSD50K.dev_audio/64760.wav"] == "Electric_guitar;Guitar;Music"
     assert "label_separator" not in join_notes(clips)
 
@@ -177,7 +182,7 @@ def test_a_row_an_event_becomes_a_row_a_file(tmp_path):
     path = table_file(
         tmp_path, "file\tonset\tevent_label\nb.wav\t1\tdog\na.wav\t2\tcat\nb.wav\t3\tcat\nb.wav\t4\tdog\n", "t.tsv"
     )
-    clips = label_sounds(sounds_of("a.wav", "b.wav"), LabelOptions(table=path))
+    clips = label_sounds(sounds_of("a.wav", "b.wav"), make_options(table=path))
     assert clips.table.to_dict("list") == {
         "filename": ["a.wav", "b.wav"],
         "labels": ["cat", "dog;cat"],
@@ -188,19 +193,19 @@ def test_a_row_an_event_becomes_a_row_a_file(tmp_path):
 
 def test_a_tables_own_columns_of_those_names_are_kept_beside_the_labels(tmp_path):
     path = table_file(tmp_path, "filename;labels;word\na;3;no way\n", "t.csv")
-    clips = label_sounds(sounds_of("a.wav", "b.wav"), LabelOptions(table=path, label_column="word"))
+    clips = label_sounds(sounds_of("a.wav", "b.wav"), make_options(table=path, label_column="word"))
     assert clips.table.to_dict("list") == {"filename": ["a.wav"], "labels": ["no way"], "labels_in_table": ["3"]}
-    none = label_sounds(sounds_of("a.wav"), LabelOptions(table=path, label_column="none"))
+    none = label_sounds(sounds_of("a.wav"), make_options(table=path, label_column="none"))
     assert "labels" not in none.table
 
 
 def test_a_table_and_a_pattern_go_together(tmp_path):
     path = table_file(tmp_path, "filename,label\nanna_1,x\nbob_2,y\n")
-    clips = label_sounds(sounds_of("anna_1.wav", "bob_2.wav"), LabelOptions(table=path, pattern="{speaker}_{}"))
+    clips = label_sounds(sounds_of("anna_1.wav", "bob_2.wav"), make_options(table=path, pattern="{speaker}_{}"))
     assert clips.table["speaker"].tolist() == ["anna", "bob"]
     path = table_file(tmp_path, "filename,label,speaker\nanna_1,x,a\n")
     with pytest.raises(UserError, match="'speaker' already"):
-        label_sounds(sounds_of("anna_1.wav"), LabelOptions(table=path, pattern="{speaker}_{}"))
+        label_sounds(sounds_of("anna_1.wav"), make_options(table=path, pattern="{speaker}_{}"))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +222,7 @@ def test_a_table_and_a_pattern_go_together(tmp_path):
 )
 def test_a_table_that_does_not_match_is_an_error(tmp_path, text, options, message):
     with pytest.raises(UserError, match=message):
-        label_sounds(sounds_of("x.wav"), LabelOptions(table=table_file(tmp_path, text), **options))
+        label_sounds(sounds_of("x.wav"), make_options(table=table_file(tmp_path, text), **options))
 
 
 def test_lists_are_replaced_only_if_the_command_made_them(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 
 from common.errors import UserError
 from scripts.lists.groups import find_groups, join_groups
+from scripts.lists.options import ListOptions
 from scripts.lists.splits import (
-    SplitOptions,
     choose_split_column,
     count_split_groups,
     draw_split,
@@ -223,7 +223,9 @@ def test_identical_files_are_joined_and_noted():
 
 def draw(labels, groups=None, **options):
     groups = np.arange(len(labels)) if groups is None else np.array(groups)
-    return draw_split(labels, groups, SplitOptions(**options), compute_order([str(i) for i in range(len(labels))], 0))
+    return draw_split(
+        labels, groups, ListOptions(folder="sounds", **options), compute_order([str(i) for i in range(len(labels))], 0)
+    )
 
 
 def test_lists_with_a_share_of_zero_are_left_out():
