@@ -282,7 +282,7 @@ def _clusters(path: str, pack: Pack, source: TargetSource, faults: Faults) -> np
     """Return the cluster of each item, int64 (M,)."""
     clips, starts = source.chunks.clip, source.chunks.start / pack.sample_rate
     with faults.noted():
-        return Clusters.read(path).of_items([pack.names[clip] for clip in clips], starts)
+        return Clusters.read(path).assign_items([pack.names[clip] for clip in clips], starts)
     return None
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from common.errors import Faults, did_you_mean, some
 from common.places import PROJECT, describe_elsewhere, find_in_project
-from models.registry import list_models, model_entry
+from models.registry import get_model_entry, list_models
 from training.config import AUTO, SoftTargetConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def _drop_arguments_of_another_model(settings: dict[str, Any], model: Any) -> No
     arguments, own = settings.get("model_args"), settings.get("model")
     if model in (None, own) or not isinstance(arguments, dict) or model not in list_models():
         return
-    foreign = [name for name in arguments if name not in model_entry(str(model)).arguments]
+    foreign = [name for name in arguments if name not in get_model_entry(str(model)).arguments]
     if foreign:
         logger.info("model_args of %s that %s does not take are left out: %s", own, model, some(foreign, 20))
         settings["model_args"] = {name: value for name, value in arguments.items() if name not in foreign}
@@ -180,7 +180,7 @@ def _describe_unknown(kind: type[BaseModel], key: str, settings: dict[str, Any])
         optimizer = getattr(torch.optim, str(settings.get("optimizer", "Adam")).removesuffix("8bit"), torch.optim.Adam)
         nested |= {name: f"optimizer_args.{name}" for name in list(inspect.signature(optimizer).parameters)[1:]}
     if settings.get("model") in list_models():
-        nested |= {name: f"model_args.{name}" for name in model_entry(str(settings["model"])).arguments}
+        nested |= {name: f"model_args.{name}" for name in get_model_entry(str(settings["model"])).arguments}
     meant = nested.get(key) or _OTHER_WORDS.get(key)
     if meant is not None and meant.partition(".")[0] in kind.model_fields:
         return f" (did you mean {meant!r}?)"

@@ -21,7 +21,7 @@ from common.errors import Faults, UserError
 from common.files import whole_file
 from distill.clusters import write_clusters
 from distill.objectives import Needs
-from models import AudioTagger, Ensemble, create_model, published_initialisation, save_checkpoint
+from models import AudioTagger, Ensemble, create_model, get_model_entry, save_checkpoint
 from models.base import Activation
 from models.labels import audioset_labels, labels_for, read_labels
 from training.config import SoftTargetConfig, TrainConfig
@@ -89,7 +89,7 @@ def _little(config: TrainConfig) -> dict[str, object]:
     """Return the settings that make a run short."""
     pretrained = config.pretrained
     if not (isinstance(pretrained, str) and Path(pretrained).exists()):
-        wanted = published_initialisation(config.model) if pretrained in (None, True) else pretrained
+        wanted = get_model_entry(config.model).initialisation if pretrained in (None, True) else pretrained
         if wanted:
             logger.info("smoke: random weights in place of %s: nothing is downloaded", wanted)
         pretrained = False
