@@ -23,7 +23,7 @@ from common.numbers import read_merging
 from common.parser import Parser
 from models import AudioTagger, load_tagger
 from models.heads import check_classes
-from models.onnx import PRECISIONS, Precision, export_onnx, label_table, with_chunks_of, write_label_table
+from models.onnx import PRECISIONS, Precision, export_onnx, format_label_table, resize_chunks, write_label_table
 from tagging.base import Engine
 from tagging.engines import TorchEngine
 from tagging.onnx_engine import OnnxEngine
@@ -80,7 +80,7 @@ def names(output: Path, precisions: Sequence[Precision], chosen: bool) -> dict[P
 
 def holds_other_labels(table: Path, labels: list[str]) -> bool:
     """Whether a file is there that is not the table of these labels."""
-    return table.exists() and table.read_text(encoding="utf-8", errors="replace") != label_table(labels)
+    return table.exists() and table.read_text(encoding="utf-8", errors="replace") != format_label_table(labels)
 
 
 def judge(engine: Engine, data: LabelledPack) -> tuple[float, float]:
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = load_tagger(options.model, **chosen)
     check_classes(model, options.model)
     if options.max_frames:
-        model = with_chunks_of(model, options.max_frames)
+        model = resize_chunks(model, options.max_frames)
     data = None
     if options.calibrate:
         faults = Faults("--calibrate")

@@ -1,11 +1,11 @@
-"""Models of this project by one call from Python in any folder, through PyTorch's hub.
+"""Entry points of PyTorch's hub: models of this project by one call from Python in any folder.
 
     model = torch.hub.load("/path/to/this/project", "ced_mini", source="local")
     model = torch.hub.load("OWNER/REPOSITORY", "tagger", "experiments/mine/latest")
     probabilities = model.predict(waveform)  # (B,C); floats (B,S) with full scale 1.0 at model.sample_rate
     clip, frames = model.embed(waveform)  # (B,E), (B,T',E)
 
-Entry points are every name in `models.list_models()`, `tagger` for whatever `-m` takes on the command line (a name, a
+Entry points are every name in `models.list_models()`, `tagger` for any value of `-m` on the command line (a name, a
 checkpoint, a run's or Hugging Face folder), and `ssondo` (see `models.get_ssondo`).
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path as _Path
 dependencies = ["torch", "numpy", "safetensors"]
 
 _ROOT = _Path(__file__).resolve().parent
-_PACKAGES = ("common", "models")  # what is imported of this project
+_PACKAGES = ("common", "models")  # packages of this project that are imported
 
 
 def _is_ours(path):
@@ -26,7 +26,7 @@ def _is_ours(path):
 
 
 def _find_package(name, path):
-    """Return where a package of that name is found, None where there is none; a folder of data is none."""
+    """Return the location of a package of that name, or None; folders without Python files do not count."""
     spec = _PathFinder.find_spec(name, path)
     if spec is None or spec.origin is not None:
         return spec and spec.origin
@@ -35,11 +35,10 @@ def _find_package(name, path):
 
 
 def _import_models():
-    """Import this project's packages, and say where a user's own have the same names.
+    """Import this project's packages; warn of a user's packages of the same names.
 
-    The packages stay imported: what they import later on does not need the folder on `sys.path`. It goes to the end
-    of `sys.path` all the same, for processes that are started anew (loader workers) and for the project's other
-    packages, so that a user's own come first.
+    The project's folder is then moved to the end of `sys.path`, after the user's packages: loader workers and the
+    project's other packages are imported from there.
 
     Raises:
         ImportError: another package of one of the names is imported already.
@@ -50,14 +49,14 @@ def _import_models():
         if module is not None and not _is_ours(found):
             raise ImportError(
                 f"the package {name!r} of {found} is imported already, and this project, {_ROOT}, has one of the same "
-                "name: load the model in a process of its own, or rename yours"
+                "name: load the model in a separate process, or rename yours"
             )
     others = [entry for entry in _sys.path if not _is_ours(entry or ".")]
     hidden = [place for name in _PACKAGES if (place := _find_package(name, others)) is not None]
     if hidden:
         _warnings.warn(
-            f"from now on `import {' or '.join(_PACKAGES)}` gives the packages of {_ROOT}, and no longer "
-            f"{' and '.join(hidden)}: load the model in a process of its own where you need those, or rename them",
+            f"from now on `import {' or '.join(_PACKAGES)}` imports the packages of {_ROOT}, and no longer "
+            f"{' and '.join(hidden)}: load the model in a separate process where you need those, or rename them",
             stacklevel=2,
         )
     _sys.path.insert(0, str(_ROOT))
@@ -65,7 +64,7 @@ def _import_models():
         return _importlib.import_module("models")
     finally:
         _sys.path.remove(str(_ROOT))
-        if _sys.path[-1:] != [str(_ROOT)]:  # the hub takes its own entry, which may be the same, away again
+        if _sys.path[-1:] != [str(_ROOT)]:  # the hub removes its own entry afterwards, which may be the same
             _sys.path.append(str(_ROOT))
 
 
@@ -77,7 +76,7 @@ def tagger(checkpoint, head=None, **settings):
 
     Args:
         checkpoint: a name in `torch.hub.list`, a checkpoint, or a run's or Hugging Face folder.
-        head: a name in heads/ or a head's file: tag with this head on the model's embeddings.
+        head: a name in heads/ or a head's file, to be attached to the model.
         **settings: see `models.load_tagger`: weights, device, num_classes, labels, ...
 
     Returns:
@@ -87,12 +86,12 @@ def tagger(checkpoint, head=None, **settings):
 
 
 def ssondo(*arguments, **settings):
-    """Load a model that embeds raw sound of any length, or tags it with a head; see `models.get_ssondo`."""
+    """Load a model that embeds waveforms of any length, or tags them with a head; see `models.get_ssondo`."""
     return _models.get_ssondo(*arguments, **settings)
 
 
 def _entry_point(name):
-    published = _models.published_weights(name)
+    published = _models.get_model_entry(name).weights
 
     def load(pretrained=published is not None, *, weights=None, device="cpu", **settings):
         if pretrained or weights is not None:
@@ -103,10 +102,10 @@ def _entry_point(name):
     load.__doc__ = f"""{name}, in evaluation mode.
 
     Args:
-        pretrained: with its published weights, which are fetched once and kept; else its weights are random. By default
-            {published is not None}: there are {"published weights" if published else "none"}.
-        weights: file or address with weights in place of the published ones.
-        device: where the model goes.
+        pretrained: load the published weights, which are downloaded once and cached; else the weights are random. By
+            default {published is not None}: there are {"published weights" if published else "none"}.
+        weights: file or URL of other weights.
+        device: of the model.
         **settings: num_classes, labels, activation, and settings of the network; see `models.create_model`.
     """
     return load

@@ -85,11 +85,11 @@ class Clusters:
             raise UserError(f"{path}: found the columns {some(frame.columns)}, missing {', '.join(missing)}; {make}")
         cluster = frame["cluster"]
         if not len(cluster) or not pd.api.types.is_integer_dtype(cluster) or cluster.isna().any() or cluster.min() < 0:
-            raise UserError(f"{path}: wanted one row or more, and in `cluster` whole numbers from 0; {make}")
+            raise UserError(f"{path}: expected one row or more, and in `cluster` whole numbers from 0; {make}")
         k = max(int(facts.get("k", 0)), int(cluster.max()) + 1)
         return cls(path, frame[list(_COLUMNS[:3])], cluster.to_numpy(np.int64), k, facts)
 
-    def of_items(self, names: Sequence[str], starts: np.ndarray) -> np.ndarray:
+    def assign_items(self, names: Sequence[str], starts: np.ndarray) -> np.ndarray:
         """Return the cluster of each item: that of the stored chunk in which it starts.
 
         Args:

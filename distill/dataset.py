@@ -86,7 +86,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         shown = {
             "item": item,
             "epoch": epoch,
-            "waveforms": {r: self._filled(resample(waveform, rate, r).copy(), r) for r in self.sample_rates},
+            "waveforms": {r: self._fit_length(resample(waveform, rate, r).copy(), r) for r in self.sample_rates},
             "value": value,
             "min_value": min_value,
             "n_reference": n_reference,
@@ -101,7 +101,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
             shown["cluster"] = int(self.clusters[item])
         return shown
 
-    def _filled(self, waveform: np.ndarray, rate: int) -> Tensor:
+    def _fit_length(self, waveform: np.ndarray, rate: int) -> Tensor:
         wave = torch.from_numpy(waveform)
         if self.fill_seconds is None:
             return wave

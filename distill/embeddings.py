@@ -37,7 +37,7 @@ class EmbeddingStore(TargetStore):
                     widths.add(file["embedding"].shape[1:])
         if len(widths) > 1 or len(min(widths)) != 1:
             raise UserError(
-                f"{self.folder} holds embeddings of shapes {some(map(str, sorted(widths)))}; wanted one width in all "
+                f"{self.folder} holds embeddings of shapes {some(map(str, sorted(widths)))}; expected one width in all "
                 "of its files: delete those of another teacher, or the folder, and run save_logits.py again"
             )
         self.width: int = min(widths)[0]

@@ -89,8 +89,8 @@ def check_masks(replay: Replay, n_reference: np.ndarray, store: str | None = Non
     too_much = shares.mean > MOST_MASKED
     n_affected = int((shares.largest > MOST_MASKED).sum())
     bands = max((_band_share(mask) for mask in replay.masks if isinstance(mask, FrequencyMasking)), default=0.0)
-    sentences = [_time_sentence(shares)] if too_much or n_affected else []
-    remedies = [_time_remedy(replay, shares)] if too_much or n_affected else []
+    sentences = [_describe_time_masks(shares)] if too_much or n_affected else []
+    remedies = [_suggest_time_mask(replay, shares)] if too_much or n_affected else []
     if bands / 2 > MOST_MASKED:
         sentences.append(f"FrequencyMasking hides up to {bands:.0%} of the bands, {bands / 2:.0%} on average")
         remedies.append("`max_share: 0.25` among the arguments of FrequencyMasking")
@@ -113,7 +113,7 @@ def _band_share(mask: FrequencyMasking) -> float:
     return min(mask.param / REFERENCE_BANDS, 1 if mask.max_share is None else mask.max_share)
 
 
-def _time_sentence(shares: MaskedShares) -> str:
+def _describe_time_masks(shares: MaskedShares) -> str:
     """Say how long masks and clips are, and what is hidden of how many."""
     seconds = shares.n_frames * REFERENCE_HOP_SECONDS
     n_clips, n_vanishing = len(seconds), int((shares.largest >= 1).sum())
@@ -126,7 +126,7 @@ def _time_sentence(shares: MaskedShares) -> str:
     )
 
 
-def _time_remedy(replay: Replay, shares: MaskedShares) -> str:
+def _suggest_time_mask(replay: Replay, shares: MaskedShares) -> str:
     """Say what to write in place of the widest time mask."""
     param = max(mask.param for mask in replay.masks if isinstance(mask, TimeMasking))
     shorter = max(1, int(SUGGESTED_SHARE * np.median(shares.n_frames)))

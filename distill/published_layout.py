@@ -53,7 +53,7 @@ def check_published(replay: Replay, pack: Pack, faults: Faults) -> None:
             "CED's code knows clips by; rename these files, and pack them anew"
         )
     if replay.mask_fill != "0dB":
-        faults.add(f"mask_fill {replay.mask_fill} is not among what CED's code does; wanted 0dB")
+        faults.add(f"mask_fill {replay.mask_fill} is not among what CED's code does; expected 0dB")
     if any(getattr(mask, "max_share", None) is not None for mask in replay.masks):
         faults.add("max_share of masks is not among what CED's code does; drop it from spectransforms")
 

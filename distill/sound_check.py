@@ -59,7 +59,7 @@ def check_sounds(
         pack: the clips.
         rows: of the store, those whose clip is in the pack (n).
         chunks: n, of each of them.
-        faults: gets a sentence that names clips, what was found and what was wanted.
+        faults: gets a sentence that names clips, what was found and what was expected.
         check: compare the samples of `COMPARED` chunks where there are many ("sample"), of "all", or nothing at all
             ("none").
     """
@@ -98,27 +98,27 @@ def check_sounds(
 
 
 def _compare_lengths(rows: pd.DataFrame, chunks: Chunks, pack: Pack) -> dict[str, str]:
-    """Return name → what was found and wanted of each clip that has another length."""
-    found, wanted = np.asarray(pack.n_samples)[chunks.clip], rows["clip_samples"].to_numpy(np.int64)
+    """Return name → what was found and expected of each clip that has another length."""
+    found, expected = np.asarray(pack.n_samples)[chunks.clip], rows["clip_samples"].to_numpy(np.int64)
     rate = pack.sample_rate
     return {
-        pack.names[chunks.clip[row]]: f"found {found[row] / rate:.3f} s ({found[row]} samples), wanted "
-        f"{wanted[row] / rate:.3f} s ({wanted[row]})"
-        for row in np.flatnonzero(found != wanted)
+        pack.names[chunks.clip[row]]: f"found {found[row] / rate:.3f} s ({found[row]} samples), expected "
+        f"{expected[row] / rate:.3f} s ({expected[row]})"
+        for row in np.flatnonzero(found != expected)
     }
 
 
 def _compare_samples(rows: pd.DataFrame, chunks: Chunks, pack: Pack) -> dict[str, str]:
-    """Return name → what was found and wanted of each clip that has another chunk."""
+    """Return name → what was found and expected of each clip that has another chunk."""
     differing = {}
-    wanted = rows["sound_hash"].to_numpy(np.int64)
+    expected = rows["sound_hash"].to_numpy(np.int64)
     long = len(chunks) > 10_000
     for row, (clip, start, stop) in enumerate(tqdm(chunks, desc="comparing sounds", disable=not long)):
         found = pack.hash_sound(clip, start, stop)
-        if found != wanted[row] and pack.names[clip] not in differing:  # the first of its chunks is named
+        if found != expected[row] and pack.names[clip] not in differing:  # the first of its chunks is named
             second = start / pack.sample_rate
             differing[pack.names[clip]] = (
-                f"from {second:g} s on found samples of hash {_hex(found)}, wanted {_hex(int(wanted[row]))}"
+                f"from {second:g} s on found samples of hash {_hex(found)}, expected {_hex(int(expected[row]))}"
             )
     return differing
 
@@ -127,6 +127,6 @@ def _hex(value: int) -> str:
     return value.to_bytes(8, "big", signed=True).hex()
 
 
-def _spread(n: int, wanted: int) -> np.ndarray:
-    """Return at most `wanted` of the positions 0 to n - 1, evenly spread, the first and the last among them."""
-    return np.unique(np.linspace(0, n - 1, min(n, wanted)).round().astype(np.int64))
+def _spread(n: int, expected: int) -> np.ndarray:
+    """Return at most `expected` of the positions 0 to n - 1, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, expected)).round().astype(np.int64))

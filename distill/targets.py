@@ -15,7 +15,7 @@ from distill.store import MatchedItems, TargetStore
 LABEL_TYPES = ("last_mean", "last_half", "last_random", "527", "zero")
 
 
-def dense_target(
+def rebuild_target(
     values: np.ndarray, indexes: np.ndarray, num_classes: int, label_type: str, seed: int = 0
 ) -> np.ndarray:
     """Rebuild a target over all classes from its K stored ones.
@@ -71,7 +71,7 @@ class StoredTargets(MatchedItems):
         store: the targets.
         pack: the clips; matched by name.
         num_classes: C.
-        label_type: see `dense_target`.
+        label_type: see `rebuild_target`.
         max_epochs: use the first so many stored epochs; 0 for all.
         check: that the sounds are those that the store was made from.
 
@@ -103,7 +103,7 @@ class StoredTargets(MatchedItems):
         """Return the rebuilt soft target (C,) of `item` in `epoch`."""
         rows, arrays = self.arrays(epoch)
         row = rows[item]
-        return dense_target(
+        return rebuild_target(
             arrays["topk_values"][row],
             arrays["topk_indexes"][row],
             self.num_classes,

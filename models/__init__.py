@@ -1,22 +1,22 @@
-"""What computes: front-ends, networks, their registry, and their weights."""
+"""Networks, their front-ends, their registry and their weights.
 
-from models import (  # noqa: F401  (they register their models)
-    audio_spectrogram_transformer,
-    audiotransformer,
-    dymn,
-    efficientnet,
-    mobilenetv3,
-    passt,
-    resnet,
-    ssondo_students,
-)
+Every file in this folder is imported, so that a model registered in one of them is found by being there.
+"""
+
+import importlib
+import pkgutil
+
 from models.base import AudioTagger
 from models.ensemble import Ensemble
 from models.heads import attach_head, list_heads, load_head, load_tagger
 from models.labels import audioset_labels, read_labels
 from models.loading import load_model, load_weights, save_checkpoint
-from models.registry import create_model, list_models, published_initialisation, published_weights, register_model
+from models.registry import create_model, get_model_entry, list_models, register_model
 from models.ssondo import get_ssondo
+
+for _file in pkgutil.iter_modules(__path__):
+    if _file.name != "onnx":  # registers no model, and imports ONNX's exporter and runtime, which takes seconds
+        importlib.import_module(f"{__name__}.{_file.name}")
 
 __all__ = [
     "AudioTagger",
@@ -24,6 +24,7 @@ __all__ = [
     "attach_head",
     "audioset_labels",
     "create_model",
+    "get_model_entry",
     "get_ssondo",
     "list_heads",
     "list_models",
@@ -31,8 +32,6 @@ __all__ = [
     "load_model",
     "load_tagger",
     "load_weights",
-    "published_initialisation",
-    "published_weights",
     "read_labels",
     "register_model",
     "save_checkpoint",

@@ -22,9 +22,9 @@ from models.base import Encoded
 from models.kaldi_mel import KaldiMel
 from models.layers import initialise
 from models.registry import register_model
-from models.relatives import from_pictures, is_of_pictures
 from models.settings import TransformerSettings, take_settings
 from models.vit import SpectrogramTransformer
+from models.weight_adaptation import adapt_image_weights, is_image_transformer
 
 logger = logging.getLogger(__name__)
 
@@ -86,19 +86,19 @@ class AST(SpectrogramTransformer):
         """
         of_audio = {key: value for key, value in state.items() if not key.startswith(("v.head.", "v.head_dist."))}
         adapted = {key.removeprefix("v."): value for key, value in of_audio.items()}  # published ones keep ImageNet's
-        square = is_of_pictures(adapted)
+        square = is_image_transformer(adapted)
         if square:
-            adapted = from_pictures(adapted)
+            adapted = adapt_image_weights(adapted)
         positions = adapted.get("pos_embed")
         if positions is not None and positions.ndim == 3 and (square or positions.shape != self.pos_embed.shape):
-            adapted["pos_embed"] = self._positions_of(positions, square)
+            adapted["pos_embed"] = self._fit_positions(positions, square)
         return adapted
 
     def no_weight_decay(self) -> set[str]:
         """Position embeddings and the two tokens before them."""
         return {"pos_embed", "cls_token", "dist_token"}
 
-    def _positions_of(self, given: Tensor, square: bool) -> Tensor:
+    def _fit_positions(self, given: Tensor, square: bool) -> Tensor:
         """Fit positions (1,P+N,D) of another grid: of a square one, or of as many rows as ours."""
         n_rows, n_columns = self._grid
         n_given = given.shape[1] - self.n_prefix
@@ -107,12 +107,12 @@ class AST(SpectrogramTransformer):
             return given  # told as a tensor of another shape
         grid = given[:, self.n_prefix :].transpose(1, 2).unflatten(2, (rows, n_given // rows))  # (1,D,f,t)
         logger.warning("pos_embed is fitted from %d x %d to %d x %d patches", rows, n_given // rows, n_rows, n_columns)
-        for axis, wanted in ((2, n_rows), (3, n_columns)):
+        for axis, expected in ((2, n_rows), (3, n_columns)):
             there = grid.shape[axis]
-            if there > wanted:
-                grid = grid.narrow(axis, there // 2 - wanted // 2, wanted)
-            elif there < wanted:
-                size = (wanted, grid.shape[3]) if axis == 2 else (grid.shape[2], wanted)
+            if there > expected:
+                grid = grid.narrow(axis, there // 2 - expected // 2, expected)
+            elif there < expected:
+                size = (expected, grid.shape[3]) if axis == 2 else (grid.shape[2], expected)
                 grid = F.interpolate(grid, size, mode="bilinear", align_corners=False)
         return torch.cat([given[:, : self.n_prefix], grid.flatten(2).transpose(1, 2)], dim=1)
 
@@ -122,10 +122,10 @@ class AST(SpectrogramTransformer):
         self.dist_token = nn.Parameter(torch.randn(1, 1, self.embed_dim) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, self.n_prefix + n_rows * n_columns, self.embed_dim) * 0.02)
 
-    def _place(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
+    def _add_positions(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
         return patches + self.pos_embed[:, self.n_prefix :].unflatten(1, self._grid)
 
-    def _prefix(self) -> Tensor:
+    def _prefix_tokens(self) -> Tensor:
         return torch.cat([self.cls_token, self.dist_token], dim=1) + self.pos_embed[:, : self.n_prefix]
 
     def pool_rows(self, encoded: Encoded) -> Tensor:

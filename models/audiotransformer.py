@@ -20,9 +20,9 @@ from models.base import Encoded
 from models.ced_mel import CedMel
 from models.layers import initialise
 from models.registry import register_model
-from models.relatives import fit_time
 from models.settings import MelSettings, TransformerSettings, find_arguments, take_settings
 from models.vit import SpectrogramTransformer
+from models.weight_adaptation import fit_time_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -89,18 +89,18 @@ class AudioTransformer(SpectrogramTransformer):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
             self.token_pos_embed = nn.Parameter(torch.randn(1, self.embed_dim) * 0.02)
 
-    def _place(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
+    def _add_positions(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
         positions = self.time_pos_embed[..., : patches.shape[2]] + self.freq_pos_embed  # (1,D,f,t)
         return patches + positions.permute(0, 2, 3, 1)
 
-    def _prefix(self) -> Tensor | None:
+    def _prefix_tokens(self) -> Tensor | None:
         return self.cls_token + self.token_pos_embed if self.pooling == "token" else None
 
     def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Crop or stretch the time embedding of a network with another `target_length`, with a notice."""
         if "time_pos_embed" not in state:
             return dict(state)
-        fitted = fit_time("time_pos_embed", state["time_pos_embed"], self.time_pos_embed.shape[-1])
+        fitted = fit_time_embedding("time_pos_embed", state["time_pos_embed"], self.time_pos_embed.shape[-1])
         return dict(state) | {"time_pos_embed": fitted}
 
     def no_weight_decay(self) -> set[str]:

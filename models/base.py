@@ -1,11 +1,11 @@
-"""The interface that every tagger offers to the rest of the project.
+"""The interface of every tagger.
 
-A network is `encode`, from spectrograms to what it computes of them, and what is made of that: `classify`, `pool` and
-`frames`. Everything else (`forward`, `predict`, `embed`, tags and embeddings in one pass) is written here, once.
+A network implements `encode`, from spectrograms to tokens or maps, and `classify`, `pool` and `frames` on the result.
+`forward`, `predict`, `embed`, and tags and embeddings in one pass are implemented here on top of these.
 
 Letters: B batch, S samples, F mel bands, T frames, R rows of the network's batch (a clip, or a chunk of a long one),
 f and t rows and columns of a patch grid, N tokens, P prefix tokens, D width, C classes, E embedding width; primes mark
-what is left after striding.
+sizes after striding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,29 +24,28 @@ Activation = Literal["sigmoid", "softmax"]
 Outputs = Literal["logits", "probabilities"]
 
 
-# Chooses the tokens that are computed, for each row its own: rows f and columns t of the patch grid, and the columns
-# that take part (R,t) or None for all -> ascending places in the f t patches, frequency-major, (R,N').
+# Selects the tokens to compute in each row: (f, t, mask of valid columns (R,t) or None for all) -> ascending indices
+# into the f t patches, frequency-major, (R,N').
 Keep = Callable[[int, int, Tensor | None], Tensor]
 
 
 @dataclass
 class Encoded:
-    """What a network computes of a batch, before pooling and head; what it does not have is None.
+    """Output of a network before pooling and head; fields that an architecture does not have are None.
 
     Attributes:
         n_clips: B.
-        tokens: (R,f,t,D) after the final norm, or (R,N',D) where `keep` chose them.
+        tokens: (R,f,t,D) after the final norm, or (R,N',D) where `keep` selected them.
         prefix: (R,P,D) class and distillation tokens.
-        maps: (B,D,F',T') of a network of convolutions.
-        valid: (R,t), or (R,N') where `keep` chose: which columns or tokens take part in attention and pooling; None
-            for all.
-        n_steps: (R,) columns that hold any of the clip's own frames, which differs from `valid` in filled-up chunks;
-            None where all do.
+        maps: (B,D,F',T') of a CNN.
+        valid: (R,t), or (R,N') with `keep`: which columns or tokens take part in attention and pooling; None for all.
+        n_steps: (R,) columns of `tokens` or of the last `maps` that contain frames of the clip, which differs from
+            `valid` in padded chunks; None where all do. `layers` of a CNN with other strides have other numbers.
         clip_of_row: (R,) ascending, None where every clip is one row.
-        weights: (R,) what a row counts in the mean over its clip's, None where all count the same.
-        grid: f and t, where there are tokens; what patch-out leaves of them.
-        kept: (R,N') places in the f t patches that `keep` chose.
-        layers: layer -> its output, those that were asked for, see `AudioTagger.encode`.
+        weights: (R,) weight of each row in the mean over the rows of a clip, None for equal weights.
+        grid: f and t of `tokens`, after patch-out.
+        kept: (R,N') indices into the f t patches that `keep` selected.
+        layers: layer -> output of the requested layers, see `AudioTagger.encode`.
     """
 
     n_clips: int
@@ -63,25 +62,25 @@ class Encoded:
 
 
 class AudioTagger(nn.Module):
-    """A network that gives each of C classes a probability, and embeds sound on the way.
+    """Base class of all networks: probabilities of C classes, and embeddings.
 
-    A clip's result depends neither on its batch mates nor on padding. An architecture that can mask padding inside
-    sets `masks_padding`; the others are run once for every length that occurs in the batch.
+    The output for a clip depends neither on the other clips of its batch nor on padding. An architecture that masks
+    padding sets `masks_padding`; the others are run once for every length in the batch.
 
     Args:
         front_end: waveform to spectrogram.
         num_classes: C, 0 for a network that only embeds.
-        embed_dim: width E of its embeddings.
-        outputs: whether `forward` gives "logits" or "probabilities".
+        embed_dim: width E of the embeddings.
+        outputs: whether `forward` returns "logits" or "probabilities".
 
     Attributes:
-        name: its name in the registry.
-        arguments: what it was created with, kept for checkpoints.
+        name: in the registry.
+        arguments: that it was created with, for checkpoints.
         activation: "sigmoid" (any number of classes at once) or "softmax" (exactly one).
     """
 
     masks_padding: ClassVar[bool] = False
-    last_layer: ClassVar[str]  # module of the state dict whose first dimension is C
+    last_layer: ClassVar[str]  # name of the module whose weight has C rows
     shared_settings: ClassVar[tuple[Any, ...]] = ()  # arguments with their defaults, see `models.settings`
 
     def __init__(
@@ -106,8 +105,8 @@ class AudioTagger(nn.Module):
 
     @property
     def labels(self) -> list[str]:
-        """The names of its classes; where none were given, AudioSet's if there are 527, else their numbers."""
-        if self._labels is None:  # worked out on first use: a network alone needs no table of names
+        """Names of the classes; by default AudioSet's if there are 527, else their numbers."""
+        if self._labels is None:  # on first use, so that a network without labels does not read the table
             self._labels = labels_for(self.num_classes, None)
         return self._labels
 
@@ -117,17 +116,17 @@ class AudioTagger(nn.Module):
 
     @property
     def full_name(self) -> str:
-        """What tells it from other taggers made with the same network: `name`, and what was put onto it."""
+        """`name`, and that of its head where there is one."""
         return self.name
 
     @property
     def sample_rate(self) -> int:
-        """Hertz of the waveforms it takes."""
+        """Of the input waveforms, in hertz."""
         return self.front_end.sample_rate
 
     @property
     def generator(self) -> torch.Generator | None:
-        """Draws what a batch of training shares (patch-out, edges of mel bands); None for torch's default."""
+        """Random generator of draws that a training batch shares (patch-out, mel band edges); None: torch's default."""
         return self.front_end.generator
 
     @generator.setter
@@ -137,61 +136,90 @@ class AudioTagger(nn.Module):
     def encode(
         self, mel: Tensor, n_frames: Tensor | None = None, *, keep: Keep | None = None, layers: Sequence[int] = ()
     ) -> Encoded:
-        """Compute what pooling and head read.
+        """Compute the input of pooling and head.
 
         Args:
-            mel: (B,F,T) as the front-end gives it.
-            n_frames: (B,) frames of each clip, None where all of T belong to it; always None where the network does
-                not mask padding.
-            keep: chooses the tokens to compute, of networks that have tokens; the others cost nothing. Called once for
-                all rows. Padding that it chooses counts for nothing, so that at least one of a row's tokens must not be
-                padding.
-            layers: numbers of layers whose output is wanted too, from 0; -1 is the last one. Of a transformer, blocks
-                before the final norm: (R,P+N,D), prefix tokens first, merged tokens in all places that they stand for.
-                Of a network of convolutions, its stages: (B,D,F',T').
+            mel: (B,F,T) from the front-end.
+            n_frames: (B,) frames of each clip, None for T. Networks that do not mask padding take clips of one length.
+            keep: selects the tokens to compute (transformers only); the others are not computed. Called once for all
+                rows. Selected padding is masked, so at least one token of each row must not be padding.
+            layers: numbers of layers whose outputs are returned as well, from 0; -1 is the last one. Transformer:
+                blocks before the final norm, (R,P+N,D), prefix tokens first, merged tokens copied to every position
+                that they represent. CNN: stages, (B,D,F',T').
 
         Raises:
-            UserError: the spectrogram does not fit, there is no such layer, or there are no tokens to choose from.
+            UserError: a wrong shape, an unknown layer, `keep` without tokens, or clips of several lengths in a network
+                that does not mask padding.
         """
         raise NotImplementedError
 
     def classify(self, encoded: Encoded) -> Tensor:
-        """Tag: (B,C), what `outputs` says."""
+        """Return (B,C), logits or probabilities as `outputs` says."""
         raise NotImplementedError
 
     def pool(self, encoded: Encoded) -> Tensor:
-        """Embed clips: (B,E)."""
+        """Return clip embeddings (B,E)."""
         raise NotImplementedError
 
     def frames(self, encoded: Encoded) -> Tensor:
-        """Embed time steps: (B,T',E), zero behind a clip's `n_steps`. It may wait for the device."""
+        """Return embeddings of time steps (B,T',E), zero after a clip's `n_steps`. May synchronise with the device."""
         raise NotImplementedError
+
+    def _check_layers(self, layers: Sequence[int], n_layers: int) -> None:
+        """Check that `layers` are numbers of layers.
+
+        Raises:
+            UserError: an unknown layer.
+        """
+        if unknown := [layer for layer in layers if not -n_layers <= layer < n_layers]:
+            raise UserError(
+                f"{self.name} has no layer {unknown[0]}: it has {n_layers}, 0 to {n_layers - 1}; -1 is the last"
+            )
+
+    def check_lengths(self, mel: Tensor, n_frames: Tensor | None) -> None:
+        """Check that no clip of (B,F,T) is padded where the network does not mask padding.
+
+        `classify`, `pool` and the layers of such a network would include the padding. Methods that return only these
+        (`forward_spectrogram`, `embed_spectrogram`, ...) run each length alone instead.
+
+        Raises:
+            UserError: there are clips of several lengths.
+        """
+        if self.masks_padding or n_frames is None or bool((n_frames == mel.shape[2]).all()):
+            return
+        raise UserError(
+            f"{self.name} does not mask padding, so it cannot encode clips of several lengths ({int(n_frames.min())} "
+            f"to {mel.shape[2]} frames) in one batch: give clips of one length (`fill_chunks: true` in a training "
+            "configuration), or a network that masks padding, such as CED or ResNet-10"
+        )
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Tag clips.
 
         Args:
             waveform: (B,S) in [-1, 1] at `sample_rate`.
-            lengths: (B,) samples of each clip, None where all of S belong to it.
+            lengths: (B,) samples of each clip, None for S.
 
         Returns:
-            (B,C), what `outputs` says.
+            (B,C), logits or probabilities as `outputs` says.
         """
-        return self._of_waveform(lambda encoded: (self.classify(encoded),), waveform, lengths)[0]
+        return self._run_waveform(lambda encoded: (self.classify(encoded),), waveform, lengths)[0]
 
     def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
-        """Tag clips whose spectrograms are at hand: (B,F,T), own frames (B,) or None -> (B,C), as `forward`."""
-        return self._of_spectrogram(lambda encoded: (self.classify(encoded),), mel, n_frames)[0]
+        """Tag spectrograms: (B,F,T), frames of each clip (B,) or None -> (B,C), as `forward`."""
+        return self._run_spectrogram(lambda encoded: (self.classify(encoded),), mel, n_frames)[0]
 
     def forward_features(self, mel: Tensor) -> Tensor:
-        """Compute what the head reads: (B,F,T) -> tokens (B,P+N,D), frequency-major, or maps (B,D,F',T').
+        """Compute the input of pooling: (B,F,T) -> tokens (B,P+N,D), frequency-major, or maps (B,D,F',T').
 
         Raises:
-            UserError: the spectrogram does not fit, or is longer than one chunk.
+            UserError: a wrong shape, or more frames than one chunk.
         """
         encoded = self.encode(mel)
         if encoded.clip_of_row is not None:
-            raise UserError(f"{mel.shape[-1]} frames are more than one chunk of {self.name}, whose tokens are wanted")
+            raise UserError(
+                f"{mel.shape[-1]} frames are more than one chunk of {self.name}: forward_features takes a single chunk"
+            )
         if encoded.tokens is None:
             assert encoded.maps is not None
             return encoded.maps
@@ -203,34 +231,34 @@ class AudioTagger(nn.Module):
 
         Args:
             waveform: (B,S) or (S,) at `sample_rate`, or a list of clips (S,): tensors or arrays of floats with full
-                scale 1.0, or of int16. A sound of several channels would be several clips: average them first.
-            lengths: (B,) samples of each clip, None where all of S belong to it.
+                scale 1.0, or of int16. Average the channels of a multi-channel sound first: they would be clips.
+            lengths: (B,) samples of each clip, None for S.
 
         Returns:
-            One vector a clip (B,E), and one vector a time step (B,T',E), zero behind a clip's `n_steps`.
+            One vector per clip (B,E), and one per time step (B,T',E), zero after a clip's `n_steps`.
 
         Raises:
-            UserError: no such waveform, see `models.waveforms.as_waveform`.
+            UserError: an invalid waveform, see `models.waveforms.as_waveform`.
         """
         return self.embed_waveform(*as_waveform(waveform, lengths, device=self._device))
 
     def embed_waveform(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embed clips without a look at what is given: float32 (B,S) on the model's device; as `embed`."""
-        clip, frames = self._of_waveform(self._pool_and_frames, waveform, lengths)
+        """Embed clips as `embed`, without checks: float32 (B,S) on the model's device."""
+        clip, frames = self._run_waveform(self._pool_and_frames, waveform, lengths)
         return clip, frames
 
     def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embed clips whose spectrograms are at hand: (B,F,T), own frames (B,) or None -> (B,E), (B,T',E)."""
-        clip, frames = self._of_spectrogram(self._pool_and_frames, mel, n_frames)
+        """Embed spectrograms: (B,F,T), frames of each clip (B,) or None -> (B,E), (B,T',E)."""
+        clip, frames = self._run_spectrogram(self._pool_and_frames, mel, n_frames)
         return clip, frames
 
     def embed_clips(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
-        """Embed clips alone: (B,F,T), own frames (B,) or None -> (B,E), as `embed_spectrogram`."""
-        return self._of_spectrogram(lambda encoded: (self.pool(encoded),), mel, n_frames)[0]
+        """Return only the clip embeddings of `embed_spectrogram`: (B,F,T), frames (B,) or None -> (B,E)."""
+        return self._run_spectrogram(lambda encoded: (self.pool(encoded),), mel, n_frames)[0]
 
     def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tag and embed in one pass: (B,F,T), own frames (B,) or None -> (B,C) as `forward`, clip embeddings (B,E)."""
-        output, clip = self._of_spectrogram(self._classify_and_pool, mel, n_frames)
+        """Tag and embed in one pass: (B,F,T), frames (B,) or None -> (B,C) as `forward`, clip embeddings (B,E)."""
+        output, clip = self._run_spectrogram(self._classify_and_pool, mel, n_frames)
         return output, clip
 
     def _classify_and_pool(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
@@ -239,89 +267,89 @@ class AudioTagger(nn.Module):
     def _pool_and_frames(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         return self.pool(encoded), self.frames(encoded)
 
-    def _of_waveform(
+    def _run_waveform(
         self, function: Callable[[Encoded], tuple[Tensor, ...]], waveform: Tensor, lengths: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Apply a function to what the network computes of waveforms (B,S); lengths apart where it cannot mask."""
-        waveform, lengths = _without_common_padding(waveform, lengths)
+        """Encode waveforms (B,S) and apply a function; each length alone where the network does not mask padding."""
+        waveform, lengths = _trim_common_padding(waveform, lengths)
         if lengths is not None and not self.masks_padding:
-            return run_by_length(lambda clips: self._of_waveform(function, clips, None), waveform, lengths)
+            return run_by_length(lambda clips: self._run_waveform(function, clips, None), waveform, lengths)
         return function(self.encode(*self.front_end.spectrogram(waveform, lengths)))
 
-    def _of_spectrogram(
+    def _run_spectrogram(
         self, function: Callable[[Encoded], tuple[Tensor, ...]], mel: Tensor, n_frames: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Apply a function to what the network computes of spectrograms (B,F,T); lengths apart where it cannot mask."""
+        """Encode spectrograms (B,F,T) and apply a function; each length alone where padding is not masked."""
         if n_frames is not None and not self.masks_padding:
             return run_by_length(lambda clips: function(self.encode(clips)), mel, n_frames)
         return function(self.encode(mel, n_frames))
 
     def n_steps(self, n_samples: int) -> int:
-        """Time steps T' that `embed` gives a clip of `n_samples` samples."""
+        """Return the number of time steps T' that `embed` returns for a clip of `n_samples` samples."""
         raise NotImplementedError
 
     def probabilities(self, output: Tensor) -> Tensor:
-        """Turn what `forward` gave (B,C) into probabilities (B,C); probabilities stay as they are."""
+        """Convert the output of `forward` (B,C) to probabilities (B,C); probabilities are returned as they are."""
         if self.outputs == "probabilities":
             return output
         return self._activate(output)
 
-    def probabilities_of(self, mel: Tensor) -> Tensor:
-        """Probabilities (B,C) of spectrograms (B,F,T) of one length, which a tracer can follow for any B and T.
+    def forward_export(self, mel: Tensor) -> Tensor:
+        """Return probabilities (B,C) of spectrograms (B,F,T) of one length; traceable for any B and T.
 
-        What an export holds. An architecture whose `forward_spectrogram` looks at values overrides it.
+        Exports trace this method. An architecture whose `forward_spectrogram` depends on tensor values overrides it.
         """
         return self.probabilities(self.forward_spectrogram(mel))
 
-    def embedding_of(self, mel: Tensor) -> Tensor:
-        """Clip embeddings (B,E) of spectrograms (B,F,T) of one length, which a tracer can follow for any B and T.
+    def embed_export(self, mel: Tensor) -> Tensor:
+        """Return clip embeddings (B,E) of spectrograms (B,F,T) of one length; traceable for any B and T.
 
-        What an export of a head holds below it. An architecture whose `pool` looks at values overrides it.
+        Exports of a model with a head trace this method. An architecture whose `pool` depends on tensor values
+        overrides it.
         """
         return self.embed_clips(mel)
 
     def predict(self, waveform: Any, lengths: Any = None) -> Tensor:
-        """Probabilities (B,C) of clips, without gradients.
+        """Return probabilities (B,C) of clips, without gradients.
 
         Args:
-            waveform: (B,S) or (S,) at `sample_rate`, or a list of clips (S,): tensors or arrays of floats with full
-                scale 1.0, or of int16. A sound of several channels would be several clips: average them first.
-            lengths: (B,) samples of each clip, None where all of S belong to it.
+            waveform: as in `embed`.
+            lengths: (B,) samples of each clip, None for S.
 
         Raises:
-            UserError: no such waveform, see `models.waveforms.as_waveform`, or the weights give NaN.
+            UserError: an invalid waveform, see `models.waveforms.as_waveform`, or the output is NaN.
         """
         return self.predict_waveform(*as_waveform(waveform, lengths, device=self._device))
 
     @torch.no_grad()
     def predict_waveform(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Probabilities of clips without a look at what is given: float32 (B,S) on the model's device -> (B,C).
+        """Return probabilities as `predict`, without checks of the input: float32 (B,S) on the model's device -> (B,C).
 
         Raises:
-            UserError: a clip holds NaN or infinite samples, or the weights give NaN.
+            UserError: a clip contains NaN or infinite samples, or the output is NaN.
         """
         output = self(waveform, lengths)
         if not bool(output.isfinite().all()):
             rows = (~waveform.isfinite().all(1)).nonzero().flatten().tolist()
             if rows:
-                raise UserError(f"clips {some(map(str, rows))} of the batch hold NaN or infinite samples")
-            raise UserError(f"the model {self.name} gives NaN: its weights are damaged or its training diverged")
+                raise UserError(f"clips {some(map(str, rows))} of the batch contain NaN or infinite samples")
+            raise UserError(f"the output of {self.name} is NaN: its weights are damaged or its training diverged")
         return self.probabilities(output)
 
     def merge_tokens(self, setting: Any) -> None:
-        """Merge tokens from now on, as `models.token_merging.merging_schedule` says.
+        """Set the token merging, see `models.token_merging.merging_schedule`.
 
         Raises:
-            UserError: it is no such setting, or this network has no tokens.
+            UserError: an invalid setting, or a network without tokens.
         """
         raise UserError(f"{self.name} has no tokens to merge: leave token_merging out, or give a vision transformer")
 
     def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Fit the weights of a relative (another input length, say) to this network; logs what it changes."""
+        """Fit the weights of a related network (another input length, say) to this one; changes are logged."""
         return dict(state)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay must leave alone, beside biases and norms."""
+        """Return the names of parameters without weight decay, in addition to biases and norms."""
         return set()
 
     @property
@@ -332,28 +360,28 @@ class AudioTagger(nn.Module):
         return logits.softmax(-1) if self.activation == "softmax" else logits.sigmoid()
 
 
-def _without_common_padding(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Cut what is padding in every clip; lengths become None where none is left."""
+def _trim_common_padding(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Trim the padding that all clips share; lengths become None where no padding remains."""
     if waveform.ndim != 2 or not waveform.is_floating_point():
         raise UserError(
-            f"the waveform is {waveform.dtype} of shape {tuple(waveform.shape)}; wanted waveforms (B,S), "
-            "floats with full scale 1.0: `predict` and `embed` take other forms of sound"
+            f"the waveform is {waveform.dtype} of shape {tuple(waveform.shape)}; expected (B,S), floats with full "
+            "scale 1.0: `predict` and `embed` take other types and shapes"
         )
     if lengths is None or lengths.numel() == 0:
         return waveform, None
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1 or longest > waveform.shape[1] or lengths.shape != waveform.shape[:1]:
-        raise UserError(f"lengths {lengths.tolist()} must be one number a clip, 1 to {waveform.shape[1]} samples")
+        raise UserError(f"lengths {lengths.tolist()} must be one number per clip, 1 to {waveform.shape[1]} samples")
     return waveform[:, :longest], None if shortest == longest else lengths
 
 
 def run_by_length(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    """Run clips of equal length together, for networks that cannot mask padding.
+    """Run the clips of each length as a batch of their own, for networks that do not mask padding.
 
     Args:
         function: takes a batch without padding, returns tensors whose first axis is the batch.
         x: (B,...,T), padded along its last axis.
-        lengths: (B,) what of T belongs to each clip.
+        lengths: (B,) valid length of each clip along T.
 
     Returns:
         The results in the order of the batch, shorter axes zero-padded.
@@ -364,12 +392,12 @@ def run_by_length(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, l
         row = (lengths == length).nonzero().flatten().to(x.device)
         pieces.append(function(x[row][..., :length]))
         rows.append(row)
-    back = torch.cat(rows).argsort()
+    original_order = torch.cat(rows).argsort()
     joined = []
     for results in zip(*pieces, strict=True):
         shape = [max(sizes) for sizes in zip(*(result.shape[1:] for result in results), strict=True)]
         padded = [result.new_zeros(len(result), *shape) for result in results]
-        for whole, result in zip(padded, results, strict=True):
-            whole[tuple(slice(size) for size in result.shape)] = result
-        joined.append(torch.cat(padded)[back])
+        for target, result in zip(padded, results, strict=True):
+            target[tuple(slice(size) for size in result.shape)] = result
+        joined.append(torch.cat(padded)[original_order])
     return tuple(joined)

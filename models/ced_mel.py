@@ -1,4 +1,4 @@
-"""CED's front-end, which ResNet-10 has too: decibels of HTK mel bands.
+"""The front-end of CED and ResNet-10: decibels of HTK mel bands.
 
 Letters: B batch, S samples, F mel bands, T frames.
 """
@@ -15,7 +15,7 @@ from models.settings import MelSettings
 
 
 class _Buffers(nn.Module):
-    """A module that holds tensors under given names."""
+    """A module that consists of named buffers."""
 
     def __init__(self, **buffers: Tensor) -> None:
         super().__init__()
@@ -24,14 +24,13 @@ class _Buffers(nn.Module):
 
 
 class CedMel(FrontEnd):
-    """CED's front-end: HTK mel power in decibels, at most `TOP_DB` below the clip's own peak.
+    """CED's front-end: HTK mel power in decibels, at most `TOP_DB` below the clip's peak.
 
-    The window and the filters have the names they have in published checkpoints (`0.spectrogram.window`,
-    `0.mel_scale.fb`).
+    Window and filters have the names of published checkpoints (`0.spectrogram.window`, `0.mel_scale.fb`).
 
     Args:
         center: whether frames are centred, with reflected ends.
-        min_frames: shorter clips are extended with zeros until they have this many frames.
+        min_frames: shorter clips are zero-padded to this many frames.
         **settings: see `models.settings.MelSettings`, by default `defaults`; the window is periodic.
     """
 
@@ -55,19 +54,19 @@ class CedMel(FrontEnd):
     @property
     def mel_weights(self) -> Tensor:
         """Mel filters (n_fft/2 + 1, F)."""
-        return self._limited(cast(Tensor, self.get_buffer("0.mel_scale.fb")))  # whose values checkpoints bring
+        return self._apply_band_limit(cast(Tensor, self.get_buffer("0.mel_scale.fb")))  # loaded from checkpoints
 
     def power_db_to_value(self, db: float) -> float:
-        """Decibels are this front-end's own scale."""
+        """Return `db`: the scale of this front-end is decibels."""
         return db
 
-    def _silence_of(self, mel: Tensor) -> Tensor:
-        """The lowest decibels of each clip, (B,1,1)."""
+    def _compute_silence(self, mel: Tensor) -> Tensor:
+        """Return the lowest decibels of each clip, (B,1,1)."""
         kept = mel.masked_fill(self.get_buffer("_kept_bands")[:, None] == 0, SILENCE_DB)
         return (kept.amax((1, 2), keepdim=True) - self.TOP_DB).clamp(min=SILENCE_DB)
 
-    def compressed(self, mel: Tensor, is_padding: Tensor | None) -> Tensor:
-        """Bring mel power (B,F,T) to decibels."""
+    def compress(self, mel: Tensor, is_padding: Tensor | None) -> Tensor:
+        """Convert mel power (B,F,T) to decibels."""
         db = 10 * mel.clamp(min=10 ** (SILENCE_DB / 10)).log10()
         valid = db if is_padding is None else db.masked_fill(is_padding, -math.inf)
         return torch.maximum(db, valid.amax((1, 2), keepdim=True) - self.TOP_DB)

@@ -1,10 +1,9 @@
-"""Long clips in pieces: split their spectrograms, and join what a network gives for the pieces.
+"""Splitting of long spectrograms into chunks, and joining of the outputs for the chunks of a clip.
 
-Chunks follow each other without overlap; only the last one can be shorter, and is filled up. A remainder shorter than a
-patch makes no chunk of its own: it has no column in a patch grid, and its frames belong to the chunk before, as far as
-that one's grid takes them. Chunks are joined by their own frames, so that a clip's result changes little with one frame
-more or less. CED's published code does neither (one frame makes a chunk that counts as much as a whole one), and CED's
-networks here do as it does.
+Chunks do not overlap; only the last one can be shorter, and is padded. A remainder shorter than a patch is dropped: it
+would have no column in the patch grid. Chunks are weighted by their valid frames, so that one frame more or less
+changes a clip's output little. CED's published code does neither (a single frame makes a chunk with the weight of a
+full one), and CED's networks here follow it.
 
 Letters: B clips, F mel bands, T frames, R chunks of all clips, C classes.
 """
@@ -20,51 +19,50 @@ Count = TypeVar("Count", int, Tensor)
 
 
 def drop_remainder(n_frames: Count, chunk: int, least: int) -> Count:
-    """Count the frames of clips without a remainder behind whole chunks that is too short for a chunk of its own.
+    """Subtract a remainder after full chunks that is too short for a chunk of its own.
 
     Args:
-        n_frames: of a clip, or (B,) of clips.
+        n_frames: frames of a clip, or (B,) of clips.
         chunk: frames of a chunk.
-        least: frames of the shortest remainder that is kept.
+        least: shortest remainder that is kept, in frames.
     """
     remainder = n_frames % chunk
     return n_frames - remainder * ((remainder < least) & (n_frames > chunk))
 
 
 def split(mel: Tensor, n_frames: Tensor | None, chunk: int, fill: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut clips into chunks, the last of each filled up.
+    """Split clips into chunks, the last one of each padded.
 
     Args:
         mel: (B,F,T).
-        n_frames: (B,) frames of each clip, None where all of T belong to it.
+        n_frames: (B,) frames of each clip, None for T.
         chunk: frames of a chunk.
-        fill: what the rest of the last chunk reads.
+        fill: value of the padding.
 
     Returns:
-        The chunks (R,F,chunk) in the order of the clips, how many of a chunk's frames are its clip's own (R,), and the
-        clip of each chunk (R,).
+        The chunks (R,F,chunk) in the order of the clips, the valid frames of each (R,), and its clip (R,).
     """
     n_total = mel.shape[2]
     n_chunks = -(-n_total // chunk)
     frames = torch.full((len(mel),), n_total, device=mel.device) if n_frames is None else n_frames
-    alien = torch.arange(n_total, device=mel.device) >= frames[:, None]  # (B,T)
-    mel = F.pad(mel.masked_fill(alien[:, None], fill), (0, n_chunks * chunk - n_total), value=fill)
+    is_padding = torch.arange(n_total, device=mel.device) >= frames[:, None]  # (B,T)
+    mel = F.pad(mel.masked_fill(is_padding[:, None], fill), (0, n_chunks * chunk - n_total), value=fill)
     chunks = mel.unflatten(2, (n_chunks, chunk)).transpose(1, 2)  # (B, n_chunks, F, chunk)
     start = torch.arange(n_chunks, device=mel.device) * chunk
     used = start < frames[:, None]  # (B, n_chunks)
-    inside = (frames[:, None] - start).clamp(max=chunk)
-    return chunks[used], inside[used], used.nonzero()[:, 0]
+    n_valid = (frames[:, None] - start).clamp(max=chunk)
+    return chunks[used], n_valid[used], used.nonzero()[:, 0]
 
 
 def join(rows: Tensor, clip: Tensor, n_clips: int, average: Average, weights: Tensor | None = None) -> Tensor:
-    """Mean or maximum over the chunks of each clip.
+    """Compute the mean or maximum over the chunks of each clip.
 
     Args:
         rows: (R,C).
-        clip: (R,) the clip that each row belongs to, int64.
+        clip: (R,) clip of each row, int64.
         n_clips: B.
         average: "mean" or "max".
-        weights: (R,) of the rows in a mean, None where all count the same.
+        weights: (R,) of the rows in a mean, None for equal weights.
 
     Returns:
         (B,C).
@@ -81,15 +79,15 @@ def join(rows: Tensor, clip: Tensor, n_clips: int, average: Average, weights: Te
 def join_logits(
     rows: Tensor, clip: Tensor, n_clips: int, average: Average, activation: str, weights: Tensor | None = None
 ) -> Tensor:
-    """Logits of the joined probabilities, so that logits and probabilities of a long clip agree.
+    """Compute the logits of the joined probabilities, so that logits and probabilities of a long clip agree.
 
     Args:
         rows: logits (R,C).
-        clip: (R,) the clip that each row belongs to, int64.
+        clip: (R,) clip of each row, int64.
         n_clips: B.
         average: "mean" or "max" of probabilities.
         activation: "sigmoid" or "softmax".
-        weights: (R,) of the rows in a mean, None where all count the same.
+        weights: (R,) of the rows in a mean, None for equal weights.
 
     Returns:
         (B,C) float32, whose activation is the joined probability.
@@ -101,5 +99,5 @@ def join_logits(
     if average == "max":
         return join(rows, clip, n_clips, average)  # the sigmoid is monotonous
     present = join(rows.sigmoid(), clip, n_clips, average, weights).clamp(min=tiny)
-    absent = join((-rows).sigmoid(), clip, n_clips, average, weights).clamp(min=tiny)  # 1 - present rounds to 0
+    absent = join((-rows).sigmoid(), clip, n_clips, average, weights).clamp(min=tiny)  # 1 - present would round to 0
     return present.log() - absent.log()

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.mobilenetv3 import RELEASE, STAGES, STRIDE, EfficientAtTagger, Stage, conv_norm, n_features, to_eights
-from models.pooled_cnn import Backbone, run_through
+from models.mobilenetv3 import RELEASE, STAGES, STRIDE, EfficientAtTagger, Stage, conv_norm, make_divisible, n_features
+from models.pooled_cnn import Backbone, run_stages
 from models.registry import register_model
 
 N_KERNELS = 4
@@ -179,13 +179,13 @@ class DyMNMaps(Backbone):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
-        channels = to_eights(STAGES[0].out * width)
+        channels = make_divisible(STAGES[0].out * width)
         self.in_c = conv_norm(1, channels, 3, 2, act=nn.Hardswish)
         self.layers = nn.ModuleList()
-        narrowest, widest = to_eights(32 * width), to_eights(128 * width)
+        narrowest, widest = make_divisible(32 * width), make_divisible(128 * width)
         for stage in STAGES:
-            expanded, out = to_eights(stage.expanded * width), to_eights(stage.out * width)
-            context_width = min(max(to_eights(expanded // 4), narrowest), widest)
+            expanded, out = make_divisible(stage.expanded * width), make_divisible(stage.out * width)
+            context_width = min(max(make_divisible(expanded // 4), narrowest), widest)
             self.layers.append(DynamicBlock(stage, channels, expanded, out, context_width, temperature))
             channels = out
         self.channels = n_features(width)
@@ -193,7 +193,7 @@ class DyMNMaps(Backbone):
 
     def stages(self, mel: Tensor) -> Iterator[Tensor]:
         """Yield the output of the first convolution, of each block and of the last convolution."""
-        return run_through(mel[:, None], [self.in_c, *self.layers, self.out_c])
+        return run_stages(mel[:, None], [self.in_c, *self.layers, self.out_c])
 
 
 class DyMN(EfficientAtTagger):
@@ -205,7 +205,7 @@ class DyMN(EfficientAtTagger):
 
     def stages(self, mel: Tensor, n_frames: Tensor | None) -> Iterator[Tensor]:
         """Yield the output of the first convolution, of each block and of the last convolution."""
-        return run_through(mel[:, None], [self.in_c, *self.layers, self.out_c])
+        return run_stages(mel[:, None], [self.in_c, *self.layers, self.out_c])
 
 
 # published file and width

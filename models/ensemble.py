@@ -1,4 +1,4 @@
-"""One tagger or several whose probabilities are averaged: a teacher, or a better tagger than each of them.
+"""Ensembles: the mean probabilities of one or several taggers, as a teacher or for tagging.
 
 Letters: B batch, S samples, F mel bands, T frames, C classes, E embedding width.
 """
@@ -18,8 +18,8 @@ from models.frontends import FrontEnd
 from models.headed import HeadedTagger
 from models.loading import weights_hash
 
-# From a front-end and a batch of any type to spectrograms (B,F,T), and the frames of each clip (B,) or None.
-Spectrogram = Callable[[FrontEnd, Any], tuple[Tensor, Tensor | None]]
+# Computes the input of a member: (front-end, batch) -> spectrograms (B,F,T), frames of each clip (B,) or None.
+ComputeSpectrogram = Callable[[FrontEnd, Any], tuple[Tensor, Tensor | None]]
 
 
 class Ensemble(nn.Module):
@@ -28,10 +28,10 @@ class Ensemble(nn.Module):
     Members are frozen and stay in evaluation mode.
 
     Args:
-        members: at least one tagger; all have the same classes in the same order.
+        members: at least one tagger; all with the same classes in the same order.
 
     Raises:
-        UserError: there are no members, or their labels differ.
+        UserError: no members, or different labels.
     """
 
     outputs = "probabilities"
@@ -48,7 +48,7 @@ class Ensemble(nn.Module):
                 )
                 raise UserError(
                     f"members of an ensemble need the same labels: {first.name!r} has {len(first.labels)}, "
-                    f"{member.name!r} has {len(member.labels)}, and they part at class {where}"
+                    f"{member.name!r} has {len(member.labels)}, and they differ from class {where} on"
                 )
         self.members = nn.ModuleList(members)
         self.eval().requires_grad_(False)
@@ -70,38 +70,41 @@ class Ensemble(nn.Module):
 
     @property
     def sample_rates(self) -> list[int]:
-        """Ascending sample rates in hertz that its members take."""
+        """Sample rates of the members in hertz, ascending."""
         return sorted({member.sample_rate for member in self.taggers})
 
     @property
     def activations(self) -> set[str]:
-        """What turns the members' logits into probabilities: "sigmoid", "softmax", or both."""
+        """Activations of the members: "sigmoid", "softmax", or both."""
         return {member.activation for member in self.taggers}
 
     def check_classes(self) -> None:
-        """See that there are classes.
+        """Check that there are classes.
 
         Raises:
             UserError: a model that only embeds.
         """
         if not self.labels:
             raise UserError(
-                f"{self.name} embeds and has no classes: take its embeddings (targets: embeddings, objective: cosine)"
+                f"{self.name} only embeds and has no classes: use its embeddings (targets: embeddings, "
+                "objective: cosine)"
             )
 
     @property
     def single(self) -> AudioTagger:
-        """The one member, where what is wanted cannot be averaged.
+        """The only member, for embeddings and layers, which cannot be averaged.
 
         Raises:
             UserError: there are several.
         """
         if len(self.members) > 1:
-            raise UserError(f"{len(self.members)} models are given, but embeddings are taken from one: name it")
+            raise UserError(
+                f"{len(self.members)} models are given, but embeddings and layers are those of a single one: give one"
+            )
         return self.taggers[0]
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return what decides its output, as plain values: model, arguments, weights and head of each member."""
+        """Return everything that determines the output, as plain values: model, arguments, weights and head of each."""
         return [_describe(member) for member in self.taggers]
 
     def fingerprint(self) -> str:
@@ -109,49 +112,52 @@ class Ensemble(nn.Module):
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
     @torch.no_grad()  # not inference mode, whose tensors a loss could not be computed from
-    def probabilities(self, batch: Any, spectrogram: Spectrogram) -> Tensor:
+    def probabilities(self, batch: Any, spectrogram: ComputeSpectrogram) -> Tensor:
         """Return the mean of the members' probabilities (B,C), float32.
 
         Args:
-            batch: what `spectrogram` takes.
-            spectrogram: the input of each member, through its own front-end: `distill.replay.Replay.spectrogram` masks
-                the same seconds and hertz for all of them.
+            batch: argument of `spectrogram`.
+            spectrogram: computes the input of each member with its own front-end: `distill.replay.Replay.spectrogram`
+                masks the same seconds and hertz for all of them.
         """
-        found = []
+        votes = []
         for member in self.taggers:
             output = member.forward_spectrogram(*spectrogram(member.front_end, batch))
-            found.append(member.probabilities(output).float())
-        return sum(found[1:], found[0]) / len(found)
+            votes.append(member.probabilities(output).float())
+        return sum(votes[1:], votes[0]) / len(votes)
 
     @torch.no_grad()
-    def embeddings(self, batch: Any, spectrogram: Spectrogram) -> Tensor:
+    def embeddings(self, batch: Any, spectrogram: ComputeSpectrogram) -> Tensor:
         """Return the embeddings of the clips (B,E), float32; arguments as in `probabilities`.
 
         Raises:
-            UserError: there are several members, whose embeddings have nothing in common.
+            UserError: there are several members.
         """
         return self.single.embed_clips(*spectrogram(self.single.front_end, batch)).float()
 
     @torch.no_grad()
-    def encode(self, batch: Any, spectrogram: Spectrogram, layers: Sequence[int] = ()) -> Encoded:
-        """Return what the one member computes, with the outputs of some of its layers; see `AudioTagger.encode`.
+    def encode(self, batch: Any, spectrogram: ComputeSpectrogram, layers: Sequence[int] = ()) -> Encoded:
+        """Encode a batch with the only member and return some of its layers as well; see `AudioTagger.encode`.
 
         Raises:
-            UserError: there are several members, or no such layer.
+            UserError: several members, an unknown layer, or clips of several lengths where the member does not mask
+                padding.
         """
-        return self.single.encode(*spectrogram(self.single.front_end, batch), layers=layers)
+        mel, n_frames = spectrogram(self.single.front_end, batch)
+        self.single.check_lengths(mel, n_frames)
+        return self.single.encode(mel, n_frames, layers=layers)
 
     def forward(self, waveforms: Mapping[int, Tensor], lengths: Mapping[int, Tensor] | None = None) -> Tensor:
-        """The same as `predict`."""
+        """Call `predict`."""
         return self.predict(waveforms, lengths)
 
     def predict(self, waveforms: Any, lengths: Any = None) -> Tensor:
-        """Probabilities of the same clips, given at every sample rate of the members.
+        """Return probabilities of clips that are given at every sample rate of the members.
 
         Args:
-            waveforms: sample rate in hertz -> what `AudioTagger.predict` takes; where all members have one rate, the
-                clips alone will do.
-            lengths: sample rate in hertz -> (B,) samples of each clip, None where all belong to it; likewise.
+            waveforms: sample rate in hertz -> waveforms as in `AudioTagger.predict`; the waveforms alone where all
+                members have the same rate.
+            lengths: sample rate in hertz -> (B,) samples of each clip, None for all; likewise.
 
         Returns:
             (B,C).
@@ -170,7 +176,7 @@ class Ensemble(nn.Module):
         for what, given in (("waveforms", waveforms), ("lengths", lengths)):
             missing = [rate for rate in self.sample_rates if given is not None and rate not in given]
             if missing:
-                raise UserError(f"the ensemble needs {what} at {self.sample_rates} Hz; {missing} are not given")
+                raise UserError(f"the ensemble needs {what} at {self.sample_rates} Hz; {missing} are missing")
         votes = []
         for member in self.taggers:
             rate = member.sample_rate
@@ -178,7 +184,7 @@ class Ensemble(nn.Module):
         return torch.stack(votes).mean(0)
 
     def embed(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse: widths and meaning of members' embeddings differ.
+        """Raise an error: embeddings of different members cannot be averaged.
 
         Raises:
             UserError: always.

@@ -25,7 +25,7 @@ _conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 _conv1x1 = partial(nn.Conv2d, kernel_size=1, bias=False)
 
 
-def _clipped(x: Tensor) -> Tensor:
+def _clip(x: Tensor) -> Tensor:
     return x.clamp(0.0, _CEILING)
 
 
@@ -81,13 +81,13 @@ class Res2Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,D,F',T') -> (B,D',F'',T'')."""
-        parts = list(_clipped(self.bn1(self.conv1(x))).chunk(N_PARTS, 1))
+        parts = list(_clip(self.bn1(self.conv1(x))).chunk(N_PARTS, 1))
         for i, (conv, norm) in enumerate(zip(self.convs, self.bns, strict=True)):
             if i > 0:
                 before, own = parts[i - 1], parts[i]
                 parts[i] = self.fuse_models[i - 1](before, own) if self.fuses else before + own
-            parts[i] = _clipped(norm(conv(parts[i])))
-        return _clipped(self.bn3(self.conv3(torch.cat(parts, 1))) + self.shortcut(x))
+            parts[i] = _clip(norm(conv(parts[i])))
+        return _clip(self.bn3(self.conv3(torch.cat(parts, 1))) + self.shortcut(x))
 
 
 class ERes2NetMaps(Backbone):
@@ -106,8 +106,8 @@ class ERes2NetMaps(Backbone):
         planes = [m_channels * factor for factor in (1, 2, 4, 8, 2)[: len(num_blocks)]]
         if len(num_blocks) not in (4, 5) or min(num_blocks) < 1 or m_channels < 4 or m_channels % 4:
             raise ValueError(
-                f"m_channels {m_channels} and num_blocks {list(num_blocks)}: wanted a multiple of 4, and four or five "
-                "numbers of at least 1"
+                f"m_channels {m_channels} and num_blocks {list(num_blocks)}: expected a multiple of 4, and four or "
+                "five numbers of at least 1"
             )
         self.n_stages, self.channels, self.stride = len(planes), EXPANSION * planes[-1], 2 ** (len(planes) - 1)
         self.conv1 = _conv3x3(1, m_channels)
@@ -144,7 +144,7 @@ class ERes2NetMaps(Backbone):
             yield fused
 
 
-def mean_and_deviation(maps: Tensor) -> tuple[Tensor, Tensor]:
+def pool_statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Pool over time: maps (B,D,F',T') -> means and deviations of each channel and band, (B, D F') each.
 
     Deviations are those of a sample (T' - 1 in the denominator); one column alone has almost none, never NaN.

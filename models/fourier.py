@@ -23,7 +23,7 @@ class MelPower(nn.Module):
 
     def __init__(self, front_end: FrontEnd) -> None:
         super().__init__()
-        self.conditioned = front_end.conditioned
+        self.condition_frames = front_end.condition_frames
         n_fft = front_end.n_fft
         p = min((size for size in range(1, n_fft + 1) if n_fft % size == 0), key=lambda size: size + 2 * n_fft // size)
         self.p, self.q = p, n_fft // p
@@ -54,7 +54,7 @@ class MelPower(nn.Module):
         n_hops = n_frames + n_parts - 1
         hops = F.pad(waveform, (0, n_parts * hop)).narrow(1, 0, n_hops * hop).unflatten(1, (n_hops, hop))
         frames = torch.cat([hops[:, part : part + n_frames] for part in range(n_parts)], 2)[:, :, : self.n_fft]
-        frames = self.conditioned(frames).unflatten(2, (self.p, self.q)) * self.window  # (B,T,a,b)
+        frames = self.condition_frames(frames).unflatten(2, (self.p, self.q)) * self.window  # (B,T,a,b)
         halves = (self.first @ frames).flatten(0, 1).unflatten(1, (2, -1))  # (BT,2,c,b), real and imaginary
         spectrum = halves.permute(2, 0, 1, 3).flatten(2) @ self.second  # (c,BT,2d)
         real, imaginary = spectrum.chunk(2, 2)
@@ -75,7 +75,7 @@ class PortableFrontEnd(nn.Module):
         """As the front-end, to float rounding; clips too short for it are followed by silence, as there."""
         front_end = self.front_end
         waveform = F.pad(waveform, (0, torch.sym_max(front_end.min_samples - waveform.shape[1], 0)))
-        waveform = front_end.filtered(waveform)
+        waveform = front_end.filter_waveform(waveform)
         if front_end.center:
             waveform = F.pad(waveform, (front_end.n_fft // 2,) * 2, mode="reflect")
-        return front_end.compressed(self.mel_power(waveform), None)
+        return front_end.compress(self.mel_power(waveform), None)

@@ -1,7 +1,7 @@
-"""Waveform to log-mel: what the front-ends of all taggers have in common.
+"""Base class of the log-mel front-ends.
 
-A clip's features depend on that clip alone: in a padded batch each clip is reflected at its own end and the dynamic
-range is clamped below its own peak. Everything is computed in float32, whatever autocast says.
+The features of a clip do not depend on its batch: in a padded batch each clip is reflected at its own end, and its
+dynamic range is limited relative to its own peak. Computations are in float32, also under autocast.
 
 Letters: B batch, S samples, F mel bands, T frames.
 """
@@ -21,11 +21,11 @@ from models.settings import MelSettings, take_settings
 
 Count = TypeVar("Count", int, Tensor)
 
-SILENCE_DB = -100.0  # power 1e-10, the smallest the decibel scale here tells apart
+SILENCE_DB = -100.0  # power 1e-10, the floor of the decibel scale
 
 
 def _reflect_each(waveform: Tensor, lengths: Tensor, pad: int) -> Tensor:
-    """Reflect every clip at its own two ends: (B,S), lengths (B,) -> (B, S + 2 pad); what lies beyond is unused."""
+    """Reflect every clip at both of its ends: (B,S), lengths (B,) -> (B, S + 2 pad); further samples are undefined."""
     n_samples = waveform.shape[1]
     last = lengths[:, None] - 1  # (B,1)
     position = torch.arange(-pad, n_samples + pad, device=waveform.device).expand(len(waveform), -1)
@@ -34,22 +34,22 @@ def _reflect_each(waveform: Tensor, lengths: Tensor, pad: int) -> Tensor:
 
 
 class FrontEnd(nn.Module):
-    """What every front-end has in common: framing, power spectrum, mel filters.
+    """Log-mel front-end: framing, power spectrum and mel filters; subclasses add scale and compression.
 
     Args:
-        settings: what differs from `defaults`, by the names of `models.settings.MelSettings`.
+        settings: that differ from `defaults`, see `models.settings.MelSettings`.
         center: frames are centred on multiples of the hop, the clip is reflected at both ends.
-        min_frames: shorter clips are extended with zeros until they have this many frames.
+        min_frames: shorter clips are zero-padded to this many frames.
 
     Raises:
-        TypeError: a setting that there is not.
+        TypeError: an unknown setting.
         UserError: the settings contradict each other.
     """
 
     defaults: ClassVar[MelSettings]
     scale: ClassVar[MelScale]
-    n_added: int = 0  # samples that `filtered` puts around a clip, below 0 where it takes some away
-    generator: torch.Generator | None = None  # draws what varies in training; None means torch's default one
+    n_added: int = 0  # samples that `filter_waveform` adds to a clip, negative where it removes some
+    generator: torch.Generator | None = None  # of random draws in training; None for torch's default
     band_limit: float | None = None  # hertz, see `limit_band`
 
     def __init__(self, settings: Mapping[str, Any], *, center: bool, min_frames: int = 1) -> None:
@@ -71,31 +71,31 @@ class FrontEnd(nn.Module):
 
     @property
     def min_samples(self) -> int:
-        """Samples to which shorter clips are extended."""
+        """Length in samples to which shorter clips are padded."""
         first = self.n_fft // 2 + 1 if self.center else self.n_fft  # reflection needs more samples than it copies
         least = (self.min_frames - 1) * self.hop_size + (0 if self.center else self.n_fft)
         return max(least, first) - self.n_added
 
     @property
     def description(self) -> dict[str, Any]:
-        """Its class and arguments, ready for JSON; `described_front_end` builds it again."""
-        own = inspect.signature(type(self)).parameters.values()
+        """Class and arguments as JSON values, the input of `build_front_end`."""
+        parameters = inspect.signature(type(self)).parameters.values()
         names = [each.name for each in fields(MelSettings)]
-        names += [each.name for each in own if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        names += [each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]
         arguments = {name: getattr(self, name) for name in names}
         limit = {} if self.band_limit is None else {"band_limit": self.band_limit}
         return {"class": type(self).__name__} | arguments | limit
 
     @property
     def highest_hz(self) -> float:
-        """Frequency up to which sound changes the features, in hertz."""
+        """Highest frequency that the features depend on, in hertz."""
         return self.f_max if self.band_limit is None else min(self.f_max, self.band_limit)
 
     def limit_band(self, hertz: float) -> None:
-        """Ignore what lies above a frequency from now on: mel bands that reach above it are silent for every sound.
+        """Limit the bandwidth: mel bands that reach above a frequency are silent for every input.
 
-        Weights that were trained with these bands still fit. It is how a model of sounds that end at 4 kHz, say, keeps
-        from learning what a resampler leaves above, and from tags that depend on it.
+        The number of bands, and so the shapes of weights, stay the same. Used where sounds end at 4 kHz, for example,
+        so that a model does not learn the residual of a resampler above.
 
         Args:
             hertz: the frequency.
@@ -106,27 +106,27 @@ class FrontEnd(nn.Module):
         upper = self.mel_edges_hz[2:]
         if isinstance(hertz, bool) or not isinstance(hertz, int | float) or not upper[0] <= hertz:
             raise UserError(
-                f"band_limit is {hertz!r}; wanted hertz, at least {float(upper[0]):g}, where the lowest mel band ends"
+                f"band_limit is {hertz!r}; expected hertz, at least {float(upper[0]):g}, the end of the lowest mel band"
             )
         self.band_limit = float(hertz)
         self.register_buffer("_kept_bands", (upper <= hertz).float(), persistent=False)
 
-    def _limited(self, mel_weights: Tensor) -> Tensor:
-        """Filters (.., F) with the bands above `band_limit` zero."""
+    def _apply_band_limit(self, mel_weights: Tensor) -> Tensor:
+        """Set the filters (.., F) of bands above `band_limit` to zero."""
         return mel_weights if self.band_limit is None else mel_weights * self.get_buffer("_kept_bands")
 
     def silence_bands(self, mel: Tensor) -> Tensor:
-        """Silence the bands above `band_limit` in features (B,F,T) that were computed elsewhere, without it."""
+        """Silence the bands above `band_limit` in features (B,F,T) that were computed without the limit."""
         if self.band_limit is None:
             return mel
-        return torch.where(self.get_buffer("_kept_bands")[:, None] > 0, mel, self._silence_of(mel))
+        return torch.where(self.get_buffer("_kept_bands")[:, None] > 0, mel, self._compute_silence(mel))
 
-    def _silence_of(self, mel: Tensor) -> Tensor:
-        """What a band without power reads in features (B,F,T), to be broadcast to them."""
+    def _compute_silence(self, mel: Tensor) -> Tensor:
+        """Return the value of a band without power in features (B,F,T); broadcasts to their shape."""
         return mel.new_tensor(self.power_db_to_value(SILENCE_DB))
 
-    def _keep(self, window: Tensor, mel_weights: Tensor) -> None:
-        """Hold the window (win_size,) and the filters (n_fft/2 + 1, F), which are no part of a checkpoint."""
+    def _register_filters(self, window: Tensor, mel_weights: Tensor) -> None:
+        """Register window (win_size,) and filters (n_fft/2 + 1, F) as buffers that are not part of a checkpoint."""
         self.register_buffer("_window", window, persistent=False)
         self.register_buffer("_mel_weights", mel_weights, persistent=False)
 
@@ -138,7 +138,7 @@ class FrontEnd(nn.Module):
     @property
     def mel_weights(self) -> Tensor:
         """Mel filters (n_fft/2 + 1, F)."""
-        return self._limited(cast(Tensor, self.get_buffer("_mel_weights")))
+        return self._apply_band_limit(cast(Tensor, self.get_buffer("_mel_weights")))
 
     @property
     def mel_edges_hz(self) -> Tensor:
@@ -156,18 +156,16 @@ class FrontEnd(nn.Module):
         return self.mel_edges_hz[1:-1]
 
     def power_db_to_value(self, db: float) -> float:
-        """What a band whose power is `db` decibels reads in this front-end's own scale."""
+        """Convert a band power of `db` decibels to the scale of this front-end."""
         raise NotImplementedError
 
     def n_frames(self, n_samples: Count) -> Count:
-        """Number of frames T of clips of `n_samples` samples, an integer or a tensor of them."""
-        return self._framed(self._usable(n_samples))
+        """Return the number of frames T of clips of `n_samples` samples, an integer or a tensor."""
+        n_samples = self._count_framed_samples(n_samples)
+        return n_samples // self.hop_size + 1 if self.center else (n_samples - self.n_fft) // self.hop_size + 1
 
     def spectrogram(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Compute what a network takes: (B,S), own samples (B,) or None -> (B,F,T), own frames (B,) or None.
-
-        In training and in use alike; see `forward`.
-        """
+        """Compute the input of a network: (B,S), samples of each (B,) or None -> (B,F,T), frames (B,) or None."""
         return self(waveform, lengths), None if lengths is None else self.n_frames(lengths)
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -175,10 +173,10 @@ class FrontEnd(nn.Module):
 
         Args:
             waveform: (B,S) in [-1, 1] at `sample_rate`.
-            lengths: (B,) samples that belong to each clip, None where all of S do. What lies behind is not looked at.
+            lengths: (B,) samples of each clip, None for S; later samples are ignored.
 
         Returns:
-            (B,F,T) float32; clip b owns its first `n_frames(lengths[b])` frames, the rest reads as silence.
+            (B,F,T) float32; the first `n_frames(lengths[b])` frames of clip b are valid, the others are silence.
 
         Raises:
             UserError: the waveform is not (B,S) with S > 0, or a length is outside 1..S.
@@ -191,41 +189,39 @@ class FrontEnd(nn.Module):
                 lengths = lengths.to(waveform.device)
                 if lengths.shape != waveform.shape[:1] or bool(((lengths < 1) | (lengths > waveform.shape[1])).any()):
                     raise UserError(
-                        f"lengths {lengths.tolist()} must be one number a clip, 1 to {waveform.shape[1]} samples"
+                        f"lengths {lengths.tolist()} must be one number per clip, 1 to {waveform.shape[1]} samples"
                     )
-                behind = torch.arange(waveform.shape[1], device=waveform.device) >= lengths[:, None]
-                waveform = waveform.masked_fill(behind, 0.0)
+                is_padding = torch.arange(waveform.shape[1], device=waveform.device) >= lengths[:, None]
+                waveform = waveform.masked_fill(is_padding, 0.0)
             if waveform.shape[1] < self.min_samples:
                 waveform = F.pad(waveform, (0, self.min_samples - waveform.shape[1]))
-            mel = self._mel_power(self.filtered(waveform), None if lengths is None else self._usable(lengths))
+            n_framed = None if lengths is None else self._count_framed_samples(lengths)
+            mel = self._mel_power(self.filter_waveform(waveform), n_framed)
             if lengths is None:
-                return self.compressed(mel, None)
+                return self.compress(mel, None)
             is_padding = torch.arange(mel.shape[2], device=mel.device) >= self.n_frames(lengths)[:, None]  # (B,T)
-            value = self.compressed(mel, is_padding[:, None])
+            value = self.compress(mel, is_padding[:, None])
             return value.masked_fill(is_padding[:, None], self.power_db_to_value(SILENCE_DB))
 
-    def _usable(self, n_samples: Count) -> Count:
-        """Samples that are framed, of clips of `n_samples`."""
+    def _count_framed_samples(self, n_samples: Count) -> Count:
+        """Return the number of samples that are framed, of clips of `n_samples`."""
         if isinstance(n_samples, Tensor):
             return n_samples.clamp(min=self.min_samples) + self.n_added
         return max(n_samples, self.min_samples) + self.n_added
 
-    def _framed(self, n_samples: Count) -> Count:
-        return n_samples // self.hop_size + 1 if self.center else (n_samples - self.n_fft) // self.hop_size + 1
-
-    def filtered(self, waveform: Tensor) -> Tensor:
-        """Give the waveform as it is framed, (B,S) -> (B,S')."""
+    def filter_waveform(self, waveform: Tensor) -> Tensor:
+        """Filter the waveform before framing, (B,S) -> (B,S')."""
         return waveform
 
-    def conditioned(self, frames: Tensor) -> Tensor:
-        """Give the frames as they are windowed, (B,T,n_fft) -> (B,T,n_fft); a short window lies in their middle.
+    def condition_frames(self, frames: Tensor) -> Tensor:
+        """Process frames before windowing, (B,T,n_fft) -> (B,T,n_fft); a shorter window lies in their middle.
 
-        A front-end that has something to do here has a `_mel_power` of its own that does it too.
+        Used in exports; a subclass that overrides it overrides `_mel_power` as well.
         """
         return frames
 
-    def compressed(self, mel: Tensor, is_padding: Tensor | None) -> Tensor:
-        """Bring mel power (B,F,T) to the scale of the model; `is_padding` (B,1,T) marks frames that are padding."""
+    def compress(self, mel: Tensor, is_padding: Tensor | None) -> Tensor:
+        """Convert mel power (B,F,T) to the scale of the model; `is_padding` (B,1,T) marks padding frames."""
         raise NotImplementedError
 
     def _mel_power(self, waveform: Tensor, lengths: Tensor | None) -> Tensor:
@@ -240,18 +236,18 @@ class FrontEnd(nn.Module):
         )
         real, imag = spectrum.real, spectrum.imag
         power = torch.addcmul(real.square(), imag, imag)  # (B, n_fft/2 + 1, T), 6 times faster than abs().square()
-        return self._filters().T @ power
+        return self._draw_filters().T @ power
 
-    def _filters(self) -> Tensor:
-        """Give the mel filters of one batch, (n_fft/2 + 1, F)."""
+    def _draw_filters(self) -> Tensor:
+        """Return the mel filters of one batch, (n_fft/2 + 1, F)."""
         return self.mel_weights
 
 
-def described_front_end(description: Mapping[str, Any]) -> FrontEnd:
+def build_front_end(description: Mapping[str, Any]) -> FrontEnd:
     """Build a front-end from its `description`.
 
     Raises:
-        UserError: there is no front-end of that class, or not with these arguments.
+        UserError: an unknown class or argument.
     """
     arguments = dict(description)
     name, limit = arguments.pop("class", None), arguments.pop("band_limit", None)

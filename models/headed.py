@@ -1,4 +1,4 @@
-"""A head, and a model with one: small networks from clip embeddings to classes behind the face of a tagger.
+"""Heads, small networks from clip embeddings to classes, and taggers that consist of a model and a head.
 
 Letters: B batch, S samples, F mel bands, T frames, C classes, E embedding width.
 """
@@ -15,28 +15,28 @@ from common.errors import UserError, some
 from models.base import Activation, AudioTagger, Encoded, Keep
 from models.labels import labels_for
 
-SEGMENT_SECONDS = 10.0  # of what S-SONDO takes at once, and its published heads were trained on
-HEAD = "+head."  # before the names of a head's tensors in a state dict that holds those of a model, too
+SEGMENT_SECONDS = 10.0  # length of the segments of S-SONDO, which its published heads were trained on
+HEAD = "+head."  # prefix of a head's tensors in the state dict of a checkpoint
 
 
 class Head(nn.Module):
-    """Classes from a clip's embedding: standardised, then one linear layer or several with ReLU between.
+    """Classifier of clip embeddings: standardisation, then a linear layer or an MLP with ReLU.
 
     Args:
         embed_dim: E.
         num_classes: C.
-        hidden_sizes: widths of the hidden layers, none for a linear head.
+        hidden_sizes: widths of the hidden layers, empty for a linear head.
         labels: names of the classes, by default their numbers.
-        activation: "softmax" (exactly one class a clip) or "sigmoid" (any number).
+        activation: "softmax" (exactly one class per clip) or "sigmoid" (any number).
         dropout: after each hidden layer.
 
     Attributes:
-        facts: plain values that go into its file. Read by this project: "name", "model", "weights_sha256" (what
-            `models.heads.weights_sha256` says of the model), "chunk_length", "metric", "value" and "data".
-        padded: it was trained on clips that zeros fill up to 10 s.
+        facts: plain values that are stored in its file. Read by this project: "name", "model", "weights_sha256" (see
+            `models.heads.weights_sha256`), "chunk_length", "metric", "value" and "data".
+        padded: whether it was trained on clips that are zero-padded to 10 s.
 
     Raises:
-        UserError: a width below 1, another number of labels, or no such activation.
+        UserError: a width below 1, another number of labels, or an unknown activation.
     """
 
     mean: Tensor
@@ -74,7 +74,7 @@ class Head(nn.Module):
         return self.layers((embedding - self.mean) / self.scale)
 
     def config(self) -> dict[str, Any]:
-        """Return what it is, as plain values, of which `restore_head` makes it again."""
+        """Return the arguments and attributes as plain values, from which `restore_head` rebuilds the head."""
         return {
             "embed_dim": self.embed_dim,
             "num_classes": self.num_classes,
@@ -88,23 +88,23 @@ class Head(nn.Module):
 
     @property
     def chunk_seconds(self) -> float:
-        """Length of the chunks whose embeddings, averaged over a clip, it was trained on."""
+        """Length of the chunks over which the training embeddings of a clip were averaged."""
         return float(self.facts.get("chunk_length", SEGMENT_SECONDS))
 
 
 def restore_head(config: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> Head:
-    """Make a head again.
+    """Rebuild a head from its config and state dict.
 
     Args:
-        config: what `Head.config` returned.
+        config: see `Head.config`.
         state: its state dict.
-        origin: where both were read.
+        origin: file of both, for messages.
 
     Returns:
         The head, in evaluation mode.
 
     Raises:
-        UserError: something is missing, or they do not belong together.
+        UserError: entries are missing, or the tensors do not fit the config.
     """
     try:
         sizes = {name: config[name] for name in ("hidden_sizes", "labels", "activation", "dropout")}
@@ -112,25 +112,25 @@ def restore_head(config: Mapping[str, Any], state: Mapping[str, Tensor], origin:
         head.load_state_dict(dict(state), strict=True)
         head.facts, head.padded = dict(config["facts"]), bool(config["padded"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{origin}: is no whole head ({error}): make it again with `run.py probe`") from error
+        raise UserError(f"{origin}: is an incomplete head ({error}): train it again with `run.py probe`") from error
     return head.eval()
 
 
 class HeadedTagger(AudioTagger):
-    """A model and a head behind the face of a tagger: it embeds as the model does, and tags as the head does.
+    """A tagger that consists of a model, which embeds, and a head, which classifies the embeddings.
 
-    A clip is embedded in one piece, or as the model cuts it itself. What a long one gets from the chunks that a head
-    was trained on is the head's output for the mean of their embeddings, see `Head.chunk_seconds`.
+    A clip is embedded in one piece, or in the chunks of the model. For long clips in the chunks of the head, apply the
+    head to the mean of the chunks' embeddings, see `Head.chunk_seconds`.
 
     Args:
-        model: gives the embeddings, and the front-end.
-        head: reads them.
+        model: computes the embeddings.
+        head: classifies them.
     """
 
     def __init__(self, model: AudioTagger, head: Head) -> None:
         super().__init__(model.front_end, num_classes=head.num_classes, embed_dim=model.embed_dim)
         self.model, self.head = model, head
-        self.masks_padding = model.masks_padding  # type: ignore[misc]  # as the model does
+        self.masks_padding = model.masks_padding  # type: ignore[misc]  # depends on the model
         self.name, self.arguments = model.name, dict(model.arguments)
         self.labels, self.activation = list(head.labels), head.activation
         self.last_layer = f"head.layers.{len(head.layers) - 1}"  # type: ignore[misc]  # depends on the head's depth
@@ -143,84 +143,84 @@ class HeadedTagger(AudioTagger):
     def encode(
         self, mel: Tensor, n_frames: Tensor | None = None, *, keep: Keep | None = None, layers: Sequence[int] = ()
     ) -> Encoded:
-        """Compute what the model does, see `AudioTagger.encode`."""
+        """Encode with the model, see `AudioTagger.encode`."""
         return self.model.encode(mel, n_frames, keep=keep, layers=layers)
 
     def classify(self, encoded: Encoded) -> Tensor:
-        """Tag: logits (B,C)."""
+        """Return the logits of the head (B,C)."""
         return self.head(self.model.pool(encoded))
 
     def pool(self, encoded: Encoded) -> Tensor:
-        """Embed clips as the model does: (B,E)."""
+        """Return the clip embeddings of the model (B,E)."""
         return self.model.pool(encoded)
 
     def frames(self, encoded: Encoded) -> Tensor:
-        """Embed time steps as the model does: (B,T',E)."""
+        """Return the time step embeddings of the model (B,T',E)."""
         return self.model.frames(encoded)
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Tag clips: (B,S), own samples (B,) or None -> logits (B,C)."""
+        """Tag clips: (B,S), samples of each (B,) or None -> logits (B,C)."""
         return self.head(self.embed_for_head(waveform, lengths))
 
     @torch.no_grad()
     def tag_embedding(self, embedding: Tensor) -> Tensor:
-        """Turn clip embeddings (B,E) into the head's probabilities (B,C), without gradients.
+        """Convert clip embeddings (B,E) to the head's probabilities (B,C), without gradients.
 
         Raises:
-            UserError: they are no numbers.
+            UserError: an embedding is NaN or infinite.
         """
         if not bool(embedding.isfinite().all()):
-            raise UserError(f"the model {self.name} gives NaN: its weights are damaged or its training diverged")
+            raise UserError(f"the output of {self.name} is NaN: its weights are damaged or its training diverged")
         return self.probabilities(self.head(embedding))
 
     def embed_for_head(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Embed clips as the head was trained on them: (B,S), own samples (B,) or None -> (B,E)."""
-        if self.head.padded:  # trained on clips filled up with zeros that count as sound
-            n_samples, least = waveform.shape[1], round(SEGMENT_SECONDS * self.sample_rate)
+        """Embed clips, padded as in the training of the head: (B,S), samples of each (B,) or None -> (B,E)."""
+        if self.head.padded:  # the zeros are valid samples
+            n_samples, n_min = waveform.shape[1], round(SEGMENT_SECONDS * self.sample_rate)
             if lengths is not None:
-                behind = torch.arange(n_samples, device=waveform.device) >= lengths[:, None].to(waveform.device)
-                waveform, lengths = waveform.masked_fill(behind, 0.0), lengths.clamp(min=least)
-            waveform = F.pad(waveform, (0, max(least - n_samples, 0)))
+                is_padding = torch.arange(n_samples, device=waveform.device) >= lengths[:, None].to(waveform.device)
+                waveform, lengths = waveform.masked_fill(is_padding, 0.0), lengths.clamp(min=n_min)
+            waveform = F.pad(waveform, (0, max(n_min - n_samples, 0)))
         return self.model.embed_waveform(waveform, lengths)[0]
 
     def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
-        """Tag spectrograms: (B,F,T), own frames (B,) or None -> logits (B,C)."""
+        """Tag spectrograms: (B,F,T), frames of each (B,) or None -> logits (B,C)."""
         if self.head.padded:
-            mel, n_frames = self._followed_by_silence(mel, n_frames)
+            mel, n_frames = self._append_silence(mel, n_frames)
         return self.head(self.model.embed_clips(mel, n_frames))
 
-    def probabilities_of(self, mel: Tensor) -> Tensor:
-        """Probabilities of spectrograms of any length (B,F,T) -> (B,C), in shapes alone, as graphs want it."""
-        return self.probabilities(self.head(self.model.embedding_of(mel)))
+    def forward_export(self, mel: Tensor) -> Tensor:
+        """Return probabilities (B,C) of spectrograms (B,F,T), traceable; see `AudioTagger.forward_export`."""
+        return self.probabilities(self.head(self.model.embed_export(mel)))
 
-    def embedding_of(self, mel: Tensor) -> Tensor:
-        """Clip embeddings of spectrograms of any length (B,F,T) -> (B,E), in shapes alone, as graphs want it."""
-        return self.model.embedding_of(mel)
+    def embed_export(self, mel: Tensor) -> Tensor:
+        """Return clip embeddings (B,E) of spectrograms (B,F,T), traceable; see `AudioTagger.embed_export`."""
+        return self.model.embed_export(mel)
 
     def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits (B,C) and clip embeddings (B,E) in one pass."""
-        clip = self.model.embed_clips(mel, n_frames)  # of all lengths, so that the head reads them together
+        """Return logits (B,C) and clip embeddings (B,E) of one pass."""
+        clip = self.model.embed_clips(mel, n_frames)  # of all lengths, so that the head runs once
         return self.head(clip), clip
 
     def n_steps(self, n_samples: int) -> int:
-        """Time steps that `embed` gives a clip of `n_samples` samples."""
+        """Return the number of time steps of a clip of `n_samples` samples."""
         return self.model.n_steps(n_samples)
 
     def merge_tokens(self, setting: Any) -> None:
-        """Merge tokens of the model from now on."""
+        """Set the token merging of the model."""
         self.model.merge_tokens(setting)
         self.arguments = dict(self.model.arguments)
 
-    def _followed_by_silence(self, mel: Tensor, n_frames: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Fill spectrograms (B,F,T) up to `SEGMENT_SECONDS` with frames of silence that count as sound."""
-        least = self.front_end.n_frames(round(SEGMENT_SECONDS * self.sample_rate))
+    def _append_silence(self, mel: Tensor, n_frames: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Pad spectrograms (B,F,T) to `SEGMENT_SECONDS` with valid frames of silence."""
+        n_min = self.front_end.n_frames(round(SEGMENT_SECONDS * self.sample_rate))
         n_total = mel.shape[2]
         silence = self.front_end(mel.new_zeros(1, self.sample_rate))[:, :, -1:]  # (1,F,1)
         if n_frames is not None:
             n_frames = n_frames.to(mel.device)
-            behind = torch.arange(n_total, device=mel.device) >= n_frames[:, None]  # (B,T)
-            mel = torch.where(behind[:, None], silence, mel)
-            n_frames = n_frames.clamp(min=least)
-        if n_total < least:
-            mel = torch.cat([mel, silence.expand(len(mel), -1, least - n_total)], 2)
+            is_padding = torch.arange(n_total, device=mel.device) >= n_frames[:, None]  # (B,T)
+            mel = torch.where(is_padding[:, None], silence, mel)
+            n_frames = n_frames.clamp(min=n_min)
+        if n_total < n_min:
+            mel = torch.cat([mel, silence.expand(len(mel), -1, n_min - n_total)], 2)
         return mel, n_frames

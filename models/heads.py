@@ -1,6 +1,6 @@
-"""Heads on disk: saved, found again, and put onto a model.
+"""Saving and loading of heads, and attaching them to models.
 
-A head's file is a `torch.save` of {"head": state dict, "config": dict} that holds tensors and plain values only.
+A head's file is a `torch.save` of {"head": state dict, "config": dict} that contains tensors and plain values only.
 """
 
 import logging
@@ -15,7 +15,7 @@ from common.files import whole_file
 from models.base import Activation, AudioTagger
 from models.headed import Head, HeadedTagger, restore_head
 from models.loading import fetch, load_model, read_tensors, weights_hash
-from models.sources import describe_onnx
+from models.source_errors import describe_onnx
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 _PUBLISHED_URL = "https://huggingface.co/mohammedali2501/ssondo/resolve/main/heads"
 _PUBLISHED_MODEL = "matpac-mobilenetv3"
 _PUBLISHED_WIDTH = 960
-# name -> what it tells apart, classes, whether a clip has exactly one
+# name -> kind of classes, number of classes, activation
 PUBLISHED: dict[str, tuple[str, int, Activation]] = {
     "esc50": ("environmental sounds", 50, "softmax"),
     "us8k": ("urban sounds", 10, "softmax"),
@@ -37,9 +37,9 @@ PUBLISHED: dict[str, tuple[str, int, Activation]] = {
 
 
 def weights_sha256(model: AudioTagger) -> str:
-    """Return the SHA-256 of the weights that a model's embeddings follow from.
+    """Return the SHA-256 of the weights that determine a model's embeddings.
 
-    What only its classes need (the last layer, a head) and what its settings say (the front-end) do not count.
+    The last layer or head (classes only) and the front-end (determined by the settings) are excluded.
     """
     if isinstance(model, HeadedTagger):
         return weights_sha256(model.model)
@@ -47,52 +47,52 @@ def weights_sha256(model: AudioTagger) -> str:
 
 
 def save_head(path: str | Path, head: Head) -> None:
-    """Write a head with all that it says of itself, whole or not at all.
+    """Write a head and its config atomically.
 
     Raises:
-        UserError: its facts hold what cannot be read back safely.
+        UserError: its facts contain values that cannot be read back safely.
     """
     config = {"format_version": FORMAT_VERSION, **head.config()}
     with whole_file(path) as partial:
         torch.save({"head": head.state_dict(), "config": config}, partial)
-        read_tensors(partial)
+        read_tensors(partial)  # raises where a fact could not be loaded again
 
 
 def load_head(name_or_path: str | Path, folder: str | Path = FOLDER) -> Head:
     """Read a head.
 
     Args:
-        name_or_path: a name in `folder`, a published name (fetched once and kept), or a file.
-        folder: where saved heads lie.
+        name_or_path: a name in `folder`, a published name (downloaded once and cached), or a file.
+        folder: of the saved heads.
 
     Returns:
         The head, in evaluation mode.
 
     Raises:
-        UserError: there is none, or the file is none.
+        UserError: an unknown name, or a file that is no head.
     """
-    name, own = str(name_or_path), Path(folder) / f"{name_or_path}.pt"
-    if own.is_file():
-        return _read_head(own)
+    name, saved = str(name_or_path), Path(folder) / f"{name_or_path}.pt"
+    if saved.is_file():
+        return _read_head(saved)
     if name in PUBLISHED:
-        return _published_head(fetch(f"{_PUBLISHED_URL}/{name}.pth", f"ssondo_head_{name}.pth"), name)
+        return _read_published_head(fetch(f"{_PUBLISHED_URL}/{name}.pth", f"ssondo_head_{name}.pth"), name)
     if not Path(name).is_file():
         known = list_heads(folder)
         raise UserError(
             f"no head is called {name!r}{did_you_mean(name, known)}, and there is no such file; "
-            f"known are {some(known, 99)}; `run.py probe` makes one"
+            f"known are {some(known, 99)}; train one with `run.py probe`"
         )
     if Path(name).suffix == ".pth" and Path(name).stem in PUBLISHED:
-        return _published_head(Path(name), Path(name).stem)
+        return _read_published_head(Path(name), Path(name).stem)
     return _read_head(Path(name))
 
 
 def list_heads(folder: str | Path = FOLDER) -> dict[str, str]:
-    """Return what heads there are: name -> what it is, those saved in `folder` before the published ones."""
+    """Return all heads: name -> description, those saved in `folder` before the published ones."""
     heads: dict[str, str] = {}
     for path in sorted(Path(folder).glob("*.pt")):
         try:
-            heads[path.stem] = _described(_read_head(path))
+            heads[path.stem] = _describe_head(_read_head(path))
         except UserError as error:
             heads[path.stem] = f"cannot be used: {error}"
     for name, (what, num_classes, _) in PUBLISHED.items():
@@ -100,7 +100,7 @@ def list_heads(folder: str | Path = FOLDER) -> dict[str, str]:
     return heads
 
 
-def _described(head: Head) -> str:
+def _describe_head(head: Head) -> str:
     facts, words = head.facts, f"{head.num_classes} classes"
     if isinstance(facts.get("value"), int | float):
         words += f", {facts.get('metric') or 'score'} {facts['value']:.3f}"
@@ -113,12 +113,12 @@ def _read_head(path: Path) -> Head:
     content = read_tensors(path)
     config, state = content.get("config"), content.get("head")
     if not isinstance(config, dict) or not isinstance(state, dict):
-        raise UserError(f"{path}: found entries {some(map(str, content))}; wanted a head, with 'head' and 'config'")
+        raise UserError(f"{path}: found entries {some(map(str, content))}; expected a head, with 'head' and 'config'")
     return restore_head(config, state, str(path))
 
 
-def _published_head(path: Path, name: str) -> Head:
-    """A head of S-SONDO's release: one linear layer on unscaled embeddings of clips filled up to 10 s."""
+def _read_published_head(path: Path, name: str) -> Head:
+    """Read a head of S-SONDO's release: one linear layer on unscaled embeddings of clips that are padded to 10 s."""
     what, num_classes, activation = PUBLISHED[name]
     head = Head(_PUBLISHED_WIDTH, num_classes, activation=activation)
     state = read_tensors(path)
@@ -126,29 +126,29 @@ def _published_head(path: Path, name: str) -> Head:
         tensors = {part: state[f"probe.linear_probe.{part}"] for part in ("weight", "bias")}
         cast(nn.Linear, head.layers[0]).load_state_dict(tensors, strict=True)
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path}: is not the published head {name!r} ({error}): remove it") from error
+        raise UserError(f"{path}: is not the published head {name!r} ({error}): delete the file") from error
     head.padded = True
     head.facts = {"name": name, "model": _PUBLISHED_MODEL, "data": what}
     return head.eval()
 
 
 def check_fit(model: AudioTagger, head: Head) -> None:
-    """See that a head can read a model's embeddings; tell where it was trained on those of other weights.
+    """Check that a head fits a model's embeddings; warn where it was trained on those of other weights.
 
     Raises:
-        UserError: the embeddings have another width than the head reads.
+        UserError: the widths differ.
     """
-    made_for = head.facts.get("model")
+    trained_on = head.facts.get("model")
     if head.embed_dim != model.embed_dim:
-        made = f"; it was made for {made_for!r}" if made_for else ""
+        hint = f"; it was trained on {trained_on!r}" if trained_on else ""
         raise UserError(
-            f"the head reads embeddings of {head.embed_dim} numbers, {model.name!r} gives {model.embed_dim}{made}"
+            f"the head takes embeddings of width {head.embed_dim}, those of {model.name!r} have {model.embed_dim}{hint}"
         )
     sha = head.facts.get("weights_sha256")
     if sha is not None and sha != weights_sha256(model):
-        logger.warning("the head was trained on other weights (of %s) than these of %s", made_for, model.name)
-    elif sha is None and made_for not in (None, model.name):
-        logger.warning("the head was trained on %s, not on %s", made_for, model.name)
+        logger.warning("the head was trained on other weights (of %s) than these of %s", trained_on, model.name)
+    elif sha is None and trained_on not in (None, model.name):
+        logger.warning("the head was trained on %s, not on %s", trained_on, model.name)
 
 
 def load_tagger(
@@ -160,54 +160,52 @@ def load_tagger(
     token_merging: Any = None,
     **arguments: Any,
 ) -> AudioTagger:
-    """Load a model, with a head on it where one is given: what every command means by `-m MODEL --head NAME`.
+    """Load a model and attach a head: the meaning of `-m MODEL --head NAME` in every command.
 
     Args:
         source: see `models.load_model`.
-        head: see `load_head`; None for the model's own classes.
+        head: see `load_head`; None for the classes of the model.
         weights: see `models.load_model`.
-        device: where the model goes.
-        token_merging: see `models.token_merging.merging_schedule`; by default what the model says itself.
+        device: of the model.
+        token_merging: see `models.token_merging.merging_schedule`; by default that of the model.
         **arguments: settings that override those of the checkpoint.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        UserError: a model or a head that cannot be had, or that do not go together.
+        UserError: a model or a head that cannot be loaded, or that do not fit together.
     """
     if str(source).lower().endswith(".onnx"):
         if head is None:
             raise UserError(describe_onnx(source))
-        raise UserError(
-            f"{source} gives no embeddings that --head could read; give a model's name, a checkpoint or a folder"
-        )
-    found = None if head is None else load_head(head)
+        raise UserError(f"{source} has no embeddings for --head; give a model's name, a checkpoint or a folder")
+    loaded_head = None if head is None else load_head(head)
     model = load_model(source, weights=weights, device=device, **arguments)
     if token_merging is not None:
         model.merge_tokens(token_merging)
-    return model if found is None else attach_head(model, found)
+    return model if loaded_head is None else attach_head(model, loaded_head)
 
 
 def check_classes(model: AudioTagger, source: str | Path) -> None:
-    """See that a model has classes.
+    """Check that a model has classes.
 
     Args:
-        model: to be looked at.
-        source: how it was given.
+        model: to check.
+        source: as the user gave it, for the message.
 
     Raises:
-        UserError: it embeds alone.
+        UserError: it only embeds.
     """
     if not model.num_classes:
         raise UserError(
-            f"{source}: {model.name} embeds sounds and has no classes; `python run.py probe {source} --data PACK.tsv "
-            "--name NAME` trains a head on its embeddings, which --head NAME puts onto it"
+            f"{source}: {model.name} only embeds and has no classes; train a head on its embeddings with "
+            f"`python run.py probe {source} --data PACK.tsv --name NAME`, and give --head NAME"
         )
 
 
 def attach_head(model: AudioTagger, head: Head) -> HeadedTagger:
-    """Put a head onto a model, in place of one that it may have, on the model's device; see `check_fit`.
+    """Attach a head to a model, on the model's device, and replace the head that it may have; see `check_fit`.
 
     Returns:
         Both, in evaluation mode.

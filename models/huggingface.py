@@ -72,17 +72,19 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     if given.get("model_type") not in readers:
         kinds = " or ".join(map(repr, readers))
-        raise UserError(f"{folder}: its config.json has model_type {given.get('model_type')!r}; wanted {kinds}")
+        raise UserError(f"{folder}: its config.json has model_type {given.get('model_type')!r}; expected {kinds}")
     if given.get("head") is not None:
         state = {key.replace("outputlayer.", HEAD, 1): value for key, value in state.items()}
         if f"{HEAD}mean" not in state:
-            raise UserError(f"{folder}: its tensors are {some(state)}; wanted those of a head as well (outputlayer.*)")
+            raise UserError(
+                f"{folder}: its tensors are {some(state)}; expected those of a head as well (outputlayer.*)"
+            )
     state, name, arguments = readers[given["model_type"]](folder, given, state)
     config: dict[str, Any] = {"model": name, "model_args": arguments}
     activations = {problem: activation for activation, problem in _PROBLEMS.items()}
     if given.get("problem_type") in activations:
         config["activation"] = activations[given["problem_type"]]
-    labels = _labels(given, folder)
+    labels = _read_labels(given, folder)
     if labels is not None:
         config.update(labels=labels, num_classes=len(labels))
     if given.get("head") is not None:
@@ -111,7 +113,7 @@ def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str
     folder = Path(folder)
     model = copy.deepcopy(model)
     bake_parametrizations(model)  # `transformers` knows plain weights only
-    network = network_of(model)
+    network = get_network(model)
     if isinstance(network, ResNet10):
         settings = huggingface_resnet.resnet_settings(network)
         state = huggingface_resnet.resnet_to_huggingface(network.state_dict())
@@ -140,7 +142,7 @@ def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str
     write_json(folder / "config.json", config)
 
 
-def network_of(model: AudioTagger) -> AudioTransformer | ResNet10:
+def get_network(model: AudioTagger) -> AudioTransformer | ResNet10:
     """Return the network in a model, CED's or ResNet-10.
 
     Raises:
@@ -199,7 +201,7 @@ def _read_ced(
     """State dict, name and arguments of a CED folder."""
     renamed = from_huggingface(state)
     if "time_pos_embed" not in renamed:
-        raise UserError(f"{folder}: its tensors are {some(renamed)}; wanted those of CED")
+        raise UserError(f"{folder}: its tensors are {some(renamed)}; expected those of CED")
     width = renamed["time_pos_embed"].shape[1]
     if given.get("head") is not None:
         # an output layer of the network's own, without classes
@@ -219,7 +221,7 @@ def _read_ced(
     return renamed, name, arguments
 
 
-def _labels(given: Mapping[str, Any], folder: Path) -> list[str] | None:
+def _read_labels(given: Mapping[str, Any], folder: Path) -> list[str] | None:
     """The names in id2label; AudioSet's own where the published converter had cut a name at its comma."""
     id2label = given.get("id2label")
     if not id2label:
@@ -228,7 +230,7 @@ def _labels(given: Mapping[str, Any], folder: Path) -> list[str] | None:
         labels = [str(id2label[str(index)]) for index in range(len(id2label))]
     except KeyError as error:
         raise UserError(
-            f"{folder}: id2label of config.json has no entry for class {error}; wanted 0, 1, 2, ..."
+            f"{folder}: id2label of config.json has no entry for class {error}; expected 0, 1, 2, ..."
         ) from error
     official = audioset_labels()
     if len(labels) != len(official):

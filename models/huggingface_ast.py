@@ -74,15 +74,15 @@ def read_ast(
     strides = [given.get(f"{axis}_stride", 10) for axis in ("frequency", "time")]
     if strides[0] != strides[1]:
         faults.add(
-            f"config.json has frequency_stride {strides[0]} and time_stride {strides[1]}; wanted one stride for both"
+            f"config.json has frequency_stride {strides[0]} and time_stride {strides[1]}; expected one stride for both"
         )
     if given.get("hidden_act", "gelu") != "gelu":
-        faults.add(f"config.json has hidden_act {given['hidden_act']!r}; wanted 'gelu'")
+        faults.add(f"config.json has hidden_act {given['hidden_act']!r}; expected 'gelu'")
     arguments = {ours: given.get(theirs, default) for ours, (theirs, default) in _ARGUMENTS.items()}
     edges = arguments["patch_size"]
     if isinstance(edges, list):
         if len(set(edges)) != 1:
-            faults.add(f"config.json has patch_size {edges}; wanted a square")
+            faults.add(f"config.json has patch_size {edges}; expected a square")
         arguments["patch_size"] = edges[0]
     arguments |= {"patch_stride": strides[0]} | _normalisation(folder, arguments["n_mels"], faults)
     faults.raise_if_any()
@@ -101,7 +101,7 @@ def read_ast(
 
 def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a state dict to this project's names, queries, keys and values of a block made one tensor."""
-    renamed = {_renamed(key): value for key, value in state.items()}
+    renamed = {_rename_key(key): value for key, value in state.items()}
     for key in [key for key in renamed if ".attn.q." in key]:
         parts = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if all(part in renamed for part in parts):
@@ -109,7 +109,7 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _renamed(key: str) -> str:
+def _rename_key(key: str) -> str:
     """Our name of a tensor; what is unknown keeps its own, so that loading tells it."""
     bare = key.removeprefix(_PREFIX)
     block = _BLOCK.fullmatch(bare)
@@ -130,9 +130,9 @@ def _normalisation(folder: Path, n_mels: int, faults: Faults) -> dict[str, float
         given = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    for key, wanted in (("sampling_rate", 16000), ("num_mel_bins", n_mels)):
-        if given.get(key, wanted) != wanted:
-            faults.add(f"preprocessor_config.json has {key} {given[key]}; wanted {wanted}")
+    for key, expected in (("sampling_rate", 16000), ("num_mel_bins", n_mels)):
+        if given.get(key, expected) != expected:
+            faults.add(f"preprocessor_config.json has {key} {given[key]}; expected {expected}")
     if not given.get("do_normalize", True):
         return {"mean": 0.0, "std": 0.5}  # (x - 0) / (2 x 0.5): the logarithms as they are
     return {key: given[key] for key in ("mean", "std") if key in given}

@@ -58,7 +58,7 @@ def read_resnet(
         key.removeprefix("encoder.").replace("outputlayer.", "classifier.", 1): value for key, value in state.items()
     }
     if "stem.conv.weight" not in renamed:
-        raise UserError(f"{folder}: its tensors are {some(renamed)}; wanted those of ResNet-10")
+        raise UserError(f"{folder}: its tensors are {some(renamed)}; expected those of ResNet-10")
     width = len(renamed["stem.conv.weight"])
     if given.get("head") is not None:
         embed_dim = len(state[f"{HEAD}mean"])

@@ -1,6 +1,6 @@
-"""Kaldi's log mel filter bank, as AST and PSLA have it.
+"""Kaldi's log mel filter bank, the front-end of AST and PSLA.
 
-Facts: Povey et al., "The Kaldi speech recognition toolkit", ASRU 2011; `torchaudio.compliance.kaldi.fbank` with
+References: Povey et al., "The Kaldi speech recognition toolkit", ASRU 2011; `torchaudio.compliance.kaldi.fbank` with
 `window_type="hanning"`, `htk_compat=True`, `use_energy=False`, `dither=0`; Gong, Chung, Glass, "AST: Audio Spectrogram
 Transformer", Interspeech 2021, for the normalisation.
 
@@ -8,7 +8,7 @@ Letters: B batch, S samples, F mel bands, T frames.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,19 +18,21 @@ from models.frontends import FrontEnd
 from models.mel_scales import KALDI, band_edges, triangles
 from models.settings import MelSettings
 
+Value = TypeVar("Value", float, Tensor)
+
 
 class KaldiMel(FrontEnd):
     """Kaldi's front-end: (ln(mel power, at least `FLOOR`) - mean) / (2 std).
 
-    Frame t is the samples t hop_size to t hop_size + win_size, and only whole frames count, so a clip of S samples has
-    (S - win_size) // hop_size + 1 of them. Every frame loses its mean and is pre-emphasised by itself.
-    Its tensors are no part of a checkpoint, as published.
+    Frame t consists of the samples t hop_size to t hop_size + win_size; a clip of S samples has
+    (S - win_size) // hop_size + 1 of them. The mean of every frame is subtracted, and it is pre-emphasised by itself.
+    Tensors are not part of a checkpoint, as published.
 
     Args:
-        mean: of the logarithms over a data set, by default AudioSet's as AST has it.
+        mean: of the logarithms over a data set, by default AST's for AudioSet.
         std: standard deviation of the logarithms.
         **settings: see `models.settings.MelSettings`, by default `defaults`. A frame and its symmetric window have
-            `win_size` samples; for `n_fft` Kaldi takes the next power of two.
+            `win_size` samples; Kaldi sets `n_fft` to the next power of two.
     """
 
     PREEMPHASIS = 0.97
@@ -42,43 +44,42 @@ class KaldiMel(FrontEnd):
         super().__init__(settings, center=False)
         self.mean, self.std = mean, std
         self.n_added = self.n_fft - self.win_size
-        self._left = self.n_added // 2  # the window lies in the middle of the transform, as everywhere here
+        self._left = self.n_added // 2  # the window is centred in the transform, as in all front-ends here
         edges = band_edges(KALDI, self.f_min, self.f_max, self.n_mels)
         weights = triangles(KALDI.to_mel(self._bins_hz), edges)
-        self._keep(torch.hann_window(self.win_size, periodic=False), weights.float())
+        self._register_filters(torch.hann_window(self.win_size, periodic=False), weights.float())
 
     @property
     def zero_value(self) -> float:
-        """What a 0 put into the logarithms reads after normalisation: the padding of short clips in published AST."""
-        return self._normalised(0.0)
+        """Value of a logarithm of 0 after normalisation, with which published AST pads short clips."""
+        return self._normalise_value(0.0)
 
     def power_db_to_value(self, db: float) -> float:
         """(ln(max(10^(db/10), FLOOR)) - mean) / (2 std)."""
-        return self._normalised(math.log(max(10 ** (db / 10), self.FLOOR)))
+        return self._normalise_value(math.log(max(10 ** (db / 10), self.FLOOR)))
 
-    def _normalised(self, logarithm: float) -> float:
+    def _normalise_value(self, logarithm: Value) -> Value:
         return (logarithm - self.mean) / (2 * self.std)
 
-    def filtered(self, waveform: Tensor) -> Tensor:
-        """Extend both ends with what transforms have around their window, (B,S) -> (B, S + n_fft - win_size)."""
+    def filter_waveform(self, waveform: Tensor) -> Tensor:
+        """Zero-pad both ends by the margins of the window in the transform, (B,S) -> (B, S + n_fft - win_size)."""
         return F.pad(waveform, (self._left, self.n_added - self._left))
 
-    def conditioned(self, frames: Tensor) -> Tensor:
-        """Take its mean from every frame and pre-emphasise it, (B,T,n_fft) -> (B,T,n_fft).
+    def condition_frames(self, frames: Tensor) -> Tensor:
+        """Subtract the mean of every frame and pre-emphasise it, (B,T,n_fft) -> (B,T,n_fft).
 
-        Kaldi puts a frame's first sample in place of the one before it; the window is 0 there, as it is on all that
-        lies around it.
+        Kaldi pre-emphasises the first sample of a frame with itself; the window is 0 there and in the margins.
         """
-        own = frames.narrow(2, self._left, self.win_size)
-        frames = frames - own.mean(2, keepdim=True)
+        mean = frames.narrow(2, self._left, self.win_size).mean(2, keepdim=True)
+        frames = frames - mean
         return frames - self.PREEMPHASIS * F.pad(frames, (1, -1))
 
-    def compressed(self, mel: Tensor, is_padding: Tensor | None) -> Tensor:
-        """Bring mel power (B,F,T) to normalised natural logarithms."""
-        return (mel.clamp(min=self.FLOOR).log() - self.mean) / (2 * self.std)
+    def compress(self, mel: Tensor, is_padding: Tensor | None) -> Tensor:
+        """Convert mel power (B,F,T) to normalised natural logarithms."""
+        return self._normalise_value(mel.clamp(min=self.FLOOR).log())
 
     def _mel_power(self, waveform: Tensor, lengths: Tensor | None) -> Tensor:
-        frames = self.conditioned(waveform.unfold(1, self.n_fft, self.hop_size))  # (B,T,n_fft)
+        frames = self.condition_frames(waveform.unfold(1, self.n_fft, self.hop_size))  # (B,T,n_fft)
         window = F.pad(self.window, (self._left, self.n_added - self._left))
         spectrum = torch.fft.rfft(frames * window)
         real, imag = spectrum.real, spectrum.imag

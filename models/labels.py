@@ -1,4 +1,4 @@
-"""Names of classes, and the table they are read from."""
+"""Names of classes, and their tables."""
 
 import csv
 import functools
@@ -13,7 +13,7 @@ def read_labels(path: str | Path) -> list[str]:
     """Read a label table in AudioSet's format: a header, then index,mid,"display name" from index 0 upwards.
 
     Args:
-        path: the CSV file; a name that holds a comma is quoted.
+        path: the CSV file; a name that contains a comma is quoted.
 
     Returns:
         The display names in the order of their indices.
@@ -27,11 +27,11 @@ def read_labels(path: str | Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a label table: {error}") from error
     if not rows:
-        raise UserError(f'{path}: no labels below the header; wanted lines of index,mid,"display name"')
+        raise UserError(f'{path}: no labels below the header; expected lines of index,mid,"display name"')
     for line, row in enumerate(rows):
         if len(row) != 3 or row[0] != str(line):
             raise UserError(
-                f'{path}: row {line + 2} reads {",".join(row)!r}; wanted {line},mid,"display name" '
+                f'{path}: row {line + 2} reads {",".join(row)!r}; expected {line},mid,"display name" '
                 "(indices count from 0, names with commas are quoted)"
             )
     return [row[2] for row in rows]
@@ -48,7 +48,7 @@ def audioset_labels() -> list[str]:
 
 
 def labels_for(num_classes: int, labels: list[str] | None) -> list[str]:
-    """Return `labels`, checked, or names for `num_classes` classes: AudioSet's if 527, else their numbers.
+    """Return `labels`, or default names for `num_classes` classes: AudioSet's if 527, else their numbers.
 
     Raises:
         UserError: the list has another length than `num_classes`.
@@ -57,5 +57,5 @@ def labels_for(num_classes: int, labels: list[str] | None) -> list[str]:
         names = audioset_labels()
         return names if num_classes == len(names) else [str(index) for index in range(num_classes)]
     if len(labels) != num_classes:
-        raise UserError(f"{len(labels)} labels were given for {num_classes} classes: give one name a class")
+        raise UserError(f"{len(labels)} labels were given for {num_classes} classes: give one name per class")
     return list(labels)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.base import Encoded
 from models.efficientat_mel import EfficientAtMel
-from models.pooled_cnn import Backbone, PooledCNN, run_through
+from models.pooled_cnn import Backbone, PooledCNN, run_stages
 from models.registry import register_model
 
 
@@ -51,7 +51,7 @@ LAST_HIDDEN = 1280
 STRIDE = 32  # frames and bands to a position of the last map
 
 
-def to_eights(channels: float) -> int:
+def make_divisible(channels: float) -> int:
     """The multiple of 8 nearest to `channels`, but never more than 10 % below it."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
@@ -59,7 +59,7 @@ def to_eights(channels: float) -> int:
 
 def n_features(width: float) -> int:
     """Channels of the last map."""
-    return 6 * to_eights(STAGES[-1].out * width)
+    return 6 * make_divisible(STAGES[-1].out * width)
 
 
 def initialise(module: nn.Module) -> None:
@@ -120,7 +120,7 @@ class InvertedResidual(nn.Module):
         layers: list[nn.Module] = [] if n_expanded == n_in else [conv_norm(n_in, n_expanded, act=act)]
         layers.append(conv_norm(n_expanded, n_expanded, stage.kernel, stage.stride, n_expanded, act))
         if stage.excite:
-            layers.append(ConcurrentExcitation(n_expanded, to_eights(n_expanded // 4)))
+            layers.append(ConcurrentExcitation(n_expanded, make_divisible(n_expanded // 4)))
         layers.append(conv_norm(n_expanded, n_out))
         self.block = nn.Sequential(*layers)
         self.has_shortcut = stage.stride == 1 and n_in == n_out
@@ -141,10 +141,10 @@ class MobileNetV3Maps(Backbone):
 
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
-        channels = to_eights(STAGES[0].out * width)
+        channels = make_divisible(STAGES[0].out * width)
         layers: list[nn.Module] = [conv_norm(1, channels, 3, 2, act=nn.Hardswish)]
         for stage in STAGES:
-            expanded, out = to_eights(stage.expanded * width), to_eights(stage.out * width)
+            expanded, out = make_divisible(stage.expanded * width), make_divisible(stage.out * width)
             layers.append(InvertedResidual(stage, channels, expanded, out))
             channels = out
         self.channels = n_features(width)
@@ -152,7 +152,7 @@ class MobileNetV3Maps(Backbone):
 
     def stages(self, mel: Tensor) -> Iterator[Tensor]:
         """Yield the output of the first convolution, of each block and of the last convolution."""
-        return run_through(mel[:, None], self.features)
+        return run_stages(mel[:, None], self.features)
 
 
 class EfficientAtTagger(PooledCNN):
@@ -187,7 +187,7 @@ class EfficientAtTagger(PooledCNN):
         front_end.vary_edges(fmin_aug_range, fmax_aug_range)
         super().__init__(front_end, num_classes=num_classes, embed_dim=n_features(width))
         self._add_maps(width)
-        n_hidden = to_eights(LAST_HIDDEN * width)
+        n_hidden = make_divisible(LAST_HIDDEN * width)
         self.classifier = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),  # this and the next as published; `pool` does it
             nn.Flatten(),
@@ -215,7 +215,7 @@ class MobileNetV3(EfficientAtTagger):
 
     def stages(self, mel: Tensor, n_frames: Tensor | None) -> Iterator[Tensor]:
         """Yield the output of the first convolution, of each block and of the last convolution."""
-        return run_through(mel[:, None], self.features)
+        return run_stages(mel[:, None], self.features)
 
 
 RELEASE = "https://github.com/fschmid56/EfficientAT/releases/download/v0.0.1"

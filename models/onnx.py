@@ -86,8 +86,8 @@ def export_onnx(
     bake_parametrizations(model)  # a quantiser finds constants only
     takes: Input = "waveform" if waveform else "feats"
     wave = _sounds(2, model.sample_rate)
-    network = _traced(_Network(model), model.front_end(wave), "feats", "prob")
-    front_end = _traced(PortableFrontEnd(model.front_end), wave, "waveform", "mel") if waveform else None
+    network = _trace(_Network(model), model.front_end(wave), "feats", "prob")
+    front_end = _trace(PortableFrontEnd(model.front_end), wave, "waveform", "mel") if waveform else None
     differences: dict[Precision, float] = {}
     with ExitStack() as files:
         for precision, target in targets.items():
@@ -102,7 +102,7 @@ def export_onnx(
     return differences
 
 
-def with_chunks_of(model: AudioTagger, n_frames: int) -> AudioTagger:
+def resize_chunks(model: AudioTagger, n_frames: int) -> AudioTagger:
     """Return the model for chunks of another length, its positions stretched or cropped to it, with a notice.
 
     Networks that take any length in one piece are returned as they are.
@@ -115,7 +115,7 @@ def with_chunks_of(model: AudioTagger, n_frames: int) -> AudioTagger:
         UserError: fewer frames than the network's smallest input.
     """
     if isinstance(model, HeadedTagger):
-        return HeadedTagger(with_chunks_of(model.model, n_frames), model.head).eval()
+        return HeadedTagger(resize_chunks(model.model, n_frames), model.head).eval()
     if not isinstance(model, SpectrogramTransformer) or model.target_length == n_frames:
         return model
     logger.warning(
@@ -130,11 +130,11 @@ def with_chunks_of(model: AudioTagger, n_frames: int) -> AudioTagger:
 
 
 def write_label_table(path: str | Path, labels: list[str]) -> None:
-    """Write the table that sherpa-onnx reads beside a model, see `label_table`."""
-    write_text(path, label_table(labels))
+    """Write the table that sherpa-onnx reads beside a model, see `format_label_table`."""
+    write_text(path, format_label_table(labels))
 
 
-def label_table(labels: list[str]) -> str:
+def format_label_table(labels: list[str]) -> str:
     """Lay out the table of labels: a header, then index,mid,"display name".
 
     Names of AudioSet's classes get AudioSet's mid, others /own/INDEX.
@@ -157,7 +157,7 @@ class _Network(nn.Module):
 
     def forward(self, feats: Tensor) -> Tensor:
         """(B,F,T) -> (B,C); other programs compute the features without the model's band limit."""
-        return self.model.probabilities_of(self.model.front_end.silence_bands(feats))
+        return self.model.forward_export(self.model.front_end.silence_bands(feats))
 
 
 def _gelu(x: Any, approximate: str = "none") -> Any:
@@ -190,7 +190,7 @@ def _floor_divide(x: Any, y: Any) -> Any:
     return op.Div(op.Sub(x, op.Mod(x, y)), y)
 
 
-def _traced(module: nn.Module, example: Tensor, name_in: str, name_out: str) -> onnx.ModelProto:
+def _trace(module: nn.Module, example: Tensor, name_in: str, name_out: str) -> onnx.ModelProto:
     """Trace a module whose one input has a free first and last axis."""
     last = example.ndim - 1
     shapes = ({0: torch.export.Dim("batch", min=1), last: torch.export.Dim(f"{name_in}_length", min=1)},)
@@ -217,7 +217,7 @@ def _traced(module: nn.Module, example: Tensor, name_in: str, name_out: str) -> 
         except torch.onnx.errors.OnnxExporterError as error:
             cause = str(error.__cause__ or error).strip().splitlines()[0]
             raise UserError(
-                f"the model cannot be traced for ONNX ({cause}): what its `probabilities_of` does must not depend on "
+                f"the model cannot be traced for ONNX ({cause}): what its `forward_export` does must not depend on "
                 "the values that pass through it"
             ) from error
     assert program is not None
@@ -230,11 +230,11 @@ def _traced(module: nn.Module, example: Tensor, name_in: str, name_out: str) -> 
     return graph if name_in == "feats" else add_prefix(graph, "front_end/", rename_inputs=False, rename_outputs=False)
 
 
-def _as_it_is(graph: onnx.ModelProto) -> onnx.ModelProto:
+def _keep_float32(graph: onnx.ModelProto) -> onnx.ModelProto:
     return graph
 
 
-def _half(graph: onnx.ModelProto) -> onnx.ModelProto:
+def _to_float16(graph: onnx.ModelProto) -> onnx.ModelProto:
     # Sums of what is scattered, as in token merging, are float32 alone in ONNX Runtime on CPUs.
     kept = [*DEFAULT_OP_BLOCK_LIST, "ScatterND", "ScatterElements"]
     halved = convert_float_to_float16(graph, keep_io_types=True, op_block_list=kept)
@@ -246,7 +246,7 @@ def _half(graph: onnx.ModelProto) -> onnx.ModelProto:
     return halved
 
 
-def _eight_bit(graph: onnx.ModelProto) -> onnx.ModelProto:
+def _to_int8(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Quantise the weights of matrix products, a scale for each column; convolutions stay as they are.
 
     With 7 of the 8 bits, because two products of 8 bits overflow the 16 bits that processors without VNNI add them in.
@@ -276,7 +276,7 @@ _AUTHORS = {
     "MobileNetV3": ("fschmid56", "https://github.com/fschmid56/EfficientAT"),
     "PaSST": ("kkoutini", "https://github.com/kkoutini/PaSST"),
 }
-_CONVERSIONS = {"fp32": _as_it_is, "fp16": _half, "int8": _eight_bit}
+_CONVERSIONS = {"fp32": _keep_float32, "fp16": _to_float16, "int8": _to_int8}
 
 
 def _describe(graph: onnx.ModelProto, model: AudioTagger, takes: Input, precision: Precision) -> None:
@@ -315,7 +315,7 @@ def _sounds(n_clips: int, n_samples: int, seed: int = 0) -> Tensor:
     return (levels * (tones + torch.randn(n_clips, n_samples, generator=generator))).clamp(-1, 1)
 
 
-def _grid(model: AudioTagger) -> list[tuple[int, int]]:
+def _shapes_to_compare(model: AudioTagger) -> list[tuple[int, int]]:
     """Numbers of clips and of samples that the tracer has not seen."""
     model = model.model if isinstance(model, HeadedTagger) else model
     rate, hop = model.sample_rate, model.front_end.hop_size
@@ -336,7 +336,7 @@ def _compare(path: Path, model: AudioTagger, takes: Input, precision: Precision,
     """
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     largest, pairs = 0.0, []
-    for seed, (n_clips, n_samples) in enumerate(_grid(model), 1):
+    for seed, (n_clips, n_samples) in enumerate(_shapes_to_compare(model), 1):
         given = _sounds(n_clips, n_samples, seed)
         expected = model.predict(given).numpy()
         if takes == "feats":
@@ -350,7 +350,7 @@ def _compare(path: Path, model: AudioTagger, takes: Input, precision: Precision,
             raise UserError(
                 f"{target}: its probabilities for {n_clips} clips of {n_samples / model.sample_rate:.2f} s are up to "
                 f"{difference:.2g} from PyTorch's; {precision} may differ by {TOLERANCE[precision]:g}, and no file is "
-                "kept. Does `probabilities_of` of the model compute what `forward_spectrogram` does, without looking "
+                "kept. Does `forward_export` of the model compute what `forward_spectrogram` does, without looking "
                 "at values?"
             )
         largest = max(largest, difference)
@@ -361,7 +361,7 @@ def _compare(path: Path, model: AudioTagger, takes: Input, precision: Precision,
     if not error <= SHARE * spread + 0.01:  # networks that were never trained may answer the same to all
         raise UserError(
             f"{target}: its log-odds are {error:.2g} from PyTorch's on average, and those differ by {spread:.2g} from "
-            f"sound to sound: {precision} computes something else, and no file is kept. Does `probabilities_of` of the "
+            f"sound to sound: {precision} computes something else, and no file is kept. Does `forward_export` of the "
             "model compute what `forward_spectrogram` does? If it does, export without this precision"
         )
     return largest

@@ -1,9 +1,8 @@
-"""Changes of a network's parameters (low-rank, quantised, merged) as an argument of the model.
+"""Parametrizations of a network's weights (low-rank, quantised, merged) as an argument of the model.
 
-`create_model(NAME, parametrize={CHANGE: SETTINGS})` builds the network first and changes it then, by
-`torch.nn.utils.parametrize`: what is trained is the original, what the network computes with is made of it. The
-argument is recorded like every other one, so that checkpoints are read as they were written. Adding a change is a
-function with `@register_parametrization("name")`.
+`create_model(NAME, parametrize={CHANGE: SETTINGS})` builds the network and then applies the change with
+`torch.nn.utils.parametrize`: the original parameters are trained, and the weights are computed from them. The argument
+is stored in checkpoints like every other one. A new change is a function with `@register_parametrization("name")`.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ _CHANGES: dict[str, Change] = {}
 
 
 def register_parametrization(name: str) -> Callable[[Change], Change]:
-    """Make a change known by `name`: a function of a model, which it changes in place, and settings by keyword."""
+    """Register a change: a function of a model, which it changes in place, and of settings by keyword."""
 
     def register(change: Change) -> Change:
         _CHANGES[name] = change
@@ -30,17 +29,17 @@ def register_parametrization(name: str) -> Callable[[Change], Change]:
 
 
 def parametrize_model(model: nn.Module, changes: Mapping[str, Mapping[str, Any] | None]) -> None:
-    """Change the parameters of a model in place.
+    """Apply changes to the parameters of a model, in place.
 
     Args:
         model: with plain parameters.
-        changes: names and settings, in the order in which they are made.
+        changes: names and settings, in order.
 
     Raises:
         UserError: an unknown change or setting, or values out of range.
     """
     if not isinstance(changes, Mapping):
-        raise UserError(f"parametrize is {changes!r}; wanted names of changes with their settings")
+        raise UserError(f"parametrize is {changes!r}; expected names of changes with their settings")
     for name, settings in changes.items():
         if name not in _CHANGES:
             known = f"; known are {some(_CHANGES, 99)}" if _CHANGES else "; none is registered"
@@ -48,14 +47,14 @@ def parametrize_model(model: nn.Module, changes: Mapping[str, Mapping[str, Any] 
         try:
             _CHANGES[name](model, **settings or {})
         except TypeError as error:
-            raise UserError(f"parametrize: {name} cannot be made with {dict(settings or {})}: {error}") from None
+            raise UserError(f"parametrize: {name} cannot be applied with {dict(settings or {})}: {error}") from None
 
 
 def fit_plain_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fit the plain weights of a state dict to a model whose parameters are changed.
+    """Convert the plain weights of a state dict for a model with parametrizations.
 
-    Each becomes the original, or the originals that the `right_inverse` of the parametrization makes of it. Tensors of
-    changed parameters that the state dict holds as such stay as they are.
+    Each becomes the original parameter, or those that `right_inverse` of the parametrization computes from it. Tensors
+    that are stored under their parametrized names are not changed.
     """
     fitted = dict(state)
     for path, module in model.named_modules():
@@ -70,17 +69,17 @@ def fit_plain_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str
                 inverts &= value.shape == cast(Tensor, getattr(module, name)).shape
                 if inverts:
                     setattr(module, name, value)
-                own = {f"{inside}{part}": tensor for part, tensor in changed.state_dict().items()}
-                fitted |= own if inverts else own | {f"{inside}original": value}
+                parts = {f"{inside}{part}": tensor for part, tensor in changed.state_dict().items()}
+                fitted |= parts if inverts else parts | {f"{inside}original": value}
     return fitted
 
 
 def bake_parametrizations(model: nn.Module) -> None:
-    """Make plain parameters of all that are changed, in place: the network computes what it did, and learns no more."""
+    """Replace parametrizations by plain parameters of their current values, in place."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             values = {name: getattr(module, name).detach() for name in cast(nn.ModuleDict, module.parametrizations)}
-            # Not `remove_parametrizations`: it takes the property from the class, which a copy of the module shares.
+            # Not `remove_parametrizations`, which deletes the property of the class that a copy of the module shares.
             del module.parametrizations
             module.__class__ = type(module).__bases__[0]
             for name, value in values.items():

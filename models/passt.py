@@ -23,9 +23,9 @@ from models.efficientat_mel import EfficientAtMel
 from models.frontends import SILENCE_DB
 from models.layers import initialise
 from models.registry import register_model
-from models.relatives import fit_time, from_pictures, is_of_pictures
 from models.settings import MelSettings, TransformerSettings, take_settings
 from models.vit import SpectrogramTransformer
+from models.weight_adaptation import adapt_image_weights, fit_time_embedding, is_image_transformer
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +90,12 @@ class PaSST(SpectrogramTransformer):
         published.
         """
         adapted = dict(state)
-        if is_of_pictures(adapted) and "pos_embed" in adapted:
+        if is_image_transformer(adapted) and "pos_embed" in adapted:
             positions = adapted.pop("pos_embed")
-            adapted = from_pictures(adapted) | self._separated(positions)
+            adapted = adapt_image_weights(adapted) | self._split_positions(positions)
         if "time_new_pos_embed" in adapted:
-            given, wanted = adapted["time_new_pos_embed"], self.time_new_pos_embed.shape[-1]
-            adapted["time_new_pos_embed"] = fit_time("time_new_pos_embed", given, wanted)
+            given, expected = adapted["time_new_pos_embed"], self.time_new_pos_embed.shape[-1]
+            adapted["time_new_pos_embed"] = fit_time_embedding("time_new_pos_embed", given, expected)
         for key, own in self.head_dist.state_dict(prefix="head_dist.").items():
             if key not in adapted or adapted[key].shape != own.shape:
                 adapted[key] = own
@@ -105,7 +105,7 @@ class PaSST(SpectrogramTransformer):
         """Position embeddings and the two tokens before them."""
         return {"new_pos_embed", "freq_new_pos_embed", "time_new_pos_embed", "cls_token", "dist_token"}
 
-    def _separated(self, positions: Tensor) -> dict[str, Tensor]:
+    def _split_positions(self, positions: Tensor) -> dict[str, Tensor]:
         """Positions (1,P+N,D) of a square grid as those of PaSST."""
         size = (self.freq_new_pos_embed.shape[2], self.time_new_pos_embed.shape[3])
         edge = math.isqrt(positions.shape[1] - self.n_prefix)
@@ -127,7 +127,7 @@ class PaSST(SpectrogramTransformer):
         self.freq_new_pos_embed = nn.Parameter(torch.randn(1, self.embed_dim, n_rows, 1) * 0.02)
         self.time_new_pos_embed = nn.Parameter(torch.randn(1, self.embed_dim, 1, n_columns) * 0.02)
 
-    def _place(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
+    def _add_positions(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
         time = self._time_positions(patches.shape[2], columns)  # (1,1,t,D) or (R,1,t,D)
         return patches + (time + self.freq_new_pos_embed.permute(0, 2, 3, 1))
 
@@ -149,7 +149,7 @@ class PaSST(SpectrogramTransformer):
         place = first[:, None] + torch.arange(n_columns, device=device)
         return positions[place.clamp(max=len(positions) - 1)][:, None]  # padding has any position
 
-    def _prefix(self) -> Tensor:
+    def _prefix_tokens(self) -> Tensor:
         return torch.cat([self.cls_token, self.dist_token], dim=1) + self.new_pos_embed
 
     def pool_rows(self, encoded: Encoded) -> Tensor:

@@ -1,7 +1,6 @@
-"""What all networks of convolutions have in common: stages, and maps whose means are embeddings.
+"""Base classes of CNNs: backbones, and taggers whose embeddings are means of the last maps.
 
-Letters: B batch, F mel bands, T frames, C classes, D channels, E embedding width; primes mark what is left after
-striding.
+Letters: B batch, F mel bands, T frames, C classes, D channels, E embedding width; primes mark sizes after striding.
 """
 
 from collections import deque
@@ -13,19 +12,19 @@ from common.errors import UserError
 from models.base import AudioTagger, Encoded, Keep
 
 
-def run_through(x: Tensor, stages: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """Yield the output of each of several modules in a row, the last one of which is that of all."""
+def run_stages(x: Tensor, stages: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Apply modules one after the other and yield the output of each."""
     for stage in stages:
         x = stage(x)
         yield x
 
 
 class Backbone(nn.Module):
-    """A network below the pooling: (B,F,T) -> (B,D,F',T').
+    """The layers before pooling: (B,F,T) -> (B,D,F',T').
 
     Attributes:
-        stride: frames and bands to a position of the last maps.
-        channels: D of these.
+        stride: frames and bands per position of the last maps.
+        channels: D of the last maps.
     """
 
     stride: int
@@ -41,62 +40,59 @@ class Backbone(nn.Module):
 
 
 class PooledCNN(AudioTagger):
-    """A network of convolutions; its last maps are averaged over frequency for a time step, over both axes for a clip.
+    """A CNN whose last maps are averaged over frequency for time steps, and over both axes for clips.
 
-    It takes clips of any length in one piece. A subclass brings `stages` and `tag`, and what it does otherwise.
+    Clips of any length are computed in one piece. Subclasses implement `stages` and `tag`.
 
     Attributes:
-        stride: frames to a column of the last maps.
+        stride: frames per column of the last maps.
     """
 
     stride: int
 
     def stages(self, mel: Tensor, n_frames: Tensor | None) -> Iterator[Tensor]:
-        """Yield the output of each stage: (B,F,T), own frames (B,) or None -> (B,D,F',T') each, the last maps last."""
+        """Yield the output of each stage: (B,F,T), frames of each (B,) or None -> (B,D,F',T') each."""
         raise NotImplementedError
 
     def tag(self, clip: Tensor, encoded: Encoded) -> Tensor:
-        """Tag clips from their embeddings (B,E) and what these were computed from -> (B,C), what `outputs` says."""
+        """Classify clip embeddings (B,E), or the maps that they were computed from -> (B,C), see `outputs`."""
         raise NotImplementedError
 
     def encode(
         self, mel: Tensor, n_frames: Tensor | None = None, *, keep: Keep | None = None, layers: Sequence[int] = ()
     ) -> Encoded:
-        """Compute the maps below the pooling; see `AudioTagger.encode`.
+        """Compute the last maps; see `AudioTagger.encode`.
 
         Raises:
-            UserError: there is no such stage, or `keep` is given.
+            UserError: an unknown stage, `keep`, or clips of several lengths where the network does not mask padding.
         """
         if keep is not None:
             raise UserError(f"{self.name} has no tokens to choose from: give a vision transformer")
+        self.check_lengths(mel, n_frames)
         outputs: list[Tensor] = []
         for x in self.stages(mel, n_frames):
-            outputs = [*outputs, x] if layers else [x]  # what is not wanted is freed
-        number = len(outputs)
-        if missing := [layer for layer in layers if not -number <= layer < number]:
-            raise UserError(
-                f"{self.name} has no layer {missing[0]}: it has {number}, 0 to {number - 1}; -1 is the last"
-            )
+            outputs = [*outputs, x] if layers else [x]  # frees the memory of stages that are not returned
+        self._check_layers(layers, len(outputs))
         n_steps = None if n_frames is None else (n_frames - 1) // self.stride + 1
-        found = {layer: outputs[layer] for layer in layers}
-        return Encoded(mel.shape[0], maps=outputs[-1], n_steps=n_steps, layers=found)
+        chosen = {layer: outputs[layer] for layer in layers}
+        return Encoded(mel.shape[0], maps=outputs[-1], n_steps=n_steps, layers=chosen)
 
     def classify(self, encoded: Encoded) -> Tensor:
-        """Tag: (B,C), what `outputs` says."""
+        """Return (B,C), logits or probabilities as `outputs` says."""
         return self.tag(self.pool(encoded), encoded)
 
     def pool(self, encoded: Encoded) -> Tensor:
-        """Embed clips: the mean of the last maps (B,E)."""
+        """Return clip embeddings, the means of the last maps (B,E)."""
         assert encoded.maps is not None
         return encoded.maps.mean((2, 3))
 
     def frames(self, encoded: Encoded) -> Tensor:
-        """Embed time steps: the mean over frequency for every column of the last maps (B,T',E)."""
+        """Return time step embeddings, the means over frequency of the columns of the last maps (B,T',E)."""
         assert encoded.maps is not None
         return encoded.maps.mean(2).transpose(1, 2)
 
     def n_steps(self, n_samples: int) -> int:
-        """Columns of the last maps, of which the last may hold fewer frames than `stride`."""
+        """Return the number of columns of the last maps for `n_samples` samples."""
         return -(-self.front_end.n_frames(n_samples) // self.stride)
 
     def _classify_and_pool(self, encoded: Encoded) -> tuple[Tensor, Tensor]:

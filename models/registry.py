@@ -1,4 +1,4 @@
-"""Names to networks: the one place that knows which models there are."""
+"""Registry of models: names, factories and published weights."""
 
 import fnmatch
 import warnings
@@ -13,19 +13,20 @@ from models.parametrizations import parametrize_model
 from models.settings import find_arguments
 
 AUDIOSET_CLASSES = 527
-_OF_ALL: dict[str, Any] = {"band_limit": None, "parametrize": None}  # arguments that every model takes
+_COMMON_ARGUMENTS: dict[str, Any] = {"band_limit": None, "parametrize": None}  # of every model
+_INTERFACE = ("encode", "classify", "pool", "frames", "n_steps")  # methods that every architecture implements
 
 Factory = TypeVar("Factory", bound=Callable[..., AudioTagger])
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """What is known of a registered model.
+    """A registered model.
 
     Attributes:
         factory: called with `num_classes` and the arguments of the model.
         weights: URL of its published weights, None where there are none.
-        initialisation: URL of a published pre-training to start training from, or "timm:NAME"; None for none.
+        initialisation: URL of published pre-training weights, "timm:NAME", or None.
     """
 
     factory: Callable[..., AudioTagger]
@@ -34,18 +35,18 @@ class ModelEntry:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The arguments it takes besides `num_classes`, with their defaults."""
-        return find_arguments(self.factory) | _OF_ALL
+        """Arguments besides `num_classes`, with their defaults."""
+        return find_arguments(self.factory) | _COMMON_ARGUMENTS
 
     @property
     def arguments(self) -> list[str]:
-        """Names of the arguments it takes, besides `num_classes`."""
+        """Names of the arguments besides `num_classes`."""
         return list(self.defaults)
 
     @property
     def masks_padding(self) -> bool:
         """Whether clips of several lengths share a batch, see `AudioTagger`."""
-        return bool(getattr(getattr(self.factory, "func", self.factory), "masks_padding", False))
+        return bool(getattr(_unwrap(self.factory), "masks_padding", False))
 
 
 _MODELS: dict[str, ModelEntry] = {}
@@ -54,12 +55,16 @@ _MODELS: dict[str, ModelEntry] = {}
 def register_model(
     name: str | None = None, *, weights: str | None = None, initialisation: str | None = None
 ) -> Callable[[Factory], Factory]:
-    """Decorate a factory (a function, a class or a partial of one) to make it a model of that name.
+    """Register a factory (a function, a class or a partial of one) as a model.
 
     Args:
-        name: what to call it, by default the factory's own name.
+        name: of the model, by default that of the factory.
         weights: URL of published weights.
         initialisation: URL of published pre-training weights, or "timm:NAME".
+
+    Raises:
+        ValueError: the name is empty or taken.
+        TypeError: the class does not implement the interface of `AudioTagger`.
 
     Example:
         >>> @register_model()
@@ -70,11 +75,33 @@ def register_model(
     def register(factory: Factory) -> Factory:
         key = name or getattr(factory, "__name__", "")
         if not key or key in _MODELS:
-            raise ValueError(f"a model needs a name of its own, {key!r} is taken or empty")
+            raise ValueError(f"a model needs a unique name, {key!r} is taken or empty")
+        if isinstance(kind := _unwrap(factory), type):
+            _check_interface(kind)
         _MODELS[key] = ModelEntry(factory, weights, initialisation)
         return factory
 
     return register
+
+
+def _unwrap(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function or class of a partial."""
+    return getattr(factory, "func", factory)
+
+
+def _check_interface(kind: type) -> None:
+    """Check that a class implements what `AudioTagger` leaves to its subclasses.
+
+    Raises:
+        TypeError: it is no `AudioTagger`, or methods or `last_layer` are missing.
+    """
+    if not issubclass(kind, AudioTagger):
+        raise TypeError(f"{kind.__name__} is no model: expected a subclass of models.base.AudioTagger")
+    missing = [name for name in _INTERFACE if getattr(kind, name) is getattr(AudioTagger, name)]
+    if not hasattr(kind, "last_layer"):
+        missing.append("last_layer (name of the module whose weight has num_classes rows)")
+    if missing:
+        raise TypeError(f"{kind.__name__} lacks {', '.join(missing)}: see models.base.AudioTagger")
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -82,27 +109,17 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
-def model_entry(name: str) -> ModelEntry:
-    """Return what is known of a model.
+def get_model_entry(name: str) -> ModelEntry:
+    """Return the entry of a registered model.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: an unknown name.
     """
     if name not in _MODELS:
         raise UserError(
             f"no model is called {name!r}{did_you_mean(name, _MODELS) or f'; known are {some(list_models(), 99)}'}"
         )
     return _MODELS[name]
-
-
-def published_weights(name: str) -> str | None:
-    """Return the URL of a model's published weights, if any."""
-    return model_entry(name).weights
-
-
-def published_initialisation(name: str) -> str | None:
-    """Return the URL (or "timm:NAME") of the published pre-training that training starts from, if any."""
-    return model_entry(name).initialisation
 
 
 def create_model(
@@ -122,8 +139,8 @@ def create_model(
         num_classes: C, by default the number of labels, or AudioSet's 527; 0 for a network that only embeds.
         labels: names of the classes, by default AudioSet's if there are 527, else their numbers.
         activation: "sigmoid" (any number of classes at once) or "softmax" (exactly one).
-        band_limit: hertz above which its front-end ignores what a sound holds, see `FrontEnd.limit_band`; None for no
-            limit.
+        band_limit: frequency in hertz above which the front-end ignores the signal, see `FrontEnd.limit_band`; None for
+            no limit.
         parametrize: changes of its parameters, see `models.parametrizations`; None for none.
         **arguments: settings of the architecture.
 
@@ -133,7 +150,7 @@ def create_model(
     Raises:
         UserError: an unknown name, unknown arguments, or values that contradict each other.
     """
-    entry = model_entry(name)
+    entry = get_model_entry(name)
     faults = Faults(f"model {name!r}")
     for key in arguments:
         if key not in entry.arguments:
@@ -146,11 +163,12 @@ def create_model(
         num_classes = AUDIOSET_CLASSES if labels is None else len(labels)
     labels = labels_for(num_classes, labels)
     try:
-        with warnings.catch_warnings():  # a last layer without classes has nothing to start
+        with warnings.catch_warnings():  # num_classes=0 makes PyTorch warn of an empty last layer
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             model = entry.factory(num_classes=num_classes, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"model {name!r} cannot be built with {arguments}: {error}") from error
+    _check_interface(type(model))  # of what a function built, which registration could not check
     if band_limit is not None:
         model.front_end.limit_band(band_limit)
         arguments["band_limit"] = band_limit

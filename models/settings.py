@@ -1,7 +1,7 @@
-"""The arguments that networks share: each named, documented and given a default in one place.
+"""Arguments that several networks share, with their documentation and defaults.
 
-A network's class lists those it takes, with its own defaults, in `shared_settings`; its constructor takes them flat, as
-configurations and checkpoints spell them (`model_args.embed_dim`), and `take_settings` puts them back together.
+The class of a network lists them, with its own defaults, in `shared_settings`; its constructor takes them as flat
+keyword arguments, as in configurations and checkpoints (`model_args.embed_dim`), and `take_settings` groups them.
 """
 
 import inspect
@@ -17,7 +17,7 @@ Defaults = TypeVar("Defaults", bound=tuple[Any, ...])
 
 @dataclass(frozen=True)
 class MelSettings:
-    """Of a front-end.
+    """Settings of a front-end.
 
     Attributes:
         sample_rate: of the waveform, in hertz.
@@ -40,7 +40,7 @@ class MelSettings:
 
 @dataclass(frozen=True)
 class TransformerSettings:
-    """Of a vision transformer on spectrograms.
+    """Settings of a vision transformer on spectrograms.
 
     Attributes:
         embed_dim: D.
@@ -48,7 +48,7 @@ class TransformerSettings:
         num_heads: H, a divisor of D.
         mlp_ratio: hidden width of the MLPs in units of D.
         qkv_bias: whether queries, keys and values have a bias.
-        target_length: longest input in frames; longer clips are cut into chunks.
+        target_length: longest input in frames; longer clips are split into chunks.
         patch_size: edge of a patch, in bands and frames.
         patch_stride: from one patch to the next.
         eval_avg: how chunks of a long clip are joined, "mean" or "max" of their probabilities.
@@ -56,11 +56,10 @@ class TransformerSettings:
         attn_drop_rate: dropout of attention weights.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
         init_values: initial layer scale, None for none.
-        time_patch_out: random columns of the patch grid left out in training.
-        freq_patch_out: random rows of the patch grid left out in training.
-        token_merging: tokens merged away in each block, see `models.token_merging.merging_schedule`; or, for attention
-            in which merged tokens count like others, {"r": those, "proportional": False}.
-        token_merging_in_training: False: only in evaluation mode.
+        time_patch_out: number of random columns of the patch grid dropped in training.
+        freq_patch_out: number of random rows of the patch grid dropped in training.
+        token_merging: tokens merged in each block, see `models.token_merging.split_setting`.
+        token_merging_in_training: False for evaluation mode only.
     """
 
     embed_dim: int = 768
@@ -83,17 +82,17 @@ class TransformerSettings:
 
 
 def take_settings(defaults: Defaults, given: Mapping[str, Any]) -> Defaults:
-    """Lay arguments over defaults.
+    """Override defaults by arguments.
 
     Args:
-        defaults: instances of settings, whose names do not overlap.
+        defaults: instances of settings with distinct field names.
         given: name -> value.
 
     Returns:
         Instances of the same classes, in the same order.
 
     Raises:
-        TypeError: a name that none of them has.
+        TypeError: an unknown name.
     """
     known = [{each.name for each in fields(settings)} for settings in defaults]
     unknown = [name for name in given if not any(name in names for names in known)]
@@ -107,7 +106,7 @@ def take_settings(defaults: Defaults, given: Mapping[str, Any]) -> Defaults:
 
 
 def find_arguments(factory: Callable[..., Any]) -> dict[str, Any]:
-    """Find what a factory of networks takes besides `num_classes`: name -> default.
+    """Return the arguments of a network factory besides `num_classes`: name -> default.
 
     Args:
         factory: a class, a function, or a partial of one; `shared_settings` of a class are among its arguments.

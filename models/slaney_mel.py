@@ -1,4 +1,4 @@
-"""The front-end of S-SONDO's students: mel bands after Slaney's Auditory Toolbox, of equal area, logarithmic.
+"""The front-end of S-SONDO's students: logarithms of mel bands of equal area on Slaney's scale.
 
 Letters: B batch, S samples, F mel bands, T frames.
 """
@@ -17,10 +17,10 @@ from models.settings import MelSettings
 class SlaneyMel(FrontEnd):
     """S-SONDO's front-end: ln(power + 1e-3) of mel bands of equal area, periodic window, frames within the clip.
 
-    Its tensors are no part of a checkpoint, as published.
+    Its tensors are not part of a checkpoint, as published.
 
     Args:
-        min_frames: shorter clips are extended with zeros until they have this many frames.
+        min_frames: shorter clips are zero-padded to this many frames.
         **settings: see `models.settings.MelSettings`, by default `defaults`.
     """
 
@@ -33,17 +33,17 @@ class SlaneyMel(FrontEnd):
         super().__init__(settings, center=False, min_frames=min_frames)
         edges = self.mel_edges_hz
         weights = triangles(self._bins_hz, edges) * 2 / (edges[2:] - edges[:-2])
-        self._keep(torch.hann_window(self.win_size), weights.float())
+        self._register_filters(torch.hann_window(self.win_size), weights.float())
 
     @property
     def mel_edges_hz(self) -> Tensor:
-        """Corners of the triangular bands in hertz, (F+2,): single precision, as the published networks had them."""
+        """Corners of the triangular bands in hertz, (F+2,), computed in single precision as in the published code."""
         return SLANEY.to_hertz(band_edges(SLANEY, self.f_min, self.f_max, self.n_mels, torch.float32)).double()
 
     def power_db_to_value(self, db: float) -> float:
         """ln(10^(db/10) + 1e-3)."""
         return math.log(10 ** (db / 10) + self.FLOOR)
 
-    def compressed(self, mel: Tensor, is_padding: Tensor | None) -> Tensor:
-        """Bring mel power (B,F,T) to a logarithm with a floor."""
+    def compress(self, mel: Tensor, is_padding: Tensor | None) -> Tensor:
+        """Convert mel power (B,F,T) to a logarithm with a floor."""
         return (mel + self.FLOOR).log()

@@ -21,7 +21,7 @@ from models.devices import choose_device
 from models.headed import SEGMENT_SECONDS, Head, HeadedTagger
 from models.heads import FOLDER, check_fit, load_head
 from models.loading import load_model, read_weights
-from models.registry import list_models, published_weights
+from models.registry import get_model_entry, list_models
 from models.ssondo_students import Student
 from models.waveforms import as_waveform
 
@@ -38,7 +38,7 @@ class Ssondo(nn.Module):
         return_logits: give (embeddings, projected) without a head, (logits, embeddings) with one.
         pad: fill segments up with zeros that count as sound, as published heads were trained. Else a segment is as long
             as its sound.
-        segment_seconds: length of a segment; None for that of the model, see `own_segment_seconds`.
+        segment_seconds: length of a segment; None for that of the model, see `get_segment_seconds`.
 
     Raises:
         UserError: the head is for another width, or projections are asked of a model that has none.
@@ -63,9 +63,9 @@ class Ssondo(nn.Module):
             )
         self.model, self.head = model, head
         self.return_logits, self.pad = return_logits, pad
-        seconds = own_segment_seconds(model) if segment_seconds is None else segment_seconds
+        seconds = get_segment_seconds(model) if segment_seconds is None else segment_seconds
         self.segment_samples = round(seconds * model.sample_rate)
-        self._at_rest: list[nn.Parameter] | None = None  # what was learning before the backbone was frozen
+        self._trainable: list[nn.Parameter] | None = None  # what was learning before the backbone was frozen
 
     @property
     def backbone(self) -> nn.Module:
@@ -97,7 +97,7 @@ class Ssondo(nn.Module):
             clip = self.get_embeddings(x)
             logits = self.head(clip)
             return (logits, clip) if self.return_logits else logits
-        segments, own = self._embedded(x, None)
+        segments, own = self._embed_segments(x, None)
         if not self.return_logits:
             return segments
         projected = self.model.get_submodule("classification_head")(segments)
@@ -113,14 +113,14 @@ class Ssondo(nn.Module):
         Returns:
             (B,E), the mean over a clip's segments, each weighted by the sound in it.
         """
-        return _weighted_mean(*self._embedded(x, lengths))
+        return _weighted_mean(*self._embed_segments(x, lengths))
 
     def preprocess(self, x: Any) -> Tensor:
         """Compute the spectrogram of each segment: (B,S) or (S,) -> (B, n_segments, F, T).
 
         The tail of a clip of several segments is filled up with silence.
         """
-        segments, own = self._segments(x, None)
+        segments, own = self._split_segments(x, None)
         if self.pad:
             mel = self.model.front_end(segments.flatten(0, 1))
         else:
@@ -129,25 +129,25 @@ class Ssondo(nn.Module):
 
     def freeze_backbone(self) -> None:
         """Keep everything but the head as it is: no gradients, and no statistics of batches, from now on."""
-        if self._at_rest is None:
-            self._at_rest = [p for p in self.model.parameters() if p.requires_grad]
+        if self._trainable is None:
+            self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.model.requires_grad_(False).eval()
 
     def unfreeze_backbone(self) -> None:
         """Let what learned before `freeze_backbone` learn again."""
-        for parameter in self._at_rest or []:
+        for parameter in self._trainable or []:
             parameter.requires_grad_(True)
-        self._at_rest = None
+        self._trainable = None
         self.model.train(self.training)
 
     def train(self, mode: bool = True) -> "Ssondo":
         """Switch to training or evaluation; a frozen backbone stays in evaluation."""
         super().train(mode)
-        if self._at_rest is not None:
+        if self._trainable is not None:
             self.model.eval()
         return self
 
-    def _segments(self, sound: Any, lengths: Any) -> tuple[Tensor, Tensor]:
+    def _split_segments(self, sound: Any, lengths: Any) -> tuple[Tensor, Tensor]:
         """(B,S) or (S,) -> segments (B, n_segments, samples), and the samples of sound in each (B, n_segments)."""
         device = next(self.parameters()).device
         x, own = as_waveform(sound, lengths, device=device, check_values=not self.training)
@@ -160,9 +160,9 @@ class Ssondo(nn.Module):
         starts = torch.arange(n_segments, device=x.device) * size
         return segments, (ends[:, None] - starts).clamp(0, size)
 
-    def _embedded(self, x: Any, lengths: Any) -> tuple[Tensor, Tensor]:
+    def _embed_segments(self, x: Any, lengths: Any) -> tuple[Tensor, Tensor]:
         """(B,S) or (S,) -> one vector a segment (B, n_segments, E), and the samples of sound in each."""
-        segments, own = self._segments(x, lengths)
+        segments, own = self._split_segments(x, lengths)
         used = own > 0
         clips, n_own = segments[used], own[used]  # (R,samples), (R,)
         at_once = len(clips) if self.model.training else _AT_ONCE
@@ -174,7 +174,7 @@ class Ssondo(nn.Module):
         return rows.new_zeros(*own.shape, self.embedding_dim).masked_scatter(used[..., None], rows), own
 
 
-def own_segment_seconds(model: AudioTagger) -> float:
+def get_segment_seconds(model: AudioTagger) -> float:
     """Return the length of the segments that a model learnt from, where it is a student that says so; else 10 s."""
     network = model.model if isinstance(model, HeadedTagger) else model
     return network.segment_seconds if isinstance(network, Student) else SEGMENT_SECONDS
@@ -236,7 +236,7 @@ def get_ssondo(
             raise UserError(f"head {head!r} needs n_classes, the number of its classes")
         sizes = () if head == "linear" else (512,) if hidden_sizes is None else tuple(hidden_sizes)
         own_head = Head(model.embed_dim, n_classes, hidden_sizes=sizes)
-        own_head.facts["chunk_length"] = own_segment_seconds(model)
+        own_head.facts["chunk_length"] = get_segment_seconds(model)
     else:
         own_head = load_head(head, heads_folder)
     if pad is None:
@@ -248,6 +248,6 @@ def get_ssondo(
 def _projection_width(checkpoint: str | Path) -> int | None:
     """W of a published checkpoint, None where it has no projection."""
     named = str(checkpoint) in list_models()
-    origin = published_weights(str(checkpoint)) if named else checkpoint
+    origin = get_model_entry(str(checkpoint)).weights if named else checkpoint
     width = read_weights(origin)[1].get("projection") if origin is not None else None
     return width if isinstance(width, int) else None

@@ -39,9 +39,9 @@ def read_ssondo(content: Mapping[str, Any], origin: str) -> tuple[dict[str, Tens
     tensors = content["state_dict"]
     state = {key.removeprefix(_PREFIX): value for key, value in tensors.items() if key.startswith(_PREFIX)}
     if not state:
-        raise UserError(f"{origin}: found names such as {some(map(str, tensors))}; wanted {_PREFIX}* of S-SONDO")
+        raise UserError(f"{origin}: found names such as {some(map(str, tensors))}; expected {_PREFIX}* of S-SONDO")
     try:
-        return state, _described(content["training_config"], origin)
+        return state, _read_config(content["training_config"], origin)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{origin}: its training_config is not as S-SONDO writes it ({type(error).__name__}: {error}); give "
@@ -49,7 +49,7 @@ def read_ssondo(content: Mapping[str, Any], origin: str) -> tuple[dict[str, Tens
         ) from error
 
 
-def _described(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
+def _read_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     student, mel, head = config["student_model"], config["preprocess"]["logmelspec"], config["classification_head"]
     name, rate = str(student["model_name"]).lower(), int(student["sr"])
     n_fft, high = round(rate * mel["win_len"]), mel.get("f_max")
@@ -69,31 +69,31 @@ def _described(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if float(slices.get("step_size") or seconds) != seconds:
         step = slices["step_size"]
         logger.warning("%s: its segments of %g s began every %g s; here they lie side by side", origin, seconds, step)
-    wanted: dict[str, tuple[Any, Any]] = {"classification_head.head_type": (head["head_type"], "mlp")}
+    expected: dict[str, tuple[Any, Any]] = {"classification_head.head_type": (head["head_type"], "mlp")}
     normal = config["preprocess"].get("normalize") or {}
-    wanted["preprocess.normalize.mean"] = (float(normal.get("mean", 0)), 0.0)
-    wanted["preprocess.normalize.std"] = (float(normal.get("std", 1)), 1.0)
+    expected["preprocess.normalize.mean"] = (float(normal.get("mean", 0)), 0.0)
+    expected["preprocess.normalize.std"] = (float(normal.get("std", 1)), 1.0)
     if "eres" in name:
         model = "eres2net"
         n_stages = 5 if student["add_layer"] else 4
         blocks = [int(number) for number in student["num_blocks"]][:n_stages]
         arguments |= {"m_channels": int(student["m_channels"]), "num_blocks": blocks}
-        wanted["student_model.pooling_func"] = (student["pooling_func"], "TSTP")
-        wanted["student_model.feat_dim"] = (int(student["feat_dim"]), arguments["n_mels"])
+        expected["student_model.pooling_func"] = (student["pooling_func"], "TSTP")
+        expected["student_model.feat_dim"] = (int(student["feat_dim"]), arguments["n_mels"])
     elif "dymn" in name or "mn" in name:
         model = "dymn" if "dy" in name else "mobilenetv3"
         arguments["width"] = float(student["width_mult"])
-        wanted["student_model.strides"] = (tuple(student.get("strides", (2, 2, 2, 2))), (2, 2, 2, 2))
+        expected["student_model.strides"] = (tuple(student.get("strides", (2, 2, 2, 2))), (2, 2, 2, 2))
         if model == "dymn":
             arguments["temperature"] = float(student.get("pretrain_final_temp", 1.0))
         for key, plain in (("reduced_tail", False), ("dilated", False), ("relu_only", False), ("se_dims", "c")):
-            wanted[f"student_model.{key}"] = (student.get(key, plain), plain)
+            expected[f"student_model.{key}"] = (student.get(key, plain), plain)
     else:
-        raise UserError(f"{origin}: found a student {name!r}; wanted one of mn*, dymn* and ERes2Net")
+        raise UserError(f"{origin}: found a student {name!r}; expected one of mn*, dymn* and ERes2Net")
     faults = Faults(f"{origin}: its student cannot be built here; it")
-    for key, (found, known) in wanted.items():
+    for key, (found, known) in expected.items():
         if found != known:
-            faults.add(f"{key} is {found!r}, wanted {known!r}")
+            faults.add(f"{key} is {found!r}, expected {known!r}")
     faults.raise_if_any()
     width = int(head["n_classes"])
     distilled = bool((config.get("knowledge_distillation") or {"loss": True}).get("loss"))

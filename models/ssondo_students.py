@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from common.errors import UserError
 from models.base import Encoded
 from models.dymn import DyMNMaps
-from models.eres2net import ERes2NetMaps, mean_and_deviation
+from models.eres2net import ERes2NetMaps, pool_statistics
 from models.headed import SEGMENT_SECONDS
-from models.mobilenetv3 import LAST_HIDDEN, RELEASE, MobileNetV3Maps, initialise, to_eights
+from models.mobilenetv3 import LAST_HIDDEN, RELEASE, MobileNetV3Maps, initialise, make_divisible
 from models.pooled_cnn import Backbone, PooledCNN
 from models.registry import register_model
 from models.settings import MelSettings, take_settings
@@ -89,7 +89,7 @@ class Student(PooledCNN):
     ) -> None:
         own, mel = take_settings(self.shared_settings, settings)
         if own.segment_seconds <= 0:
-            raise UserError(f"segment_seconds is {own.segment_seconds}; wanted a length above 0, in seconds")
+            raise UserError(f"segment_seconds is {own.segment_seconds}; expected a length above 0, in seconds")
         width = backbone.channels if embed_dim is None else embed_dim
         super().__init__(SlaneyMel(**asdict(mel), min_frames=min_frames), num_classes=num_classes, embed_dim=width)
         self.stride, self.segment_seconds = backbone.stride, own.segment_seconds
@@ -125,7 +125,7 @@ class MobileNetV3Student(Student):
 
     def __init__(self, *, num_classes: int = 527, width: float = 1.0, **settings: Any) -> None:
         maps = MobileNetV3Maps(width).apply(initialise)
-        super().__init__(maps, settings, num_classes=num_classes, n_hidden=to_eights(LAST_HIDDEN * width))
+        super().__init__(maps, settings, num_classes=num_classes, n_hidden=make_divisible(LAST_HIDDEN * width))
 
 
 class DyMNStudent(Student):
@@ -142,7 +142,7 @@ class DyMNStudent(Student):
         self, *, num_classes: int = 527, width: float = 1.0, temperature: float = 30.0, **settings: Any
     ) -> None:
         maps = DyMNMaps(width, temperature).apply(initialise)
-        super().__init__(maps, settings, num_classes=num_classes, n_hidden=to_eights(LAST_HIDDEN * width))
+        super().__init__(maps, settings, num_classes=num_classes, n_hidden=make_divisible(LAST_HIDDEN * width))
 
 
 class ERes2NetStudent(Student):
@@ -180,13 +180,13 @@ class ERes2NetStudent(Student):
     def pool(self, encoded: Encoded) -> Tensor:
         """Embed clips: means and deviations of each channel and band (B,E)."""
         assert encoded.maps is not None
-        return torch.cat(mean_and_deviation(encoded.maps), 1)
+        return torch.cat(pool_statistics(encoded.maps), 1)
 
     def frames(self, encoded: Encoded) -> Tensor:
         """Embed time steps: a column, and beside it the deviations of the whole clip (B,T',E)."""
         assert encoded.maps is not None
         columns = encoded.maps.flatten(1, 2).transpose(1, 2)  # (B, T', E/2)
-        deviation = mean_and_deviation(encoded.maps)[1]
+        deviation = pool_statistics(encoded.maps)[1]
         beside = deviation[:, None].expand(-1, columns.shape[1], -1)
         return torch.cat([columns, beside.to(columns.dtype)], 2)
 

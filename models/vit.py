@@ -99,11 +99,11 @@ class SpectrogramTransformer(AudioTagger):
         """Make the parameters of positions and prefix tokens, for a grid of that size."""
         raise NotImplementedError
 
-    def _place(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
+    def _add_positions(self, patches: Tensor, columns: Tensor | None = None) -> Tensor:
         """Add positions to patches: (R,f,t,D), columns that take part (R,) or None for all -> (R,f,t,D)."""
         raise NotImplementedError
 
-    def _prefix(self) -> Tensor | None:
+    def _prefix_tokens(self) -> Tensor | None:
         """Tokens before the patches, with their positions, (1,P,D); None for none."""
         return None
 
@@ -142,7 +142,7 @@ class SpectrogramTransformer(AudioTagger):
         depth = len(self.blocks)
         if missing := [layer for layer in layers if not -depth <= layer < depth]:
             raise UserError(f"{self.name} has no layer {missing[0]}: it has {depth}, 0 to {depth - 1}; -1 is the last")
-        rows, columns, encoded = self._cut(mel, n_frames)
+        rows, columns, encoded = self._split_chunks(mel, n_frames)
         return self._encode_rows(rows, columns, encoded, keep, layers)
 
     def classify(self, encoded: Encoded) -> Tensor:
@@ -163,7 +163,7 @@ class SpectrogramTransformer(AudioTagger):
         rows, clip = self.pool_rows(encoded), encoded.clip_of_row
         if rows is not None:
             return rows if clip is None else join(rows, clip, encoded.n_clips, "mean", encoded.weights)
-        columns, n_columns = self._own_columns(encoded)
+        columns, n_columns = self._join_columns(encoded)
         return columns.mean(1) if n_columns is None else columns.sum(1) / n_columns.clamp(min=1)[:, None]
 
     def frames(self, encoded: Encoded) -> Tensor:
@@ -174,7 +174,7 @@ class SpectrogramTransformer(AudioTagger):
         """
         if encoded.kept is not None:
             raise UserError(f"{self.name}: tokens that `keep` chose are no time steps; encode without it for these")
-        columns, n_columns = self._own_columns(encoded)
+        columns, n_columns = self._join_columns(encoded)
         return columns if n_columns is None else columns[:, : int(n_columns.max())]
 
     def _columns(self, encoded: Encoded) -> Tensor:
@@ -182,7 +182,7 @@ class SpectrogramTransformer(AudioTagger):
         assert encoded.tokens is not None
         return encoded.tokens.mean(1) if encoded.kept is None else encoded.tokens
 
-    def _own_columns(self, encoded: Encoded) -> tuple[Tensor, Tensor | None]:
+    def _join_columns(self, encoded: Encoded) -> tuple[Tensor, Tensor | None]:
         """A clip's columns over all its rows, zero where they are not its own, (B,T',D), and their number (B,).
 
         None for the number where all are the clip's own; chosen tokens are columns, too.
@@ -202,7 +202,7 @@ class SpectrogramTransformer(AudioTagger):
         joined[torch.arange(joined.shape[1], device=columns.device) < number[:, None]] = columns[own]
         return joined, number
 
-    def probabilities_of(self, mel: Tensor) -> Tensor:
+    def forward_export(self, mel: Tensor) -> Tensor:
         """Probabilities of spectrograms of any length (B,F,T) -> (B,C), in shapes alone, as graphs want it.
 
         Chunks as in `forward_spectrogram`; fewer frames than one patch are followed by silence.
@@ -212,7 +212,7 @@ class SpectrogramTransformer(AudioTagger):
         found = self.probabilities(self.classify_rows(encoded)).unflatten(0, (mel.shape[0], inside.shape[0]))
         return found.amax(1) if self.eval_avg == "max" else self._mean_of_chunks(found, inside)
 
-    def embedding_of(self, mel: Tensor) -> Tensor:
+    def embed_export(self, mel: Tensor) -> Tensor:
         """Clip embeddings of spectrograms of any length (B,F,T) -> (B,D), in shapes alone, as graphs want it.
 
         Chunks as in `embed_spectrogram`; fewer frames than one patch are followed by silence.
@@ -268,25 +268,25 @@ class SpectrogramTransformer(AudioTagger):
 
     def n_steps(self, n_samples: int) -> int:
         """Patch columns that a clip of `n_samples` has, over all its chunks."""
-        n_frames = self._counted(self.front_end.n_frames(n_samples))
+        n_frames = self._count_usable_frames(self.front_end.n_frames(n_samples))
         if n_frames <= self.target_length and not self.fixed_length:
             return self._n_patches(n_frames)
         n_full = (n_frames - 1) // self.target_length
         rest = torch.tensor(n_frames - n_full * self.target_length)
-        return n_full * self._n_patches(self.target_length) + int(self._touched(rest))
+        return n_full * self._n_patches(self.target_length) + int(self._count_covered_columns(rest))
 
     def _n_patches(self, size: int) -> int:
         return (size - self.patch_size) // self.patch_stride + 1
 
-    def _counted(self, n_frames: Count) -> Count:
+    def _count_usable_frames(self, n_frames: Count) -> Count:
         """Frames that take part, of clips of `n_frames`."""
         return n_frames if self.equal_chunks else drop_remainder(n_frames, self.target_length, self.patch_size)
 
-    def _touched(self, n_frames: Tensor) -> Tensor:
+    def _count_covered_columns(self, n_frames: Tensor) -> Tensor:
         """Columns of filled-up chunks that hold any of their first `n_frames` (R,) frames."""
         return (-(-n_frames // self.patch_stride)).clamp(max=self._n_patches(self.target_length))
 
-    def _cut(self, mel: Tensor, n_frames: Tensor | None) -> tuple[Tensor, Tensor | None, Encoded]:
+    def _split_chunks(self, mel: Tensor, n_frames: Tensor | None) -> tuple[Tensor, Tensor | None, Encoded]:
         """Normalise, and cut long clips into chunks; the padding of one chunk counts, padding of a batch does not.
 
         Returns:
@@ -301,8 +301,8 @@ class SpectrogramTransformer(AudioTagger):
                 f"frames, not {n_mels} bands and {n_total} frames"
             )
         if n_frames is not None:
-            n_frames = self._counted(n_frames.to(mel.device))
-        n_total = self._counted(n_total)
+            n_frames = self._count_usable_frames(n_frames.to(mel.device))
+        n_total = self._count_usable_frames(n_total)
         mel = self._normalise(mel[:, :, :n_total], n_frames)
         if n_total <= self.target_length and not self.fixed_length:
             columns = None if n_frames is None else (n_frames - self.patch_size) // self.patch_stride + 1
@@ -313,14 +313,14 @@ class SpectrogramTransformer(AudioTagger):
             frames = torch.full((n_clips,), n_total, device=mel.device) if n_frames is None else n_frames
             is_padding = torch.arange(n_total, device=mel.device) >= frames[:, None]  # (B,T)
             mel = F.pad(mel.masked_fill(is_padding[:, None], self.fill), (0, chunk - n_total), value=self.fill)
-            return mel, None, Encoded(n_clips, n_steps=self._touched(frames))
+            return mel, None, Encoded(n_clips, n_steps=self._count_covered_columns(frames))
         chunks, inside, clip = split(mel, n_frames, chunk, self.fill)
-        encoded = Encoded(n_clips, n_steps=self._touched(inside), clip_of_row=clip)
+        encoded = Encoded(n_clips, n_steps=self._count_covered_columns(inside), clip_of_row=clip)
         encoded.weights = None if self.equal_chunks else inside
         if self.fixed_length or n_frames is None or not bool((alone := (n_frames <= chunk)[clip]).any()):
             return chunks, None, encoded
         whole = (inside - self.patch_size) // self.patch_stride + 1
-        encoded.n_steps = torch.where(alone, whole, self._touched(inside))
+        encoded.n_steps = torch.where(alone, whole, self._count_covered_columns(inside))
         return chunks, torch.where(alone, whole, self._n_patches(chunk)), encoded
 
     def _encode_rows(
@@ -333,7 +333,7 @@ class SpectrogramTransformer(AudioTagger):
     ) -> Encoded:
         """Write into `encoded` what is computed of rows (R,F,T'), of which columns (R,), or None for all, take part."""
         x, valid = self._prepare_tokens(mel, columns, encoded, keep)
-        x, encoded.layers = self._through_blocks(x, valid, layers)
+        x, encoded.layers = self._run_blocks(x, valid, layers)
         prefix, x = x[:, : self.n_prefix], x[:, self.n_prefix :]
         encoded.prefix = prefix if self.n_prefix else None
         encoded.tokens = x.unflatten(1, encoded.grid) if encoded.kept is None else x
@@ -346,7 +346,7 @@ class SpectrogramTransformer(AudioTagger):
 
         `grid`, `valid` and `kept` are written into `encoded`.
         """
-        x = self._place(self.patch_embed(mel), columns)  # (R,f,t,D)
+        x = self._add_positions(self.patch_embed(mel), columns)  # (R,f,t,D)
         encoded.grid = n_rows, n_columns = x.shape[1], x.shape[2]
         x, valid, places = x.flatten(1, 2), None, None
         if columns is not None:
@@ -355,7 +355,7 @@ class SpectrogramTransformer(AudioTagger):
         if keep is not None:
             places = encoded.kept = keep(n_rows, n_columns, encoded.valid)
             if places.ndim != 2 or len(places) != len(x):
-                raise ValueError(f"keep gave places of shape {tuple(places.shape)}; wanted (R,N') for {len(x)} rows")
+                raise ValueError(f"keep gave places of shape {tuple(places.shape)}; expected (R,N') for {len(x)} rows")
         elif self.training and (self.time_patch_out or self.freq_patch_out):
             left_out = self.time_patch_out, self.freq_patch_out
             places = draw_patch_out(encoded, *left_out, self.generator, x.device).expand(x.shape[0], -1)
@@ -364,12 +364,12 @@ class SpectrogramTransformer(AudioTagger):
             valid = None if valid is None else valid.gather(1, places)
         if keep is not None:
             encoded.valid = valid
-        prefix = self._prefix()
+        prefix = self._prefix_tokens()
         if prefix is not None:
             x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
         return self.pos_drop(x), None if valid is None else F.pad(valid, (self.n_prefix, 0), value=True)
 
-    def _through_blocks(
+    def _run_blocks(
         self, x: Tensor, valid: Tensor | None, layers: Sequence[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Blocks, token merging and the final norm: (R,P+N,D), tokens that count (R,P+N) or None -> (R,P+N,D).

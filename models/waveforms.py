@@ -1,4 +1,4 @@
-"""Waveforms as callers have them, as the batches that networks take.
+"""Conversion of tensors, arrays and lists of clips to the waveform batches of networks.
 
 Letters: B batch, S samples.
 """
@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from common.errors import UserError, some
 from common.samples import EXPECTED, FULL_SCALE_16_BIT, to_floats
 
-_LOUDEST = 16.0  # 24 dB above full scale, as for files: floating-point recordings and mixes stay below
-_MOST_CHANNELS, _FEWEST_SAMPLES = 32, 1000  # what looks like one sound with its channels last
+_MAX_PEAK = 16.0  # 24 dB above full scale, as for files: floating-point recordings and mixes stay below
+_MAX_CHANNELS, _MIN_SAMPLES = 32, 1000  # of an array that looks like (S, channels)
 
 
 def as_waveform(
@@ -24,49 +24,48 @@ def as_waveform(
     device: str | torch.device | None = None,
     check_values: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return clips as a batch of waveforms, float32 with full scale 1.0, and their lengths.
+    """Convert clips to a batch of waveforms, float32 with full scale 1.0, and their lengths.
 
-    (channels, samples) cannot be told from (B,S): a sound of two channels would be two clips. Average the channels
-    first.
+    (channels, samples) cannot be distinguished from (B,S): average the channels first.
 
     Args:
         sound: a tensor or array (B,S), or (S,) for one clip; or a list of clips (S,) of any lengths, which are padded.
             Floats of any width with full scale 1.0, or int16, which is divided by 32768.
-        lengths: (B,) samples of each clip: a tensor, an array or a list; None where all of S belong to it.
-        device: where the batch goes; None: where it is.
-        check_values: look at the values too, which costs a pass over them.
+        lengths: (B,) samples of each clip: a tensor, an array or a list; None for S.
+        device: of the batch; None keeps that of the input.
+        check_values: check the values too, which takes a pass over them.
 
     Returns:
         (B,S), and (B,) or None. A float32 tensor (B,S) on the device is returned as it is.
 
     Raises:
-        UserError: another type or shape, no clips, no samples; where values are looked at, samples that are not finite
-            or whose full scale is not 1.0.
+        UserError: another type or shape, no clips, no samples; with `check_values`, samples that are not finite or
+            whose full scale is not 1.0.
     """
     if isinstance(sound, list | tuple):
         waveform, sizes = _join(sound)
     else:
         waveform, sizes = _to_float_tensor(sound, "the waveform"), None
     waveform = _check_shape(waveform)
-    own = _read_lengths(lengths, sizes, waveform)
+    lengths = _read_lengths(lengths, sizes, waveform)
     waveform = waveform if device is None else waveform.to(device)
-    own = own if own is None else own.to(waveform.device)
+    lengths = None if lengths is None else lengths.to(waveform.device)
     if check_values:
-        _check_values(waveform.detach(), own)
-    return waveform, own
+        _check_values(waveform.detach(), lengths)
+    return waveform, lengths
 
 
 def _join(clips: Sequence[Any]) -> tuple[Tensor, list[int] | None]:
-    """Put a list of clips into one batch, padded with zeros; sizes are None for a list of samples."""
+    """Join a list of clips into one zero-padded batch; sizes are None for a list of samples."""
     if not clips:
-        raise UserError("the waveform: found an empty list; wanted (B,S), (S,) or a list of clips (S,)")
+        raise UserError("the waveform: found an empty list; expected (B,S), (S,) or a list of clips (S,)")
     if all(isinstance(value, bool | int | float) for value in clips):
         return _to_float_tensor(clips, "the waveform"), None
     parts = [_to_float_tensor(clip, f"clip {i}") for i, clip in enumerate(clips)]
     for i, part in enumerate(parts):
         if part.ndim != 1:
             raise UserError(
-                f"clip {i} of the list has shape {tuple(part.shape)}; wanted one channel, (S,): average the channels"
+                f"clip {i} of the list has shape {tuple(part.shape)}; expected one channel, (S,): average the channels"
             )
     return pad_sequence([part.to(parts[0].device) for part in parts], batch_first=True), [len(part) for part in parts]
 
@@ -88,64 +87,61 @@ def _check_shape(waveform: Tensor) -> Tensor:
         waveform = waveform[None]
     shape = tuple(waveform.shape)
     if waveform.ndim == 3:
-        raise UserError(f"the waveform has shape {shape}; wanted (B,S): average the channels, `waveform.mean(1)`")
+        raise UserError(f"the waveform has shape {shape}; expected (B,S): average the channels, `waveform.mean(1)`")
     if waveform.ndim != 2:
-        raise UserError(f"the waveform has shape {shape}; wanted clips of one channel, (B,S), or one clip, (S,)")
+        raise UserError(f"the waveform has shape {shape}; expected clips of one channel, (B,S), or one clip, (S,)")
     if waveform.shape[0] == 0:
-        raise UserError(f"the waveform has shape {shape}: no clips; wanted (B,S) with at least one")
+        raise UserError(f"the waveform has shape {shape}: no clips; expected (B,S) with at least one")
     if waveform.shape[1] == 0:
-        raise UserError(f"the waveform has shape {shape}: no samples; wanted at least one in each clip")
-    if waveform.shape[1] <= _MOST_CHANNELS and waveform.shape[0] >= _FEWEST_SAMPLES:
+        raise UserError(f"the waveform has shape {shape}: no samples; expected at least one in each clip")
+    if waveform.shape[1] <= _MAX_CHANNELS and waveform.shape[0] >= _MIN_SAMPLES:
         raise UserError(
-            f"the waveform has shape {shape}, which looks like (S, channels); wanted (B,S): average the channels, "
+            f"the waveform has shape {shape}, which looks like (S, channels); expected (B,S): average the channels, "
             "`waveform.mean(1)`"
         )
     return waveform
 
 
 def _read_lengths(lengths: Any, sizes: list[int] | None, waveform: Tensor) -> Tensor | None:
-    """Return lengths (B,), None where all of S belong to each clip."""
+    """Return lengths (B,), None where no clip is padded."""
     n_clips, n_samples = waveform.shape
     if lengths is None:
-        return None if sizes is None or len(set(sizes)) == 1 else _sizes_as_lengths(sizes)
+        if sizes is None or len(set(sizes)) == 1:
+            return None
+        if min(sizes) < 1:
+            raise UserError(f"clip {sizes.index(0)} of the list has no samples; expected at least one: leave it out")
+        return torch.tensor(sizes)
     try:
-        own = torch.as_tensor(lengths)
+        read = torch.as_tensor(lengths)
     except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"lengths are {type(lengths).__name__}; wanted one whole number a clip, (B,)") from None
-    own = own[None] if own.ndim == 0 else own
-    if own.is_floating_point() or own.is_complex() or own.dtype == torch.bool:
-        raise UserError(f"lengths are of type {own.dtype}; wanted whole numbers of samples, one a clip")
-    if own.shape != (n_clips,) or int(own.min()) < 1 or bool((own.cpu() > torch.tensor(sizes or n_samples)).any()):
-        raise UserError(f"lengths {own.tolist()} must be one number a clip, 1 to {sizes or n_samples} samples")
-    return own
-
-
-def _sizes_as_lengths(sizes: list[int]) -> Tensor:
-    if min(sizes) < 1:
-        raise UserError(f"clip {sizes.index(0)} of the list has no samples; wanted at least one: leave it out")
-    return torch.tensor(sizes)
+        raise UserError(f"lengths are {type(lengths).__name__}; expected one whole number per clip, (B,)") from None
+    read = read[None] if read.ndim == 0 else read
+    if read.is_floating_point() or read.is_complex() or read.dtype == torch.bool:
+        raise UserError(f"lengths are of type {read.dtype}; expected whole numbers of samples, one per clip")
+    if read.shape != (n_clips,) or int(read.min()) < 1 or bool((read.cpu() > torch.tensor(sizes or n_samples)).any()):
+        raise UserError(f"lengths {read.tolist()} must be one number per clip, 1 to {sizes or n_samples} samples")
+    return read
 
 
 def _check_values(waveform: Tensor, lengths: Tensor | None) -> None:
-    """Refuse samples that are not finite, and those whose full scale is not 1.0, as files with such are."""
+    """Check that samples are finite and have full scale 1.0, by the criteria of sound files."""
     if lengths is not None:
-        behind = torch.arange(waveform.shape[1], device=waveform.device) >= lengths[:, None]
-        waveform = waveform.masked_fill(behind, 0.0)
+        is_padding = torch.arange(waveform.shape[1], device=waveform.device) >= lengths[:, None]
+        waveform = waveform.masked_fill(is_padding, 0.0)
     peaks = waveform.abs().amax(1).tolist()
-    odd = [i for i, peak in enumerate(peaks) if not peak < float("inf")]
-    if odd:
-        raise UserError(f"clips {some(map(str, odd))} of the batch hold NaN or infinite samples")
+    if invalid := [i for i, peak in enumerate(peaks) if not peak < float("inf")]:
+        raise UserError(f"clips {some(map(str, invalid))} of the batch contain NaN or infinite samples")
     for i, peak in enumerate(peaks):
         if peak > 1 and _is_unscaled(waveform[i], peak):
             raise UserError(
-                f"clip {i} of the batch has values of up to {peak:.6g}, as integers have; wanted full scale 1.0: "
+                f"clip {i} of the batch has values of up to {peak:.6g}, like integer samples; expected full scale 1.0: "
                 "divide 16-bit samples by 32768"
             )
 
 
 def _is_unscaled(samples: Tensor, peak: float) -> bool:
-    """Whether all are whole numbers, or most are beyond full scale and the largest far beyond."""
+    """Whether all samples are whole numbers, or half are above full scale and the peak above `_MAX_PEAK`."""
     if bool((samples == samples.round()).all()):
         return True
     values = samples.abs()
-    return peak > _LOUDEST and int((values > 1).sum()) * 2 >= int((values > 0).sum())
+    return peak > _MAX_PEAK and int((values > 1).sum()) * 2 >= int((values > 0).sum())

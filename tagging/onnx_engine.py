@@ -84,9 +84,9 @@ class OnnxEngine:
         self._features: FrontEnd | None = None
         self.max_samples: int | None = None
         if self.takes == "feats":
-            from models.frontends import described_front_end
+            from models.frontends import build_front_end
 
-            self._features = described_front_end(self.front_end)
+            self._features = build_front_end(self.front_end)
             if self._max_frames is not None:
                 self.max_samples = _longest(self._features, self._max_frames)
 

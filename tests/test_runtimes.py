@@ -20,7 +20,7 @@ import torch
 import onnx_inference_with_torchaudio
 from common.errors import UserError
 from models import audioset_labels
-from models.onnx import export_onnx, with_chunks_of, write_label_table
+from models.onnx import export_onnx, resize_chunks, write_label_table
 from tagging.engines import MAX_THREADS
 from tagging.mel_files import open_for_features, tag_chunks
 from tagging.onnx_engine import OnnxEngine
@@ -36,7 +36,7 @@ def exported(tmp_path_factory):
     """Folder of the trained network's files: as published for sherpa-onnx (30 s, mel in), and with its front-end."""
     folder = tmp_path_factory.mktemp("trained")
     model = trained_tagger()
-    longer = with_chunks_of(model, 3000)
+    longer = resize_chunks(model, 3000)
     export_onnx(longer, {"fp32": folder / "model.onnx", "int8": folder / "model.int8.onnx"})
     export_onnx(model, {"fp32": folder / "wave.onnx", "int8": folder / "wave.int8.onnx"}, waveform=True)
     write_label_table(folder / "class_labels_indices.csv", model.labels)
@@ -65,7 +65,7 @@ def with_sherpa(sherpa_onnx, folder, clip, name="model.onnx"):
 @pytest.mark.parametrize("seconds", [5.0, 7.3, 12.0, 29.0])
 def test_sherpa_onnx_tags_as_pytorch_does(exported, seconds):
     sherpa_onnx = pytest.importorskip("sherpa_onnx")
-    model = with_chunks_of(trained_tagger(), 3000)
+    model = resize_chunks(trained_tagger(), 3000)
     clips, targets = unheard(9, seconds)
     expected = np.stack([predict(model, clip) for clip in clips])
     found = np.stack([with_sherpa(sherpa_onnx, exported, clip) for clip in clips])
@@ -104,7 +104,7 @@ def test_a_clip_without_a_whole_frame_is_tagged_with_kaldi_features(exported, tm
 
 @pytest.mark.parametrize("seconds", [0.01, 0.5, 3.0, 31.0])
 def test_the_program_with_torchaudio_features_gives_what_pytorch_gives(exported, seconds, tmp_path):
-    model = with_chunks_of(trained_tagger(), 3000)
+    model = resize_chunks(trained_tagger(), 3000)
     engine = open_for_features(exported / "model.onnx")
     clip = unheard(2, seconds)[0][1]
     soundfile.write(tmp_path / "a.wav", clip, RATE, subtype="FLOAT")
@@ -210,7 +210,7 @@ def test_eight_bits_cost_less_than_half_a_point_of_map(exported):
 
 @pytest.mark.parametrize("name", ["model.onnx", "wave.onnx"])
 def test_the_engine_gives_clips_of_mixed_lengths_what_pytorch_gives_them(exported, name):
-    model = trained_tagger() if name == "wave.onnx" else with_chunks_of(trained_tagger(), 3000)
+    model = trained_tagger() if name == "wave.onnx" else resize_chunks(trained_tagger(), 3000)
     engine = OnnxEngine(exported / name)
     assert (engine.name, engine.sample_rate, engine.labels) == ("audiotransformer_pico", RATE, LABELS)
     assert (engine.max_samples, engine.precision) == (None, "fp32")

@@ -23,7 +23,7 @@ from audio.dataset import Pack
 from common.errors import Faults, UserError
 from distill.targets import SoftTargetStore
 from models.loading import read_weights
-from models.registry import ModelEntry, list_models, model_entry
+from models.registry import ModelEntry, get_model_entry, list_models
 from training.band_limit import measure_band_limits, usable_limit
 from training.config import AUTO, TrainConfig
 from training.labelled import open_pack
@@ -138,7 +138,7 @@ def _pretrained(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
     """Choose the published tagger, else the published initialisation if there is one."""
     name = str(settings.get("model"))
     for source in (name, name.replace("audiotransformer_", "ced_")):  # names of the same network
-        if source in list_models() and model_entry(source).weights:
+        if source in list_models() and get_model_entry(source).weights:
             return Choice(source, "its published weights")
     if starts_at_random(name, None):
         return Choice(None, "random weights: none are published for it")
@@ -146,7 +146,7 @@ def _pretrained(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
 
 
 def _entry(settings: Mapping[str, Any]) -> ModelEntry | None:
-    return model_entry(str(settings["model"])) if settings.get("model") in list_models() else None
+    return get_model_entry(str(settings["model"])) if settings.get("model") in list_models() else None
 
 
 def _starts_random(settings: Mapping[str, Any]) -> bool:
@@ -318,7 +318,7 @@ def describe_train_config(path: str | Path, overrides: dict[str, Any]) -> str:
     config = None if settings is None else check_settings(TrainConfig, fill_timed(settings), faults)
     if config is not None:
         with faults.noted():
-            model_entry(config.model)
+            get_model_entry(config.model)
     faults.raise_if_any()
     assert settings is not None
     assert config is not None

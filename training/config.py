@@ -16,7 +16,7 @@ from common.errors import did_you_mean
 from common.options import Options
 from distill.objectives.target import LOSSES
 from distill.targets import LABEL_TYPES
-from models.registry import list_models, model_entry
+from models.registry import get_model_entry, list_models
 
 logger = logging.getLogger(__name__)
 
@@ -362,7 +362,7 @@ def _describe_nearest(kind: type[Config], key: str, given: Mapping[str, Any]) ->
         optimizer = getattr(torch.optim, str(given.get("optimizer", "Adam")).removesuffix("8bit"), torch.optim.Adam)
         nested |= {name: f"optimizer_args.{name}" for name in list(inspect.signature(optimizer).parameters)[1:]}
     if given.get("model") in list_models():
-        nested |= {name: f"model_args.{name}" for name in model_entry(str(given["model"])).arguments}
+        nested |= {name: f"model_args.{name}" for name in get_model_entry(str(given["model"])).arguments}
     meant = nested.get(key) or _OTHER_WORDS.get(key)
     if meant is not None and meant.partition(".")[0] in kind.model_fields:
         return f" (did you mean {meant!r}?)"

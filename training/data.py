@@ -112,7 +112,7 @@ def open_training(
     if config.clusters:
         with faults.noted():
             names, starts = [pack.names[clip] for clip in source.chunks.clip], source.chunks.start / pack.sample_rate
-            clusters = Clusters.read(config.clusters).of_items(names, starts)
+            clusters = Clusters.read(config.clusters).assign_items(names, starts)
     if config.sampler == "balanced":
         weights = _balance_classes(pack, source, labels, items, faults)
     elif config.sampler == "clusters" and clusters is not None:

@@ -24,7 +24,7 @@ from audio.manifest import NameIndex
 from common.errors import Faults, UserError, some
 from common.files import sha256
 from distill.batch import Batch
-from models.ensemble import Spectrogram
+from models.ensemble import ComputeSpectrogram
 from models.loading import weights_hash
 from training.config import SoftTargetConfig
 from training.teacher import load_teacher
@@ -53,7 +53,7 @@ class Embedder(Protocol):
     def describe(self) -> Any:
         """Return everything that the embeddings depend on, as plain values."""
 
-    def embeddings(self, batch: Batch, spectrogram: Spectrogram) -> Tensor:
+    def embeddings(self, batch: Batch, spectrogram: ComputeSpectrogram) -> Tensor:
         """Return (B, E), float32.
 
         Args:
@@ -117,7 +117,7 @@ class FunctionEmbedder:
         return [facts | {"sha256": digest.hexdigest()}]
 
     @torch.no_grad()
-    def embeddings(self, batch: Batch, spectrogram: Spectrogram) -> Tensor:
+    def embeddings(self, batch: Batch, spectrogram: ComputeSpectrogram) -> Tensor:
         """Return (B, E), float32; masks of spectrograms are not applied."""
         rate = self.sample_rates[0]
         waveform, lengths = batch.waveforms[rate], batch.lengths[rate]
@@ -208,7 +208,7 @@ class NpzEmbedder:
             digest.update(f"{path.relative_to(self.folder)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
         return [{"npz": str(self.folder), "files": len(set(self.files)), "sha256": digest.hexdigest()}]
 
-    def embeddings(self, batch: Batch, spectrogram: Spectrogram) -> Tensor:
+    def embeddings(self, batch: Batch, spectrogram: ComputeSpectrogram) -> Tensor:
         """Return (B, E), float32, of the batch's items."""
         items = batch.item.tolist()
         found = [self._read_item(item) for item in items]

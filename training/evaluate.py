@@ -23,7 +23,7 @@ from models import AudioTagger, load_tagger
 from models.devices import choose_device
 from models.headed import HeadedTagger
 from models.heads import check_classes
-from models.sources import ONNX
+from models.source_errors import ONNX
 from models.token_merging import MergingSetting, split_setting
 from training.config import Mode
 from training.exported import ExportedTagger, predict_exported

@@ -11,7 +11,7 @@ from distill.batch import Batch
 from distill.objectives import Needs, Objective
 from distill.replay import Replay
 from models import AudioTagger, Ensemble
-from models.ensemble import Spectrogram
+from models.ensemble import ComputeSpectrogram
 from models.frontends import FrontEnd
 from training.mixup import mix_spectrograms, mix_targets, mix_waveforms
 from training.tally import TargetTally
@@ -53,7 +53,7 @@ class LossModule(nn.Module):
         mixup_on: str | None,
         *,
         compiled: bool = False,
-        add_teacher: Callable[[Batch, Spectrogram], Batch] | None = None,
+        add_teacher: Callable[[Batch, ComputeSpectrogram], Batch] | None = None,
         targets: TargetTally | None = None,
     ) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class LossModule(nn.Module):
         return mel, n_frames
 
 
-def add_teacher_output(teacher: Ensemble, needs: Needs, batch: Batch, spectrogram: Spectrogram) -> Batch:
+def add_teacher_output(teacher: Ensemble, needs: Needs, batch: Batch, spectrogram: ComputeSpectrogram) -> Batch:
     """Return a batch with a teacher's output for the same clips, with the same augmentation and mixup.
 
     Args:

@@ -10,7 +10,7 @@ import yaml
 from common.errors import Faults, some
 from common.options import parse_value, read_options
 from common.places import PROJECT, describe_elsewhere, find_in_project
-from models.registry import list_models, model_entry
+from models.registry import get_model_entry, list_models
 from training.config import AUTO, Config, find_other_command
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def _drop_arguments_of_another_model(settings: dict[str, Any], model: Any) -> No
     arguments, of_file = settings.get("model_args"), settings.get("model")
     if model in (None, of_file) or not isinstance(arguments, dict) or model not in list_models():
         return
-    foreign = [name for name in arguments if name not in model_entry(str(model)).arguments]
+    foreign = [name for name in arguments if name not in get_model_entry(str(model)).arguments]
     if foreign:
         logger.info("model_args of %s that %s does not take are left out: %s", of_file, model, some(foreign, 20))
         settings["model_args"] = {name: value for name, value in arguments.items() if name not in foreign}

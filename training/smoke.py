@@ -20,7 +20,7 @@ from audio.pack import pack as pack_sounds
 from common.errors import Faults, UserError, some
 from common.files import whole_file
 from distill.clusters import write_clusters
-from models import AudioTagger, Ensemble, create_model, published_initialisation, save_checkpoint
+from models import AudioTagger, Ensemble, create_model, get_model_entry, save_checkpoint
 from models.base import Activation
 from models.labels import audioset_labels, labels_for, read_labels
 from training.config import SoftTargetConfig, TrainConfig
@@ -67,7 +67,7 @@ def _shorten(config: TrainConfig) -> dict[str, object]:
     """Return the settings that make a run short."""
     pretrained = config.pretrained
     if not (isinstance(pretrained, str) and Path(pretrained).exists()):
-        source = published_initialisation(config.model) if pretrained in (None, True) else pretrained
+        source = get_model_entry(config.model).initialisation if pretrained in (None, True) else pretrained
         if source:
             logger.info("smoke: random weights in place of %s: nothing is downloaded", source)
         pretrained = False

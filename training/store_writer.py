@@ -29,7 +29,7 @@ from distill.store import TargetStore
 from distill.targets import SoftTargetStore
 from models import AudioTagger, Ensemble
 from models.devices import choose_device
-from models.ensemble import Spectrogram
+from models.ensemble import ComputeSpectrogram
 from models.heads import weights_sha256
 from training.config import SoftTargetConfig
 from training.embedders import Embedder
@@ -73,7 +73,7 @@ class StoreContent:
         """Return which of `n_items` items can be computed, ascending."""
         return np.arange(n_items)
 
-    def compute(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
+    def compute(self, batch: Batch, spectrogram: ComputeSpectrogram) -> dict[str, Tensor]:
         """Return the datasets of the store except the seeds, (B, ...) each."""
         raise NotImplementedError
 
@@ -109,7 +109,7 @@ class SoftTargetContent(StoreContent):
         """Return one file a process, fewer if there are fewer items."""
         return min(world_size, n_items)
 
-    def compute(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
+    def compute(self, batch: Batch, spectrogram: ComputeSpectrogram) -> dict[str, Tensor]:
         """Return the highest probabilities (B, K) and their classes (B, K)."""
         top = self.teacher.probabilities(batch, spectrogram).topk(self.topk)
         return {"topk_values": top.values, "topk_indexes": top.indices}
@@ -146,7 +146,7 @@ class EmbeddingContent(StoreContent):
             logger.info("%d of %d chunks have no embedding and are skipped", missing.sum(), n_items)
         return np.flatnonzero(~missing)
 
-    def compute(self, batch: Batch, spectrogram: Spectrogram) -> dict[str, Tensor]:
+    def compute(self, batch: Batch, spectrogram: ComputeSpectrogram) -> dict[str, Tensor]:
         """Return the embeddings (B, E), clipped to the range of half precision with a warning."""
         embeddings = self.source.embeddings(batch, spectrogram)
         largest = torch.finfo(torch.float16).max

@@ -11,7 +11,7 @@ from torch import nn
 from common.errors import UserError
 from distill.batch import Batch
 from distill.objectives import Needs
-from models import AudioTagger, create_model, list_models, load_weights, published_initialisation
+from models import AudioTagger, create_model, get_model_entry, list_models, load_weights
 from training.averaging import cumulative_statistics
 from training.config import TrainConfig
 
@@ -56,7 +56,7 @@ def starts_at_random(model: str, pretrained: bool | str | None) -> bool:
         pretrained: as in `TrainConfig`.
     """
     return pretrained is False or (
-        pretrained is None and model in list_models() and published_initialisation(model) is None
+        pretrained is None and model in list_models() and get_model_entry(model).initialisation is None
     )
 
 
@@ -67,7 +67,7 @@ def _start(model: AudioTagger, config: TrainConfig) -> None:
         load_weights(model, config.pretrained, pre_training=True)
         logger.info("%s starts from %s", config.model, config.pretrained)
     else:
-        url = published_initialisation(config.model)
+        url = get_model_entry(config.model).initialisation
         if url is None:
             if config.pretrained:
                 raise UserError(

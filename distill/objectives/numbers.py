@@ -6,14 +6,14 @@ from typing import Any
 from common.errors import UserError
 
 
-def read_number(name: str, value: Any, fits: Callable[[float], bool], wanted: str) -> float:
+def read_number(name: str, value: Any, fits: Callable[[float], bool], expected: str) -> float:
     """Read a number.
 
     Args:
         name: of the setting.
         value: as it was given; YAML reads 1e-1 as text.
         fits: whether a number is in range.
-        wanted: what is, as a sentence goes on.
+        expected: what is, as a sentence goes on.
 
     Raises:
         UserError: it is no number, or out of range.
@@ -21,9 +21,9 @@ def read_number(name: str, value: Any, fits: Callable[[float], bool], wanted: st
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{name} is {value!r}, which is no number; wanted {wanted}") from None
+        raise UserError(f"{name} is {value!r}, which is no number; expected {expected}") from None
     if not fits(number):
-        raise UserError(f"{name} is {value!r}; wanted {wanted}")
+        raise UserError(f"{name} is {value!r}; expected {expected}")
     return number
 
 

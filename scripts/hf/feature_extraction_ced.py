@@ -106,7 +106,7 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(
                 f"the waveforms have {sampling_rate} Hz, this model takes {self.sampling_rate} Hz: resample them first"
             )
-        clips = [self._checked(clip, index) for index, clip in enumerate(_as_list(raw_speech))]
+        clips = [self._check_waveform(clip, index) for index, clip in enumerate(_as_list(raw_speech))]
         if truncation and max_length is not None:
             clips = [clip[:max_length] for clip in clips]
         features = [{"input_values": self._front_end(clip[None])[0].T.contiguous().numpy()} for clip in clips]
@@ -154,11 +154,11 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
             lengths = [min(length, max_length) for length in lengths]
         mels = [mel[:length] for mel, length in zip(mels, lengths, strict=True)]
         if padding and padding != "do_not_pad":
-            wanted = max(lengths)
+            n_frames = max(lengths)
             if padding == "max_length" and max_length is not None:
-                wanted = max(wanted, max_length)
-            wanted = -(-wanted // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
-            behind = [(0, wanted - length) for length in lengths]
+                n_frames = max(n_frames, max_length)
+            n_frames = -(-n_frames // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+            behind = [(0, n_frames - length) for length in lengths]
             mels = [
                 np.pad(mel, (more, (0, 0)), constant_values=self.padding_value)
                 for mel, more in zip(mels, behind, strict=True)
@@ -178,13 +178,13 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
         del settings["_front_end"]
         return settings
 
-    def _checked(self, clip: Any, index: int) -> torch.Tensor:
+    def _check_waveform(self, clip: Any, index: int) -> torch.Tensor:
         """A waveform (S,) float32, or a sentence about what is wrong with it."""
         wave = torch.as_tensor(clip)
         if wave.ndim != 1 or len(wave) == 0:
-            raise ValueError(f"clip {index} is {tuple(wave.shape)}; wanted one channel of at least one sample, (S,)")
+            raise ValueError(f"clip {index} is {tuple(wave.shape)}; expected one channel of at least one sample, (S,)")
         if not wave.is_floating_point():
-            raise ValueError(f"clip {index} holds {wave.dtype}; wanted floats in [-1, 1] (int16: divide by 32768)")
+            raise ValueError(f"clip {index} holds {wave.dtype}; expected floats in [-1, 1] (int16: divide by 32768)")
         if not bool(wave.isfinite().all()):
             raise ValueError(f"clip {index} holds NaN or infinite samples")
         return wave.detach().cpu().float()

@@ -22,7 +22,7 @@ from common.files import reserve_partial, write_json, write_text
 from models import AudioTagger, load_model
 from models.audiotransformer import AudioTransformer
 from models.headed import HeadedTagger
-from models.huggingface import CLASS_PREFIXES, model_type, network_of, write_huggingface
+from models.huggingface import CLASS_PREFIXES, get_network, model_type, write_huggingface
 from models.resnet import STRIDE, ResNet10
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def export(model: AudioTagger, folder: Path, *, overwrite: bool = False) -> None
     Raises:
         UserError: another kind of model, or a folder that is in use.
     """
-    network = network_of(model)
+    network = get_network(model)
     kind = model_type(network)
     folder = folder.resolve()  # "." has no name
     if folder.is_file():
@@ -58,7 +58,7 @@ def export(model: AudioTagger, folder: Path, *, overwrite: bool = False) -> None
         for name, text in code_files(kind).items():
             write_text(partial / name, text)
         write_text(partial / "LICENSE-CODE", (ROOT / "LICENSE").read_text(encoding="utf-8"))
-        write_text(partial / "README.md", _card(model, network, folder))
+        write_text(partial / "README.md", _format_card(model, network, folder))
         _check(partial, model)
 
 
@@ -84,7 +84,7 @@ def code_files(kind: str = "ced") -> dict[str, str]:
     files: dict[str, str] = {}
     for name in (f"configuration_{kind}.py", "feature_extraction_ced.py", f"modeling_{kind}.py"):
         path = Path(__file__).parent / name
-        needed = _needed(path)
+        needed = _collect_files(path)
         for name, source in needed.items():
             files.setdefault(name, _OWN_IMPORT.sub(r"from .\1 import", source.read_text(encoding="utf-8")))
         others = "".join(
@@ -94,7 +94,7 @@ def code_files(kind: str = "ced") -> dict[str, str]:
     return files
 
 
-def _needed(start: Path) -> dict[str, Path]:
+def _collect_files(start: Path) -> dict[str, Path]:
     """A file of ours and all of ours that it imports, by name."""
     found = {start.name: start}
     waiting = [start]
@@ -137,7 +137,7 @@ def _preprocessor(network: AudioTransformer | ResNet10) -> dict[str, Any]:
     }
 
 
-def _card(model: AudioTagger, network: AudioTransformer | ResNet10, folder: Path) -> str:
+def _format_card(model: AudioTagger, network: AudioTransformer | ResNet10, folder: Path) -> str:
     softmax = model.activation == "softmax"
     head = ", and a head on its embeddings" if isinstance(model, HeadedTagger) else ""
     seconds_a_frame = network.front_end.hop_size / model.sample_rate

@@ -63,9 +63,9 @@ class TaggerPreTrainedModel(PreTrainedModel):
         Returns:
             One vector a clip (B,D), and one a time step (B,T',D), zero behind a clip's end.
         """
-        return self.encoder.embed_spectrogram(*self._own_frames(input_values, attention_mask))
+        return self.encoder.embed_spectrogram(*self._trim_padding(input_values, attention_mask))
 
-    def _own_frames(self, mel: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _trim_padding(self, mel: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Spectrograms without the padding that all clips share, and frames (B,) of each, None where they are equal.
 
         (B,T,F) -> (B,F,T), as the network takes them.
@@ -73,19 +73,19 @@ class TaggerPreTrainedModel(PreTrainedModel):
         n_mels = self.encoder.front_end.n_mels
         if mel.ndim != 3 or mel.shape[2] != n_mels:
             raise ValueError(
-                f"input_values are {tuple(mel.shape)}; wanted spectrograms (batch, frames, {n_mels} mel bands), "
+                f"input_values are {tuple(mel.shape)}; expected spectrograms (batch, frames, {n_mels} mel bands), "
                 "as the feature extractor of this model returns them"
             )
         mel = mel.to(next(self.encoder.parameters()).dtype)
         if mask is None:
             return mel.transpose(1, 2), None
         if mask.shape != mel.shape[:2]:
-            raise ValueError(f"attention_mask is {tuple(mask.shape)}; wanted (batch, frames) of {tuple(mel.shape)}")
+            raise ValueError(f"attention_mask is {tuple(mask.shape)}; expected (batch, frames) of {tuple(mel.shape)}")
         n_frames = mask.long().sum(1)
         shortest, longest = int(n_frames.min()), int(n_frames.max())
         least = cast(CedMel, self.encoder.front_end).min_frames
         if shortest < least:
-            raise ValueError(f"a clip has {shortest} frames of its own; wanted at least {least}")
+            raise ValueError(f"a clip has {shortest} frames of its own; expected at least {least}")
         return mel[:, :longest].transpose(1, 2), None if shortest == longest else n_frames
 
 
@@ -146,7 +146,7 @@ class TaggerForAudioClassification(TaggerPreTrainedModel):
             the probabilities, of clips of any length; `hidden_states`, a tuple of one: the last layer's, a vector a
             time step (B,T',D).
         """
-        mel, n_frames = self._own_frames(input_values, attention_mask)
+        mel, n_frames = self._trim_padding(input_values, attention_mask)
         logits = self._logits(mel, n_frames)
         hidden = None
         if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
@@ -164,7 +164,7 @@ class TaggerForAudioClassification(TaggerPreTrainedModel):
             return F.cross_entropy(logits, labels)
         if labels.shape != logits.shape:
             raise ValueError(
-                f"labels are {tuple(labels.shape)}; wanted 0 or 1 for each class, {tuple(logits.shape)}. For labels "
+                f"labels are {tuple(labels.shape)}; expected 0 or 1 for each class, {tuple(logits.shape)}. For labels "
                 "that are the index of the one class of a clip, load the model with "
                 'problem_type="single_label_classification"'
             )

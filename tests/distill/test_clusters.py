@@ -40,8 +40,8 @@ def test_items_find_the_chunk_that_they_start_in(written):
     clusters = Clusters.read(written)
     names = ["long.ogg", "long.ogg", "e/d/short.wav", "long.ogg", "long.ogg", "y/same.wav", "a/x/same.wav", "long.ogg"]
     starts = np.array([0, 10.0004, 0, 20, 9.994, 0, 0, 15])  # float32 blurs late starts; 5-s chunks lie in 10-s ones
-    assert clusters.of_items(names, starts).tolist() == [0, 4, 1, 2, 4, 4, 1, 4]
-    assert clusters.of_items(names, starts).dtype == np.int64
+    assert clusters.assign_items(names, starts).tolist() == [0, 4, 1, 2, 4, 4, 1, 4]
+    assert clusters.assign_items(names, starts).dtype == np.int64
 
 
 def test_items_without_a_cluster_are_named(written):
@@ -50,7 +50,7 @@ def test_items_without_a_cluster_are_named(written):
     with pytest.raises(
         UserError, match=r"no cluster for 3 of 4 items: .*other.wav \(from 0 s\), .*long.wav \(from 30 s\)"
     ):
-        clusters.of_items(["d/short.wav", "other.wav", "d/long.wav", "same.wav"], np.array([0, 0, 30, 0]))
+        clusters.assign_items(["d/short.wav", "other.wav", "d/long.wav", "same.wav"], np.array([0, 0, 30, 0]))
 
 
 def test_a_file_of_other_making_needs_the_four_columns_only(tmp_path):

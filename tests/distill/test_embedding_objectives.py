@@ -185,7 +185,7 @@ def test_half_precision_around_it_changes_nothing():
             {"temperature": 2},
             "objective mse: mse has no temperature; kl, contrastive, cluster_contrastive have one",
         ),
-        ("kl", {"temperature": 0}, "temperature is 0; wanted a number above 0"),
+        ("kl", {"temperature": 0}, "temperature is 0; expected a number above 0"),
         ("l1", {"lambda": -0.1, "dropout": 1, "hidden": 2.5}, "has 3 faults:(.|\n)*lambda is -0.1(.|\n)*hidden is 2.5"),
         ("l1", {"lambda": 0.5, "loss": "BCELos"}, r"unknown loss 'BCELos' \(did you mean 'BCELoss'\?\)"),
     ],

@@ -135,9 +135,9 @@ def test_the_defaults_are_those_of_fastast():
     ("arguments", "sentence"),
     [
         ({"lamda": 0.5}, r"cmkd has no argument 'lamda' \(did you mean 'lambda'\?\)"),
-        ({"lambda": 1.5}, "lambda is 1.5; wanted the share of the labels, from 0 to 1"),
+        ({"lambda": 1.5}, "lambda is 1.5; expected the share of the labels, from 0 to 1"),
         ({"lambda": "much"}, "lambda is 'much', which is no number"),
-        ({"tau": 0}, "tau is 0; wanted a number above 0"),
+        ({"tau": 0}, "tau is 0; expected a number above 0"),
     ],
 )
 def test_a_wrong_argument_is_a_sentence(arguments, sentence):

@@ -8,7 +8,7 @@ import pytest
 from audio.dataset import Pack
 from audio.shards import ShardWriter
 from common.errors import UserError
-from distill.targets import SoftTargetStore, StoredTargets, dense_target
+from distill.targets import SoftTargetStore, StoredTargets, rebuild_target
 from tests.distill.stores import write_epoch
 
 V = np.array([0.8, 0.4, 0.2], np.float16)
@@ -44,7 +44,7 @@ def store_of(folder, epochs, meta=None, seconds=2.0):
     [("last_mean", 0.2 / 5), ("last_half", 0.1), ("527", 1 / 8), ("zero", 0.0)],
 )
 def test_every_fill_rule_gives_its_value(label_type, rest):
-    target = dense_target(V, I, 8, label_type)
+    target = rebuild_target(V, I, 8, label_type)
     expected = np.full(8, rest)
     expected[[2, 0, 5]] = V
     assert np.allclose(target, expected, atol=1e-4)
@@ -52,7 +52,7 @@ def test_every_fill_rule_gives_its_value(label_type, rest):
 
 
 def test_last_random_fills_below_the_smallest_value_as_its_seed_says():
-    one, again, other = (dense_target(V, I, 1000, "last_random", seed) for seed in (1, 1, 2))
+    one, again, other = (rebuild_target(V, I, 1000, "last_random", seed) for seed in (1, 1, 2))
     rest = np.delete(one, [2, 0, 5])
     assert np.array_equal(one, again)
     assert not np.array_equal(one, other)

@@ -16,7 +16,7 @@ from distill.dataset import EpochBatches, ReplayDataset, collate
 from distill.objectives import plan_objective
 from distill.replay import Replay
 from distill.sources import SeededItems
-from distill.targets import SoftTargetStore, StoredTargets, dense_target
+from distill.targets import SoftTargetStore, StoredTargets, rebuild_target
 from models import Ensemble, create_model
 from tests.distill.stores import write_epoch
 from tests.distill.test_targets import pack_of, store_of
@@ -58,7 +58,7 @@ def test_the_stored_epoch_is_right_with_workers_that_outlive_an_epoch(tmp_path, 
 @pytest.mark.parametrize("label_type", ["last_mean", "last_half", "last_random", "527", "zero"])
 def test_storing_every_class_is_no_division_by_zero(label_type):
     values = np.array([0.8, 0.4, 0.2], np.float16)
-    target = dense_target(values, np.array([0, 1, 2]), 3, label_type)
+    target = rebuild_target(values, np.array([0, 1, 2]), 3, label_type)
     assert np.array_equal(target, values.astype(np.float32))
 
 

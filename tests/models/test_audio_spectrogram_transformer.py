@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.errors import UserError
-from models import create_model, list_models, load_model, load_weights, published_weights, save_checkpoint
+from models import create_model, get_model_entry, list_models, load_model, load_weights, save_checkpoint
 from models.audio_spectrogram_transformer import AST
 from models.loading import fetch
 from tests.models.sounds import noise, padded
@@ -143,8 +143,8 @@ def test_a_network_of_timms_is_read_by_name_from_a_file_fetched_by_hand(tmp_path
 def test_published_files_have_copies_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", lambda url, path: torch.save({"x": torch.zeros(1)}, path))
-    names = [name for name in list_models("ast_*") if published_weights(name)]
-    copies = [fetch(published_weights(name)).name for name in names]
+    names = [name for name in list_models("ast_*") if get_model_entry(name).weights]
+    copies = [fetch(get_model_entry(name).weights).name for name in names]
     assert copies == [name.removeprefix("ast_") + ".pth" for name in names]
 
 

@@ -12,7 +12,7 @@ from common.errors import UserError
 from models import create_model, load_model, load_weights, save_checkpoint
 from models.ced_mel import CedMel
 from models.efficientat_mel import EfficientAtMel
-from models.frontends import described_front_end
+from models.frontends import build_front_end
 from models.kaldi_mel import KaldiMel
 from models.onnx import export_onnx
 from models.slaney_mel import SlaneyMel
@@ -80,7 +80,7 @@ def test_features_computed_elsewhere_are_silenced_to_those_with_the_limit(kind):
 @pytest.mark.parametrize("kind", FRONT_ENDS)
 def test_a_limited_front_end_is_built_again_from_its_description(kind):
     description = json.loads(json.dumps(limited(kind).description))
-    again = described_front_end(description)
+    again = build_front_end(description)
     assert (again.band_limit, again.description) == (LIMIT, description)
     assert torch.equal(again(noise(9000)[None]), limited(kind)(noise(9000)[None]))
     assert "band_limit" not in kind().description
@@ -88,7 +88,7 @@ def test_a_limited_front_end_is_built_again_from_its_description(kind):
 
 @pytest.mark.parametrize("hertz", [10.0, -1, float("nan"), True, "4000"])
 def test_a_limit_that_leaves_no_band_is_refused(hertz):
-    with pytest.raises(UserError, match=r"band_limit is .* wanted hertz"):
+    with pytest.raises(UserError, match=r"band_limit is .* expected hertz"):
         create_model("resnet10", num_classes=2, band_limit=hertz)
 
 

@@ -77,7 +77,7 @@ def test_clips_up_to_a_patch_longer_than_a_chunk_get_the_published_probabilities
     mel = model.front_end(wave)
     assert mel.shape[2] == n_frames
     torch.testing.assert_close(model.predict(wave), published(model, mel), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(model.probabilities_of(mel), published(model, mel), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model.forward_export(mel), published(model, mel), atol=1e-6, rtol=1e-5)
 
 
 @cropping
@@ -141,10 +141,10 @@ def test_every_chunk_counts_by_its_own_frames_alone_in_a_batch_and_in_shapes(nam
     for row, clip in enumerate(clips):
         mel = model.front_end(clip[None])
         probabilities, embedding = by_hand(model, mel)
-        for found in (model.predict(clip[None])[0], model.probabilities_of(mel)[0], together[row]):
+        for found in (model.predict(clip[None])[0], model.forward_export(mel)[0], together[row]):
             torch.testing.assert_close(found, probabilities, atol=1e-5, rtol=1e-5)
         alone, steps = model.embed(clip[None])
-        for vector in (alone[0], model.embedding_of(mel)[0], vectors[row]):
+        for vector in (alone[0], model.embed_export(mel)[0], vectors[row]):
             torch.testing.assert_close(vector, embedding, atol=1e-4, rtol=1e-4)
         assert steps.shape[1] == model.n_steps(len(clip))
         torch.testing.assert_close(columns[row, : steps.shape[1]], steps[0], atol=1e-4, rtol=1e-4)
@@ -174,7 +174,7 @@ def test_ced_stays_as_published_one_frame_makes_a_chunk_that_counts_as_much_as_a
     first = model.forward_spectrogram(mel[:, :, :100]).sigmoid()
     rest = model.classify_rows(model._encode_rows(last, None, Encoded(1))).sigmoid()
     torch.testing.assert_close(model.forward_spectrogram(mel).sigmoid(), (first + rest) / 2)
-    torch.testing.assert_close(model.probabilities_of(mel), (first + rest) / 2)
+    torch.testing.assert_close(model.forward_export(mel), (first + rest) / 2)
 
 
 def test_remainders_that_fill_no_patch_are_left_out_of_numbers_and_tensors():

@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch import nn
 
 from common.errors import UserError
-from models import create_model, load_model, load_weights, published_initialisation, save_checkpoint
+from models import create_model, get_model_entry, load_model, load_weights, save_checkpoint
 from models.efficientnet import AttentionPooling, EfficientNet
 from models.kaldi_mel import KaldiMel
 from models.onnx import export_onnx
@@ -205,7 +205,7 @@ def test_a_checkpoint_holds_all_of_it(pooling, tmp_path, caplog):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_it_starts_from_pictures(pooling, tmp_path, caplog):
-    assert published_initialisation("efficientnet_b2") == "timm:efficientnet_b2"
+    assert get_model_entry("efficientnet_b2").initialisation == "timm:efficientnet_b2"
     torch.manual_seed(0)
     pictures = timm.create_model("efficientnet_b0", num_classes=10).eval()
     torch.save(pictures.state_dict(), tmp_path / "pictures.pt")

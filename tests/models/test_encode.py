@@ -52,9 +52,9 @@ def keep_a_third(n_rows: int, n_columns: int, valid: Tensor | None, seed: int = 
 
 def encode_slowly(model: SpectrogramTransformer, mel: Tensor, places: Tensor) -> list[Tensor]:
     """Chosen tokens of one row (1,F,T) after each block (1,P+N',D), and at last after the norm."""
-    tokens = model._place(model.patch_embed(mel), None).flatten(1, 2)[0]
+    tokens = model._add_positions(model.patch_embed(mel), None).flatten(1, 2)[0]
     x = torch.stack([tokens[place] for place in places.tolist()])[None]
-    prefix = model._prefix()
+    prefix = model._prefix_tokens()
     x = x if prefix is None else torch.cat([prefix, x], 1)
     outputs = []
     for block in model.blocks:
@@ -70,7 +70,7 @@ def test_chosen_tokens_are_those_of_the_network_run_on_them_alone(kind):
     mel = spectrograms(model, 3, CHUNK)
     n_frames = torch.tensor([CHUNK, 50, 20])
     encoded = model.encode(mel, n_frames, keep=lambda f, t, valid: keep_a_third(f, t, valid)[:3], layers=[0, -1])
-    rows, columns, _ = model._cut(mel, n_frames)
+    rows, columns, _ = model._split_chunks(mel, n_frames)
     n_columns = encoded.grid[1]
     assert encoded.tokens.shape[:2] == encoded.kept.shape == (3, encoded.grid[0] * n_columns // 3)
     assert (encoded.valid is None) == (columns is None) == (kind == "ast")
@@ -108,7 +108,7 @@ def test_chosen_tokens_of_chunks_are_those_of_each_chunk_and_joined_as_chunks_ar
         return keep_a_third(n_rows, n_columns, valid)[:4]
 
     encoded = model.encode(mel, n_frames, keep=keep)
-    rows, columns, _ = model._cut(mel, n_frames)
+    rows, columns, _ = model._split_chunks(mel, n_frames)
     assert encoded.clip_of_row.tolist() == [0, 0, 0, 1]
     ((n_rows, n_columns, valid),) = seen
     assert (n_rows, n_columns) == encoded.grid
@@ -133,7 +133,7 @@ def test_choosing_every_token_changes_nothing(kind):
     model = network(kind)
     for n_frames, lengths in ((CHUNK, None), (CHUNK, torch.tensor([CHUNK, 40])), (230, torch.tensor([230, 40]))):
         mel = spectrograms(model, 2, n_frames)
-        rows = len(model._cut(mel, lengths)[0])
+        rows = len(model._split_chunks(mel, lengths)[0])
         chosen = model.encode(mel, lengths, keep=lambda f, t, _, rows=rows: torch.arange(f * t).expand(rows, -1))
         whole = model.encode(mel, lengths)
         torch.testing.assert_close(model.classify(chosen), model.classify(whole), atol=1e-5, rtol=1e-4)
@@ -146,14 +146,14 @@ def test_chosen_tokens_are_merged_as_if_there_were_no_others(kind):
     model = network(kind, token_merging=3)
     mel, n_frames = spectrograms(model, 3, CHUNK), torch.tensor([CHUNK, 70, 45])
     encoded = model.encode(mel, n_frames, keep=lambda f, t, valid: keep_a_third(f, t, valid)[:3], layers=[1])
-    rows, columns, _ = model._cut(mel, n_frames)
-    placed = model._place(model.patch_embed(rows)).flatten(1, 2)
+    rows, columns, _ = model._split_chunks(mel, n_frames)
+    placed = model._add_positions(model.patch_embed(rows)).flatten(1, 2)
     for row in range(3):
         places = encoded.kept[row]
         valid = torch.ones_like(places, dtype=torch.bool) if columns is None else encoded.valid[row]
         x = placed[row, places[valid]][None]
-        x = torch.cat([model._prefix(), x], 1) if model.n_prefix else x
-        alone, layers = model._through_blocks(x, None, [1])
+        x = torch.cat([model._prefix_tokens(), x], 1) if model.n_prefix else x
+        alone, layers = model._run_blocks(x, None, [1])
         torch.testing.assert_close(encoded.tokens[row][valid], alone[0, model.n_prefix :], atol=1e-5, rtol=1e-4)
         inside = torch.cat([torch.ones(model.n_prefix, dtype=torch.bool), valid])
         torch.testing.assert_close(encoded.layers[1][row][inside], layers[1][0], atol=1e-5, rtol=1e-4)
@@ -186,8 +186,8 @@ def test_gradients_reach_what_was_chosen_and_nothing_else():
 def patch_out_by_index(model: SpectrogramTransformer, mel: Tensor, n_frames: Tensor | None, seed: int) -> Tensor:
     """The grid (R,f',t',D) after the final norm, rows and columns left out one axis after the other."""
     model.generator = torch.Generator().manual_seed(seed)
-    rows, columns, _ = model._cut(mel, n_frames)
-    x = model._place(model.patch_embed(rows), columns)
+    rows, columns, _ = model._split_chunks(mel, n_frames)
+    x = model._add_positions(model.patch_embed(rows), columns)
     valid = None if columns is None else torch.arange(x.shape[2]) < columns[:, None]
     kept = torch.randperm(x.shape[2], generator=model.generator)[: x.shape[2] - 2].sort().values
     if valid is not None:
@@ -199,7 +199,7 @@ def patch_out_by_index(model: SpectrogramTransformer, mel: Tensor, n_frames: Ten
     x = x.flatten(1, 2)
     mask = None
     if model.n_prefix:
-        x = torch.cat([model._prefix().expand(len(x), -1, -1), x], 1)
+        x = torch.cat([model._prefix_tokens().expand(len(x), -1, -1), x], 1)
     if valid is not None:
         mask = valid[:, None].expand(-1, grid[0], -1).flatten(1)
         mask = torch.cat([torch.ones(len(x), model.n_prefix, dtype=torch.bool), mask], 1)[:, None, None]
@@ -285,7 +285,7 @@ def test_what_cannot_be_encoded_is_refused_with_what_there_is():
         model.encode(mel, layers=[-4])
     with pytest.raises(UserError, match="no time steps"):
         model.frames(model.encode(mel, keep=lambda f, t, _: torch.zeros(2, 1, dtype=torch.long)))
-    with pytest.raises(ValueError, match=r"places of shape \(1, 1\); wanted \(R,N'\) for 2 rows"):
+    with pytest.raises(ValueError, match=r"places of shape \(1, 1\); expected \(R,N'\) for 2 rows"):
         model.encode(mel, keep=lambda f, t, _: torch.zeros(1, 1, dtype=torch.long))
 
 

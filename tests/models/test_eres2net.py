@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from common.errors import UserError
 from models import create_model
-from models.eres2net import ERes2NetMaps, Fusion, Res2Block, mean_and_deviation
+from models.eres2net import ERes2NetMaps, Fusion, Res2Block, pool_statistics
 from tests.models.sounds import noise
 
 
@@ -87,7 +87,7 @@ def test_every_stage_is_fused_with_those_below():
 
 def test_pooling_is_the_mean_and_the_deviation_of_every_channel_and_band():
     maps = torch.randn(2, 3, 4, 5) + 3
-    mean, deviation = mean_and_deviation(maps)
+    mean, deviation = pool_statistics(maps)
     for b in range(2):
         for i, (d, f) in enumerate((d, f) for d in range(3) for f in range(4)):
             row = maps[b, d, f].tolist()
@@ -95,7 +95,7 @@ def test_pooling_is_the_mean_and_the_deviation_of_every_channel_and_band():
             assert mean[b, i].item() == pytest.approx(middle, abs=1e-5)
             spread = sum((value - middle) ** 2 for value in row) / 4
             assert deviation[b, i].item() == pytest.approx((spread + 1e-8) ** 0.5, abs=1e-5)
-    torch.testing.assert_close(mean_and_deviation(maps[..., :1])[1], torch.full((2, 12), 1e-4))
+    torch.testing.assert_close(pool_statistics(maps[..., :1])[1], torch.full((2, 12), 1e-4))
 
 
 @torch.inference_mode()

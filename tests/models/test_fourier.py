@@ -6,7 +6,7 @@ import torch
 from models.ced_mel import CedMel
 from models.efficientat_mel import EfficientAtMel
 from models.fourier import MelPower, PortableFrontEnd
-from models.frontends import FrontEnd, described_front_end
+from models.frontends import FrontEnd, build_front_end
 from tests.models.sounds import noise
 
 FRONT_ENDS = {
@@ -56,7 +56,7 @@ def test_it_gives_what_the_front_end_gives_at_any_length_and_level(front_end):
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS.values(), ids=FRONT_ENDS)
 def test_a_front_end_is_built_again_from_its_description(front_end):
-    again = described_front_end(front_end.description)
+    again = build_front_end(front_end.description)
     assert type(again) is type(front_end)
     assert again.description == front_end.description
     wave = noise(5000)[None]

@@ -11,7 +11,7 @@ from torchaudio.compliance import kaldi
 from common.errors import UserError
 from models.ced_mel import CedMel
 from models.efficientat_mel import EfficientAtMel
-from models.frontends import described_front_end
+from models.frontends import build_front_end
 from models.kaldi_mel import KaldiMel
 from models.slaney_mel import SlaneyMel
 from tests.models.sounds import noise, padded
@@ -145,7 +145,7 @@ def test_edges_stay_in_evaluation_and_where_nothing_is_to_vary():
     assert torch.equal(varied.eval()(wave), plain(wave))
     assert torch.equal(torch.get_rng_state(), state)
     assert varied.description == plain.description  # what a file that was exported says of its features
-    assert torch.equal(described_front_end(varied.description)(wave), plain(wave))
+    assert torch.equal(build_front_end(varied.description)(wave), plain(wave))
 
 
 @pytest.mark.parametrize("ranges", [(0, 2000), (10, 1.5), (10, 2002), (10, 30000), (True, 1)])
@@ -169,13 +169,13 @@ DESCRIPTIONS = [
 def test_descriptions_in_files_are_read_and_written_as_they_were(description):
     given = dict(zip(SETTINGS, description, strict=False)) | description[-1]
     text = json.dumps(given)
-    front_end = described_front_end(json.loads(text))
+    front_end = build_front_end(json.loads(text))
     assert type(front_end).__name__ == given["class"]
     assert json.dumps(front_end.description) == text
     for name, value in given.items():
         assert name == "class" or getattr(front_end, name) == value
     with pytest.raises(UserError, match=r"cannot be built .*unexpected keyword argument 'n_mel'"):
-        described_front_end({**given, "n_mel": 64})
+        build_front_end({**given, "n_mel": 64})
 
 
 @pytest.mark.parametrize("kind", [CedMel, EfficientAtMel, KaldiMel, SlaneyMel])

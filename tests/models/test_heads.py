@@ -219,7 +219,7 @@ def test_embeddings_in_shapes_alone_are_those_of_the_model(name, arguments):
     for n_samples in (1, 4000, 33333, 80000, 210001):
         clips = noise(2 * n_samples).reshape(2, -1)
         expected = model.embed(clips)[0]
-        torch.testing.assert_close(model.embedding_of(model.front_end(clips)), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.embed_export(model.front_end(clips)), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()

@@ -76,7 +76,7 @@ def test_another_number_of_classes_is_noticed(state, tmp_path, caplog):
 
 
 def test_other_kinds_of_folders_are_refused(state, tmp_path):
-    with pytest.raises(UserError, match="model_type 'wav2vec2'; wanted 'ced'"):
+    with pytest.raises(UserError, match="model_type 'wav2vec2'; expected 'ced'"):
         load_model(published_folder(tmp_path / "hf", state, model_type="wav2vec2"))
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be read as a Hugging Face folder"):

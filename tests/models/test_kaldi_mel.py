@@ -11,7 +11,7 @@ from torchaudio.compliance import kaldi
 from common.errors import UserError
 from models.base import AudioTagger, Encoded
 from models.fourier import PortableFrontEnd
-from models.frontends import described_front_end
+from models.frontends import build_front_end
 from models.kaldi_mel import KaldiMel
 from models.onnx import export_onnx
 from tests.models.sounds import noise, padded
@@ -118,7 +118,7 @@ def test_a_tone_peaks_in_the_band_whose_centre_is_nearest():
 
 def test_it_is_built_again_from_its_description_and_is_no_part_of_a_checkpoint():
     front_end = KaldiMel(n_mels=64, f_max=7600.0, mean=-4.6476, std=4.5699)
-    again = described_front_end(front_end.description)
+    again = build_front_end(front_end.description)
     assert isinstance(again, KaldiMel)
     assert again.description == front_end.description
     assert (again.n_mels, again.f_max, again.mean, again.std) == (64, 7600.0, -4.6476, 4.5699)

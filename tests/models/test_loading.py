@@ -9,11 +9,10 @@ import torch
 from common.errors import UserError
 from models import (
     create_model,
+    get_model_entry,
     list_models,
     load_model,
     load_weights,
-    published_initialisation,
-    published_weights,
     save_checkpoint,
 )
 from models.loading import fetch
@@ -77,7 +76,7 @@ def test_a_fetched_file_is_used_by_name_and_by_url_without_network(hub, tmp_path
     folder.mkdir(parents=True)
     shutil.copy(random_ced, folder / "audiotransformer_tiny_mAP_4814.pt")
     by_name = load_model("ced_tiny")
-    by_url = load_model(published_weights("ced_tiny"))
+    by_url = load_model(get_model_entry("ced_tiny").weights)
     assert torch.equal(by_name.outputlayer[1].weight, by_url.outputlayer[1].weight)
     assert not hub
 
@@ -97,9 +96,11 @@ def test_a_download_is_kept_whole_or_not_at_all(hub, tmp_path, monkeypatch, rand
 
 
 def test_names_and_their_urls():
-    assert published_weights("audiotransformer_tiny") is None
-    assert "mae_as_10s" in published_initialisation("audiotransformer_tiny")
-    assert all(published_weights(name).startswith("https://") for name in list_models("ced_*") + list_models("mn*"))
+    assert get_model_entry("audiotransformer_tiny").weights is None
+    assert "mae_as_10s" in get_model_entry("audiotransformer_tiny").initialisation
+    assert all(
+        get_model_entry(name).weights.startswith("https://") for name in list_models("ced_*") + list_models("mn*")
+    )
     with pytest.raises(UserError, match=r"no published weights \('ced_tiny' has\).*--weights PATH"):
         load_model("audiotransformer_tiny")
     with pytest.raises(UserError, match="'audiotransformer_pico' has no published weights: give"):
@@ -135,7 +136,7 @@ def test_every_mismatch_is_told_with_its_keys(tmp_path):
     text = str(error.value)
     assert "1 tensors are missing: norm.bias" in text
     assert "1 tensors are unexpected: teacher.weight" in text
-    assert "blocks.0.attn.proj.weight is (3, 3), wanted (64, 64)" in text
+    assert "blocks.0.attn.proj.weight is (3, 3), expected (64, 64)" in text
 
 
 def test_a_failed_load_leaves_the_model_as_it_was(tmp_path):
@@ -229,7 +230,7 @@ def test_what_is_no_checkpoint_is_told(tmp_path):
     with pytest.raises(UserError, match=r"text\.pt"):
         load_model(tmp_path / "text.pt")
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
-    with pytest.raises(UserError, match="found entries epoch; wanted a state dict"):
+    with pytest.raises(UserError, match="found entries epoch; expected a state dict"):
         load_model(tmp_path / "empty.pt")
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match=r"found no \.pt files"):

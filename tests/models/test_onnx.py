@@ -15,7 +15,7 @@ from models import attach_head, create_model, load_model, save_checkpoint
 from models.audiotransformer import AudioTransformer
 from models.headed import Head
 from models.labels import AUDIOSET_LABELS, audioset_labels, read_labels
-from models.onnx import _compare, export_onnx, with_chunks_of, write_label_table
+from models.onnx import _compare, export_onnx, resize_chunks, write_label_table
 from tests.models.sounds import noise
 
 logging.getLogger("torch.__trace").propagate = False  # of interest to no reader of a failure
@@ -240,7 +240,7 @@ def test_a_model_with_a_head_is_exported_with_the_heads_classes(name, arguments,
 
 def test_a_head_on_chunks_of_another_length_keeps_the_head():
     model = with_head(small(target_length=248))
-    other = with_chunks_of(model, 96)
+    other = resize_chunks(model, 96)
     assert other.model.target_length == 96
     assert other.labels == model.labels
     clip = noise(16000 * 3)[None]
@@ -255,7 +255,7 @@ def test_the_model_stays_as_it_was(ced, files):
     assert next(ced.parameters()).dtype == torch.float32
     model = small().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with_chunks_of(model, 300)
+    resize_chunks(model, 300)
     assert model.training
     assert model.target_length == 1012
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -264,39 +264,39 @@ def test_the_model_stays_as_it_was(ced, files):
 def test_chunks_of_another_length_stretch_the_time_positions_as_published(ced, tmp_path, caplog):
     save_checkpoint(tmp_path / "ced.pt", ced)
     with caplog.at_level(logging.WARNING):
-        longer = with_chunks_of(ced, 3000)
+        longer = resize_chunks(ced, 3000)
     assert "1012" in caplog.text
     assert "3000" in caplog.text
     assert longer.labels == LABELS
     mel = spectrograms(1, 2900)
     expected = tagged(load_model(tmp_path / "ced.pt", target_length=3000), mel)
     np.testing.assert_array_equal(tagged(longer, mel), expected)
-    assert with_chunks_of(ced, 1012) is ced
+    assert resize_chunks(ced, 1012) is ced
     mobile = small("mn01_as")
-    assert with_chunks_of(mobile, 3000) is mobile
+    assert resize_chunks(mobile, 3000) is mobile
     with pytest.raises(UserError, match="must hold a patch of 16"):
-        with_chunks_of(ced, 8)
+        resize_chunks(ced, 8)
 
 
 class Branching(AudioTransformer):
     """Looks at values where a tracer cannot follow."""
 
-    def probabilities_of(self, mel):
-        return super().probabilities_of(-mel if mel.mean() > 0 else mel)
+    def forward_export(self, mel):
+        return super().forward_export(-mel if mel.mean() > 0 else mel)
 
 
 class Frozen(AudioTransformer):
     """Keeps a length of the tracer's example in its graph."""
 
-    def probabilities_of(self, mel):
-        found = super().probabilities_of(mel)
+    def forward_export(self, mel):
+        found = super().forward_export(mel)
         return found + torch.tensor(float(mel.shape[2] > 500))
 
 
 @pytest.mark.parametrize("kind", [Branching, Frozen])
 def test_an_export_that_differs_is_refused_and_leaves_no_file(kind, tmp_path):
     model = kind(num_classes=3, embed_dim=64, num_heads=1, depth=1).eval()
-    with pytest.raises(UserError, match="probabilities_of"):
+    with pytest.raises(UserError, match="forward_export"):
         export_onnx(model, {"int8": tmp_path / "a.onnx", "fp32": tmp_path / "b.onnx"})
     assert list(tmp_path.iterdir()) == []
 
@@ -375,7 +375,7 @@ def test_networks_that_merge_tokens_can_be_exported(name, arguments, waveform, t
 @pytest.mark.parametrize(("name", "positions"), [("ast_pico", "pos_embed"), ("passt_pico", "time_new_pos_embed")])
 def test_other_transformers_can_be_exported_for_chunks_of_another_length(name, positions, tmp_path, caplog):
     model = small(name, depth=1, target_length=96)
-    longer = with_chunks_of(model, 144)
+    longer = resize_chunks(model, 144)
     assert longer.target_length == 144
     assert positions in caplog.text
     assert export_onnx(longer, {"fp32": tmp_path / "x.onnx"})["fp32"] < 1e-4

@@ -70,14 +70,14 @@ def test_what_is_behind_a_long_clip_in_its_last_chunk_reads_as_silence(passt):
 def spy_on_positions(model):
     """What is added to every patch (R,f,t,D), forward by forward, less the frequency's part of the first row."""
     added = []
-    placed = model._place
+    placed = model._add_positions
 
     def spy(patches, columns=None):
         out = placed(patches, columns)
         added.append((out - patches - model.freq_new_pos_embed.permute(0, 2, 3, 1))[:, 0].detach())
         return out
 
-    model._place = spy
+    model._add_positions = spy
     return added
 
 

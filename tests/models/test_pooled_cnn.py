@@ -9,7 +9,7 @@ from torch import nn
 from common.errors import UserError
 from models import create_model, list_models
 from models.pooled_cnn import PooledCNN
-from models.registry import model_entry
+from models.registry import get_model_entry
 from tests.models.sounds import noise
 
 # A narrow network of every kind, as one with other widths of the same class computes alike.
@@ -58,7 +58,7 @@ def stages(model):
 
 
 def test_every_network_of_convolutions_is_tested_here():
-    kinds = {getattr(entry.factory, "func", entry.factory) for entry in map(model_entry, list_models())}
+    kinds = {getattr(entry.factory, "func", entry.factory) for entry in map(get_model_entry, list_models())}
     known = {type(build(kind)) for kind in SIZES}
     assert {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, PooledCNN)} == known
 

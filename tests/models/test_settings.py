@@ -14,7 +14,7 @@ from models.dymn import DyMN
 from models.efficientnet import EfficientNet
 from models.mobilenetv3 import MobileNetV3
 from models.passt import PaSST
-from models.registry import model_entry
+from models.registry import get_model_entry
 from models.resnet import ResNet10
 from models.settings import MelSettings, TransformerSettings, find_arguments, take_settings
 from models.ssondo_students import DyMNStudent, ERes2NetStudent, MobileNetV3Student, StudentSettings
@@ -85,12 +85,12 @@ WANTED_WINDOWS |= {"mobilenetv3": 1024, "eres2net": 1024}
 
 @pytest.mark.parametrize("name", WANTED)
 def test_a_network_takes_these_arguments_with_these_defaults(name):
-    assert model_entry(name).defaults == WANTED[name] | {"band_limit": None, "parametrize": None}
-    assert set(model_entry(name).arguments) == set(model_entry(name).defaults)
+    assert get_model_entry(name).defaults == WANTED[name] | {"band_limit": None, "parametrize": None}
+    assert set(get_model_entry(name).arguments) == set(get_model_entry(name).defaults)
 
 
 def test_arguments_of_a_partial_are_its_defaults():
-    assert model_entry("audiotransformer_pico").defaults["embed_dim"] == 64
+    assert get_model_entry("audiotransformer_pico").defaults["embed_dim"] == 64
     assert find_arguments(partial(AST, mean=1.0, depth=3))["mean"] == 1.0
     assert find_arguments(partial(AST, mean=1.0, depth=3))["depth"] == 3
     assert find_arguments(lambda *, num_classes, width=3: None) == {"width": 3}

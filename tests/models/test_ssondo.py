@@ -9,7 +9,7 @@ from torch import nn
 from common.errors import UserError
 from models import create_model, get_ssondo, list_models, load_model, load_weights, save_checkpoint
 from models.fourier import PortableFrontEnd
-from models.frontends import described_front_end
+from models.frontends import build_front_end
 from models.headed import Head
 from models.heads import save_head
 from models.slaney_mel import SlaneyMel
@@ -65,7 +65,7 @@ def test_the_front_end_is_torchaudios_in_slaneys_scale():
     assert mel.shape == (2, 128, 624)
     torch.testing.assert_close(mel, (reference(sound) + 1e-3).log(), atol=1e-5, rtol=0)
     torch.testing.assert_close(PortableFrontEnd(front_end)(sound), mel, atol=1e-4, rtol=0)
-    again = described_front_end(json.loads(json.dumps(front_end.description)))
+    again = build_front_end(json.loads(json.dumps(front_end.description)))
     torch.testing.assert_close(again(sound), mel, atol=0, rtol=0)
 
 
@@ -77,7 +77,7 @@ def test_the_front_end_reads_silence_behind_a_clip():
     torch.testing.assert_close(mel[1, :, :3], front_end(clips[1:, :1])[0])
     assert mel[1, :, 3:].flatten().tolist() == pytest.approx([front_end.power_db_to_value(-100)] * 128 * 5)
     constant = front_end.mel_weights.sum(0).mean().item()  # of power 1 in every bin
-    assert front_end.compressed(torch.tensor([[[constant]]]), None).item() == pytest.approx(
+    assert front_end.compress(torch.tensor([[[constant]]]), None).item() == pytest.approx(
         front_end.power_db_to_value(10 * torch.tensor(constant).log10().item())
     )
 
@@ -139,7 +139,7 @@ def test_a_published_checkpoint_that_is_not_whole_or_not_ours_is_refused(student
     with pytest.raises(UserError, match=r"1 tensors are missing: model\.features\.3\.block\.0\.0\.weight"):
         load_model(path)
     published(path, student, training_config("mn10_im", 6, width_mult=0.1, dilated=True, se_dims="f"))
-    with pytest.raises(UserError, match=r"(?s)2 faults.*dilated is True, wanted False.*se_dims is 'f', wanted 'c'"):
+    with pytest.raises(UserError, match=r"(?s)2 faults.*dilated is True, expected False.*se_dims is 'f', expected 'c'"):
         load_model(path)
     with pytest.raises(UserError, match="wanted one of mn"):
         load_model(published(path, student, training_config("vgg", 6)))
@@ -177,7 +177,7 @@ def test_clips_come_back_in_segments_and_as_their_mean(student):
     mel = model.preprocess(clips)
     assert mel.shape == (2, 3, 128, 624)
     torch.testing.assert_close(mel[:, 0], student.front_end(clips[:, : 10 * RATE]))
-    with pytest.raises(UserError, match=r"shape \(2, 1, 16000\); wanted \(B,S\): average the channels"):
+    with pytest.raises(UserError, match=r"shape \(2, 1, 16000\); expected \(B,S\): average the channels"):
         model(torch.zeros(2, 1, 16000))
 
 

@@ -150,7 +150,7 @@ def test_schedules(setting, schedule):
     "setting", [-1, 1.5, "8", [8, 2], [8, -1, 0], [1] * 11, [True], {"r": 8}, math.nan, [8, math.inf]]
 )
 def test_other_schedules_are_refused_with_what_is_wanted(setting):
-    with pytest.raises(UserError, match=r"token_merging is .*wanted .*whole number.*inflect.*12 whole numbers"):
+    with pytest.raises(UserError, match=r"token_merging is .*expected .*whole number.*inflect.*12 whole numbers"):
         merging_schedule(setting, 12)
 
 
@@ -186,9 +186,9 @@ def test_no_merging_is_bit_for_bit_the_network_without(name):
     plain, off = small(name), small(name, token_merging=0)
     x = sounds(plain, 1.2)
     mel = plain.front_end(x)
-    by_hand = plain.patch_embed(plain._cut(mel, None)[0])
-    by_hand = plain._place(by_hand).flatten(1, 2)
-    prefix = plain._prefix()
+    by_hand = plain.patch_embed(plain._split_chunks(mel, None)[0])
+    by_hand = plain._add_positions(by_hand).flatten(1, 2)
+    prefix = plain._prefix_tokens()
     if prefix is not None:
         by_hand = torch.cat([prefix.expand(len(x), -1, -1), by_hand], 1)
     for block in plain.blocks:
@@ -206,9 +206,9 @@ def test_no_merging_is_bit_for_bit_the_network_without(name):
 def test_where_every_token_is_the_same_merging_changes_nothing(name):
     model = small(name)
     x = torch.randn(2, 1, model.embed_dim).expand(-1, 21, -1)
-    expected = model._through_blocks(x, None)[0]
+    expected = model._run_blocks(x, None)[0]
     model.merge_tokens(6)
-    torch.testing.assert_close(model._through_blocks(x, None)[0], expected, atol=ATOL, rtol=0)
+    torch.testing.assert_close(model._run_blocks(x, None)[0], expected, atol=ATOL, rtol=0)
 
 
 @every_network
@@ -239,7 +239,7 @@ def test_chunks_of_long_clips_merge_alike_alone_among_others_and_in_graphs(name,
     for clip, length in enumerate(lengths.tolist()):
         alone = x[clip : clip + 1, :length]
         torch.testing.assert_close(together[clip], model.predict(alone)[0], atol=ATOL, rtol=0)
-        traced = model.probabilities_of(model.front_end(alone))[0]
+        traced = model.forward_export(model.front_end(alone))[0]
         torch.testing.assert_close(together[clip], traced, atol=ATOL, rtol=0)
 
 
@@ -269,15 +269,15 @@ def test_the_slow_reference_gives_the_same_tokens_with_proportional_attention_an
     clips = [torch.randn(n, model.embed_dim, generator=generator) for n in (40, 23, 31)]
     expected = [through_blocks_slowly(model, clip, model.n_prefix) for clip in clips]
     for clip, tokens in zip(clips, expected, strict=True):
-        found = model._through_blocks(clip[None], None)[0][0]
+        found = model._run_blocks(clip[None], None)[0][0]
         torch.testing.assert_close(found, tokens, atol=1e-4, rtol=1e-4)
     own = torch.arange(40) < torch.tensor([[len(clip)] for clip in clips])
     padded = nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=3.0)
-    together = model._through_blocks(padded, own)[0]
+    together = model._run_blocks(padded, own)[0]
     for row, tokens in enumerate(expected):
         torch.testing.assert_close(together[row][own[row]], tokens, atol=1e-4, rtol=1e-4)
     model.merge_tokens({"r": 6, "proportional": not proportional})
-    other = model._through_blocks(clips[0][None], None)[0][0]
+    other = model._run_blocks(clips[0][None], None)[0][0]
     assert (other - expected[0]).abs().max() > 0.01
 
 
@@ -319,7 +319,7 @@ def test_without_proportional_attention_clips_and_chunks_are_tagged_alike_alone_
     for clip, length in enumerate(lengths.tolist()):
         alone = x[clip : clip + 1, :length]
         torch.testing.assert_close(together[clip], model.predict(alone)[0], atol=ATOL, rtol=0)
-        traced = model.probabilities_of(model.front_end(alone))[0]
+        traced = model.forward_export(model.front_end(alone))[0]
         torch.testing.assert_close(together[clip], traced, atol=ATOL, rtol=0)
 
 
@@ -329,11 +329,11 @@ def test_settings_with_and_without_proportional_attention():
     assert split_setting({"r": 8}) == (8, True)
     assert split_setting({"r": [8, -1], "proportional": False}) == ([8, -1], False)
     assert split_setting({"r": 8, "proportional": "false"}) == (8, False)  # as a command line has it
-    with pytest.raises(UserError, match=r"did you mean 'proportional'.*wanted r, or \{r: 8, proportional: false\}"):
+    with pytest.raises(UserError, match=r"did you mean 'proportional'.*expected r, or \{r: 8, proportional: false\}"):
         split_setting({"r": 8, "proportionl": False})
     with pytest.raises(UserError, match="wanted r, or"):
         split_setting({"proportional": False})
-    with pytest.raises(UserError, match=r"token_merging\.proportional is 3; wanted true or false"):
+    with pytest.raises(UserError, match=r"token_merging\.proportional is 3; expected true or false"):
         create_model("audiotransformer_pico", token_merging={"r": 8, "proportional": 3})
     with pytest.raises(UserError, match="token_merging is -1; wanted"):
         create_model("audiotransformer_pico", token_merging={"r": -1})

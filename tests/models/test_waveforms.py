@@ -95,25 +95,25 @@ def test_clips_of_several_lengths_in_a_list_get_what_they_get_alone(model, clips
 @pytest.mark.parametrize(
     ("given", "lengths", "sentence"),
     [
-        (torch.zeros(2, 2, RATE), None, r"shape \(2, 2, 16000\); wanted \(B,S\): average the channels"),
-        (torch.zeros(RATE, 2), None, r"\(16000, 2\), which looks like \(S, channels\); wanted \(B,S\)"),
+        (torch.zeros(2, 2, RATE), None, r"shape \(2, 2, 16000\); expected \(B,S\): average the channels"),
+        (torch.zeros(RATE, 2), None, r"\(16000, 2\), which looks like \(S, channels\); expected \(B,S\)"),
         (np.zeros((RATE, 2)), None, r"looks like \(S, channels\)"),
-        (torch.tensor(0.0), None, r"shape \(\); wanted clips of one channel"),
+        (torch.tensor(0.0), None, r"shape \(\); expected clips of one channel"),
         (torch.zeros(2, 0), None, r"shape \(2, 0\): no samples"),
         (torch.zeros(0), None, r"shape \(1, 0\): no samples"),
         (torch.zeros(0, RATE), None, r"\(0, 16000\): no clips"),
         ([], None, "an empty list"),
         ([torch.zeros(0), torch.zeros(9)], None, "clip 0 of the list has no samples"),
         ([torch.zeros(2, 9)], None, r"clip 0 of the list has shape \(2, 9\)"),
-        (torch.zeros(2, RATE, dtype=torch.int32), None, r"torch.int32; wanted floats with full scale 1.0, or int16"),
-        (np.zeros(RATE, np.int32), None, r"int32; wanted floats .* \(divide by full scale: 32768"),
+        (torch.zeros(2, RATE, dtype=torch.int32), None, r"torch.int32; .*floats with full scale 1.0, or int16"),
+        (np.zeros(RATE, np.int32), None, r"int32; .*floats .* \(divide by full scale: 32768"),
         (np.zeros(RATE, np.uint8), None, r"uint8; .* \(subtract 128, then divide by 128\)"),
-        ([0, 1, -1], None, "int64; wanted floats"),
-        (np.zeros(RATE, complex), None, "complex128; wanted floats"),
-        (torch.zeros(RATE, dtype=torch.complex64), None, "torch.complex64; wanted floats"),
-        (np.zeros(RATE, bool), None, "bool; wanted floats"),
-        ("sound.wav", None, "the waveform: found values of type <U9; wanted floats"),
-        (None, None, "object; wanted floats"),
+        ([0, 1, -1], None, "int64; .*floats"),
+        (np.zeros(RATE, complex), None, "complex128; .*floats"),
+        (torch.zeros(RATE, dtype=torch.complex64), None, "torch.complex64; .*floats"),
+        (np.zeros(RATE, bool), None, "bool; .*floats"),
+        ("sound.wav", None, "the waveform: found values of type <U9; .*floats"),
+        (None, None, "object; .*floats"),
         ([[0.0, 1.0], [0.0]], torch.tensor([2, 2]), r"lengths \[2, 2\] must be one number a clip, 1 to \[2, 1\]"),
         (torch.full((2, RATE), float("nan")), None, "clips 0, 1 of the batch hold NaN or infinite"),
         (torch.zeros(2, RATE).index_fill(0, torch.tensor(1), 3.0), None, "clip 1 .* up to 3, as integers have"),
@@ -121,8 +121,8 @@ def test_clips_of_several_lengths_in_a_list_get_what_they_get_alone(model, clips
         (torch.zeros(2, RATE), torch.tensor([RATE]), "must be one number a clip"),
         (torch.zeros(2, RATE), [0, RATE], "must be one number a clip, 1 to 16000"),
         (torch.zeros(2, RATE), [1, RATE + 1], "must be one number a clip"),
-        (torch.zeros(2, RATE), [0.5, 1.0], "lengths are of type torch.float32; wanted whole numbers"),
-        (torch.zeros(2, RATE), "all", "lengths are str; wanted one whole number a clip"),
+        (torch.zeros(2, RATE), [0.5, 1.0], "lengths are of type torch.float32; expected whole numbers"),
+        (torch.zeros(2, RATE), "all", "lengths are str; expected one whole number a clip"),
     ],
 )
 def test_what_is_no_waveform_is_a_sentence(given, lengths, sentence):
@@ -206,10 +206,10 @@ def test_engines_take_what_models_take(clips, whole_numbers, tmp_path):
         np.testing.assert_allclose(engine.predict(whole_numbers[0]), wanted[:1], atol=1e-5)
         np.testing.assert_allclose(engine.predict(clips[:1]), wanted[:1], atol=1e-5)
         for odd, sentence in (
-            ([np.zeros((RATE, 2))], r"clip 0 has shape \(16000, 2\); wanted one channel"),
+            ([np.zeros((RATE, 2))], r"clip 0 has shape \(16000, 2\); expected one channel"),
             ([np.zeros(9), np.zeros(0)], "clip 1 has no samples"),
             ([], "found no clips"),
-            ([np.zeros(9, np.uint8)], "clip 0: found values of type uint8; wanted floats"),
+            ([np.zeros(9, np.uint8)], "clip 0: found values of type uint8; .*floats"),
         ):
             with pytest.raises(UserError, match=sentence):
                 engine.predict(odd)

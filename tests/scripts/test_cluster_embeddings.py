@@ -40,7 +40,9 @@ def test_the_command_writes_clusters_that_training_reads(tmp_path, capsys):
     main([str(store), "--k", "4,2", "--seed", "1"])
     clusters = Clusters.read(store / "clusters_k4.parquet")
     assert same_partition(clusters.cluster, GROUPS)
-    assert clusters.of_items([f"clip_{i}.ogg" for i in range(40)], np.zeros(40)).tolist() == clusters.cluster.tolist()
+    assert (
+        clusters.assign_items([f"clip_{i}.ogg" for i in range(40)], np.zeros(40)).tolist() == clusters.cluster.tolist()
+    )
     facts = clusters.facts
     assert facts == json.loads((store / "clusters_k4.json").read_text())
     assert sorted(facts["sizes"]) == [6, 6, 10, 18]

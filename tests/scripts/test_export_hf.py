@@ -397,9 +397,9 @@ def test_the_extractor_cuts_and_pads_to_a_length(folder):
     ("sound", "rate", "sentence"),
     [
         (np.zeros(8000, np.float32), 8000, "8000 Hz, this model takes 16000 Hz: resample"),
-        (np.zeros(8000, np.int16), 16000, "clip 0 holds torch.int16; wanted floats"),
-        ([np.zeros(80), np.zeros((2, 80))], 16000, r"clip 1 is \(2, 80\); wanted one channel"),
-        (np.zeros(0, np.float32), 16000, r"clip 0 is \(0,\); wanted one channel of at least one sample"),
+        (np.zeros(8000, np.int16), 16000, "clip 0 holds torch.int16; expected floats"),
+        ([np.zeros(80), np.zeros((2, 80))], 16000, r"clip 1 is \(2, 80\); expected one channel"),
+        (np.zeros(0, np.float32), 16000, r"clip 0 is \(0,\); expected one channel of at least one sample"),
         ([np.zeros(80), np.full(80, np.nan)], 16000, "clip 1 holds NaN"),
     ],
 )
@@ -412,11 +412,11 @@ def test_what_is_no_spectrogram_is_told(folder):
     hf, _ = loaded(folder)
     with pytest.raises(ValueError, match="wanted spectrograms"):
         hf(torch.zeros(2, 16000))
-    with pytest.raises(ValueError, match=r"\(2, 64, 101\); wanted spectrograms \(batch, frames, 64 mel bands\)"):
+    with pytest.raises(ValueError, match=r"\(2, 64, 101\); expected spectrograms \(batch, frames, 64 mel bands\)"):
         hf(torch.zeros(2, 64, 101))
     with pytest.raises(ValueError, match="attention_mask is"):
         hf(torch.zeros(2, 101, 64), torch.ones(2, 100))
-    with pytest.raises(ValueError, match="a clip has 3 frames of its own; wanted at least 16"):
+    with pytest.raises(ValueError, match="a clip has 3 frames of its own; expected at least 16"):
         hf(torch.zeros(1, 101, 64), (torch.arange(101) < 3)[None])
 
 
@@ -511,7 +511,7 @@ def test_an_interrupted_export_leaves_nothing(model, folder, tmp_path, monkeypat
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf_folder, "_card", stop)
+    monkeypatch.setattr(hf_folder, "_format_card", stop)
     for target, overwrite in ((tmp_path / "new", False), (folder, True)):
         before = {path: path.read_bytes() for path in target.parent.rglob("*") if path.is_file()}
         with pytest.raises(KeyboardInterrupt):

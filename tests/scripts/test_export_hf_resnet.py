@@ -202,7 +202,7 @@ def test_it_runs_in_half_precision(folder, model):
 
 
 def test_a_clip_without_a_frame_is_told(folder):
-    with pytest.raises(ValueError, match="a clip has 0 frames of its own; wanted at least 1"):
+    with pytest.raises(ValueError, match="a clip has 0 frames of its own; expected at least 1"):
         loaded(folder)[0](torch.zeros(2, 9, 64), torch.tensor([[1] * 9, [0] * 9]))
 
 
