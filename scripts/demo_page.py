@@ -4,7 +4,7 @@
     python scripts/demo_page.py -m experiments/mine -c 10 --hop 2 --host 0.0.0.0 --port 8000
 
 It requires `pip install -r requirements-demo.txt`, and no network: the page loads nothing from other servers, and
-sounds never leave the machine that serves it. Sounds and results are deleted after an hour, and when the page is stopped.
+sounds never leave the machine that serves it. Sounds and results are deleted after an hour and when the page is stopped.
 """
 
 import argparse

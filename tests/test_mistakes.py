@@ -326,7 +326,7 @@ COMMANDS = {
     ),
     "a threshold above 1": ("inference.py sound.wav --threshold 5", ["a probability, 0 to 1, not 5.0"]),
     "windows of no length": ("inference.py sound.wav -c 0", ["--chunk_length must be above 0"]),
-    "a folder without sounds": ("inference.py empty -m model.pt", ["the folder holds no sound file"]),
+    "a folder without sounds": ("inference.py empty -m model.pt", ["the folder has no sound files"]),
     "a sound that is not there": ("inference.py nowhere.wav -m model.pt", ["no such file or folder"]),
     "a list in place of sounds": (
         "inference.py single.tsv -m model.pt",
