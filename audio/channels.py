@@ -1,30 +1,29 @@
-"""Channels to one: their mean, and what is to be done where it would be near silence.
+"""Mix channels down to one, also channels of opposite polarity.
 
 S samples.
 """
 
 import numpy as np
 
-SECTION_SECONDS = 1  # whether channels cancel each other is decided for each second alone
-_CANCELLED = 0.01  # of the channels' energy is left in their mean: 20 dB less
-_FAINT = 1e-8  # mean square of a section in which no sound is looked for: -80 dB
+SECTION_SECONDS = 1  # polarity is detected for each second alone
+_CANCELLED = 0.01  # share of the channels' energy in their mean: 20 dB less
+_FAINT = 1e-8  # mean square of a section that counts as silent: -80 dB
 
 
 class Downmixer:
     """Averages channels block by block.
 
-    Stereo whose channels are of opposite polarity (a cable or a plug-in turned one round) has a mean near silence. In
-    each second in which the mean has less than a hundredth of the channels' energy, half their difference is taken
-    instead, which is what the mean would be with the second channel turned round: no sound is lost, and where a channel
-    is the exact opposite of the other, the result is the first one. What comes out does not depend on how the samples
-    are cut into blocks.
+    Stereo with channels of opposite polarity (an inverted cable or plug-in) has a mean near silence. In each second in
+    which the mean has less than a hundredth of the channels' energy, half their difference is taken instead, which is
+    the mean with the second channel inverted: no sound is lost, and where one channel is the exact opposite of the
+    other, the result is the first one. The output does not depend on the size of the blocks.
 
     Args:
         sample_rate: in Hz.
 
     Attributes:
-        n_samples: given out so far.
-        n_opposite: of them, in seconds of opposite polarity.
+        n_samples: returned so far.
+        n_opposite: of these, in seconds of opposite polarity.
     """
 
     def __init__(self, sample_rate: int) -> None:
@@ -38,10 +37,10 @@ class Downmixer:
 
         Args:
             block: float32 (S, channels).
-            is_last: nothing follows, so hold nothing back.
+            is_last: no block follows, so nothing is held back.
 
         Returns:
-            float32 (S',): of stereo, whole seconds, and what remains at the end.
+            float32 (S',): of stereo, whole seconds, and the rest at the end.
         """
         if block.shape[1] != 2:
             self.n_samples += len(block)
@@ -62,7 +61,7 @@ class Downmixer:
         for start in range(0, len(block), self.n_section):
             a, b = left[start : start + self.n_section], right[start : start + self.n_section]
             product = float(np.dot(a, b))
-            if product >= 0:  # nearly always: then the mean has at least half of the energy
+            if product >= 0:  # nearly always; the mean then has at least half of the energy
                 continue
             energy = float(np.dot(a, a)) + float(np.dot(b, b))
             if energy > 2 * _FAINT * len(a) and energy + 2 * product < 2 * _CANCELLED * energy:

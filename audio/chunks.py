@@ -1,7 +1,7 @@
-"""Chunked files (WAV, RF64, W64, AIFF, CAF) and AU: how long the samples are by the header, and by the file.
+"""Chunked files (WAV, RF64, W64, AIFF, CAF) and AU: the length of the samples by the header and by the file.
 
-Programs that write to a pipe, were killed, or passed 4 GB leave a length in the header that is not that of the samples.
-Decoders trust it. Formats: Microsoft's RIFF WAVE, EBU Tech 3306 (RF64), Sony's Wave64, Apple's AIFF and Core Audio
+Programs that write to a pipe, were killed, or exceed 4 GB leave a wrong length in the header, which decoders trust.
+Formats: Microsoft's RIFF WAVE, EBU Tech 3306 (RF64), Sony's Wave64, Apple's AIFF and Core Audio
 Format, Sun's AU.
 """
 
@@ -15,10 +15,10 @@ from typing import NamedTuple
 from audio.byte_stream import ByteStream
 from audio.parts import PLAIN_WAV, Contents, Part, RawFormat, Slice, describe_cut
 
-# Lengths that a program writing to a pipe puts into a header because it cannot know better.
+# Lengths that programs write into a header when they write to a pipe.
 UNKNOWN_LENGTHS = {0, 0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0xFFFFFFFF}
-NEARLY_UNKNOWN = 0x7FFE0000  # some take the length of the header off, or round it to blocks
-_EXTENSIBLE = 0xFFFE  # the true format is then the first two bytes of the sub-format
+NEARLY_UNKNOWN = 0x7FFE0000  # some subtract the length of the header, or round it to blocks
+_EXTENSIBLE = 0xFFFE  # the format tag is then in the first two bytes of the sub-format
 _WAV_SUBTYPES = {
     (1, 1): "PCM_U8",
     (1, 2): "PCM_16",
@@ -34,31 +34,31 @@ _AIFC_SUBTYPES = {b"fl32": "FLOAT", b"FL32": "FLOAT", b"fl64": "DOUBLE", b"FL64"
 _AIFC_SUBTYPES |= {b"ulaw": "ULAW", b"ULAW": "ULAW", b"alaw": "ALAW", b"ALAW": "ALAW"}
 _AU_SUBTYPES = {1: ("ULAW", 1), 2: ("PCM_S8", 1), 3: ("PCM_16", 2), 4: ("PCM_24", 3), 5: ("PCM_32", 4)}
 _AU_SUBTYPES |= {6: ("FLOAT", 4), 7: ("DOUBLE", 8), 27: ("ALAW", 1)}
-# Chunks behind the samples, whatever length they announce.
+# Chunks that may follow the samples, also with a wrong length.
 TRAILING_CHUNKS = {b"LIST", b"id3 ", b"ID3 ", b"bext", b"cue ", b"smpl", b"fact", b"PEAK", b"iXML", b"_PMX", b"JUNK"}
 TRAILING_CHUNKS |= {b"junk", b"inst", b"afsp", b"cart", b"axml", b"plst", b"levl", b"umid", b"DISP", b"labl", b"note"}
 TRAILING_CHUNKS |= {b"PAD ", b"FLLR", b"Fake", b"acid", b"strc", b"minf", b"elm1", b"regn", b"SAUR", b"chna", b"LGWV"}
 TRAILING_CHUNKS |= {b"NAME", b"AUTH", b"ANNO", b"(c) ", b"COMT", b"MARK", b"INST", b"APPL", b"MIDI", b"AESD", b"SAXL"}
-_LARGEST_TRAILER = 1 << 20  # bytes at the end in which chunks behind samples of unknown length are looked for
-_LARGEST_CHUNK = 1 << 16  # bytes kept of a header
-_MOST_CHUNKS = 1000
+_MAX_TRAILER = 1 << 20  # bytes at the end in which chunks behind samples of unknown length are searched
+_MAX_CHUNK = 1 << 16  # bytes kept of a header
+_MAX_CHUNKS = 1000
 _ZEROS = bytes(1 << 20)
 
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """How chunks lie in a kind of file.
+    """The layout of chunks in a kind of file.
 
     Attributes:
         kind: of the file.
         first: byte at which the first chunk begins.
-        header: bytes in front of what a chunk holds.
-        parse: of these: name of the chunk, and bytes that it holds.
-        align: chunks begin at a multiple of so many bytes.
-        format_name: of the chunk that says how samples lie.
+        header: bytes of a chunk's header.
+        parse: header → name of the chunk, and bytes of its content.
+        align: chunks begin at multiples of this number of bytes.
+        format_name: of the chunk with the format of the samples.
         data_name: of the chunk with the samples.
-        skip: bytes of it in front of the samples.
-        read_format: of the former chunk.
+        skip: bytes of its content in front of the samples.
+        read_format: content of the format chunk → format.
     """
 
     kind: str
@@ -73,12 +73,12 @@ class ChunkLayout:
 
 
 class Header(NamedTuple):
-    """What is in front of the samples.
+    """The header of a file.
 
     Attributes:
-        raw: how these lie; None where they are compressed, or the header says too little.
-        n_bytes: of samples, as the header has it; 0 or less, or one of `UNKNOWN_LENGTHS`, where it does not know.
-        data: its own bytes, without chunks that are large.
+        raw: format of the samples; None where they are compressed, or the header is incomplete.
+        n_bytes: announced bytes of samples; 0 or less, or one of `UNKNOWN_LENGTHS`, where they are unknown.
+        data: bytes of the header, without large chunks.
         layout: of the chunks behind the samples; None where there are none.
     """
 
@@ -89,12 +89,12 @@ class Header(NamedTuple):
 
 
 def has_header(head: bytes) -> bool:
-    """Whether a file or stream that begins with these twelve bytes is of a kind that is known here."""
+    """Return whether the first twelve bytes of a file or stream are those of a supported format."""
     return head[:4] == b".snd" or _choose_layout(head) is not None
 
 
 def _choose_layout(head: bytes) -> ChunkLayout | None:
-    """Return how chunks lie in what begins with these twelve bytes; None of anything else (AVI, say)."""
+    """Return the layout of a file by its first twelve bytes; None for other formats (AVI, for example)."""
     if head[8:12] == b"WAVE" and head[:4] in (b"RIFF", b"RF64", b"BW64", b"RIFX"):
         return RIFX_LAYOUT if head[:4] == b"RIFX" else WAV_LAYOUT
     if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
@@ -103,14 +103,14 @@ def _choose_layout(head: bytes) -> ChunkLayout | None:
 
 
 def read_header(stream: ByteStream) -> Header | None:
-    """Take a header up to the first sample; None where the stream ends within it."""
+    """Read a header up to the first sample; None where the stream ends within it."""
     layout = _choose_layout(stream.peek(12))
     if layout is None:
         return _read_au_header(stream)
     start, size64 = stream.position, 0
     kept = bytearray(stream.read(layout.first))
     raw: RawFormat | None = None
-    for _ in range(_MOST_CHUNKS):
+    for _ in range(_MAX_CHUNKS):
         head = stream.read(layout.header)
         if len(head) < layout.header:
             return None
@@ -122,7 +122,7 @@ def read_header(stream: ByteStream) -> Header | None:
         if n_bytes < 0:
             return None
         padded = n_bytes + -(stream.position - start + n_bytes) % layout.align
-        body = stream.read(min(padded, _LARGEST_CHUNK))
+        body = stream.read(min(padded, _MAX_CHUNK))
         stream.skip(padded - len(body))
         if len(body) == padded:
             kept += head + body
@@ -138,7 +138,7 @@ def _read_au_header(stream: ByteStream) -> Header | None:
     if len(data) < 24:
         return None
     start, n_bytes, encoding, rate, channels = struct.unpack(">5I", data[4:24])
-    data += stream.read(min(max(start - 24, 0), _LARGEST_CHUNK))
+    data += stream.read(min(max(start - 24, 0), _MAX_CHUNK))
     subtype, width = _AU_SUBTYPES.get(encoding, ("", 0))
     raw = None
     if subtype and rate and 0 < channels < 1024 and len(data) == start:
@@ -147,8 +147,8 @@ def _read_au_header(stream: ByteStream) -> Header | None:
 
 
 def find_samples(descriptor: int, size: int, head: bytes) -> Contents:
-    """Find the samples of a file of chunks or of an AU: compare their length with the file's, find what to decode."""
-    if head[36:40] == b"data" and head[8:16] == b"WAVEfmt " and head[:4] == b"RIFF":  # most files, in a few steps
+    """Find the samples of a chunked file or an AU, by their announced length and by that of the file."""
+    if head[36:40] == b"data" and head[8:16] == b"WAVEfmt " and head[:4] == b"RIFF":  # shortcut for most files
         n_bytes = int.from_bytes(head[40:44], "little")
         if n_bytes and 0 <= size - 44 - n_bytes <= n_bytes % 2:
             return PLAIN_WAV
@@ -161,37 +161,37 @@ def find_samples(descriptor: int, size: int, head: bytes) -> Contents:
         return PLAIN_WAV
     raw, n_bytes, _, layout = header
     if layout is None:  # the samples end with the file
-        return PLAIN_WAV if raw is None else _compare(start, size - start, header)
-    more, behind = _find_behind(descriptor, size, start, n_bytes, layout)
-    if n_bytes > 0 and behind:
+        return PLAIN_WAV if raw is None else _choose_length(start, size - start, header)
+    more, is_end = _find_behind(descriptor, size, start, n_bytes, layout)
+    if n_bytes > 0 and is_end:
         if not more:
             return PLAIN_WAV
         frame = raw.frame_bytes if raw else 1
-        parts = [_samples(start, start + n_bytes // frame * frame, header)]
+        parts = [_create_part(start, start + n_bytes // frame * frame, header)]
         for first, stop in more:  # a second chunk of samples, or a second file
-            whole = os.pread(descriptor, 4, first) in FILE_MARKS
-            parts.append(Part(first, stop) if whole else _samples(first, stop, header))
+            is_file = os.pread(descriptor, 4, first) in FILE_MARKS
+            parts.append(Part(first, stop) if is_file else _create_part(first, stop, header))
         return Contents(parts, "wav")
-    return _compare(start, _length_without_trailing(descriptor, size, start, layout), header)
+    return _choose_length(start, _length_without_trailing(descriptor, size, start, layout), header)
 
 
 FILE_MARKS = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"riff", b"caff")
 
 
-def _compare(start: int, held: int, header: Header) -> Contents:
-    """Return what to decode of samples whose announced length is not that of the file.
+def _choose_length(start: int, held: int, header: Header) -> Contents:
+    """Return the samples to decode where their announced length may not be that of the file.
 
     Args:
         start: first byte of the samples.
-        held: bytes of them that there are.
-        header: in front of them.
+        held: bytes of samples in the file.
+        header: of the file.
     """
     raw, announced = header.raw, header.n_bytes
     is_unknown = announced <= 0 or announced in UNKNOWN_LENGTHS or (announced >= NEARLY_UNKNOWN and announced > held)
     frame = raw.frame_bytes if raw else 1
     if 0 <= announced - held < frame and announced > 0:
         return PLAIN_WAV
-    part = _samples(start, start + held // frame * frame, header)
+    part = _create_part(start, start + held // frame * frame, header)
     seconds: tuple[float, float] | None = None
     if raw is not None:
         seconds = held // frame / raw.sample_rate, announced // frame / raw.sample_rate
@@ -202,35 +202,35 @@ def _compare(start: int, held: int, header: Header) -> Contents:
     if announced > held:
         return Contents([part], "wav", warnings={"truncated": describe_cut(*seconds or ())})
     holds, lengths = ("", "") if seconds is None else (f" ({n:.2f} s)" for n in seconds)
-    sentence = f"announces less sound in its header{lengths} than it holds{holds}; all was read"
+    sentence = f"announces less sound in its header{lengths} than it has{holds}; all of it was read"
     return Contents([part], "wav", warnings={"repaired": sentence})
 
 
-def _samples(start: int, stop: int, header: Header) -> Part:
-    """Return a part of samples: by how they lie, or behind a repaired header where that is not known."""
+def _create_part(start: int, stop: int, header: Header) -> Part:
+    """Return a part of samples: raw, or with a repaired header where their format is unknown."""
     if header.raw is not None:
         return Part(start, stop, header.raw)
-    return Part(0, stop, head=_patch(header, start, stop - start))
+    return Part(0, stop, head=_patch_header(header, start, stop - start))
 
 
 def _find_behind(
     descriptor: int, size: int, start: int, n_bytes: int, layout: ChunkLayout
 ) -> tuple[list[tuple[int, int]], bool]:
-    """Look behind the announced end of the samples.
+    """Read what follows the announced end of the samples.
 
     Returns:
-        More samples or whole files that lie there, first byte and end; and whether what lies there is understood, so
-        that the announced end is the true one.
+        Further samples or whole files there, first byte and end; and whether everything there was recognised, so that
+        the announced end is the true one.
     """
     stop = start + n_bytes
     if stop >= size:
         return [], stop == size
     if n_bytes <= 0:
         return [], False
-    for end in dict.fromkeys((stop + -stop % layout.align, stop)):  # some leave the padding out
+    for end in dict.fromkeys((stop + -stop % layout.align, stop)):  # some programs omit the padding
         more: list[tuple[int, int]] = []
-        position, is_understood = end, size - end < layout.header
-        for name, body, n_body in _walk(descriptor, layout, end):
+        position, is_recognised = end, size - end < layout.header
+        for name, body, n_body in _walk_chunks(descriptor, layout, end):
             if name in FILE_MARKS:
                 more.append((body - layout.header, size))
                 position = size
@@ -240,26 +240,26 @@ def _find_behind(
             if name == layout.data_name and n_body > layout.skip:
                 more.append((body + layout.skip, min(body + n_body, size)))
             position = body + n_body
-        if is_understood or size - position < layout.header:
+        if is_recognised or size - position < layout.header:
             return more, True
     return [], _is_padding(descriptor, stop, size)
 
 
 def is_chunk_name(name: bytes) -> bool:
-    """Whether four bytes may be the name of a chunk."""
+    """Return whether four bytes may be the name of a chunk."""
     return len(name) == 4 and all(0x20 <= letter < 0x7F for letter in name)
 
 
 def _is_padding(descriptor: int, start: int, stop: int) -> bool:
-    """Whether bytes are an ID3v1 or APE tag, or all zero: space that a recorder has kept ready."""
+    """Whether bytes are an ID3v1 or APE tag, or all zero: space that a recorder has reserved."""
     first = os.pread(descriptor, 8, start)
     if (first[:3] == b"TAG" and stop - start == 128) or first == b"APETAGEX":
         return True
     while start < stop:
-        try:  # skip what the file system knows to be empty
+        try:  # skip holes of a sparse file
             start = os.lseek(descriptor, start, os.SEEK_DATA)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # up to the end
+            if error.errno == errno.ENXIO:  # a hole up to the end
                 return True
         block = os.pread(descriptor, max(min(len(_ZEROS), stop - start), 0), start)
         if block != _ZEROS[: len(block)]:
@@ -271,8 +271,8 @@ def _is_padding(descriptor: int, start: int, stop: int) -> bool:
 
 
 def _length_without_trailing(descriptor: int, size: int, start: int, layout: ChunkLayout) -> int:
-    """Return how many bytes of samples there are if only chunks of something else may follow them."""
-    first = max(start, size - _LARGEST_TRAILER)
+    """Return the bytes of samples where only other chunks may follow them."""
+    first = max(start, size - _MAX_TRAILER)
     tail = os.pread(descriptor, size - first, first)
     best = size
     for name in TRAILING_CHUNKS:
@@ -295,20 +295,20 @@ def count_rest(
     """Look ahead to the end of a stream that ends with chunks.
 
     Args:
-        stream: that is looked into.
+        stream: is not consumed.
         layout: of the chunks.
         position: bytes ahead at which the first one begins.
-        names: that they may have; None: any.
+        names: allowed names; None: any.
 
     Returns:
-        Bytes behind the last chunk, too few for another one; None: the stream does not end with chunks.
+        Bytes behind the last chunk, too few for another one; None where the stream does not end with chunks.
     """
-    while position < _LARGEST_TRAILER:
+    while position < _MAX_TRAILER:
         head = stream.peek(position + layout.header)[position:]
         if len(head) < layout.header:
             return len(head)
         name, n_bytes = layout.parse(head)
-        if not (is_chunk_name(name) if names is None else name in names) or not 0 <= n_bytes < _LARGEST_TRAILER:
+        if not (is_chunk_name(name) if names is None else name in names) or not 0 <= n_bytes < _MAX_TRAILER:
             return None
         end = position + layout.header + n_bytes
         if len(stream.peek(end)) < end:
@@ -317,9 +317,9 @@ def count_rest(
     return None
 
 
-def _walk(descriptor: int, layout: ChunkLayout, position: int) -> Iterator[tuple[bytes, int, int]]:
+def _walk_chunks(descriptor: int, layout: ChunkLayout, position: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield name, first byte and length of each chunk."""
-    for _ in range(_MOST_CHUNKS):
+    for _ in range(_MAX_CHUNKS):
         raw = os.pread(descriptor, layout.header, position)
         if len(raw) < layout.header:
             return
@@ -331,8 +331,8 @@ def _walk(descriptor: int, layout: ChunkLayout, position: int) -> Iterator[tuple
         position += -position % layout.align
 
 
-def _patch(header: Header, start: int, n_bytes: int) -> bytes:
-    """Return a header with the true length of the samples; empty where it cannot be written."""
+def _patch_header(header: Header, start: int, n_bytes: int) -> bytes:
+    """Return a header with the true length of the samples; empty where it cannot be represented."""
     layout, head = header.layout, header.data
     order = {"wav": "<", "rifx": ">", "aiff": ">"}.get(layout.kind if layout else "")
     if layout is None or order is None or n_bytes + layout.skip >= 1 << 32:

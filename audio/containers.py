@@ -1,7 +1,7 @@
-"""What a sound file holds, by its own bytes: parts to be decoded one after the other, and what is odd about them.
+"""Inspect the bytes of a sound file: its parts, which are decoded one after the other, and warnings on them.
 
-Decoders trust lengths in headers, and stop at the first end of a stream. Here lengths are compared with the bytes that
-are there, and streams that lie one behind the other are found. Only headers are read.
+Decoders trust lengths in headers, and stop at the end of the first stream. Here lengths are compared with the bytes of
+the file, and consecutive streams are found. Only headers are read.
 """
 
 import os
@@ -24,12 +24,12 @@ _FFMPEG_ALONE = (b"\x1aE\xdf\xa3", b"0&\xb2u")  # Matroska and WebM, WMA
 
 
 def inspect(descriptor: int, size: int, path: str | Path = "") -> Contents:
-    """Find what a file holds.
+    """Find the contents of a file.
 
     Args:
-        descriptor: of the open file; where it stands does not matter and does not change.
+        descriptor: of the open file; its position is neither used nor changed.
         size: of the file, in bytes.
-        path: its name: MP3s may begin with anything.
+        path: its name, since MP3s may begin with any bytes.
     """
     head = os.pread(descriptor, _HEAD_BYTES, 0)
     find = _FINDERS.get(head[:4])

@@ -1,4 +1,4 @@
-"""Packed clips as waveforms: the pack behind a manifest, a PyTorch dataset of clips or chunks, and padding.
+"""Packed clips as waveforms: the pack of a manifest, a PyTorch dataset of clips or chunks, and padding.
 
 B batch, S samples, N clips.
 """
@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,40 +27,32 @@ from common.errors import Faults, UserError, some
 
 logger = logging.getLogger(__name__)
 
-ASSUMED_SAMPLE_RATE = 16000  # Hz; of published stores, which do not tell theirs
+ASSUMED_SAMPLE_RATE = 16000  # Hz; of published stores, which lack it
 
 
+@dataclass(eq=False)
 class Pack:
     """The clips of a packed manifest (`labels/NAME.tsv`), each found in its shard.
 
-    A pack may be pickled and may be inherited over a fork: each process reads with handles of its own.
+    A pack may be pickled, and inherited over a fork: each process reads with handles of its own.
 
     Attributes:
         manifest: the file it was opened from.
-        table: the rows whose clip is there, renumbered from 0; every value a string.
-        names: the clips' names, as the manifest spells them.
+        table: the rows whose clip is in a shard, renumbered from 0; every value a string.
+        shards: the files of clips.
+        shard_of: index of each clip's shard, int (N,).
+        position_of: index of each clip in its shard, int64 (N,).
         sample_rate: of every clip, in Hz.
-        n_missing: how many rows were left out because no shard holds their clip.
+        n_missing: number of rows that were left out because their clip is in no shard.
     """
 
-    def __init__(
-        self,
-        manifest: Path,
-        table: pd.DataFrame,
-        shards: Sequence[Shard],
-        shard_of: np.ndarray,
-        position_of: np.ndarray,
-        sample_rate: int,
-        n_missing: int,
-    ) -> None:
-        self.manifest = manifest
-        self.table = table
-        self.names: list[str] = table["filename"].tolist()
-        self.sample_rate = sample_rate
-        self.n_missing = n_missing
-        self._shards = list(shards)
-        self._shard_of = shard_of
-        self._position_of = position_of
+    manifest: Path
+    table: pd.DataFrame
+    shards: list[Shard]
+    shard_of: np.ndarray
+    position_of: np.ndarray
+    sample_rate: int
+    n_missing: int = 0
 
     @classmethod
     def open(
@@ -72,12 +65,11 @@ class Pack:
 
         Args:
             manifest_path: a tab-separated table with at least `filename` and `hdf5path`.
-            required: the columns that must be there.
+            required: columns that must be present.
 
         Raises:
-            UserError: with all that is wrong: a missing column, absent or damaged shards, sample rates that differ, or
-                no clip of the table in its shards. Where only some clips are missing, their rows are left out, with a
-                logged notice.
+            UserError: with all faults: a missing column, absent or damaged shards, sample rates that differ, or no clip
+                of the table in its shards. Where only some clips are missing, their rows are left out with a warning.
         """
         manifest = Path(manifest_path)
         table = _read_packed_manifest(manifest, required)
@@ -92,8 +84,8 @@ class Pack:
         missing = table["filename"][~usable].tolist()
         if not usable.any():
             raise UserError(
-                f"{manifest}: none of its {len(missing)} clips is in the shards {some(paths, 3)}; found there for "
-                f"example {some(map(repr, shards[0].names), 2)}, wanted {some(map(repr, missing), 2)}"
+                f"{manifest}: none of its {len(missing)} clips is in the shards {some(paths, 3)}; found for "
+                f"example {some(map(repr, shards[0].names), 2)}, expected {some(map(repr, missing), 2)}"
             )
         if missing:
             logger.warning(
@@ -105,7 +97,7 @@ class Pack:
             shards,
             shard_of[usable],
             position_of[usable],
-            _common_rate(shards, manifest),
+            _get_common_rate(shards, manifest),
             len(missing),
         )
 
@@ -115,29 +107,34 @@ class Pack:
     def subset(self, rows: np.ndarray) -> "Pack":
         """Return the pack of the clips `rows` (int), in that order."""
         table = self.table.iloc[rows].reset_index(drop=True)
-        shard_of, position_of = self._shard_of[rows], self._position_of[rows]
-        return Pack(self.manifest, table, self._shards, shard_of, position_of, self.sample_rate, 0)
+        shard_of, position_of = self.shard_of[rows], self.position_of[rows]
+        return Pack(self.manifest, table, self.shards, shard_of, position_of, self.sample_rate)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The clips' names, as in the manifest."""
+        return self.table["filename"].tolist()
 
     @cached_property
     def n_samples(self) -> np.ndarray:
-        """Length of each clip in samples, int64 (N,); in the clips layout every clip is looked up for it, once."""
+        """Length of each clip in samples, int64 (N,); in the clips layout every clip is opened for it, once."""
         lengths = np.empty(len(self), dtype=np.int64)
-        slow = any(shard.layout == "clips" for shard in self._shards) and len(self) > 10_000
+        slow = any(shard.layout == "clips" for shard in self.shards) and len(self) > 10_000
         for i in tqdm(range(len(self)), desc="clip lengths", unit="clip", disable=not slow):
-            lengths[i] = self._shards[self._shard_of[i]].n_samples(int(self._position_of[i]))
+            lengths[i] = self.shards[self.shard_of[i]].n_samples(int(self.position_of[i]))
         return lengths
 
     def shard_path(self, i: int) -> Path:
-        """Return where the shard of clip `i` was found."""
-        return self._shards[self._shard_of[i]].path
+        """Return the path of the shard of clip `i`."""
+        return self.shards[self.shard_of[i]].path
 
     def read(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Read clip `i`, or its part from sample `start` to before `stop`: float32 (S,), full scale at 1.0."""
-        return from_int16(self._shards[self._shard_of[i]].read(int(self._position_of[i]), start, stop))
+        return from_int16(self.shards[self.shard_of[i]].read(int(self.position_of[i]), start, stop))
 
     def hash_sound(self, i: int, start: int = 0, stop: int | None = None) -> int:
         """Return eight bytes of BLAKE2b over the 16-bit samples of clip `i`, or a part of it, as a signed integer."""
-        samples = self._shards[self._shard_of[i]].read(int(self._position_of[i]), start, stop)
+        samples = self.shards[self.shard_of[i]].read(int(self.position_of[i]), start, stop)
         digest = hashlib.blake2b(np.ascontiguousarray(samples, "<i2").data, digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
 
@@ -146,14 +143,14 @@ def _read_packed_manifest(manifest: Path, required: Sequence[str]) -> pd.DataFra
     try:
         return read_manifest(manifest, required=required)
     except UserError as error:
-        raise UserError(f"{error}{_way_out(str(error), manifest)}") from None
+        raise UserError(f"{error}{_suggest_fix(str(error), manifest)}") from None
 
 
-def _way_out(fault: str, manifest: Path) -> str:
-    """Return what to do about a table that is no packed list, as a sentence behind the fault that was found."""
+def _suggest_fix(fault: str, manifest: Path) -> str:
+    """Return what to do about a table that is not a packed list, as a continuation of the fault."""
     missing = fault.partition("; missing ")[2]
     if "looks separated" in missing:
-        return "; packed lists are tab-separated: give the one that scripts/wavlist_to_hdf5.py wrote into OUTDIR/labels"
+        return "; packed lists are tab-separated: give the one that scripts/wavlist_to_hdf5.py has written to OUTDIR/labels"
     if "'hdf5path'" in missing:
         return (
             f". The list is not packed yet: run `python scripts/wavlist_to_hdf5.py {manifest} OUTDIR`, then use "
@@ -161,14 +158,14 @@ def _way_out(fault: str, manifest: Path) -> str:
         )
     if "'labels'" in missing:
         return (
-            ". The list is packed, but does not say what its clips are: add a column `labels` to it (several of a clip "
-            "joined by ;), or give it that name"
+            ". The list is packed, but has no labels: add a column `labels` to it (several of a clip joined by ;), or "
+            "rename one"
         )
     return ""
 
 
 def _open_shards(paths: Sequence[str], manifest: Path) -> list[Shard]:
-    """Open every shard, telling all faults at once."""
+    """Open every shard; all faults are raised at once."""
     faults = Faults(str(manifest))
     shards = []
     for path in paths:
@@ -178,8 +175,8 @@ def _open_shards(paths: Sequence[str], manifest: Path) -> list[Shard]:
         places = [Path(path), resolve(path, manifest), manifest.parent.parent / "hdf5" / Path(path).name]
         place = next((place for place in places if place.is_file()), None)
         if place is None:
-            looked = ", ".join(dict.fromkeys(map(str, [places[0], manifest.parent / path, places[2]])))
-            faults.add(f"the shard {path!r} is not there (looked for {looked})")
+            searched = ", ".join(dict.fromkeys(map(str, [places[0], manifest.parent / path, places[2]])))
+            faults.add(f"the shard {path!r} does not exist (searched {searched})")
             continue
         shard = Shard(place)
         try:
@@ -191,15 +188,13 @@ def _open_shards(paths: Sequence[str], manifest: Path) -> list[Shard]:
     return shards
 
 
-def _common_rate(shards: Sequence[Shard], manifest: Path) -> int:
+def _get_common_rate(shards: Sequence[Shard], manifest: Path) -> int:
     rates: dict[int, list[str]] = {}
-    silent = [shard for shard in shards if shard.sample_rate is None]
+    unknown = [shard for shard in shards if shard.sample_rate is None]
     for shard in shards:
         rates.setdefault(shard.sample_rate or ASSUMED_SAMPLE_RATE, []).append(shard.path.name)
-    if silent:
-        logger.warning(
-            "%s: %s does not tell its sample rate; taken as %d Hz", manifest, silent[0].path, ASSUMED_SAMPLE_RATE
-        )
+    if unknown:
+        logger.warning("%s: %s has no sample rate; %d Hz are assumed", manifest, unknown[0].path, ASSUMED_SAMPLE_RATE)
     if len(rates) > 1:
         found = "; ".join(f"{rate} Hz in {some(names, 3)}" for rate, names in sorted(rates.items()))
         raise UserError(
@@ -209,11 +204,11 @@ def _common_rate(shards: Sequence[Shard], manifest: Path) -> int:
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
-    """Clips, or chunks of them, at the sample rates that models want.
+    """Clips, or chunks of them, at the sample rates of models.
 
     Args:
-        pack: where the clips are.
-        sample_rates: in Hz; each item holds the waveform at every one of them.
+        pack: the clips.
+        sample_rates: in Hz; each item has the waveform at every one of them.
         chunks: of the pack; whole clips when None.
     """
 
@@ -235,9 +230,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return {"index": index, "name": self.pack.names[clip], "waveforms": waveforms}
 
 
-def loader_workers(wanted: int) -> int:
-    """Return how many loader processes to start: at most one for each core, since more only wait for each other."""
-    return min(wanted, os.cpu_count() or 1)
+def loader_workers(requested: int) -> int:
+    """Return the number of loader processes to start: at most one a core, since more are no faster."""
+    return min(requested, os.cpu_count() or 1)
 
 
 def pad_batch(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

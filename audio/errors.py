@@ -1,4 +1,4 @@
-"""What is wrong with a sound file."""
+"""The error of a sound file that cannot be read."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ class AudioReadError(UserError):
 
     Attributes:
         path: the file, as given.
-        reason: what is wrong with it, in a few words.
+        reason: in a few words.
         kind: "unreadable", "empty" (no samples) or "nan" (samples that are not finite numbers).
     """
 
@@ -21,4 +21,4 @@ class AudioReadError(UserError):
         self.kind = kind
 
     def __reduce__(self) -> tuple[type, tuple[str | Path, str, str]]:
-        return type(self), (self.path, self.reason, self.kind)  # else it cannot cross from a worker process
+        return type(self), (self.path, self.reason, self.kind)  # needed for pickling: errors come from worker processes

@@ -1,4 +1,4 @@
-"""Decode with FFmpeg (PyAV has it in its wheels): what libsndfile does not know, or does not read whole.
+"""Decode with FFmpeg (bundled with PyAV) what libsndfile does not support, or does not read completely.
 
 S samples. Blocks are float32 with full scale at 1.0, each with a sample rate of its own.
 """
@@ -13,28 +13,28 @@ import numpy as np
 from common.errors import UserError
 
 _READ_SIZE = 1 << 16  # bytes
-_SMALLEST_GAP = 0.02  # seconds between frames; times are rounded to milliseconds in some containers
-_MOST_READ_ERRORS = 100  # one after the other, of the container and not of a packet: then there is nothing behind them
+_MIN_GAP = 0.02  # seconds between frames; times are rounded to milliseconds in some containers
+_MAX_READ_ERRORS = 100  # of the container, not of a packet, one after the other
 _FULL_SCALES = {"u8": 128.0, "s16": 32768.0, "s32": 2147483648.0}
-_SILENCE = {"u8": 128}  # where it is not zero
-# What is looked for. FFmpeg knows hundreds of other things (playlists, pictures, raw formats that text can pass for).
+_SILENCE = {"u8": 128}  # where it is not 0
+# Allowed formats. FFmpeg supports hundreds of others (playlists, pictures, raw formats that text is taken for).
 CONTAINERS = (
     *("aac", "ac3", "aiff", "amr", "ape", "asf", "ast", "au", "avi", "bonk", "caf", "dsf", "dts", "dtshd", "dv"),
     *("eac3", "flac", "flv", "iff", "ircam", "latm", "loas", "lvf", "matroska", "mlp", "mov", "mp3", "mpc", "mpc8"),
     *("mpeg", "mpegts", "mxf", "nistsphere", "nut", "ogg", "oma", "osq", "paf", "pvf", "qcp", "qoa", "rka", "rm"),
     *("shn", "sox", "tak", "truehd", "tta", "voc", "vqf", "w64", "wav", "wtv", "wv", "wve", "xwma"),
 )
-# A playlist could name other files or addresses: nothing but the bytes that were given is opened.
+# A playlist could contain other files or addresses: only the bytes given are opened.
 _OPTIONS = {"protocol_whitelist": "none", "format_whitelist": ",".join(CONTAINERS)}
 
 
 class FFmpegError(UserError):
-    """Bytes in which FFmpeg finds no sound.
+    """FFmpeg finds no sound in the bytes given.
 
     Attributes:
         reason: in a few words.
-        empty: there is a stream of sound, without samples.
-        is_unknown: it is no container that FFmpeg knows.
+        empty: there is a stream of sound without samples.
+        is_unknown: FFmpeg does not recognise the container.
     """
 
     def __init__(self, reason: str, *, empty: bool = False, is_unknown: bool = False) -> None:
@@ -47,26 +47,26 @@ class FFmpegError(UserError):
 class FFmpegBlocks:
     """The sound of a file or pipe, decoded packet by packet; memory does not depend on its length.
 
-    Iterating, once, gives `(block, sample_rate)`: float32 (S, channels) and hertz. Rate and channels may differ from
-    one block to the next (HE-AAC, joined MP3s). A packet that cannot be decoded is left out and counted. Of several
-    streams of sound, the one that FFmpeg finds best is taken. Encoder delay and padding are left out where the
-    container announces them.
+    Iterating, once, yields `(block, sample_rate)`: float32 (S, channels) and hertz. Rate and channels may change from
+    block to block (HE-AAC, joined MP3s). A packet that cannot be decoded is left out and counted. Of several streams of
+    sound, FFmpeg's choice of the best one is decoded. Encoder delay and padding are left out where the container
+    announces them.
 
     Args:
-        source: a path, or an open binary file. A pipe will do: it is read forward only, and what has come is decoded.
-        block_seconds: gather at least so much into a block; with 0, every packet's samples are given as they come.
-        container: FFmpeg's name of the container ("mp3", "flac", ...); found from the bytes when None.
+        source: a path, or an open binary file. A pipe is read forward only, and decoded as far as it has come.
+        block_seconds: minimum length of a block; with 0, every packet is a block.
+        container: FFmpeg's name of the container ("mp3", "flac", ...); detected when None.
 
     Attributes:
-        container: FFmpeg's name of it, known from the first block on, as are the next two.
+        container: FFmpeg's name of it, set with the first block, as are the next two.
         codec: FFmpeg's name of it.
-        announced_seconds: how long the container says that the sound is, or None. An estimate in some formats.
+        announced_seconds: length by the container, or None. An estimate in some formats.
         seconds: decoded so far.
         n_packets: packets decoded so far, bad ones included.
         n_bad_packets: packets that could not be decoded.
-        bad_seconds: how long these would have been, as far as they say.
-        gap_seconds: what is missing between packets by their times (packets that are lost, or a pause).
-        cut: the last bytes are the beginning of something that is missing; known at the end.
+        bad_seconds: length of these, as far as it is known.
+        gap_seconds: gaps between the times of packets (lost packets, or a pause).
+        cut: the last packet is incomplete; set at the end.
 
     Raises:
         FFmpegError: while iterating: no sound in it, or none that can be decoded.
@@ -93,28 +93,28 @@ class FFmpegBlocks:
             yield from self._decode(self.source)
 
     def _decode(self, file: BinaryIO | io.RawIOBase) -> Iterator[tuple[np.ndarray, int]]:
-        import av  # here, since most files do without
+        import av  # imported here: most files do not need it
 
         reader = _Reader(file) if _is_seekable(file) else _Pipe(file)
         try:
             opened: Any = av.open(reader, format=self.container or None, options=_OPTIONS, buffer_size=_READ_SIZE)
         except (av.error.FFmpegError, ValueError) as error:
-            raise reader.error or FFmpegError(_sentence(error), is_unknown=True) from None
+            raise reader.error or FFmpegError(_format_error(error), is_unknown=True) from None
         with opened as container:
             self.container = container.format.name
             stream = container.streams.best("audio")
             if stream is None:
                 kinds = sorted({str(kind.type) for kind in container.streams})
-                raise FFmpegError(f"it holds no sound, only {' and '.join(kinds) or 'nothing'}")
+                raise FFmpegError(f"it has no sound, only {' and '.join(kinds) or 'nothing'}")
             if stream.codec_context is None:
-                raise FFmpegError("its kind of compression is not known here")
-            stream.codec_context.thread_count = 1  # files are decoded side by side
+                raise FFmpegError("its codec is not supported")
+            stream.codec_context.thread_count = 1  # files are decoded in parallel
             self.codec = stream.codec_context.name
             if stream.duration is not None and stream.time_base is not None:
                 self.announced_seconds = float(stream.duration * stream.time_base)
             elif container.duration is not None:
                 self.announced_seconds = container.duration / 1e6
-            yield from self._gather(self._frames(container, stream))
+            yield from self._gather(self._decode_frames(container, stream))
         if reader.error is not None:
             raise reader.error
         if self.seconds == 0 and self.n_packets:
@@ -122,14 +122,14 @@ class FFmpegBlocks:
         if self.seconds == 0:
             raise FFmpegError("has no samples", empty=True)
 
-    def _frames(self, container: Any, stream: Any) -> Iterator[tuple[np.ndarray, int]]:
-        """Decode each packet alone, so that what is wrong with one costs no other."""
+    def _decode_frames(self, container: Any, stream: Any) -> Iterator[tuple[np.ndarray, int]]:
+        """Decode each packet alone, so that a bad one affects no other."""
         import av
 
         n_errors = 0  # of the container, one after the other
         bad: Any = None  # the last packet, if it could not be decoded
         expected: float | None = None  # seconds at which the next frame should start
-        while n_errors < _MOST_READ_ERRORS:
+        while n_errors < _MAX_READ_ERRORS:
             try:
                 for packet in container.demux(stream):
                     if packet.size > 0:
@@ -143,23 +143,23 @@ class FFmpegBlocks:
                     except (av.error.FFmpegError, ValueError):
                         bad = packet if packet.size > 0 else bad
                         continue
-                    # of plain samples every last packet that is not full is called corrupt
+                    # of PCM FFmpeg marks a shorter last packet as corrupt
                     self.cut |= packet.size > 0 and packet.is_corrupt and not self.codec.startswith("pcm_")
                     for frame in frames:
                         if frame.samples > 0 and frame.sample_rate > 0:
                             start = frame.time
                             if start is not None:
-                                if expected is not None and start > expected + _SMALLEST_GAP:
+                                if expected is not None and start > expected + _MIN_GAP:
                                     self.gap_seconds += start - expected
                                 expected = start + frame.samples / frame.sample_rate
                             yield _to_float(frame), frame.sample_rate
                 break
             except (EOFError, BlockingIOError):
                 break
-            except av.error.FFmpegError:  # of the container: the next packet may be whole again
+            except av.error.FFmpegError:  # of the container: the next packet may be readable
                 n_errors += 1
                 self.cut |= n_errors == 1 and self.n_packets > 0
-        if bad is not None:  # the last one, of which only the beginning is there
+        if bad is not None:  # the last one, which is incomplete
             self.cut = True
             self.n_packets -= 1
 
@@ -169,7 +169,7 @@ class FFmpegBlocks:
             self.bad_seconds += float(packet.duration * packet.time_base)
 
     def _gather(self, frames: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
-        """Join neighbours of one rate and as many channels until they are long enough."""
+        """Join neighbouring frames of one rate and number of channels until they are long enough."""
         held: list[np.ndarray] = []
         n_held = rate = 0
         for samples, frame_rate in frames:
@@ -192,7 +192,7 @@ def _join(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _to_float(frame: Any) -> np.ndarray:
-    """Samples of a frame as float32 (S, channels) with full scale at 1.0."""
+    """Convert the samples of a frame to float32 (S, channels) with full scale 1.0."""
     import av
 
     kind = frame.format.name
@@ -205,7 +205,7 @@ def _to_float(frame: Any) -> np.ndarray:
     scale = _FULL_SCALES.get(name)
     if scale is None:
         return np.ascontiguousarray(values, dtype=np.float32)
-    # doubles: 32 bits do not fit into a float32 before the division
+    # float64: 32-bit integers are not exact in float32
     wide = values.astype(np.float32 if name == "s16" else np.float64) - _SILENCE.get(name, 0)
     return np.ascontiguousarray(wide / scale, dtype=np.float32)
 
@@ -218,20 +218,20 @@ def _is_seekable(file: Any) -> bool:
 
 
 class _Pipe:
-    """A file that can only be read forward; its own errors are kept, since FFmpeg knows them as a number alone.
+    """A file that can only be read forward; keeps its own errors, of which FFmpeg reports the number alone.
 
     Args:
         file: to read from.
     """
 
-    name = ""  # FFmpeg would guess by it, and it need not be text
+    name = ""  # FFmpeg would use it for detection, and it need not be text
 
     def __init__(self, file: Any) -> None:
-        self._read = getattr(file, "read1", file.read)  # what is there, rather than wait for all it could take
+        self._read = getattr(file, "read1", file.read)  # read1 returns what is there instead of waiting for `n_bytes`
         self.error: OSError | None = None
 
     def read(self, n_bytes: int) -> bytes:
-        """Read at most so many bytes; none at the end, and where the file cannot be read any more."""
+        """Read at most `n_bytes`; none at the end, and after an error."""
         try:
             return self._read(n_bytes)
         except OSError as error:
@@ -240,7 +240,7 @@ class _Pipe:
 
 
 class _Reader(_Pipe):
-    """A file in which FFmpeg may move.
+    """A file in which FFmpeg may seek.
 
     Args:
         file: to read from.
@@ -251,11 +251,11 @@ class _Reader(_Pipe):
         self._file = file
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to a byte."""
+        """Set the position."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """Return the place of the next byte."""
+        """Return the position."""
         return self._file.tell()
 
     def seekable(self) -> bool:
@@ -263,8 +263,8 @@ class _Reader(_Pipe):
         return True
 
 
-def _sentence(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     text = str(getattr(error, "strerror", None) or error)
-    if "Invalid data" in text or "Invalid argument" in text:  # not in the list of containers
+    if "Invalid data" in text or "Invalid argument" in text:  # FFmpeg recognised no allowed container
         return "no sound found in it"
     return text.strip().rstrip(".")

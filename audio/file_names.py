@@ -1,9 +1,9 @@
-"""Names of files in lists: always valid text, also where the name on disk is not, or is composed otherwise.
+"""Names of files in lists: always valid text, also where the bytes on disk are not, or have another Unicode form.
 
 On Linux a file's name is bytes. Names that are no UTF-8 (archives packed on Windows, old disks) are written in lists as
-Windows-1252 reads these bytes (Latin-1 where that has no character), folder by folder, so that every list, HDF5 file,
-table and JSON file can hold them. On the way back, `locate` finds the file under those bytes. macOS stores "é" as two
-characters (NFD), most other programs write one (NFC): `locate` finds either by the other.
+their Windows-1252 characters (Latin-1 for bytes without one), folder by folder, so that every list, HDF5 file, table and
+JSON file can contain them; `locate` finds the file under the original bytes. macOS stores "é" as two characters (NFD),
+most other programs write one (NFC): `locate` finds either by the other.
 """
 
 import os
@@ -15,7 +15,7 @@ _LEGACY = ("cp1252", "latin-1")  # the latter has a character for each of the 25
 
 
 def decode_name(raw: bytes) -> str:
-    """Return bytes as text: UTF-8, or Windows-1252 for each part between "/" that is not."""
+    """Decode bytes as UTF-8, or as Windows-1252 for each part between "/" that is not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -32,12 +32,12 @@ def _decode_part(raw: bytes) -> str:
 
 
 def as_text(name: str) -> str:
-    """Return a name that the operating system gave as lists hold it: bytes that are no UTF-8 as Windows-1252."""
+    """Convert a name of the operating system to its form in lists: bytes that are not UTF-8 as Windows-1252."""
     return name if is_text(name) else decode_name(os.fsencode(name))
 
 
 def is_text(name: str) -> bool:
-    """Whether a name that the operating system gave is valid text."""
+    """Return whether a name of the operating system is valid text."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -46,10 +46,10 @@ def is_text(name: str) -> bool:
 
 
 def locate(path: str | Path) -> Path | None:
-    """Return the path under which a file of a list is on disk; None where no spelling of it is.
+    """Return the path on disk of a file of a list; None where there is none under any spelling.
 
     Args:
-        path: as listed. Looked for as it is; then part by part as it is, composed (NFC), decomposed (NFD), and as the
+        path: as listed. Searched as it is; then part by part as it is, composed (NFC), decomposed (NFD), and as the
             bytes of Windows-1252 and Latin-1.
     """
     path = Path(path)

@@ -1,4 +1,4 @@
-"""FLAC: streams one behind the other, in a file and as they come.
+"""FLAC: consecutive streams in a file or a stream.
 
 Format: RFC 9639.
 """
@@ -9,13 +9,13 @@ from itertools import pairwise
 from audio.byte_stream import ByteStream, Piece, StreamPieces
 from audio.parts import PLAIN_FLAC, Contents, Part, Slice
 
-MARKER = b"fLaC\x00\x00\x00\x22"  # a stream begins, with its STREAMINFO
-_BUFFER = 1 << 14  # bytes that a decoder may have read beyond the last frame
+MARKER = b"fLaC\x00\x00\x00\x22"  # beginning of a stream, with its STREAMINFO
+_BUFFER = 1 << 14  # bytes that a decoder may read ahead of the last frame
 _BLOCK = 1 << 12
 
 
 def find_flac(descriptor: int, size: int, head: bytes) -> Contents:
-    """Find the streams of a FLAC file whose length is not announced; else they are looked for once it is decoded."""
+    """Find the streams of a FLAC file without a length; of others, `find_rest` finds them after decoding."""
     if len(head) < 26 or head[4] & 0x7F:
         return Contents()
     if int.from_bytes(head[18:26], "big") & ((1 << 36) - 1):
@@ -28,7 +28,7 @@ def find_rest(descriptor: int, position: int, size: int) -> list[Part]:
 
     Args:
         descriptor: of the file.
-        position: up to which the decoder has read.
+        position: end of what the decoder has read.
         size: of the file.
     """
     first = max(position - _BUFFER, len(MARKER))
@@ -38,7 +38,7 @@ def find_rest(descriptor: int, position: int, size: int) -> list[Part]:
 
 
 def find_streams(descriptor: int, first: int, size: int) -> list[Part]:
-    """Find where streams begin from a byte on; what is in front of the first marker is one, too."""
+    """Find the streams from a byte on; bytes in front of the first marker are one, too."""
     starts: list[int] = []
     position = first
     for piece in FlacPieces(ByteStream(Slice(descriptor, first, size))):
@@ -49,10 +49,10 @@ def find_streams(descriptor: int, first: int, size: int) -> list[Part]:
 
 
 class FlacPieces(StreamPieces):
-    """FLAC streams, one behind the other; the decoder finds what is missing in them."""
+    """Consecutive FLAC streams; the decoder detects what is missing in them."""
 
     def __iter__(self) -> Iterator[Piece]:
-        """Give what has come, less a marker's length."""
+        """Yield what is there, except the length of a marker."""
         held, is_first = b"", True
         while data := self.stream.read1(_BLOCK):
             held += data

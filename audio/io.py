@@ -34,7 +34,7 @@ __all__ = [
     "to_int16",
 ]
 
-# What is looked for in folders; lower case, with the dot. A file that is named is read whatever its name.
+# Searched in folders; lower case, with the dot. A file that is given itself is read under any name.
 AUDIO_EXTENSIONS = frozenset(
     f".{name}"
     for name in (
@@ -45,23 +45,23 @@ AUDIO_EXTENSIONS = frozenset(
         *("mpc", "dsf", "ra", "rm", "shn", "qoa", "m4v", "wmv", "f4v", "vob"),
     )
 )
-# Known to be sound, though not decoded: names in published stores carry these too.
+# Sound that is not decoded; names in published stores have these extensions, too.
 FOREIGN_EXTENSIONS = frozenset((".mid", ".midi", ".m4p", ".aax", ".aa"))
 
-# Kinds of warnings that mean that sound is missing; the others say what was done about something odd.
+# Kinds of warnings that mean missing sound.
 LOSSES = frozenset(("truncated", "damaged"))
 WARNINGS = ("truncated", "damaged", "repaired", "joined", "rescaled", "out_of_phase")
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What `decode` found in a file.
+    """A decoded file.
 
     Attributes:
         waveform: float32 (S,) when mixed down, else (S, channels); full scale is 1.0.
         sample_rate: of `waveform`, in Hz.
         source_rate: of the file, in Hz.
-        warnings: what is odd about the file, see `AudioBlocks`.
+        warnings: see `AudioBlocks`.
     """
 
     waveform: np.ndarray
@@ -71,26 +71,26 @@ class Decoded:
 
 
 class AudioBlocks:
-    """A sound file, decoded block by block: the memory it takes does not depend on the file's length.
+    """A sound file, decoded block by block in memory that does not depend on the file's length.
 
-    Iterating, once, gives float32 blocks (S,), or (S, channels) without mixing down; full scale is 1.0. Where the
-    file's rate or channels change, everything gets the wanted rate, or that of the beginning, and its channels.
+    Iterating, once, yields float32 blocks (S,), or (S, channels) without mixing down; full scale is 1.0. Where the
+    file's rate or channels change, all blocks get the target rate, or that of the beginning, and its channels.
 
-    WAV, FLAC and whatever else libsndfile reads whole are decoded by it; everything else, and what it breaks off in, by
-    FFmpeg.
+    libsndfile decodes WAV, FLAC and the other formats that it reads completely; FFmpeg decodes everything else, and the
+    rest of a file in which libsndfile fails.
 
     Args:
         path: a sound file of any kind.
-        sample_rate: rate wanted in Hz; the file's own when None.
+        sample_rate: target rate in Hz; the file's own when None.
         mix_down: average the channels (see `audio.channels.Downmixer` for those of opposite polarity).
 
     Attributes:
-        sample_rate: of the blocks, in Hz, known once the first block was read.
+        sample_rate: of the blocks, in Hz, set with the first block.
         source_rate: of the file, in Hz, likewise.
-        warnings: kind → what is odd, a sentence without its subject; known at the end. Kinds: "truncated" (it ends
-            early), "damaged" (something in it cannot be decoded), "repaired" (its header is wrong, nothing is lost),
-            "joined" (its rate or channels change), "rescaled" (integers stored as floating-point values),
-            "out_of_phase" (channels of opposite polarity).
+        warnings: kind → a sentence without its subject; complete at the end. Kinds: "truncated" (it ends early),
+            "damaged" (something in it cannot be decoded), "repaired" (its header is wrong, no sound is lost), "joined"
+            (its rate or channels change), "rescaled" (integers stored as floating-point values), "out_of_phase"
+            (channels of opposite polarity).
 
     Raises:
         AudioReadError: while iterating: missing, unreadable, empty, or with samples that are not finite.
@@ -98,27 +98,27 @@ class AudioBlocks:
 
     def __init__(self, path: str | Path, sample_rate: int | None = None, *, mix_down: bool = True) -> None:
         self.path = Path(path)
-        self.wanted_rate = sample_rate
+        self.target_rate = sample_rate
         self.mix_down = mix_down
         self.sample_rate = self.source_rate = 0
         self.warnings: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[np.ndarray]:
         decoder = FileDecoder(self.path)
-        yield from self._converted(decoder)
+        yield from self._convert(decoder)
         self.warnings = decoder.warnings | self.warnings
 
-    def _converted(self, blocks: Iterable[tuple[np.ndarray, int]]) -> Iterator[np.ndarray]:
-        """Mix down and resample; each stretch of one rate and as many channels has a resampler of its own."""
+    def _convert(self, blocks: Iterable[tuple[np.ndarray, int]]) -> Iterator[np.ndarray]:
+        """Mix down and resample; each stretch of one rate and number of channels has its own resampler."""
         n_given = 0
         n_opposite = n_mixed = 0.0  # seconds
         shapes: dict[tuple[int, int], None] = {}
         converter: Converter | None = None
-        for block, rate, is_last in _with_ends(blocks):
+        for block, rate, is_last in _mark_ends(blocks):
             shape = rate, block.shape[1]
             if converter is None:
                 if not shapes:
-                    self.source_rate, self.sample_rate = rate, self.wanted_rate or rate
+                    self.source_rate, self.sample_rate = rate, self.target_rate or rate
                 shapes[shape] = None
                 converter = Converter(*shape, self.sample_rate, None if self.mix_down else next(iter(shapes))[1])
             block = converter.push(block, is_last)
@@ -132,7 +132,7 @@ class AudioBlocks:
                 converter = None
         if not shapes:
             raise AudioReadError(self.path, "has no samples", kind="empty")
-        if n_given == 0:  # a handful of samples, resampled to none
+        if n_given == 0:  # a few samples, resampled to none
             yield np.zeros(1 if self.mix_down else (1, next(iter(shapes))[1]), np.float32)
         if len(shapes) > 1:
             self.warnings["joined"] = describe_joined(list(shapes), self.sample_rate)
@@ -140,8 +140,8 @@ class AudioBlocks:
             self.warnings["out_of_phase"] = describe_opposite(n_opposite, n_mixed)
 
 
-def _with_ends(blocks: Iterable[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int, bool]]:
-    """Give with each block whether it is the last one of its rate and number of channels."""
+def _mark_ends(blocks: Iterable[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int, bool]]:
+    """Yield with each block whether it is the last one of its rate and number of channels."""
     held: tuple[np.ndarray, int] | None = None
     for block, rate in blocks:
         if held is not None:
@@ -152,42 +152,42 @@ def _with_ends(blocks: Iterable[tuple[np.ndarray, int]]) -> Iterator[tuple[np.nd
 
 
 class Converter:
-    """Mixes down, or makes channels alike, and resamples: blocks of one rate and as many channels.
+    """Mixes down, or changes the number of channels, and resamples blocks of one rate and number of channels.
 
     Args:
         rate: of the blocks, in Hz.
         n_channels: of the blocks.
-        wanted: rate wanted, in Hz.
-        n_wanted: channels; None: mix down.
+        target_rate: in Hz.
+        n_target: number of channels; None: mix down.
     """
 
-    def __init__(self, rate: int, n_channels: int, wanted: int, n_wanted: int | None) -> None:
-        self.rate, self.n_channels, self.n_wanted = rate, n_channels, n_wanted
-        self.mixer = Downmixer(rate) if n_wanted is None else None
+    def __init__(self, rate: int, n_channels: int, target_rate: int, n_target: int | None) -> None:
+        self.rate, self.n_channels, self.n_target = rate, n_channels, n_target
+        self.mixer = Downmixer(rate) if n_target is None else None
         self.stream = None
-        if rate != wanted:
-            self.stream = soxr.ResampleStream(rate, wanted, n_wanted or 1, dtype="float32", quality="HQ")
+        if rate != target_rate:
+            self.stream = soxr.ResampleStream(rate, target_rate, n_target or 1, dtype="float32", quality="HQ")
 
     def push(self, block: np.ndarray, is_last: bool) -> np.ndarray:
-        """Take float32 (S, channels), give (S',) or (S', channels wanted); with the last block all that remains."""
+        """Convert float32 (S, channels) to (S',) or (S', n_target); the last block is followed by all that remains."""
         if self.mixer is not None:
             block = self.mixer.push(block, is_last)
-        elif self.n_channels != self.n_wanted:
-            block = block.mean(axis=1, keepdims=True).repeat(self.n_wanted or 1, axis=1)
+        elif self.n_channels != self.n_target:
+            block = block.mean(axis=1, keepdims=True).repeat(self.n_target or 1, axis=1)
         if self.stream is not None:
             block = self.stream.resample_chunk(block, last=is_last)
         return np.ascontiguousarray(block, dtype=np.float32)
 
 
 def describe_joined(shapes: list[tuple[int, int]], sample_rate: int) -> str:
-    """Say that rates or channels change: the (rate, channels) that occur, and the rate of what is given."""
+    """Return a sentence on a sound whose (rate, channels) change, and its common rate."""
     each = " and ".join(f"{rate} Hz with {n} channel{'s' * (n > 1)}" for rate, n in shapes[:3])
     more = f" and {len(shapes) - 3} others" if len(shapes) > 3 else ""
-    return f"holds streams of different kinds one behind the other ({each}{more}), all given at {sample_rate} Hz"
+    return f"has several streams of different kinds ({each}{more}), all converted to {sample_rate} Hz"
 
 
 def describe_opposite(n_opposite: float, n_seconds: float) -> str:
-    """Say for how many of a sound's seconds its channels are of opposite polarity."""
+    """Return a sentence on the seconds in which channels are of opposite polarity."""
     return (
         f"has stereo channels of opposite polarity in {n_opposite:.2f} of {n_seconds:.2f} s, where half their "
         "difference was taken, since their mean is near silence"
@@ -195,11 +195,11 @@ def describe_opposite(n_opposite: float, n_seconds: float) -> str:
 
 
 def decode(path: str | Path, sample_rate: int | None = None, *, mix_down: bool = True) -> Decoded:
-    """Decode a whole sound file; only the wanted rate and channels are ever held whole.
+    """Decode a whole sound file.
 
     Args:
         path: a sound file of any kind.
-        sample_rate: rate wanted in Hz; the file's own when None.
+        sample_rate: target rate in Hz; the file's own when None.
         mix_down: average the channels.
 
     Raises:
@@ -216,11 +216,11 @@ def read_audio(path: str | Path, sample_rate: int | None = None) -> tuple[np.nda
 
     Args:
         path: a sound file of any kind.
-        sample_rate: rate wanted in Hz; the file's own when None.
+        sample_rate: target rate in Hz; the file's own when None.
 
     Returns:
-        The waveform, float32 (S,), channels averaged, and its sample rate in Hz. Integer formats lie in [-1, 1];
-        a floating-point file may exceed full scale, and so may resampling by a little.
+        The waveform, float32 (S,), channels averaged, and its sample rate in Hz. Integer formats are in [-1, 1];
+        floating-point files may exceed full scale, and resampling may exceed it a little.
 
     Raises:
         AudioReadError: missing, unreadable, empty, or with samples that are not finite.
@@ -235,7 +235,7 @@ def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     Args:
         waveform: (S,) or (S, channels).
         from_rate: its rate in Hz.
-        to_rate: the rate wanted in Hz.
+        to_rate: the target rate in Hz.
 
     Returns:
         float32 (round(S * to_rate / from_rate),) or (.., channels), at least one sample; the input itself when the
@@ -251,22 +251,22 @@ def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
 
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:
-    """Quantise to 16 bit: full scale 1.0 is 32768, rounded to nearest, and clipped beyond (any shape)."""
+    """Quantise to 16 bit: full scale 1.0 is 32768, rounded to nearest, clipped (any shape)."""
     return np.clip(np.rint(np.asarray(waveform) * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def from_int16(samples: np.ndarray) -> np.ndarray:
-    """Return 16-bit samples as float32 with full scale at 1.0; exactly undone by `to_int16` (any shape)."""
+    """Convert 16-bit samples to float32 with full scale 1.0; the exact inverse of `to_int16` (any shape)."""
     return np.multiply(samples, np.float32(1 / 32768), dtype=np.float32)
 
 
 def find_audio_files(paths: Iterable[str | Path]) -> list[Path]:
-    """List the sound files that a command line means.
+    """List the sound files of a command line.
 
     Args:
-        paths: files, which are kept whatever their name, and folders, which are searched with all below them, also
-            behind links, for the extensions of sound, in any case: also of those that are not decoded, and links that
-            lead nowhere, so that they are told of.
+        paths: files, which are kept under any name, and folders, which are searched recursively, also through links,
+            for the extensions of sound in any case. Formats that are not decoded and broken links are included, so that
+            they are reported.
 
     Returns:
         Files in the order of `paths`, each folder's sorted, none twice.
@@ -277,10 +277,10 @@ def find_audio_files(paths: Iterable[str | Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(_sounds_below(path))
+            inside = sorted(_find_sounds(path))
             if not inside:
                 known = " ".join(sorted(AUDIO_EXTENSIONS))
-                raise UserError(f"{path}: the folder holds no sound file (looked, also below it, for {known})")
+                raise UserError(f"{path}: the folder has no sound files (searched recursively for {known})")
             found.update(dict.fromkeys(inside))
         elif path.exists() or path.is_symlink():
             found[path] = None
@@ -289,15 +289,15 @@ def find_audio_files(paths: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def _sounds_below(folder: Path) -> Iterator[Path]:
+def _find_sounds(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be searched ({error.strerror})")
 
-    wanted = AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS
+    extensions = AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS
     for parent, _, names in walk_folders(folder, refuse):
         for name in names:
-            # ._NAME is what macOS keeps beside a file on foreign disks
-            if os.path.splitext(name)[1].lower() in wanted:
+            # macOS writes ._NAME beside a file on other file systems
+            if os.path.splitext(name)[1].lower() in extensions:
                 if not name.startswith("._"):
                     yield Path(parent, name)
             elif os.path.islink(path := os.path.join(parent, name)) and not os.path.exists(path):
@@ -309,12 +309,12 @@ def walk_folders(
 ) -> Iterator[tuple[str, list[str], list[str]]]:
     """Walk a folder as `os.walk` does, also through links to folders, each folder once.
 
-    A folder that lies below `folder` itself and is linked to as well is walked where it lies; one that is linked to
-    twice, where the first link is, in the order of names; one above `folder` not at all.
+    A folder below `folder` that is also linked to is walked at its own path; one outside that is linked to twice, at
+    the first link in the order of names; one above `folder` not at all.
 
     Args:
-        folder: where to begin.
-        on_error: called with what keeps a folder from being read.
+        folder: root.
+        on_error: called with the error of a folder that cannot be read.
     """
     links: list[str] = []
     seen: set[tuple[int, int]] = set()
@@ -331,9 +331,9 @@ def walk_folders(
 
     root = os.path.realpath(folder)
     yield from walk(os.fspath(folder))
-    while links:  # behind all that lies in the folder itself
+    while links:  # after all that is in the folder itself
         links.sort(reverse=True)
         link = links.pop()
         target = os.path.realpath(link)
-        if not root.startswith(os.path.join(target, "")):  # a folder above would bring everything that lies there
+        if not root.startswith(os.path.join(target, "")):  # a folder above would add all of its files
             yield from walk(link)

@@ -1,7 +1,7 @@
-"""MPEG audio (MP3, MP2, MP1): its frames counted, and where one stream ends and the next begins.
+"""MPEG audio (MP3, MP2, MP1): counts frames, and finds the boundaries of consecutive streams.
 
-There is no length in the format itself. A Xing or VBRI frame may announce one; without it decoders guess from the size
-of the file and the first frame, which is wrong where the bit rate varies. Frames are found by their headers alone.
+The format has no length. A Xing or VBRI frame may announce one; without it decoders estimate it from the size of the
+file and the first frame, which is wrong for variable bit rates. Only the headers of frames are read.
 Formats: ISO/IEC 11172-3 and 13818-3, the Xing and VBRI headers, ID3v2, APEv2.
 """
 
@@ -15,8 +15,8 @@ from typing import NamedTuple
 from audio.byte_stream import ByteStream, Piece, StreamPieces
 from audio.parts import PLAIN_FLAC, Contents, Part, Slice, describe_cut
 
-_ANNOUNCEMENT = 64  # bytes from a frame's start to the end of what a Xing or VBRI header announces
-_LYRICS = 1 << 16  # bytes in which the end of a tag of lyrics is looked for
+_ANNOUNCEMENT = 64  # bytes from a frame's start to the end of the counts of a Xing or VBRI header
+_LYRICS = 1 << 16  # bytes in which the end of a tag of lyrics is searched
 _MARKS = re.compile(rb"\xff|ID3|TAG|APET|LYRI")  # a frame or a tag may begin
 _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 _V1 = {
@@ -32,7 +32,7 @@ _V2 = {
 
 
 class MpegFrame(NamedTuple):
-    """What a frame's header says."""
+    """The header of a frame."""
 
     n_bytes: int
     n_samples: int
@@ -42,16 +42,16 @@ class MpegFrame(NamedTuple):
 
 @dataclass
 class MpegStream:
-    """Frames of one rate, one behind the other.
+    """Consecutive frames of one sample rate.
 
     Attributes:
         start: first byte.
         rate: in Hz.
-        stop: behind the last one.
-        announced: frames, by a Xing or VBRI header; None without one.
-        n_frames: that there are, without that header.
-        n_samples: in them.
-        is_cut: its last frame is not whole.
+        stop: end of the last frame.
+        announced: frames by a Xing or VBRI header; None without one.
+        n_frames: frames found, without that header.
+        n_samples: of these.
+        is_cut: the last frame is incomplete.
     """
 
     start: int
@@ -65,7 +65,7 @@ class MpegStream:
 
 @lru_cache(maxsize=1 << 12)
 def parse_frame(second: int, third: int) -> MpegFrame | None:
-    """Read the second and third byte of a frame's header; None of what is no frame, or one of free bit rate."""
+    """Parse the second and third byte of a frame's header; None for other bytes, and for a free bit rate."""
     version, layer, index, rate_index = (second >> 3) & 3, (second >> 1) & 3, third >> 4, (third >> 2) & 3
     if second & 0xE0 != 0xE0 or version == 1 or layer == 0 or index in (0, 15) or rate_index == 3:
         return None
@@ -88,16 +88,16 @@ class MpegPieces(StreamPieces):
         stream: to read from.
 
     Attributes:
-        current: the stream under way.
-        n_garbage: bytes between frames that are none.
-        warnings: kind of oddity → a sentence without its subject; known at the end.
+        current: the current stream.
+        n_garbage: bytes between frames that belong to none.
+        warnings: kind → a sentence without its subject; complete at the end.
     """
 
     current: MpegStream | None = None
     n_garbage = 0
 
     def __iter__(self) -> Iterator[Piece]:
-        """Give frame after frame; tags, and bytes that belong to no frame, are passed over."""
+        """Yield the frames; tags and other bytes between them are skipped."""
         current = self.current
         n_garbage = 0  # since the last frame
         is_first = True
@@ -114,7 +114,7 @@ class MpegPieces(StreamPieces):
             tag = find_announcement(data.ljust(_ANNOUNCEMENT, b"\0"), 0, frame)
             is_first |= tag is not None or is_other
             if current is None or is_first:
-                n_garbage = 0  # what is in front of a stream is no loss
+                n_garbage = 0  # bytes in front of a stream are no loss
                 current = self.current = MpegStream(self.stream.position, frame.rate)
             self.n_garbage += n_garbage
             n_garbage = 0
@@ -132,7 +132,7 @@ class MpegPieces(StreamPieces):
             self.warnings = describe_loss(current, self.n_garbage)
 
     def _is_followed(self, frame: MpegFrame) -> bool:
-        """Whether another frame of the same rate, or the end of the stream, lies behind a frame."""
+        """Whether a frame is followed by another one of the same rate, or by the end of the stream."""
         behind = self.stream.peek(frame.n_bytes + 3)[frame.n_bytes :]
         if len(behind) < 3:
             return len(behind) == 0
@@ -146,7 +146,7 @@ class MpegPieces(StreamPieces):
 
 
 def find_mpeg(descriptor: int, size: int, head: bytes) -> Contents:
-    """Find the streams of an MPEG audio file, or of what has an ID3 tag in front."""
+    """Find the streams of an MPEG audio file, or of a file with an ID3 tag at the front."""
     start = measure_id3(head[:10])
     if start and os.pread(descriptor, 4, start) == b"fLaC":
         return PLAIN_FLAC
@@ -167,29 +167,29 @@ def find_mpeg(descriptor: int, size: int, head: bytes) -> Contents:
 
 
 def describe_loss(last: MpegStream, n_garbage: int) -> dict[str, str]:
-    """Say what is missing: kind → sentence.
+    """Return warnings on what is missing: kind → sentence.
 
     Args:
-        last: of streams that lie one behind the other.
-        n_garbage: bytes between their frames that are none.
+        last: of consecutive streams.
+        n_garbage: bytes between their frames that belong to none.
     """
     missing = (last.announced or 0) - last.n_frames
     seconds = last.n_samples / last.rate
     announced = seconds + missing * last.n_samples / last.n_frames / last.rate
     if n_garbage:
         lost = f"; {announced - seconds:.2f} of its {announced:.2f} s are missing" if missing > 1 else ""
-        return {"damaged": f"is damaged: {n_garbage} bytes between its frames are none, and were left out{lost}"}
+        return {"damaged": f"is damaged: {n_garbage} bytes between its frames belong to none, and were left out{lost}"}
     if missing > 1:
         return {"truncated": describe_cut(seconds, announced)}
     if last.is_cut:
-        return {"truncated": "ends early: its last frame is not whole"}
+        return {"truncated": "ends early: its last frame is incomplete"}
     return {}
 
 
 def find_announcement(block: bytes, at: int, frame: MpegFrame) -> int | None:
-    """Return how many frames a Xing, Info or VBRI header announces, 0 if it does not say; None of any other frame."""
+    """Return the frames announced by a Xing, Info or VBRI header, 0 if it has no count; None for other frames."""
     side = frame.side if block[at + 3] >> 6 == 3 else frame.side + (15 if frame.side == 21 else 8)
-    side += 0 if block[at + 1] & 1 else 2  # a checksum is in front
+    side += 0 if block[at + 1] & 1 else 2  # a checksum precedes it
     if block[at + side : at + side + 4] in (b"Xing", b"Info"):
         has_frames = block[at + side + 7] & 1
         return int.from_bytes(block[at + side + 8 : at + side + 12], "big") if has_frames else 0
@@ -199,7 +199,7 @@ def find_announcement(block: bytes, at: int, frame: MpegFrame) -> int | None:
 
 
 def measure_id3(head: bytes) -> int:
-    """Return how long an ID3v2 tag is, header included; 0 of anything else."""
+    """Return the length of an ID3v2 tag with its header; 0 for other bytes."""
     if head[:3] != b"ID3" or len(head) < 10:
         return 0
     length = 10
@@ -209,7 +209,7 @@ def measure_id3(head: bytes) -> int:
 
 
 def measure_tag(block: bytes) -> int:
-    """Return how many bytes of a tag begin here, 0 if none does."""
+    """Return the length of the tag at the beginning of a block, 0 if there is none."""
     if block[:3] == b"ID3":
         return measure_id3(block[:10])
     if block[:3] == b"TAG" and len(block) >= 128:

@@ -1,8 +1,8 @@
-"""Ogg, in a file and as it comes: its links, and what is missing in them.
+"""Ogg: the links of a file or a stream, and what is missing in them.
 
 Streams may be chained: each link begins with pages that are marked as the beginning of a stream, and may have other
-rates and channels. Pages carry a number, a checksum, and the place in the stream. Format: RFC 3533; the place in Opus
-streams: RFC 7845.
+rates and channels. Pages have a number, a checksum and a granule position. Format: RFC 3533; granule positions of Opus:
+RFC 7845.
 """
 
 import re
@@ -15,24 +15,24 @@ from audio.byte_stream import ByteStream, Piece, StreamPieces
 from audio.parts import Contents, Part, Slice
 
 _HEADER = 27  # bytes
-_MARK = re.compile(b"O")  # of "OggS", which may be cut in two
+_MARK = re.compile(b"O")  # of "OggS", which may be split between blocks
 _FIRST, _LAST = 2, 4  # bits of a page's type
-_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # zlib has the bits the other way round
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # zlib uses the opposite order of bits
 _OPUS_RATE = 48000
 
 
 class OggPage(NamedTuple):
-    """A page, and what its header says."""
+    """A page with the fields of its header."""
 
     start: int  # byte of the stream
     data: bytes
     type: int
-    place: int
+    granule_position: int
     serial: int
     number: int
-    body: bytes  # the beginning of it
-    is_complete: bool  # nothing is missing at its end
-    is_whole: bool
+    body: bytes  # its beginning
+    is_complete: bool  # not cut at its end
+    is_valid: bool  # and its checksum is right
 
 
 @dataclass
@@ -43,7 +43,7 @@ class OggStream:
     rate: int = 0
     n_skipped: int = 0
     number: int = 0
-    place: int = 0
+    granule_position: int = 0
     is_ended: bool = False
 
 
@@ -54,27 +54,27 @@ class OggLink:
     start: int
     stop: int = 0
     streams: dict[int, OggStream] = field(default_factory=dict)
-    in_front: bool = True  # of the first page that begins no stream
+    is_at_start: bool = True  # only first pages of streams so far
 
     def add(self, page: OggPage) -> int:
-        """Note a page in that of its stream; return how many pages are missing in front of it."""
+        """Add a page to its stream; return the number of pages that are missing in front of it."""
         self.stop = page.start + len(page.data)
         if page.type & _FIRST:
             self.streams[page.serial] = _begin_stream(page)
             return 0
-        self.in_front = False
+        self.is_at_start = False
         stream = self.streams.get(page.serial)
         if stream is None:
             return 0
-        n_missing = max(page.number - stream.number - 1, 0) if page.is_whole else 0
+        n_missing = max(page.number - stream.number - 1, 0) if page.is_valid else 0
         stream.number = page.number
-        if page.place > 0:
-            stream.place = page.place
+        if page.granule_position > 0:
+            stream.granule_position = page.granule_position
         stream.is_ended |= bool(page.type & _LAST)
         return n_missing
 
-    def sounds(self) -> list[OggStream]:
-        """Return the streams that hold sound."""
+    def find_sounds(self) -> list[OggStream]:
+        """Return the streams of sound."""
         return [stream for stream in self.streams.values() if stream.name]
 
 
@@ -85,29 +85,29 @@ class OggPieces(StreamPieces):
         stream: to read from.
 
     Attributes:
-        link: the one under way.
-        warnings: kind of oddity → a sentence without its subject; known at the end.
+        link: the current one.
+        warnings: kind → a sentence without its subject; complete at the end.
     """
 
     link: OggLink | None = None
 
     def __iter__(self) -> Iterator[Piece]:
-        """Give page after page; bytes that belong to none are passed over."""
+        """Yield the pages; bytes between them are skipped."""
         link = self.link
         n_lost = 0
         is_complete = True
         for page in read_pages(self.stream):
-            is_first = link is None or (bool(page.type & _FIRST) and not link.in_front)
+            is_first = link is None or (bool(page.type & _FIRST) and not link.is_at_start)
             if link is None or is_first:
                 link = self.link = OggLink(page.start)
-            n_lost += link.add(page) + (page.is_complete and not page.is_whole)
+            n_lost += link.add(page) + (page.is_complete and not page.is_valid)
             is_complete = page.is_complete
             yield Piece(page.data, is_first)
-        if link is not None and not (is_complete and all(stream.is_ended for stream in link.sounds())):
-            self.warnings["truncated"] = "ends early: its last page is missing, which would be marked as the end"
+        if link is not None and not (is_complete and all(stream.is_ended for stream in link.find_sounds())):
+            self.warnings["truncated"] = "ends early: its last page, which is marked as the end, is missing"
         if n_lost:
             are = "is" if n_lost == 1 else "are"
-            self.warnings["damaged"] = f"is damaged: {n_lost} of its pages {are} not whole"
+            self.warnings["damaged"] = f"is damaged: {n_lost} of its pages {are} incomplete or missing"
 
 
 def find_links(descriptor: int, size: int, head: bytes = b"") -> Contents:
@@ -115,15 +115,15 @@ def find_links(descriptor: int, size: int, head: bytes = b"") -> Contents:
     pieces = OggPieces(ByteStream(Slice(descriptor, 0, size)))
     links = [pieces.link for piece in pieces if piece.is_first and pieces.link is not None]
     if not links or not links[0].streams:
-        return Contents()  # it begins in the middle of a stream: the decoders may find something
-    parts = [_part(link) for link in links]
+        return Contents()  # it begins within a stream: left to the decoders
+    parts = [_create_part(link) for link in links]
     if len(parts) == 1 and parts[0].decoder == "libsndfile":
         parts = [Part(seconds=parts[0].seconds)]
     return Contents(parts, "ogg", pieces.warnings)
 
 
 def read_pages(stream: ByteStream) -> Iterator[OggPage]:
-    """Take every page; bytes that belong to none are passed over."""
+    """Read all pages; bytes between them are skipped."""
     while len(head := stream.peek(_HEADER)) == _HEADER:
         if head[:4] != b"OggS":
             stream.skip_to(_MARK)
@@ -133,9 +133,9 @@ def read_pages(stream: ByteStream) -> Iterator[OggPage]:
         n_bytes = n_header + sum(stream.peek(n_header)[_HEADER:])
         data = stream.peek(n_bytes)
         is_complete = len(data) == n_bytes
-        is_whole = is_complete and checksum(data) == int.from_bytes(data[22:26], "little")
-        if not is_whole and is_complete and (found := data.find(b"OggS", 4)) > 0:
-            data = data[:found]  # bytes are missing
+        is_valid = is_complete and checksum(data) == int.from_bytes(data[22:26], "little")
+        if not is_valid and is_complete and (found := data.find(b"OggS", 4)) > 0:
+            data = data[:found]  # some of its bytes are missing
         stream.skip(len(data))
         yield OggPage(
             start,
@@ -146,19 +146,19 @@ def read_pages(stream: ByteStream) -> Iterator[OggPage]:
             int.from_bytes(data[18:22], "little"),
             data[n_header : n_header + 64],
             is_complete,
-            is_whole,
+            is_valid,
         )
 
 
 def checksum(page: bytes) -> int:
-    """CRC-32 with the generator 0x04c11db7, as pages carry it."""
+    """Compute a page's CRC-32 with the generator 0x04c11db7."""
     mirrored = (page[:22] + b"\0\0\0\0" + page[26:]).translate(_REVERSED)
     value = zlib.crc32(mirrored, 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int.from_bytes(value.to_bytes(4, "little").translate(_REVERSED), "big")
 
 
 def _begin_stream(page: OggPage) -> OggStream:
-    """Read what a stream is from its first page."""
+    """Read codec and sample rate from the first page of a stream."""
     body, stream = page.body, OggStream(number=page.number)
     if body[1:7] == b"vorbis":
         stream.name, stream.rate = "vorbis", int.from_bytes(body[12:16], "little")
@@ -171,10 +171,10 @@ def _begin_stream(page: OggPage) -> OggStream:
     return stream
 
 
-def _part(link: OggLink) -> Part:
-    sounds = link.sounds()
+def _create_part(link: OggLink) -> Part:
+    sounds = link.find_sounds()
     if len(link.streams) != 1 or not sounds or sounds[0].name == "speex":
         return Part(link.start, link.stop, decoder="ffmpeg", container="ogg")
     (stream,) = sounds
-    seconds = max(stream.place - stream.n_skipped, 0) / stream.rate if stream.rate else None
+    seconds = max(stream.granule_position - stream.n_skipped, 0) / stream.rate if stream.rate else None
     return Part(link.start, link.stop, container="ogg", seconds=seconds)

@@ -1,4 +1,4 @@
-"""Packing: a list of sound files becomes HDF5 shards, a manifest that names them, and a report.
+"""Pack a list of sound files into HDF5 shards, a manifest and a report.
 
 Worker processes decode; one process writes, in the order of the list. Only a window of clips is in memory at a time.
 All files appear together at the end, or none does.
@@ -28,18 +28,18 @@ from audio.shards import LAYOUTS, ShardWriter
 from common.errors import UserError, some
 from common.files import whole_file, write_json
 
-PUBLISHED = "published"  # the clips layout with base names for keys, which is all that CED's own tools read
+PUBLISHED = "published"  # the clips layout with base names as keys, the only one that CED's own tools read
 PACK_LAYOUTS = (*LAYOUTS, PUBLISHED)
-PUBLISHED_RATE = 16000  # Hz, which these tools take every pack for
+PUBLISHED_RATE = 16000  # Hz, which these tools assume
 
 _CLIPS_IN_FLIGHT = 8  # for each worker
-_CLIPPED_RUN = 3  # neighbours at full scale
-_CLIPPED_PEAK = 1.01  # 0.1 dB above full scale: a resampled peak may pass it by less
+_CLIPPED_RUN = 3  # neighbouring samples at full scale
+_CLIPPED_PEAK = 1.01  # 0.1 dB above full scale: resampling exceeds it by less
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A decoded clip, or why there is none.
+    """A decoded clip, or the reason why there is none.
 
     Attributes:
         samples: int16 (S,), or (2, S) in stereo; None when the file cannot be packed.
@@ -47,8 +47,8 @@ class Clip:
         reason: the fault in words.
         source_rate: of the file, in Hz.
         silent: every sample is zero.
-        clipped: the sound passes full scale, or stays at it.
-        warnings: what else is odd about the file, see `audio.io.AudioBlocks`.
+        clipped: the sound exceeds full scale, or stays at it.
+        warnings: other warnings on the file, see `audio.io.AudioBlocks`.
     """
 
     samples: np.ndarray | None = None
@@ -61,15 +61,15 @@ class Clip:
 
 
 def load_clip(path: str | Path, sample_rate: int, stereo: bool = False) -> Clip:
-    """Decode one file for packing; a fault of the file is part of the answer, never an exception."""
+    """Decode one file for packing; a fault of the file is returned, not raised."""
     try:
         decoded = decode(path, sample_rate, mix_down=not stereo)
     except AudioReadError as error:
         return Clip(fault=error.kind, reason=error.reason)
-    except Exception as error:  # whatever one file does, the others are packed
+    except Exception as error:  # no file may keep the others from being packed
         return Clip(fault="unreadable", reason=f"decoding failed with {type(error).__name__}: {error}")
     waveform = decoded.waveform
-    if stereo and waveform.shape[1] != 2:  # one channel to both sides; of more than two, their mean
+    if stereo and waveform.shape[1] != 2:  # mono is duplicated; more than two channels are averaged
         waveform = waveform.mean(axis=1, keepdims=True).repeat(2, axis=1)
     samples = to_int16(waveform)  # (S,) or (S, 2)
     return Clip(
@@ -82,7 +82,7 @@ def load_clip(path: str | Path, sample_rate: int, stereo: bool = False) -> Clip:
 
 
 def _is_clipped(waveform: np.ndarray, samples: np.ndarray) -> bool:
-    """Whether the sound passes full scale by more than resampling makes it, or stays at it; a lone peak is fine."""
+    """Return whether the sound exceeds full scale by more than resampling does, or stays at it; single peaks may."""
     if np.abs(waveform).max() > _CLIPPED_PEAK:
         return True
     full = (samples >= 32767) | (samples <= -32767)
@@ -97,63 +97,63 @@ def _is_clipped(waveform: np.ndarray, samples: np.ndarray) -> bool:
 def load_clips(paths: Sequence[Path], load: Callable[[Path], Clip], n_workers: int) -> Iterator[Clip]:
     """Yield `load(path)` for each path, in order, computed by worker processes a window ahead.
 
-    A file that brings its worker process down is reported as unreadable, and a new set of workers goes on behind it.
+    A file that crashes its worker process is reported as unreadable, and new workers continue behind it.
 
     Args:
         paths: sound files.
-        load: what each worker does; it must be picklable.
-        n_workers: processes; with 0 this one does the work itself.
+        load: run in the workers; must be picklable.
+        n_workers: processes; with 0 everything runs in this one.
     """
     if n_workers == 0:
         yield from map(load, paths)
         return
     position = 0
     while position < len(paths):
-        with _workers(n_workers) as pool:
+        with _start_pool(n_workers) as pool:
             try:
-                for clip in _in_window(pool, load, paths[position:], n_workers * _CLIPS_IN_FLIGHT):
+                for clip in _load_window(pool, load, paths[position:], n_workers * _CLIPS_IN_FLIGHT):
                     yield clip
                     position += 1
             except BrokenProcessPool:
-                # Any file of the window may be the culprit: the next one in order is tried with a worker to itself.
+                # Any file of the window may have crashed it: the next one in order gets a worker of its own.
                 yield _load_alone(load, paths[position])
                 position += 1
 
 
-def _workers(n: int) -> ProcessPoolExecutor:
+def _start_pool(n: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(n, initializer=_start_worker)
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes: it stops the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the process that writes stops the workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)  # killed before it could stop its workers, which would wait for work for ever
+        os._exit(1)  # the parent was killed, and the workers would wait for work for ever
 
 
-def _in_window(
+def _load_window(
     pool: ProcessPoolExecutor, load: Callable[[Path], Clip], paths: Sequence[Path], window: int
 ) -> Iterator[Clip]:
-    waiting: deque[Future[Clip]] = deque()
+    pending: deque[Future[Clip]] = deque()
     try:
         for path in paths:
-            waiting.append(pool.submit(load, path))
-            if len(waiting) >= window:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(load, path))
+            if len(pending) >= window:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        for future in waiting:
+        for future in pending:
             future.cancel()
 
 
 def _load_alone(load: Callable[[Path], Clip], path: Path) -> Clip:
-    with _workers(1) as pool:
+    with _start_pool(1) as pool:
         try:
             return pool.submit(load, path).result()
         except BrokenProcessPool:
@@ -180,13 +180,13 @@ def pack(
     """Pack the clips of a list into `output/hdf5/NAME_0.h5` ..., `output/labels/NAME.tsv` and `NAME.report.json`.
 
     Args:
-        table: the list, as `read_manifest` gives it; `filename` names the sound files.
-        list_path: where the list lies: relative names are looked for beside it first.
-        output: folder to write to; as given, it becomes part of the column `hdf5path`.
+        table: the list, see `read_manifest`; `filename` is the column of sound files.
+        list_path: path of the list: relative names are searched in its folder first.
+        output: folder to write to; becomes part of the column `hdf5path` as it is given.
         name: of the pack.
         sample_rate: of the pack in Hz; every clip is resampled to it.
         layout: of the shards, "flat" or "clips"; or "published": clips under their base names, without folders.
-        fullname: in the published layout keep whole names as listed, as CED's own script does with --fullname.
+        fullname: keep names as listed in the published layout, as CED's own script does with --fullname.
         stereo: keep two channels (clips layout only).
         size_per_file: clips a shard.
         n_workers: decoding processes; 0 decodes in this one.
@@ -196,64 +196,88 @@ def pack(
         progress: show a progress bar.
 
     Returns:
-        What became of every row. A clip that cannot be read is left out and listed.
+        The result of every row. A clip that cannot be read is left out and listed.
 
     Raises:
-        UserError: arguments that cannot be, or nothing could be packed; then nothing is written.
+        UserError: arguments are not valid, or nothing could be packed; then nothing is written.
     """
     output = Path(output)
     manifest = output / index_folder / f"{name}.tsv"
     _check_arguments(list_path, manifest, sample_rate, layout, stereo, size_per_file, n_workers)
     report = Report(sample_rate, len(table))
-    rows = _rows_to_pack(table, report)
-    is_base = layout == PUBLISHED and not fullname
-    if is_base:
-        _refuse_equal_base_names([str(table["filename"].iat[row]) for row in rows], list_path)
-    paths = [resolve(str(table["filename"].iat[row]), list_path) for row in rows]
+    rows = _select_rows(table, report)
+    names = [str(table["filename"].iat[row]) for row in rows]
+    keys = names
+    if layout == PUBLISHED and not fullname:
+        keys = [Path(clip_name).name for clip_name in names]
+        _check_base_names(names, list_path)
+    paths = [resolve(clip_name, list_path) for clip_name in names]
     load = partial(load_clip, sample_rate=sample_rate, stereo=stereo)
     clips = load_clips(paths, load, min(n_workers, len(paths)))
-
-    packed_rows: list[int] = []
-    shard_paths: list[Path] = []
-    seconds: list[float] = []
-    with ExitStack() as until_all_are_written:
-        writer: ShardWriter | None = None
-        for row, clip in zip(
-            rows, tqdm(clips, total=len(rows), desc=name, unit="clip", disable=not progress), strict=True
-        ):
-            clip_name = str(table["filename"].iat[row])
+    clips = tqdm(clips, total=len(rows), desc=name, unit="clip", disable=not progress)
+    packed_rows, seconds = [], []
+    with ExitStack() as stack:
+        shard_layout = "clips" if layout == PUBLISHED else layout
+        shards = _ShardSeries(stack, output / hdf5_folder / name, sample_rate, shard_layout, size_per_file)
+        for row, clip_name, key, clip in zip(rows, names, keys, clips, strict=True):
             if clip.samples is None:
                 report.left_out[clip.fault].append((clip_name, clip.reason))
                 continue
-            if writer is None or len(packed_rows) == len(shard_paths) * size_per_file:
-                if writer is not None:
-                    writer.finish()
-                shard_paths.append(output / hdf5_folder / f"{name}_{len(shard_paths)}.h5")
-                writer = until_all_are_written.enter_context(
-                    ShardWriter(shard_paths[-1], sample_rate, "clips" if layout == PUBLISHED else layout)
-                )
             try:
-                writer.append(Path(clip_name).name if is_base else clip_name, clip.samples)
+                shards.append(key, clip.samples)
             except ValueError as error:
-                reason = f"the name cannot stand beside the others in the clips layout ({error})"
+                reason = f"the name cannot be stored beside the others in the clips layout ({error})"
                 report.left_out["duplicate"].append((clip_name, reason))
                 continue
             packed_rows.append(row)
             seconds.append(clip.samples.shape[-1] / sample_rate)
-            _note(report, clip_name, clip)
+            _add_to_report(report, clip_name, clip)
         if not packed_rows:
-            raise UserError(_nothing_packed(list_path, report))
+            raise UserError(_describe_failure(list_path, report))
     packed = table.iloc[packed_rows].drop(columns="hdf5path", errors="ignore")
-    packed["hdf5path"] = [str(shard_paths[i // size_per_file]) for i in range(len(packed))]
+    packed["hdf5path"] = [str(shards.paths[i // size_per_file]) for i in range(len(packed))]
     if add_duration:
         packed["duration"] = [f"{value:.6g}" for value in seconds]
     with whole_file(manifest) as partial_file:
         packed.to_csv(partial_file, sep="\t", index=False)
     report_path = manifest.with_suffix(".report.json")
-    report.files = [str(path) for path in [*shard_paths, manifest, report_path]]
+    report.files = [str(path) for path in [*shards.paths, manifest, report_path]]
     write_json(report_path, report.as_json())
-    _remove_left_over(output / hdf5_folder, name, len(shard_paths))
+    _remove_old_shards(output / hdf5_folder, name, len(shards.paths))
     return report
+
+
+@dataclass
+class _ShardSeries:
+    """Writes clips to shards of `size` clips each, which appear under their names when `stack` is closed.
+
+    Attributes:
+        stack: closes the shards.
+        stem: path of the shards without "_0.h5" and so on.
+        sample_rate: of the clips, in Hz.
+        layout: of the shards.
+        size: clips a shard.
+        paths: of the shards so far.
+    """
+
+    stack: ExitStack
+    stem: Path
+    sample_rate: int
+    layout: str
+    size: int
+    paths: list[Path] = field(default_factory=list)
+    _n_clips: int = 0
+    _writer: ShardWriter | None = None
+
+    def append(self, name: str, samples: np.ndarray) -> None:
+        """Add a clip, see `ShardWriter.append`."""
+        if self._writer is None or self._n_clips == len(self.paths) * self.size:
+            if self._writer is not None:
+                self._writer.finish()
+            self.paths.append(self.stem.with_name(f"{self.stem.name}_{len(self.paths)}.h5"))
+            self._writer = self.stack.enter_context(ShardWriter(self.paths[-1], self.sample_rate, self.layout))
+        self._writer.append(name, samples)
+        self._n_clips += 1
 
 
 def _check_arguments(
@@ -267,24 +291,24 @@ def _check_arguments(
 ) -> None:
     if sample_rate < 1 or size_per_file < 1 or n_workers < 0:
         raise UserError(
-            f"found sample_rate {sample_rate}, size_per_file {size_per_file}, n_workers {n_workers}; wanted the first "
-            "two above 0 and the last not below"
+            f"found sample_rate {sample_rate}, size_per_file {size_per_file}, n_workers {n_workers}; expected the first "
+            "two above 0 and the last at least 0"
         )
     if layout == PUBLISHED and sample_rate != PUBLISHED_RATE:
         raise UserError(
-            f"--layout {PUBLISHED} is for CED's own tools, which take every pack for {PUBLISHED_RATE} Hz; found "
-            f"--sample_rate {sample_rate}: leave it out, or choose another layout"
+            f"--layout {PUBLISHED} is for CED's own tools, which assume {PUBLISHED_RATE} Hz; found --sample_rate "
+            f"{sample_rate}: remove it, or choose another layout"
         )
     if stereo and layout == "flat":
-        raise UserError("two channels can be kept in the clips layout only: add --layout clips, or leave --stereo out")
+        raise UserError("two channels are supported by the clips layout only: add --layout clips, or remove --stereo")
     if manifest.resolve() == Path(list_path).resolve():
         raise UserError(
             f"{list_path}: the packed manifest would replace the list itself; choose another folder or --name"
         )
 
 
-def _rows_to_pack(table: pd.DataFrame, report: Report) -> list[int]:
-    """Return the positions of rows to decode, without those that have no name or one that came before."""
+def _select_rows(table: pd.DataFrame, report: Report) -> list[int]:
+    """Return the indices of rows to decode, without those that have no valid name or an earlier row's."""
     rows, seen = [], set()
     for row, name in enumerate(table["filename"]):
         if not name:
@@ -299,19 +323,19 @@ def _rows_to_pack(table: pd.DataFrame, report: Report) -> list[int]:
     return rows
 
 
-def _refuse_equal_base_names(names: Sequence[str], list_path: str | Path) -> None:
+def _check_base_names(names: Sequence[str], list_path: str | Path) -> None:
     by_base: dict[str, list[str]] = {}
     for name in names:
         by_base.setdefault(Path(name).name, []).append(name)
     twice = [" and ".join(paths[:2]) for paths in by_base.values() if len(paths) > 1]
     if twice:
         raise UserError(
-            f"{list_path}: --layout {PUBLISHED} knows clips by their base names, which several share: {some(twice)}; "
-            "rename these files, or choose --layout clips or flat, which keep folders apart"
+            f"{list_path}: --layout {PUBLISHED} stores clips under their base names, which several share: "
+            f"{some(twice)}; rename these files, or choose --layout clips or flat, which keep folders"
         )
 
 
-def _note(report: Report, name: str, clip: Clip) -> None:
+def _add_to_report(report: Report, name: str, clip: Clip) -> None:
     report.n_packed += 1
     report.n_samples += clip.samples.shape[-1] if clip.samples is not None else 0
     report.source_rates[clip.source_rate] += 1
@@ -323,18 +347,18 @@ def _note(report: Report, name: str, clip: Clip) -> None:
         report.warnings.append((name, kind, text))
 
 
-def _nothing_packed(list_path: str | Path, report: Report) -> str:
+def _describe_failure(list_path: str | Path, report: Report) -> str:
     faults = [f"{name}: {reason}" for rows in report.left_out.values() for name, reason in rows]
-    beside = Path(list_path).parent.resolve()
+    folder = Path(list_path).parent.resolve()
     return (
         f"{list_path}: none of its {report.n_listed} clips could be packed, so nothing was written. The first: "
-        f"{'; '.join(faults[:3])}. Relative names are looked for in {beside}, then in the working directory "
+        f"{'; '.join(faults[:3])}. Relative names are searched in {folder}, then in the working directory "
         f"{Path.cwd()}"
     )
 
 
-def _remove_left_over(folder: Path, name: str, n_shards: int) -> None:
-    """Remove the shards that an earlier, larger pack of this name had beyond the present ones."""
+def _remove_old_shards(folder: Path, name: str, n_shards: int) -> None:
+    """Remove the further shards of an earlier, larger pack of this name."""
     number = n_shards
     while (old := folder / f"{name}_{number}.h5").exists():
         old.unlink()

@@ -1,4 +1,4 @@
-"""What became of every clip of a list that was packed."""
+"""The result of every clip of a list that was packed."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,19 +10,19 @@ from common.errors import some
 
 @dataclass
 class Report:
-    """What became of every row of a list; names are as listed.
+    """The result of every row of a list; names are as listed.
 
     Attributes:
         sample_rate: of the pack, in Hz.
         n_listed: rows of the list.
         n_packed: clips that were packed.
-        n_samples: their length together.
-        source_rates: how many packed files had which rate in Hz.
+        n_samples: total length of these.
+        source_rates: rate in Hz → number of packed files.
         left_out: for each of "unreadable", "empty", "nan", "duplicate": name and reason.
-        noted: for each of "silent", "clipped" and the kinds of warnings (`audio.io.WARNINGS`): names, which are packed
-            nevertheless.
-        warnings: name, kind and sentence of the latter.
-        files: what was written.
+        noted: for each of "silent", "clipped" and the kinds of warnings (`audio.io.WARNINGS`): names of
+            clips that are packed nevertheless.
+        warnings: name, kind and sentence of the warnings.
+        files: paths written.
     """
 
     sample_rate: int
@@ -39,22 +39,22 @@ class Report:
 
     @property
     def hours(self) -> float:
-        """Length of all packed clips."""
+        """Total length of the packed clips."""
         return self.n_samples / self.sample_rate / 3600
 
     @property
     def is_complete(self) -> bool:
-        """Whether every clip of the list is packed, and none lost sound; a clip that is listed twice is packed once."""
+        """Whether every clip of the list is packed without loss of sound; a clip that is listed twice counts once."""
         is_left_out = any(rows for fault, rows in self.left_out.items() if fault != "duplicate")
         return not is_left_out and not any(self.noted[note] for note in LOSSES)
 
     @property
     def n_resampled(self) -> int:
-        """How many packed clips had another rate in their file."""
+        """Number of packed clips that were resampled."""
         return self.n_packed - self.source_rates[self.sample_rate]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the counts first, then every name."""
+        """Return the counts, then all names."""
         left_out = {
             fault: [{"filename": name, "reason": reason} for name, reason in rows]
             for fault, rows in self.left_out.items()
@@ -75,12 +75,12 @@ class Report:
         }
 
     def summary(self) -> str:
-        """Return a few lines for a person."""
+        """Return a summary of a few lines."""
         rates = ", ".join(
             f"{n} from {rate} Hz" for rate, n in sorted(self.source_rates.items()) if rate != self.sample_rate
         )
         lines = [
-            f"packed      {self.n_packed} of {self.n_listed} clips, {_duration(self.n_samples / self.sample_rate)} "
+            f"packed      {self.n_packed} of {self.n_listed} clips, {_format_duration(self.n_samples / self.sample_rate)} "
             f"at {self.sample_rate} Hz",
             f"resampled   {self.n_resampled}" + (f" ({rates})" if rates else ""),
         ]
@@ -89,7 +89,7 @@ class Report:
             lines.append(f"{_TITLES[fault]:<11} {len(rows)}{first}")
         sentences = {kind: f"{name} {text}" for name, kind, text in reversed(self.warnings)}
         for note, names in self.noted.items():
-            first = f"   packed all the same, e.g. {sentences.get(note) or some(names, 2)}" if names else ""
+            first = f"   packed nevertheless, e.g. {sentences.get(note) or some(names, 2)}" if names else ""
             if names or note not in WARNINGS or note == "truncated":
                 lines.append(f"{note:<11} {len(names)}{first}")
         return "\n".join(lines)
@@ -98,5 +98,5 @@ class Report:
 _TITLES = {"unreadable": "unreadable", "empty": "empty", "nan": "NaN", "duplicate": "duplicate"}
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.1f} seconds"

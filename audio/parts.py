@@ -9,7 +9,7 @@ import soundfile
 
 
 class RawFormat(NamedTuple):
-    """How samples lie in a part without a header.
+    """The format of samples in a part without a header.
 
     Attributes:
         sample_rate: in Hz.
@@ -26,7 +26,7 @@ class RawFormat(NamedTuple):
     frame_bytes: int
 
     def open(self, source: BinaryIO | io.RawIOBase) -> soundfile.SoundFile:
-        """Open such samples."""
+        """Open samples of this format."""
         how = {"samplerate": self.sample_rate, "channels": self.channels, "subtype": self.subtype}
         return soundfile.SoundFile(source, format="RAW", endian=self.endian, **how)
 
@@ -37,12 +37,12 @@ class Part:
 
     Attributes:
         start: first byte.
-        stop: behind the last byte; None: the whole file as it is.
-        raw: how samples lie, where there is no header in front of them.
-        decoder: which one to try first, "libsndfile" or "ffmpeg".
-        container: FFmpeg's name of it, found from the bytes when "".
-        head: bytes to read in place of those at `start`.
-        seconds: how long it is by its own bytes, where they say so.
+        stop: end (exclusive); None: the whole file.
+        raw: format of the samples, where they have no header.
+        decoder: the one to try first, "libsndfile" or "ffmpeg".
+        container: FFmpeg's name of it; detected when "".
+        head: bytes that replace those at `start`.
+        seconds: length by its own bytes, where it is known.
     """
 
     start: int = 0
@@ -56,12 +56,12 @@ class Part:
 
 @dataclass
 class Contents:
-    """What is in a file.
+    """The contents of a file.
 
     Attributes:
         parts: in order; one, whole, of most files.
-        kind: "wav", "flac", "ogg", "mp3", "mp4"; "" where lengths were not compared.
-        warnings: kind of oddity → a sentence without its subject.
+        kind: "wav", "flac", "ogg", "mp3", "mp4"; "" where lengths were not checked.
+        warnings: kind → a sentence without its subject.
     """
 
     parts: list[Part] = field(default_factory=lambda: [Part()])
@@ -78,11 +78,11 @@ class Slice(io.RawIOBase):
     Args:
         descriptor: of the file.
         start: first byte.
-        stop: behind the last byte.
-        head: bytes to read in place of the first ones.
+        stop: end (exclusive).
+        head: bytes that replace the first ones.
     """
 
-    name = ""  # decoders guess by it
+    name = ""  # decoders use it for detection
 
     def __init__(self, descriptor: int, start: int, stop: int, head: bytes = b"") -> None:
         self._descriptor, self._start, self._size, self._head = descriptor, start, stop - start, head
@@ -97,17 +97,17 @@ class Slice(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Return the place of the next byte."""
+        """Return the position."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to a byte."""
+        """Set the position."""
         base = (0, self._position, self._size)[whence]
         self._position = max(base + offset, 0)
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        """Read at most so many bytes; none at the end alone."""
+        """Read at most `size` bytes; none only at the end."""
         left = max(self._size - self._position, 0)
         size = left if size is None or size < 0 else min(size, left)
         if self._position < len(self._head):
@@ -120,7 +120,7 @@ class Slice(io.RawIOBase):
     read1 = read
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Fill a buffer as far as there is something."""
+        """Fill a buffer; fewer bytes only at the end."""
         n_read = 0
         while n_read < len(buffer) and (data := self.read(len(buffer) - n_read)):
             buffer[n_read : n_read + len(data)] = data
@@ -129,6 +129,6 @@ class Slice(io.RawIOBase):
 
 
 def describe_cut(seconds: float | None = None, announced: float | None = None) -> str:
-    """Say that a file ends early."""
+    """Return a sentence on a file that ends early."""
     text = "ends before the length that its header announces"
     return text if seconds is None or announced is None else f"{text} ({seconds:.2f} of {announced:.2f} s)"

@@ -1,11 +1,11 @@
-"""What a stream of bytes holds, by how it begins."""
+"""Detect the format of a stream from its first bytes."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 from audio.mpeg import parse_frame
 
-# What FFmpeg knows by its first bytes: where they lie, and what they are.
+# Signatures that FFmpeg detects: offset and bytes.
 _SIGNATURES = (
     *((0, name) for name in (b"RIFF", b"RF64", b"RIFX", b"FORM", b"FRM8", b".snd", b"\x1aE\xdf\xa3", b"0&\xb2u")),
     *((4, name) for name in (b"ftyp", b"moov", b"mdat", b"wide", b"skip")),
@@ -13,8 +13,8 @@ _SIGNATURES = (
     *((0, name) for name in (b"Creative Voice File", b"NIST_1A", b"ajkg", b"qoaf", b"\0\0\x01\xba", b"\x64\xa3")),
     *((0, name) for name in (b"\x7f\xfe\x80\x01", b"PVF1", b"2BIT", b".SoX", b"XoS.")),
 )
-# What holds no sound: as raw samples it would be noise.
-_NO_SOUND = {
+# Formats without sound, which would be noise if they were taken for raw samples.
+_FOREIGN_SIGNATURES = {
     b"\x89PNG": "a picture",
     b"\xff\xd8\xff\xe0": "a picture",
     b"\xff\xd8\xff\xe1": "a picture",
@@ -25,29 +25,29 @@ _NO_SOUND = {
     b"BZh": "compressed with bzip2",
     b"\xfd7zXZ": "compressed with xz",
 }
-N_GUESSED = 1 << 13  # bytes in which frames are looked for
-_FEWEST_FIRST, _FEWEST_LATER = 3, 4  # frames, one behind the other, at the beginning and behind part of one
-_SHORTEST_TEXT = 24  # bytes
+N_GUESSED = 1 << 13  # bytes in which frames are searched
+_MIN_FIRST, _MIN_LATER = 3, 4  # consecutive frames, at the beginning and behind an incomplete one
+_MIN_TEXT = 24  # bytes
 _AC3_BIT_RATES = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 576, 640)
 _AC3_RATES = (48000, 44100, 32000)
 
 
 def has_signature(head: bytes) -> bool:
-    """Whether a stream of these first 32 bytes is a file of a kind that FFmpeg knows by them."""
+    """Return whether the first 32 bytes of a stream have a signature that FFmpeg detects."""
     return any(head[at : at + len(name)] == name for at, name in _SIGNATURES)
 
 
 def describe_foreign(head: bytes) -> str | None:
-    """Say what a stream is that begins with these bytes, if it is known to be no sound."""
-    for name, what in _NO_SOUND.items():
+    """Describe a stream that has no sound by its first bytes; None for others."""
+    for name, what in _FOREIGN_SIGNATURES.items():
         if head.startswith(name):
             return f"it is {what}"
     return "it is text" if _is_text(head) else None
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether bytes are text, also where the last letter is cut in two."""
-    if len(head) < _SHORTEST_TEXT or len(set(head)) < _SHORTEST_TEXT // 3:
+    """Whether bytes are text, also where the last character is incomplete."""
+    if len(head) < _MIN_TEXT or len(set(head)) < _MIN_TEXT // 3:
         return False
     text = head.decode("utf-8", errors="ignore")
     if len(text.encode()) < len(head) - 3:
@@ -57,17 +57,17 @@ def _is_text(head: bytes) -> bool:
 
 class _Found(NamedTuple):
     n_bytes: int
-    kind: tuple[int, ...]  # what is the same in all frames of a stream
+    kind: tuple[int, ...]  # equal in all frames of a stream
 
 
 def guess_frames(head: bytes) -> str | None:
-    """Find a format whose frames have headers but which has no signature; random bytes are not taken for it.
+    """Detect a format that has no signature by the headers of its frames; random bytes are not detected as one.
 
     Args:
         head: the first `N_GUESSED` bytes of the stream, or all of it.
 
     Returns:
-        FFmpeg's name: "mp3", "aac", "loas", "ac3", "eac3" or "mpegts"; None: nothing of the kind.
+        FFmpeg's name: "mp3", "aac", "loas", "ac3", "eac3" or "mpegts"; None: none of these.
     """
     for name, (marks, measure) in _FRAMES.items():
         for mark in marks:
@@ -80,8 +80,8 @@ def guess_frames(head: bytes) -> str | None:
 
 
 def _has_chain(head: bytes, at: int, measure: Callable[[bytes], _Found | None]) -> bool:
-    """Whether frames of one kind follow each other from a byte to the end of what is there."""
-    wanted = _FEWEST_FIRST if at == 0 else _FEWEST_LATER
+    """Whether consecutive frames of one kind begin at a byte."""
+    required = _MIN_FIRST if at == 0 else _MIN_LATER
     n_frames, kind = 0, None
     while at + 8 <= len(head):
         frame = measure(head[at : at + 8])
@@ -90,10 +90,10 @@ def _has_chain(head: bytes, at: int, measure: Callable[[bytes], _Found | None]) 
         kind = frame.kind
         n_frames += 1
         at += frame.n_bytes
-        if n_frames == wanted:
+        if n_frames == required:
             return True
     ends_with_a_frame = len(head) < N_GUESSED and at == len(head)  # a short file
-    return n_frames >= 2 and (n_frames + 1 >= wanted or ends_with_a_frame)
+    return n_frames >= 2 and (n_frames + 1 >= required or ends_with_a_frame)
 
 
 def _measure_mpeg(head: bytes) -> _Found | None:

@@ -1,4 +1,4 @@
-"""Floating-point files whose full scale is not 1.0: integers that were stored as they are.
+"""Floating-point files whose full scale is not 1.0: integers that were stored without scaling.
 
 S samples.
 """
@@ -10,15 +10,15 @@ import numpy as np
 
 from common.errors import UserError
 
-LARGEST_SAMPLE = 1e10  # whole numbers of 32 bits pass; what is far beyond them overflows in any spectrum
+LARGEST_SAMPLE = 1e10  # above integers of 32 bits; much larger values overflow in spectra
 LOUDEST = 16.0  # 24 dB above full scale: floating-point recordings and mixes stay below
-_OVERSHOOT = 1.25  # by which resampling may pass the largest integer
-_HELD_SECONDS = 60.0  # of values that may be either
+_OVERSHOOT = 1.25  # by which resampling may exceed the largest integer
+_MAX_HELD_SECONDS = 60.0  # of values that may be integers or not
 _WIDTHS = (16, 24, 32)  # bits
 
 
 class ScaleError(UserError):
-    """Samples whose full scale cannot be known.
+    """The full scale of samples is ambiguous.
 
     Attributes:
         reason: in a few words.
@@ -30,15 +30,15 @@ class ScaleError(UserError):
 
 
 class ScaleRestorer:
-    """Divides integers that are stored as floating-point values by what full scale is for them.
+    """Divides integers that are stored as floating-point values by their full scale.
 
-    What is certain: whole numbers alone, some of them beyond 1, are integers; so are values of which most are beyond
-    full scale and the largest by more than 24 dB (integers that were resampled, say). Their width is 16 bits unless the
-    values are larger. Anything else is sound with full scale at 1.0, also where single samples pass it. While all
-    values are -1, 0 or 1, which may be either, blocks are held back.
+    Whole numbers alone, some of them beyond 1, are integers; so are values of which most are beyond full scale and the
+    largest by more than 24 dB (resampled integers, for example). Their width is 16 bits unless the values are larger.
+    Anything else has full scale 1.0, also where single samples exceed it. While all values are -1, 0 or 1, which is
+    ambiguous, blocks are held back.
 
     Attributes:
-        full_scale: of the file, 1.0 for sound; None while it is not known.
+        full_scale: of the file, 1.0 for sound; None while it is unknown.
     """
 
     def __init__(self) -> None:
@@ -46,23 +46,23 @@ class ScaleRestorer:
         self._seconds = 0.0
 
     def restore(self, blocks: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
-        """Give blocks of float32 (S, channels) with their sample rates again, full scale at 1.0.
+        """Yield blocks of float32 (S, channels) with full scale 1.0, and their sample rates.
 
         Raises:
-            ScaleError: the values leave open what full scale is, or change it.
+            ScaleError: the full scale of the values is ambiguous, or changes.
         """
         held: list[tuple[np.ndarray, int]] = []
         n_seconds = 0.0
         for block, rate in blocks:
             if self.full_scale is None:
-                if not held and not block.any():  # silence has no scale, and a stream may begin with much of it
+                if not held and not block.any():  # silence has no scale, and a stream may begin with a long one
                     self._seconds += len(block) / rate
                     yield block, rate
                     continue
                 held.append((block, rate))
                 n_seconds += len(block) / rate
-                self.full_scale = _full_scale(block)
-                if self.full_scale is None and n_seconds < _HELD_SECONDS:
+                self.full_scale = _find_full_scale(block)
+                if self.full_scale is None and n_seconds < _MAX_HELD_SECONDS:
                     continue
                 self.full_scale = self.full_scale or 1.0
                 yield from ((self._divide(one), its_rate) for one, its_rate in held)
@@ -77,14 +77,14 @@ class ScaleRestorer:
         return block if self.full_scale == 1.0 else block * np.float32(1 / (self.full_scale or 1.0))
 
     def _check(self, block: np.ndarray) -> None:
-        """Refuse a block whose full scale is another than that of the first."""
+        """Raise `ScaleError` for a block whose full scale is not that of the first."""
         peak = _peak(block)
         assert self.full_scale is not None
         limit = LOUDEST if self.full_scale == 1.0 else self.full_scale * _OVERSHOOT
-        if math.isfinite(peak) and peak > limit and _full_scale(block) != self.full_scale:
+        if math.isfinite(peak) and peak > limit and _find_full_scale(block) != self.full_scale:
             raise ScaleError(
-                f"has values of {peak:.3g} after {self._seconds:.0f} s of much smaller ones, so that full scale "
-                "is not known: store it with full scale 1.0, or as integers"
+                f"has values of {peak:.3g} after {self._seconds:.0f} s of much smaller ones, so that its full scale "
+                "is ambiguous: store it with full scale 1.0, or as integers"
             )
 
 
@@ -92,10 +92,10 @@ def _peak(block: np.ndarray) -> float:
     return max(-float(block.min()), float(block.max())) if block.size else 0.0
 
 
-def _full_scale(block: np.ndarray) -> float | None:
-    """Return what full scale is for a block; None where its values may be integers or not."""
+def _find_full_scale(block: np.ndarray) -> float | None:
+    """Return the full scale of a block; None where its values may be integers or not."""
     peak = _peak(block)
-    if not math.isfinite(peak) or 0 < peak < 1 or peak > LARGEST_SAMPLE:  # what is damaged is refused elsewhere
+    if not math.isfinite(peak) or 0 < peak < 1 or peak > LARGEST_SAMPLE:  # damaged samples are refused by the decoder
         return 1.0
     is_whole = bool((block == np.rint(block)).all())
     if is_whole and peak <= 1:
@@ -109,6 +109,6 @@ def _full_scale(block: np.ndarray) -> float | None:
         if peak <= (full_scale if is_whole else full_scale * _OVERSHOOT):
             return full_scale
     raise ScaleError(
-        f"has values of up to {peak:.3g}, most of them beyond full scale 1.0, and they are no integers of 16, 24 or 32 "
+        f"has values of up to {peak:.3g}, most of them beyond full scale 1.0, which are not integers of 16, 24 or 32 "
         "bits: store it with full scale 1.0, or as integers"
     )

@@ -3,8 +3,8 @@
 Two layouts. "flat" (ours): `samples` int16, all clips end to end; `offsets` int64 (N + 1); `names` UTF-8 (N,);
 attributes `layout`, `version`, `sample_rate` (Hz). "clips" (as CED published it): one dataset a clip, keyed by name,
 int16 or float, (S,) or (channels, S), with or without a `sample_rate` attribute. A look-up by name costs more than the
-reading, so the flat layout is the faster one: its reader asks HDF5 once where each block of samples lies, and then
-reads the file directly.
+reading, so the flat layout is the faster one: its reader gets the file offset of each block of samples from HDF5 once,
+and then reads the file directly.
 """
 
 import os
@@ -27,11 +27,11 @@ from common.files import whole_file
 LAYOUTS = ("flat", "clips")
 VERSION = 1
 
-_CHUNK_SAMPLES = 1 << 18  # half a MiB: resizable datasets are stored in chunks
+_CHUNK_SAMPLES = 1 << 18  # half a MiB: resizable datasets must be chunked
 _BLOCK_SAMPLES = 1 << 22  # held in memory before they are appended
 _PACK_AGAIN = "pack it again with scripts/wavlist_to_hdf5.py"
-# Float datasets have full scale at 1.0 and may exceed it a little; far beyond, they hold 16-bit values as floats.
-_HIGHEST_FLOAT = 16.0
+# Float datasets have full scale 1.0 and may exceed it a little; far beyond it, they are 16-bit values stored as floats.
+_MAX_FLOAT = 16.0
 
 
 class ShardWriter(AbstractContextManager["ShardWriter"]):
@@ -45,7 +45,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
 
     def __init__(self, path: str | Path, sample_rate: int, layout: str = "flat") -> None:
         if layout not in LAYOUTS:
-            raise UserError(f"there is no layout {layout!r}; wanted one of {', '.join(LAYOUTS)}")
+            raise UserError(f"there is no layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
         self.path = Path(path)
         self.sample_rate = sample_rate
         self.layout = layout
@@ -78,16 +78,16 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         """Add a clip.
 
         Args:
-            name: as it will be looked up.
-            samples: int16 (S,); the clips layout also takes (channels, S).
+            name: key of the clip.
+            samples: int16 (S,); in the clips layout also (channels, S).
 
         Raises:
-            ValueError: samples of another type or shape, or (clips layout) a name that HDF5 cannot keep beside the
+            ValueError: samples of another type or shape, or (clips layout) a name that HDF5 cannot store beside the
                 others.
         """
         n_dimensions = (1,) if self.layout == "flat" else (1, 2)
         if samples.dtype != np.int16 or samples.ndim not in n_dimensions:
-            raise ValueError(f"found {samples.dtype} samples of shape {samples.shape}, wanted int16 (S,)")
+            raise ValueError(f"found {samples.dtype} samples of shape {samples.shape}, expected int16 (S,)")
         if self.layout == "clips":
             self._file.create_dataset(name, data=samples)
             return
@@ -99,7 +99,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             self._write_pending()
 
     def finish(self) -> None:
-        """Write all that is left and close the HDF5 file; the rename waits for the end of the `with` block."""
+        """Write what is pending and close the HDF5 file; it is renamed at the end of the `with` block."""
         if not self._file:
             return
         if self.layout == "flat":
@@ -122,7 +122,7 @@ class Shard:
     """Reads a shard of either layout.
 
     Nothing is opened before it is needed. A process never uses a handle of another one: the shard may be pickled, and
-    may be inherited over a fork, whether or not it has been read before.
+    inherited over a fork, also after it was read.
 
     Args:
         path: the HDF5 file.
@@ -160,7 +160,7 @@ class Shard:
 
     @property
     def sample_rate(self) -> int | None:
-        """In Hz; None where the store does not tell, as those published by CED."""
+        """In Hz; None where the file lacks it, as those published by CED."""
         return self._contents.sample_rate
 
     @cached_property
@@ -169,31 +169,31 @@ class Shard:
         return NameIndex(self.names)
 
     def find(self, name: str) -> int:
-        """Return the position of a clip, by any spelling of its name that leaves no doubt.
+        """Return the position of a clip, by any unambiguous spelling of its name.
 
         Raises:
-            KeyError: it is not there, or several clips could be meant.
+            KeyError: there is none, or several match.
         """
         position = self.index.find(name)
         if position < 0:
-            raise KeyError(f"{self.path} holds no clip {name!r}, or more than one that could be meant")
+            raise KeyError(f"{self.path} has no clip {name!r}, or several that match")
         return position
 
     def n_samples(self, position: int) -> int:
-        """Return the length S of a clip; costs nothing in the flat layout, and a look-up in the other."""
+        """Return the length S of a clip; in the clips layout the clip is opened for it."""
         offsets = self._contents.offsets
         if offsets is not None:
             return int(offsets[position + 1] - offsets[position])
         return int(self._dataset(position).shape[-1])
 
     def read(self, position: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Read a clip, or the part of it from sample `start` to before `stop`, which are cut at the clip's end.
+        """Read a clip, or its samples `start` to `stop` (exclusive), which are limited to the clip.
 
         Returns:
-            int16 (S,); the channels of a clip that has several are averaged.
+            int16 (S,); several channels are averaged.
 
         Raises:
-            UserError: the clip is stored in a way that cannot be sound.
+            UserError: the clip's type or values are not supported.
         """
         offsets = self._contents.offsets
         if offsets is None:
@@ -211,33 +211,33 @@ class Shard:
         if samples.dtype.kind == "f":
             samples = samples.astype(np.float64)
             highest = float(np.abs(samples).max(initial=0))
-            if not highest <= _HIGHEST_FLOAT:  # also where it is NaN
+            if not highest <= _MAX_FLOAT:  # also where it is NaN
                 raise UserError(
-                    f"{where} holds floats up to {highest:g}; wanted full scale at 1.0, or int16; {_PACK_AGAIN}"
+                    f"{where} has floats up to {highest:g}; expected full scale 1.0, or int16; {_PACK_AGAIN}"
                 )
         elif samples.dtype == np.int16:
             samples = samples / 32768.0
         else:
-            raise UserError(f"{where} is stored as {samples.dtype}; wanted int16 or float32; {_PACK_AGAIN}")
+            raise UserError(f"{where} is stored as {samples.dtype}; expected int16 or float32; {_PACK_AGAIN}")
         return to_int16(samples.mean(axis=0) if samples.ndim == 2 else samples)
 
     def _dataset(self, position: int) -> h5py.Dataset:
-        self._drop_inherited()
+        return self._open_hdf5()[self.names[position]]
+
+    def _open_hdf5(self) -> h5py.File:
+        self._close_inherited()
         if self._hdf5 is None:
             self._hdf5 = _open(self.path)
-        return self._hdf5[self.names[position]]
+        return self._hdf5
 
     def _read_flat(self, begin: int, n_samples: int) -> np.ndarray:
         contents = self._contents
         if contents.block_starts is None:  # stored with a filter, by another program
-            self._drop_inherited()
-            if self._hdf5 is None:
-                self._hdf5 = _open(self.path)
-            return self._hdf5["samples"][begin : begin + n_samples]
-        self._drop_inherited()
+            return self._open_hdf5()["samples"][begin : begin + n_samples]
+        self._close_inherited()
         if self._bytes is None:
             self._bytes = open(self.path, "rb", buffering=0)  # noqa: SIM115 - kept open between reads
-            if contents.stamp != _stamp(self.path):
+            if contents.stamp != _get_stamp(self.path):
                 raise UserError(f"{self.path}: the file was replaced while in use; start again")
         samples = np.empty(n_samples, dtype="<i2")
         view, done = samples.view(np.uint8).data, 0
@@ -245,16 +245,16 @@ class Shard:
             block, offset = divmod(begin + done, contents.block_samples)
             n = min(contents.block_samples - offset, n_samples - done)
             place = int(contents.block_starts[block]) + 2 * offset
-            # A read at a place moves no file position, so that it is safe beside other threads.
+            # preadv does not move the file position, so that several threads may read at once.
             n_read = os.preadv(self._bytes.fileno(), [view[2 * done : 2 * (done + n)]], place)
             if n_read != 2 * n:
                 raise UserError(f"{self.path}: the file ends too early; {_PACK_AGAIN}")
             done += n
         return samples
 
-    def _drop_inherited(self) -> None:
+    def _close_inherited(self) -> None:
         if self._owner != os.getpid():
-            # HDF5 shares the state of a file that is still open: the inherited handle goes before a new one comes.
+            # HDF5 shares the state of a file that is still open: close the inherited handle before opening a new one.
             if self._hdf5 is not None:
                 self._hdf5.close()
             self._hdf5 = self._bytes = None
@@ -262,12 +262,12 @@ class Shard:
 
 
 class _Contents:
-    """What a shard tells about itself, read once."""
+    """The metadata of a shard, read once."""
 
     def __init__(self, file: h5py.File, path: Path) -> None:
         rate = file.attrs.get("sample_rate")
         self.sample_rate = None if rate is None else int(rate)
-        self.stamp = _stamp(path)
+        self.stamp = _get_stamp(path)
         self.offsets: np.ndarray | None = None
         self.block_starts: np.ndarray | None = None
         self.block_samples = 1
@@ -276,29 +276,32 @@ class _Contents:
             self._read_flat(file, path)
         else:
             self.layout = "clips"
-            self.names = _leaves(file)
+            self.names = _list_datasets(file)
             _check_clips(file, self.names, path)
 
     def _read_flat(self, file: h5py.File, path: Path) -> None:
         version = int(file.attrs.get("version", VERSION))
         if version > VERSION:
-            raise UserError(
-                f"{path}: written in version {version} of the flat layout; this program reads up to {VERSION}"
-            )
+            raise UserError(f"{path}: has version {version} of the flat layout; versions up to {VERSION} are supported")
         samples = file["samples"]
         self.offsets = file["offsets"][:].astype(np.int64)
         self.names = file["names"].asstr()[:].tolist()
         found = (
             f"{len(self.names)} names, {len(self.offsets)} offsets, {samples.dtype} samples of shape {samples.shape}"
         )
-        sound = samples.dtype == np.dtype("<i2") and samples.ndim == 1 and len(self.offsets) == len(self.names) + 1
-        if not sound or (np.diff(self.offsets) < 0).any() or self.offsets[0] != 0 or self.offsets[-1] != len(samples):
-            raise UserError(f"{path}: the parts of the flat layout do not fit together (found {found}); {_PACK_AGAIN}")
-        self.block_samples, self.block_starts = _blocks(samples)
+        is_valid = samples.dtype == np.dtype("<i2") and samples.ndim == 1 and len(self.offsets) == len(self.names) + 1
+        if (
+            not is_valid
+            or (np.diff(self.offsets) < 0).any()
+            or self.offsets[0] != 0
+            or self.offsets[-1] != len(samples)
+        ):
+            raise UserError(f"{path}: the datasets of the flat layout do not match (found {found}); {_PACK_AGAIN}")
+        self.block_samples, self.block_starts = _locate_blocks(samples)
 
 
-def _blocks(samples: h5py.Dataset) -> tuple[int, np.ndarray | None]:
-    """Return how many samples a block has and at which byte each starts; None where only HDF5 can decode them."""
+def _locate_blocks(samples: h5py.Dataset) -> tuple[int, np.ndarray | None]:
+    """Return the samples of a block and the file offset of each block; None where only HDF5 can decode them."""
     if samples.chunks is None:
         start = samples.id.get_offset()
         return max(1, len(samples)), None if start is None else np.array([start])
@@ -315,8 +318,8 @@ def _blocks(samples: h5py.Dataset) -> tuple[int, np.ndarray | None]:
     return size, None if (starts < 0).any() else starts
 
 
-def _leaves(file: h5py.File) -> list[str]:
-    """List every dataset without opening each: what is not a folder of something else."""
+def _list_datasets(file: h5py.File) -> list[str]:
+    """List all datasets without opening them: the paths that are not a folder of others."""
     paths: list[str] = []
     file.visit(paths.append)
     folders = {path.rpartition("/")[0] for path in paths}
@@ -329,25 +332,25 @@ def _check_clips(file: h5py.File, names: Sequence[str], path: Path) -> None:
         if not isinstance(node, h5py.Dataset) or node.ndim not in (1, 2) or node.dtype not in (np.int16, "f4", "f8"):
             what = f"{node.dtype} of shape {node.shape}" if isinstance(node, h5py.Dataset) else "an empty group"
             raise UserError(
-                f"{path}: is no shard of clips: found {name!r} ({what}), wanted either 'samples', 'offsets' and "
+                f"{path} is not a shard of clips: found {name!r} ({what}), expected either 'samples', 'offsets' and "
                 f"'names', or one int16 dataset a clip; {_PACK_AGAIN}"
             )
     if not names:
-        raise UserError(f"{path}: holds no clip; {_PACK_AGAIN}")
+        raise UserError(f"{path} has no clips; {_PACK_AGAIN}")
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _get_stamp(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
 def _open(path: Path) -> h5py.File:
     if not path.is_file():
-        raise UserError(f"{path}: there is no such shard; {_PACK_AGAIN}")
+        raise UserError(f"{path}: the shard does not exist; {_PACK_AGAIN}")
     try:
         return h5py.File(path, "r")
     except OSError as error:
         if locked := describe_lock(error):
             raise UserError(f"{path}: {locked}") from None
-        what = "is no HDF5 file" if not h5py.is_hdf5(path) else "is truncated or damaged"
-        raise UserError(f"{path}: {what} ({error}); wanted a shard of clips; {_PACK_AGAIN}") from None
+        what = "is not an HDF5 file" if not h5py.is_hdf5(path) else "is truncated or damaged"
+        raise UserError(f"{path}: {what} ({error}); expected a shard of clips; {_PACK_AGAIN}") from None

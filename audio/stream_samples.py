@@ -1,7 +1,7 @@
 """Uncompressed samples in a stream: raw ones, and those of WAV, Wave64, AIFF, CAF and AU, which may still grow.
 
-Nothing is waited for: samples are given as they come. Behind the length that a header announces nothing ends but where
-chunks of something else, or nothing but zeros, lie at the end of the stream: a header may be older than the samples.
+Samples are yielded as they come. The length in the header may be older than the samples: they end where other chunks,
+or zeros alone, are at the end of the stream.
 
 S samples.
 """
@@ -23,7 +23,7 @@ _TRAILING_NAME = re.compile(b"|".join(re.escape(name) for name in sorted(TRAILIN
 
 
 class Encoding(NamedTuple):
-    """How samples lie in a stream of bytes without a header.
+    """The encoding of samples without a header.
 
     Attributes:
         sample_rate: hertz.
@@ -48,19 +48,21 @@ FORMATS: dict[str, tuple[str, int]] = {
 
 
 def raw_format(encoding: Encoding) -> RawFormat:
-    """Return how samples lie.
+    """Return the raw format of an encoding.
 
     Raises:
-        UserError: an encoding that is not known here.
+        UserError: the encoding is not supported.
     """
     if encoding.format not in FORMATS:
-        raise UserError(f"samples of format {encoding.format!r} are not known; wanted one of {', '.join(FORMATS)}")
+        raise UserError(
+            f"samples of format {encoding.format!r} are not supported; expected one of {', '.join(FORMATS)}"
+        )
     subtype, width = FORMATS[encoding.format]
     return RawFormat(encoding.sample_rate, encoding.channels, subtype, "LITTLE", width * encoding.channels)
 
 
 def decode_samples(pieces: Iterator[bytes], raw: RawFormat) -> Iterator[np.ndarray]:
-    """Turn bytes into blocks of float32 (S, channels) with full scale 1.0; what is no whole sample waits for more."""
+    """Convert bytes to blocks of float32 (S, channels) with full scale 1.0; incomplete samples are kept for the next."""
     rest = b""
     for piece in pieces:
         data = rest + piece
@@ -72,17 +74,17 @@ def decode_samples(pieces: Iterator[bytes], raw: RawFormat) -> Iterator[np.ndarr
 
 
 class SampleBytes:
-    """The bytes of samples behind a header, without what lies behind them. Iterating, once, gives them as they come.
+    """The bytes of samples behind a header, without what follows them. Iterating, once, yields them as they come.
 
     Args:
         stream: to read from.
-        header: that was read from it.
-        n_block: bytes to wait for at most.
+        header: was read from it.
+        n_block: most bytes to wait for.
 
     Attributes:
         n_read: bytes of samples so far.
         n_missing: bytes that are missing at the end, by the header.
-        is_followed: the stream holds another file behind this one.
+        is_followed: another file follows in the stream.
     """
 
     def __init__(self, stream: ByteStream, header: Header, n_block: int) -> None:
@@ -91,34 +93,34 @@ class SampleBytes:
         self.is_followed = False
 
     def __iter__(self) -> Iterator[bytes]:
-        for data in self._announced(self.header.n_bytes):
+        for data in self._read_announced(self.header.n_bytes):
             self.n_read += len(data)
             yield data
 
-    def _announced(self, n_bytes: int) -> Iterator[bytes]:
+    def _read_announced(self, n_bytes: int) -> Iterator[bytes]:
         if n_bytes <= 0 or n_bytes in UNKNOWN_LENGTHS:
-            yield from self._open_ended()
+            yield from self._read_to_end()
             return
         n_left = n_bytes
         while n_left and (data := self.stream.read1(min(n_left, self.n_block))):
             n_left -= len(data)
             yield data
         if not n_left:
-            yield from self._behind(n_bytes)
+            yield from self._read_behind(n_bytes)
         elif n_bytes < NEARLY_UNKNOWN:
             self.n_missing = n_left
 
-    def _behind(self, n_bytes: int) -> Iterator[bytes]:
-        """Give samples that lie behind the announced ones, of another chunk or because the file has grown."""
+    def _read_behind(self, n_bytes: int) -> Iterator[bytes]:
+        """Yield samples behind the announced ones, of another chunk or because the file has grown."""
         layout = self.header.layout
         if layout is None:
-            yield from self._grown()
+            yield from self._read_grown()
             return
         padding = -(n_bytes + layout.skip) % layout.align
-        for n_padding in dict.fromkeys((padding, 0)):  # some leave the padding out
+        for n_padding in dict.fromkeys((padding, 0)):  # some programs omit the padding
             head = self.stream.peek(n_padding + layout.header)[n_padding:]
             if len(head) < layout.header:
-                return  # a header does not fit
+                return  # too few for a chunk
             if head[:4] in FILE_MARKS:
                 self.stream.skip(n_padding)
                 self.is_followed = True
@@ -126,18 +128,18 @@ class SampleBytes:
             name, n_behind = layout.parse(head)
             if name == layout.data_name:
                 self.stream.skip(n_padding + layout.header + layout.skip)
-                yield from self._announced(n_behind - layout.skip)
+                yield from self._read_announced(n_behind - layout.skip)
                 return
             if name in TRAILING_CHUNKS and n_behind >= 0:
                 self.stream.skip(n_padding + layout.header + n_behind)
-                yield from self._behind(n_behind - layout.skip)
+                yield from self._read_behind(n_behind - layout.skip)
                 return
             if is_chunk_name(name) and count_rest(self.stream, layout, n_padding) is not None:
                 return
-        yield from self._grown()
+        yield from self._read_grown()
 
-    def _grown(self) -> Iterator[bytes]:
-        """Give samples that the header does not know of yet; zeros alone are space that a recorder has kept ready."""
+    def _read_grown(self) -> Iterator[bytes]:
+        """Yield samples that the header does not count yet; zeros alone are space that a recorder has reserved."""
         tag = self.stream.peek(129)
         if (tag[:3] == b"TAG" and len(tag) == 128) or tag[:8] == b"APETAGEX":
             return
@@ -149,11 +151,11 @@ class SampleBytes:
             for start in range(0, n_zeros, len(_ZEROS)):
                 yield _ZEROS[: n_zeros - start]
             self.stream.unread(data)
-            yield from self._open_ended()
+            yield from self._read_to_end()
             return
 
-    def _open_ended(self) -> Iterator[bytes]:
-        """Give everything but chunks of something else at the end of the stream."""
+    def _read_to_end(self) -> Iterator[bytes]:
+        """Yield everything but other chunks at the end of the stream."""
         layout = self.header.layout
         held = b""
         while more := self.stream.read1(self.n_block):
@@ -168,7 +170,9 @@ class SampleBytes:
                 yield self.stream.read(1)
                 held = b""
                 continue
-            n_given = len(data) if layout is None else max(len(data) - 3, 0)  # a name may be cut in two
+            n_given = (
+                len(data) if layout is None else max(len(data) - 3, 0)
+            )  # a chunk's name may be split between blocks
             if n_given:
                 yield data[:n_given]
             held = data[n_given:]

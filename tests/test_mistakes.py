@@ -328,7 +328,7 @@ COMMANDS = {
         ["--threshold is 5; expected number"],
     ),
     "windows of no length": ("inference.py sound.wav -c 0", ["--chunk_length is 0; expected number, above 0"]),
-    "a folder without sounds": ("inference.py empty -m model.pt", ["the folder holds no sound file"]),
+    "a folder without sounds": ("inference.py empty -m model.pt", ["the folder has no sound files"]),
     "a sound that is not there": ("inference.py nowhere.wav -m model.pt", ["no such file or folder"]),
     "a list in place of sounds": (
         "inference.py single.tsv -m model.pt",

@@ -152,7 +152,7 @@ def test_unreadable_files_are_listed_at_the_end_and_the_others_are_tagged(export
     assert re.search(r"c\.wav\n  \[   0\.0 -    1\.0 s\]  \w+", lines.out)
     assert "2 of 3 sound files could not be tagged" in lines.err
     assert f"{tmp_path / 'a.wav'}: cannot be decoded" in lines.err
-    assert f"{tmp_path / 'b.flac'}: the file has no content" in lines.err
+    assert f"{tmp_path / 'b.flac'}: the file is empty" in lines.err
 
 
 def test_long_files_are_tagged_block_by_block(exported, tmp_path, monkeypatch):

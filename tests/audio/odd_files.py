@@ -266,7 +266,7 @@ ODD_FILES: tuple[OddFile, ...] = (
     OddFile("zeros.mp3", partial(bytes, 3000), None, refusal="no sound found in it"),
     OddFile("noise.wav", lambda: np.random.default_rng(0).bytes(50_000), None, refusal="no sound found in it"),
     OddFile("picture.wav", lambda: b"\x89PNG\r\n\x1a\n" + bytes(500), None, refusal="no sound found in it"),
-    OddFile("silent film.mp4", partial(encoded, "mp4", "", video=True, sound=False), None, refusal="holds no sound"),
+    OddFile("silent film.mp4", partial(encoded, "mp4", "", video=True, sound=False), None, refusal="has no sound"),
     OddFile("cut, index at the end.m4a", lambda: _half(encoded("ipod", "aac")), None, refusal="its index is missing"),
     OddFile("not a number.wav", partial(_with_one, np.nan), None, refusal="not finite"),
     OddFile("damaged values.wav", partial(_with_one, 1e25), None, refusal="full scale is 1"),

@@ -133,7 +133,7 @@ def test_published_shards_without_a_rate_are_taken_as_16_khz_with_a_notice(
             del file.attrs["sample_rate"]
     with caplog.at_level(logging.WARNING):
         assert Pack.open(manifest).sample_rate == 16000
-    assert "does not tell its sample rate; taken as 16000 Hz" in caplog.text
+    assert "has no sample rate; 16000 Hz are assumed" in caplog.text
 
 
 def test_clips_that_are_not_in_their_shard_are_left_out_and_counted(
@@ -153,7 +153,7 @@ def test_clips_that_are_not_in_their_shard_are_left_out_and_counted(
 def test_no_clip_in_the_shards_is_an_error_that_shows_both_spellings(tmp_path: Path) -> None:
     manifest = make_pack(tmp_path)
     edit(manifest, filename=[f"other_{i}.wav" for i in range(N)])
-    with pytest.raises(UserError, match=r"none of its 24 clips.*'audio/00\.wav'.*wanted 'other_0\.wav'"):
+    with pytest.raises(UserError, match=r"none of its 24 clips.*'audio/00\.wav'.*expected 'other_0\.wav'"):
         Pack.open(manifest)
 
 
@@ -163,8 +163,8 @@ def test_all_absent_and_damaged_shards_are_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "hdf5" / "x_2.h5").write_text("hello")
     with pytest.raises(UserError, match="has 2 faults") as caught:
         Pack.open(manifest)
-    assert "x_0.h5' is not there (looked for" in str(caught.value)
-    assert "x_2.h5: is no HDF5 file" in str(caught.value)
+    assert "x_0.h5' does not exist (searched" in str(caught.value)
+    assert "x_2.h5: is not an HDF5 file" in str(caught.value)
 
 
 def test_shards_of_different_rates_are_no_pack(tmp_path: Path) -> None:

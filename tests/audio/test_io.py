@@ -195,7 +195,7 @@ def test_files_are_found_below_folders_by_extension_in_any_case_and_explicit_one
 def test_a_film_without_its_index_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "a.m4a").write_bytes(b"\0\0\0 ftypM4A " + bytes(100))
     with pytest.raises(
-        AudioReadError, match=r"cannot be decoded \(its index is missing: it was cut, or is not finished"
+        AudioReadError, match=r"cannot be decoded \(its index is missing: it is truncated, or was not finished"
     ):
         read_audio(tmp_path / "a.m4a")
 
@@ -215,7 +215,7 @@ def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.wav: there is no such file or folder"):
         find_audio_files([tmp_path / "absent.wav"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no sound file"):
+    with pytest.raises(UserError, match="has no sound files"):
         find_audio_files([tmp_path / "empty"])
 
 
@@ -243,5 +243,5 @@ def test_links_that_lead_nowhere_are_told(tmp_path: Path) -> None:
     found = find_audio_files([tmp_path])
     assert [path.name for path in found] == ["a folder", "gone.wav"]
     for path, target in zip(found, ("no folder", "nowhere.wav"), strict=True):
-        with pytest.raises(AudioReadError, match=f"is a link to .*{target}, where there is nothing"):
+        with pytest.raises(AudioReadError, match=f"is a link to .*{target}, which does not exist"):
             read_audio(path)

@@ -190,7 +190,7 @@ def test_a_failure_midway_leaves_the_earlier_pack_as_it_was(tmp_path: Path, monk
 
 def test_nothing_to_pack_leaves_nothing_and_says_where_it_looked(tmp_path: Path) -> None:
     table, path = make_list(tmp_path, ["absent.wav", "gone.wav"])
-    with pytest.raises(UserError, match=r"none of its 2 clips could be packed.*no such file.*looked for in") as caught:
+    with pytest.raises(UserError, match=r"none of its 2 clips could be packed.*no such file.*searched in") as caught:
         pack(table, path, tmp_path / "out", "x", n_workers=2, progress=False)
     assert str(tmp_path) in str(caught.value)
     assert not (tmp_path / "out").exists()

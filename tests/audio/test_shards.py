@@ -58,7 +58,7 @@ def test_a_part_of_a_clip_never_reaches_into_its_neighbour(shard: Shard) -> None
 
 def test_a_clip_is_found_by_another_spelling_and_an_absent_one_is_an_error(shard: Shard) -> None:
     assert shard.names[shard.find("clip 1 é.flac")] == "audio/clip 1 é.wav"
-    with pytest.raises(KeyError, match=r"holds no clip 'clip 9\.wav'"):
+    with pytest.raises(KeyError, match=r"has no clip 'clip 9\.wav'"):
         shard.find("clip 9.wav")
 
 
@@ -148,9 +148,9 @@ def test_a_stereo_clip_is_averaged(tmp_path: Path) -> None:
 
 def test_the_writer_refuses_what_it_would_corrupt(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "x.h5", 16000) as writer:
-        with pytest.raises(ValueError, match=r"found float32 samples of shape \(3,\), wanted int16"):
+        with pytest.raises(ValueError, match=r"found float32 samples of shape \(3,\), expected int16"):
             writer.append("a", np.zeros(3, np.float32))
-        with pytest.raises(ValueError, match="wanted int16"):
+        with pytest.raises(ValueError, match="expected int16"):
             writer.append("a", np.zeros((2, 3), np.int16))
     with pytest.raises(UserError, match="no layout 'tar'"):
         ShardWriter(tmp_path / "x.h5", 16000, "tar")
@@ -180,13 +180,13 @@ def bad_shard(path: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("text", "is no HDF5 file"),
+        ("text", "is not an HDF5 file"),
         ("truncated", "is truncated or damaged"),
-        ("absent", "there is no such shard"),
-        ("no clip", "holds no clip"),
+        ("absent", "the shard does not exist"),
+        ("no clip", "has no clips"),
         ("logits", r"found 'topk_values' \(float16 of shape \(4, 20\)\)"),
-        ("offsets", "do not fit together"),
-        ("newer", "written in version 2"),
+        ("offsets", "do not match"),
+        ("newer", "has version 2"),
     ],
 )
 def test_a_file_that_is_no_shard_gets_a_sentence(tmp_path: Path, what: str, words: str) -> None:

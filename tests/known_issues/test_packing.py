@@ -66,7 +66,7 @@ def test_a_published_dump_in_float32_is_read_at_its_scale(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("wrong", [sine(16000) * 32768, np.full(100, np.nan, np.float32)])
 def test_a_float_dump_at_an_unknown_scale_is_an_error_rather_than_noise(tmp_path: Path, wrong: np.ndarray) -> None:
-    with pytest.raises(UserError, match=r"'a\.wav' holds floats up to .*full scale at 1\.0"):
+    with pytest.raises(UserError, match=r"'a\.wav' has floats up to .*expected full scale 1\.0"):
         Pack.open(published_store(tmp_path, wrong.astype(np.float32))).read(0)
 
 

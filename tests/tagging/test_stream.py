@@ -393,14 +393,14 @@ def test_a_cut_stream_is_told_and_a_bad_one_is_a_sentence(checkpoint, monkeypatc
     assert re.match(r"standard input ends before the length that its header announces \(3\.\d\d of 6\.00 s\)", error)
     status, lines, error = run_with(monkeypatch, capsys, encoded("ipod", "aac"), *words)
     assert (status, lines) == (1, [])
-    assert "error: standard input: cannot be decoded (the index of this MP4 lies behind its sound" in error
+    assert "error: standard input: cannot be decoded (the index of this MP4 is behind its sound" in error
     status, lines, error = run_with(monkeypatch, capsys, b"<html><body>404 Not Found</body></html>", *words)
     assert (status, lines) == (1, [])
     assert "no sound found in it: it is text" in error
     whole = np.rint(tones([300, 400]) * 32767).astype("<f4").tobytes()
     status, lines, error = run_with(monkeypatch, capsys, whole, *words, "--encoding", "f32le", "--rate", "16000")
     assert (status, len(lines)) == (0, 1)
-    assert "standard input holds integers of 16 bits as floating-point values" in error
+    assert "standard input has integers of 16 bits stored as floating-point values" in error
     mp3 = without_xing(written("MP3"))
     for raw in (("--encoding", "s16le"), ("--rate", "16000"), ("--channels", "1")):  # what is said to be raw is raw
         status, lines, error = run_with(monkeypatch, capsys, mp3, *words, *raw)

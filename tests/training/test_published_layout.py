@@ -288,7 +288,7 @@ def test_packing_refuses_base_names_that_clips_share_and_another_rate(tmp_path, 
     assert done.returncode == 1
     assert "several share: a/1.wav and b/1.wav; rename these files, or choose --layout clips" in done.stderr
     done = run_command("scripts/wavlist_to_hdf5.py", listed, tmp_path / "o", *words[3:], "--sample_rate", "32000")
-    assert "take every pack for 16000 Hz; found --sample_rate 32000" in done.stderr
+    assert "assume 16000 Hz; found --sample_rate 32000" in done.stderr
     done = run_command("scripts/wavlist_to_hdf5.py", listed, tmp_path / "o", *words[3:], "--fullname", "-n", "0")
     assert done.returncode == 0
     with h5py.File(tmp_path / "o/hdf5/tones_0.h5") as file:
