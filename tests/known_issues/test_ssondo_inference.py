@@ -24,7 +24,7 @@ def test_no_length_gives_nan(name, n_samples):
 
 
 @torch.inference_mode()
-def test_what_lies_behind_the_last_whole_segment_is_heard():
+def test_what_lies_behind_the_last_whole_segment_is_given():
     """The tail of a clip was dropped."""
     torch.manual_seed(0)
     model = get_ssondo(create_model("eres2net", num_classes=0, **TINY["eres2net"]))

@@ -223,7 +223,7 @@ def test_it_starts_from_pictures(pooling, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_the_first_answer_is_the_prior(pooling):
+def test_the_first_output_is_the_prior(pooling):
     torch.manual_seed(0)
     model = create_model("efficientnet_b0", num_classes=2, pooling=pooling, n_mels=64, drop_path_rate=0.0)
     batch = make_batch(

@@ -60,7 +60,7 @@ def test_bare_published_weights_need_a_name(shared):
         load_model(weights)
 
 
-def test_offline_the_sentence_says_what_to_fetch_and_where_to_put_it(hub, tmp_path):
+def test_offline_the_sentence_states_what_to_fetch_and_where_to_put_it(hub, tmp_path):
     with pytest.raises(UserError) as error:
         load_model("ced_tiny")
     url = "https://zenodo.org/record/8275347/files/audiotransformer_tiny_mAP_4814.pt?download=1"
@@ -125,7 +125,7 @@ def test_the_number_of_classes_is_read_from_bare_weights(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_every_mismatch_is_told_with_its_keys(tmp_path):
+def test_every_mismatch_is_reported_with_its_keys(tmp_path):
     state = small().state_dict()
     state["blocks.0.attn.proj.weight"] = torch.zeros(3, 3)
     state["teacher.weight"] = torch.zeros(1)
@@ -223,7 +223,7 @@ def test_a_runs_folder_gives_its_best_checkpoint(tmp_path, files, chosen):
     assert load_model(tmp_path).labels[0] == chosen
 
 
-def test_what_is_no_checkpoint_is_told(tmp_path):
+def test_what_is_no_checkpoint_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"no such file or folder, and no model of that name.*'ced_tiny'"):
         load_model("ced_tinny")
     (tmp_path / "text.pt").write_text("hello")

@@ -177,7 +177,7 @@ def test_training_takes_float_batches_alone():
             model(given)
 
 
-def test_an_ensemble_of_several_rates_wants_each_and_embeds_not(clips):
+def test_an_ensemble_of_several_rates_needs_each_and_embeds_not(clips):
     ensemble = Ensemble([build("resnet10_small"), build("resnet10_small", sample_rate=8000)])
     with pytest.raises(UserError, match=r"take \[8000, 16000\] Hz: give a dictionary from sample rate"):
         ensemble.predict(clips)

@@ -259,7 +259,7 @@ def test_the_same_data_give_the_same_bits_with_any_number_of_threads(tmp_path, l
         assert other.choices == found[0].choices
 
 
-def test_several_labels_are_judged_by_map(tmp_path):
+def test_several_labels_are_evaluated_by_map(tmp_path):
     train_part, test = tones(tmp_path, SEVERAL, "train"), tones(tmp_path, SEVERAL, "test")
     found = fit_baseline(train_part, test)
     assert (found.metric, found.choice_metric) == ("mAP", "mAP")
@@ -303,7 +303,7 @@ def test_small_and_odd_sets_have_a_figure(tmp_path):
     assert (mixed.choice_metric, mixed.metric) == ("accuracy", "mAP")
 
 
-def test_packs_that_do_not_go_together_are_told_in_a_sentence(tmp_path):
+def test_packs_that_do_not_go_together_are_reported_in_a_sentence(tmp_path):
     train_part = tones(tmp_path, SINGLE, "train")
     with pytest.raises(UserError, match=r"one sample rate; found 8000 Hz in .*train\.tsv, 16000 Hz in .*test\.tsv"):
         fit_baseline(train_part, tones(tmp_path, SINGLE, "test", sample_rate=16000))
@@ -355,7 +355,7 @@ def test_folds_without_groups_hold_every_class(tmp_path):
         assert {int(data.labels[row][0]) for row in np.flatnonzero(fold)} == {0, 1, 2, 3}
 
 
-def test_costly_variants_are_left_out_and_it_is_said(tmp_path, monkeypatch):
+def test_costly_variants_are_left_out_and_it_is_reported(tmp_path, monkeypatch):
     assert affordable_variants(4000, 50, single=True) == list(VARIANTS)
     assert affordable_variants(400, 50, single=False) == list(VARIANTS)
     assert {variant.model for variant in affordable_variants(4000, 50, single=False)} == {REGRESSION}
@@ -417,8 +417,8 @@ def test_a_run_ends_with_the_baseline_beside_its_figures_and_learns_the_same(ton
     assert len(stored["choices"]) == 8
     assert result["top1"] < 1.0
     assert stored["sentence"] in caplog.text
-    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert any(line.startswith(f"the model is BELOW THE BASELINE: {100 * result['top1']:.1f} %,") for line in told)
+    message = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert any(line.startswith(f"the model is BELOW THE BASELINE: {100 * result['top1']:.1f} %,") for line in message)
     page = read_report(tmp_path / "with")
     assert stored["sentence"] in page
     assert "BELOW THE BASELINE" in page

@@ -110,7 +110,7 @@ def test_a_run_does_not_go_on_with_a_head_that_was_trained_anew(configure, work)
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_does_not_fit_is_told(configure, work, changes, sentences):  # noqa: F811
+def test_what_does_not_fit_is_reported(configure, work, changes, sentences):  # noqa: F811
     with pytest.raises(UserError) as error:
         prepare(configure(**{"teacher": "ced.pt", "teacher_head": "ced"} | changes))
     for sentence in sentences:
