@@ -1,1 +1,1 @@
-"""What a student learns from: replayed augmentation, stored soft targets, objectives."""
+"""Targets of training: replayed augmentation, stored soft targets and embeddings, objectives."""

@@ -1,8 +1,8 @@
-"""Which cluster each chunk of sound is in, on disk and as weights for drawing clips evenly over clusters.
+"""Clusters of chunks: their files, and weights for drawing clips evenly over clusters.
 
-A file `clusters_kK.parquet` holds the rows of an embedding store (`filename`, `start` and `end` in seconds) and the
-`cluster` of each, int32; within it, and in the `.json` beside it for people to read, how the clusters were made and how
-good they are. A parquet file of other making needs the four columns only.
+A file `clusters_kK.parquet` has the rows of an embedding store (`filename`, `start` and `end` in seconds) and the
+`cluster` of each, int32; its metadata, and the `.json` beside it, have the settings and the quality of the clusters. A
+parquet file of another program needs the four columns only.
 """
 
 import json
@@ -22,27 +22,27 @@ from common.files import whole_file, write_json
 
 _COLUMNS = ("filename", "start", "end", "cluster")
 _KEY = b"clusters"  # of the facts in the parquet file's metadata
-_LONGEST = 2**40  # milliseconds, more than any clip has; makes one number of clip and start
-_TOLERANCE = 10  # milliseconds: stores hold float32 seconds, packs hold samples
+_MAX_LENGTH = 2**40  # milliseconds of a clip; combines clip and start in one number
+_TOLERANCE = 10  # milliseconds: stores have float32 seconds, packs have samples
 
 
 def write_clusters(path: str | Path, rows: pd.DataFrame, cluster: np.ndarray, facts: Mapping[str, Any]) -> None:
-    """Write a cluster file and the `.json` beside it, each whole or not at all.
+    """Write a cluster file and the `.json` beside it, atomically.
 
     Args:
         path: of the parquet file.
         rows: `filename`, `start`, `end` (seconds) of the N chunks.
         cluster: (N,) from 0.
-        facts: plain values: `k` and whatever else is known.
+        facts: plain values: `k`, and further settings and scores.
     """
     table = pyarrow.Table.from_pandas(
         rows[["filename", "start", "end"]].assign(cluster=cluster.astype(np.int32)), preserve_index=False
     )
-    said = {**(table.schema.metadata or {}), _KEY: json.dumps(facts).encode()}
+    metadata = {**(table.schema.metadata or {}), _KEY: json.dumps(facts).encode()}
     path = Path(path)
     write_json(path.with_suffix(".json"), dict(facts))
-    with whole_file(path) as partial:  # the facts are in here as well, so that they always belong to the rows
-        pyarrow.parquet.write_table(table.replace_schema_metadata(said), partial, compression="brotli")
+    with whole_file(path) as partial:  # with the facts, so that they always belong to the rows
+        pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), partial, compression="brotli")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Clusters:
         path: of the file.
         rows: `filename`, `start`, `end` (seconds) of the N chunks.
         cluster: (N,) int64, from 0.
-        k: how many clusters were made; some may be empty.
-        facts: how they were made; {} in files of other making.
+        k: number of clusters; some may be empty.
+        facts: settings and scores; {} in files of another program.
     """
 
     path: Path
@@ -68,7 +68,7 @@ class Clusters:
         """Open and check a cluster file.
 
         Raises:
-            UserError: it is not there, or does not hold what a cluster file holds.
+            UserError: it does not exist, or is not a cluster file.
         """
         path = Path(path)
         make = "make it with `python scripts/cluster_embeddings.py STORE --k 50`, which prints the file it writes"
@@ -90,33 +90,33 @@ class Clusters:
         return cls(path, frame[list(_COLUMNS[:3])], cluster.to_numpy(np.int64), k, facts)
 
     def assign_items(self, names: Sequence[str], starts: np.ndarray) -> np.ndarray:
-        """Return the cluster of each item: that of the stored chunk in which it starts.
+        """Return the cluster of each item: that of the stored chunk that contains its start.
 
         Args:
-            names: of the clip that each of the M items is cut from, matched as soft targets are (see `NameIndex`).
+            names: of the clip that each of the M items is cut from, matched as for soft targets (see `NameIndex`).
             starts: (M,) seconds from the clip's start.
 
         Returns:
             (M,) int64.
 
         Raises:
-            UserError: items that no stored chunk holds.
+            UserError: items outside all stored chunks.
         """
         codes, unique = pd.factorize(np.asarray(names, dtype=object))
         index = NameIndex([str(name) for name in unique])
         clips = index.find_all(map(str, unique))[codes]  # names that differ only in "./" are one clip
         row_codes, row_names = pd.factorize(self.rows["filename"])
         row_clips = index.find_all(map(str, row_names))[row_codes]
-        row_keys = row_clips * _LONGEST + _milliseconds(self.rows["start"])
+        row_keys = row_clips * _MAX_LENGTH + _milliseconds(self.rows["start"])
         order = np.argsort(row_keys, kind="stable")
         begins = _milliseconds(starts)
-        place = np.searchsorted(row_keys[order], clips * _LONGEST + begins + _TOLERANCE, side="right") - 1
+        place = np.searchsorted(row_keys[order], clips * _MAX_LENGTH + begins + _TOLERANCE, side="right") - 1
         row = order[np.maximum(place, 0)]
-        held = (place >= 0) & (row_clips[row] == clips) & (begins < _milliseconds(self.rows["end"])[row])
-        if not held.all():
-            lacking = [f"{names[item]} (from {starts[item]:g} s)" for item in np.flatnonzero(~held).tolist()]
+        is_found = (place >= 0) & (row_clips[row] == clips) & (begins < _milliseconds(self.rows["end"])[row])
+        if not is_found.all():
+            lacking = [f"{names[item]} (from {starts[item]:g} s)" for item in np.flatnonzero(~is_found).tolist()]
             raise UserError(
-                f"{self.path} has no cluster for {len(lacking)} of {len(held)} items: {some(lacking, 3)}; it names "
+                f"{self.path} has no cluster for {len(lacking)} of {len(is_found)} items: {some(lacking, 3)}; it has "
                 f"{some(row_names, 3)}; make clusters from a store of this pack's embeddings"
             )
         return self.cluster[row]
@@ -126,10 +126,10 @@ def _milliseconds(seconds: Any) -> np.ndarray:
     return np.round(np.asarray(seconds, dtype=np.float64) * 1000).astype(np.int64)
 
 
-def balance(cluster: np.ndarray) -> np.ndarray:
-    """Return for each item 1 / (how many of the items given are in its cluster): (M,) float64.
+def compute_balance(cluster: np.ndarray) -> np.ndarray:
+    """Return for each item 1 / (number of given items in its cluster): (M,) float64.
 
-    Drawn with these weights, every cluster that occurs comes equally often (S-SONDO's balanced data sampling).
+    With these weights, every cluster that occurs is drawn equally often (S-SONDO's balanced data sampling).
     """
     _, inverse, sizes = np.unique(cluster, return_inverse=True, return_counts=True)
     return 1.0 / sizes[inverse]

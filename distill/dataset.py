@@ -1,7 +1,7 @@
-"""Items of training: a chunk of a clip, augmented as its seed says, with its target.
+"""Items of training: a chunk of a clip, augmented according to its seed, with its target.
 
-The epoch travels with the index, `dataset[(epoch, item)]`, so that it is right with any number of loader workers, also
-with workers that outlive an epoch or read ahead into the next.
+The epoch is part of the index, `dataset[(epoch, item)]`, so that it is correct with any number of loader workers, also
+if they persist over epochs or read ahead into the next.
 """
 
 import itertools
@@ -26,15 +26,15 @@ class ReplayDataset(Dataset[dict[str, Any]]):
     Args:
         pack: the clips.
         source: items, seeds and targets.
-        sample_rates: the rates that the models to be fed want, in hertz.
-        labels: of the same items, which then come beside the targets.
-        clusters: (M,) the cluster of each item, which then comes beside the targets.
-        consistent: replay the augmentation that the stored seed says. False is the published `disable_consistency`: the
-            waveform stays as it is, without any transform of the store, and the masks are drawn anew.
+        sample_rates: of the models' inputs, in hertz.
+        labels: of the same items, to be added to the targets.
+        clusters: (M,) the cluster of each item, to be added to the targets.
+        consistent: replay the augmentation of the stored seed. False is the published `disable_consistency`: the
+            waveform is not transformed, and the masks are drawn anew.
         mixup: alpha of the Beta distribution that each clip's weight in mixup is drawn from, or None for no mixup.
-        seed: of the masks drawn anew and the mixup weights, pure functions of (seed, epoch, item).
-        fill_seconds: shorter items are brought to this length; None leaves them as they are.
-        fill_by: "silence", or "repeat": the item itself, over and over.
+        seed: of new masks and mixup weights, functions of (seed, epoch, item).
+        fill_seconds: length to which shorter items are filled; None: not at all.
+        fill_by: "silence", or "repeat": repetitions of the item.
         hash_sounds: add `sound_hash`, see `distill.sound_check`.
     """
 
@@ -63,7 +63,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         return len(self.source.chunks)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """Return item `key[1]` as epoch `key[0]` shows it; see `Batch` for the fields."""
+        """Return item `key[1]` in epoch `key[0]`; see `Batch` for the fields."""
         epoch, item = key
         clip, start, stop = self.source.chunks[item]
         n_reference = int(self.source.n_reference[item])
@@ -79,11 +79,11 @@ class ReplayDataset(Dataset[dict[str, Any]]):
             weight = float(stream.beta(self.mixup, self.mixup))
         rate = self.pack.sample_rate
         waveform = np.empty(0, np.float32)
-        if self.sample_rates:  # else nobody listens
+        if self.sample_rates:  # empty if no model needs sound
             waveform = self.pack.read(clip, start, stop)
             if self.consistent:
                 waveform = replay.transform_waveform(waveform, draw, rate)
-        shown = {
+        fields = {
             "item": item,
             "epoch": epoch,
             "waveforms": {r: self._fit_length(resample(waveform, rate, r).copy(), r) for r in self.sample_rates},
@@ -94,21 +94,21 @@ class ReplayDataset(Dataset[dict[str, Any]]):
             "mixup_weight": weight,
         }
         if self.labels is not None:
-            shown["labels"] = torch.from_numpy(self.labels.target(epoch, item))
+            fields["labels"] = torch.from_numpy(self.labels.target(epoch, item))
         if self.hash_sounds:
-            shown["sound_hash"] = self.pack.hash_sound(clip, start, stop)
+            fields["sound_hash"] = self.pack.hash_sound(clip, start, stop)
         if self.clusters is not None:
-            shown["cluster"] = int(self.clusters[item])
-        return shown
+            fields["cluster"] = int(self.clusters[item])
+        return fields
 
     def _fit_length(self, waveform: np.ndarray, rate: int) -> Tensor:
         wave = torch.from_numpy(waveform)
         if self.fill_seconds is None:
             return wave
-        wanted = round(self.fill_seconds * rate)  # what resampling rounds otherwise, by a sample, is cut
+        n_samples = round(self.fill_seconds * rate)  # a sample more from the rounding of resampling is cut
         if self.fill_by == "repeat" and len(wave):
-            return wave.repeat(-(-wanted // len(wave)))[:wanted]
-        return torch.nn.functional.pad(wave[:wanted], (0, max(wanted - len(wave), 0)))
+            return wave.repeat(-(-n_samples // len(wave)))[:n_samples]
+        return torch.nn.functional.pad(wave[:n_samples], (0, max(n_samples - len(wave), 0)))
 
     def name(self, item: int) -> str:
         """Return the name of the clip that `item` is a chunk of."""
@@ -116,7 +116,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
 
 
 def collate(items: list[dict[str, Any]]) -> Batch:
-    """Put items of a `ReplayDataset` together."""
+    """Join items of a `ReplayDataset` to a batch."""
     padded = {rate: pad_batch([item["waveforms"][rate] for item in items]) for rate in items[0]["waveforms"]}
     others: dict[str, Any] = {key: [item[key] for item in items] for key in items[0] if key != "waveforms"}
     return Batch(
@@ -127,22 +127,21 @@ def collate(items: list[dict[str, Any]]) -> Batch:
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, item) over one pass after another, without end.
+    """Infinite batches of (epoch, item), one pass after another.
 
-    Pass p is a permutation that is a pure function of (seed, p): every item once. With `weights`, items are drawn with
-    replacement instead, each as often as its weight says. So is batch number `step`: a run that goes on asks for the
-    batches from there.
+    Pass p is a permutation of all items that is a function of (seed, p). With `weights`, items are drawn with
+    replacement instead, in proportion to their weights. Batch number `step` is a function of (seed, step).
 
     Args:
-        items: (M,) the items to show.
-        batch_size: B; with `cut_passes` the last batch of a pass may be smaller, otherwise batches run on into the
+        items: (M,) the items.
+        batch_size: B; with `cut_passes` the last batch of a pass may be smaller, otherwise it continues with the
             next pass.
         seed: of the order.
         weights: (M,) relative frequencies, or None for permutations.
         cut_passes: end a batch where a pass ends.
-        start: the batch to begin with.
-        split: size of a batch → the positions of each part of it that is wanted here, given one after the other; the
-            whole batch where None.
+        start: number of the first batch.
+        split: size of a batch → positions of each part of it for this process, yielded one after the other; None: the
+            whole batch.
     """
 
     def __init__(
@@ -171,22 +170,22 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         """Return batch number `step`, from 0."""
         n_items = len(self.items)
         if self.cut_passes:
-            passes, within = divmod(step, self.batches_a_pass)
+            passes, within = divmod(step, self.batches_per_pass)
             first = within * self.batch_size
             return [(passes + 1, item) for item in self._order(passes + 1)[first : first + self.batch_size].tolist()]
         places = (divmod(place, n_items) for place in range(step * self.batch_size, (step + 1) * self.batch_size))
         return [(passes + 1, int(self._order(passes + 1)[within])) for passes, within in places]
 
     def size(self, step: int) -> int:
-        """Return how many items batch number `step` has."""
+        """Return the number of items of batch number `step`."""
         if not self.cut_passes:
             return self.batch_size
-        within = step % self.batches_a_pass
+        within = step % self.batches_per_pass
         return min(self.batch_size, len(self.items) - within * self.batch_size)
 
     @property
-    def batches_a_pass(self) -> int:
-        """How many batches show every item once."""
+    def batches_per_pass(self) -> int:
+        """Number of batches of one pass."""
         return -(-len(self.items) // self.batch_size)
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""The embedding store: what a teacher makes of every chunk, for students that learn from embeddings alone (S-SONDO).
+"""Stores of embeddings: a teacher's embedding of every chunk, for distillation from embeddings alone (S-SONDO).
 
 A `distill.store.TargetStore`: `embeddings_ep{E}_{R}.h5` with `embedding` float16 (N, E) and `seeds` int32 (N,) for
-epoch E and part R, parts of an epoch being written one after the other, so that little is lost where the writing
-stops. One epoch without augmentation is usual; with augmentation the student replays it, as with soft targets.
+epoch E and part R, parts of an epoch are written one after the other, so that an interruption loses little. One epoch
+without augmentation is usual; augmentation is replayed for the student, as with soft targets.
 
 Letters: N chunks, M items, E embedding width.
 """
@@ -37,7 +37,7 @@ class EmbeddingStore(TargetStore):
                     widths.add(file["embedding"].shape[1:])
         if len(widths) > 1 or len(min(widths)) != 1:
             raise UserError(
-                f"{self.folder} holds embeddings of shapes {some(map(str, sorted(widths)))}; expected one width in all "
+                f"{self.folder} has embeddings of shapes {some(map(str, sorted(widths)))}; expected one width in all "
                 "of its files: delete those of another teacher, or the folder, and run save_logits.py again"
             )
         self.width: int = min(widths)[0]
@@ -46,8 +46,8 @@ class EmbeddingStore(TargetStore):
         """Return all embeddings of `epoch`, aligned with `rows`: float32 (N, E)."""
         return self.arrays(epoch, "embedding")["embedding"].astype(np.float32)
 
-    def one(self, epoch: int, part: int, row: int) -> np.ndarray:
-        """Return the embedding in `row` of a part, float32 (E,); any process may ask."""
+    def read_row(self, epoch: int, part: int, row: int) -> np.ndarray:
+        """Return the embedding in `row` of a part, float32 (E,), in any process."""
         if self._owner != os.getpid():  # a handle must not be shared with the process that this one was forked from
             self._files, self._owner = {}, os.getpid()
         if (epoch, part) not in self._files:
@@ -55,7 +55,7 @@ class EmbeddingStore(TargetStore):
         return np.asarray(self._files[epoch, part]["embedding"][row], np.float32)
 
     def ends(self, epoch: int) -> np.ndarray:
-        """Return where each part of `epoch` ends among its rows, int64."""
+        """Return the end of each part of `epoch` among its rows, int64."""
         lengths = []
         for part in self._parts[epoch]:
             with self._open(epoch, part) as file:
@@ -67,7 +67,7 @@ class EmbeddingStore(TargetStore):
         return self._parts[epoch]
 
     def __getstate__(self) -> dict[str, object]:
-        """Travel to a loader worker without open files."""
+        """Return the state for a loader worker, without open files."""
         return self.__dict__ | {"_files": {}}
 
 
@@ -78,7 +78,7 @@ class StoredEmbeddings(MatchedItems):
         store: the embeddings.
         pack: the clips; matched by name.
         max_epochs: use the first so many stored epochs; 0 for all.
-        check: that the sounds are those that the store was made from.
+        check: which sounds to compare with those of the store.
 
     Raises:
         UserError: see `distill.store.MatchedItems`.
@@ -96,14 +96,14 @@ class StoredEmbeddings(MatchedItems):
         ends = self._ends[stored]
         place = int(np.searchsorted(ends, rows[item], side="right"))
         within = rows[item] - (ends[place - 1] if place else 0)
-        return self.store.one(stored, self.store.parts(stored)[place], int(within))
+        return self.store.read_row(stored, self.store.parts(stored)[place], int(within))
 
 
 def clip_embeddings(store: EmbeddingStore, pack: Pack) -> np.ndarray:
     """Return an embedding for each clip of a pack: the mean of its chunks', weighted by their length, float32 (N, E).
 
     Args:
-        store: the embeddings; those of its first epoch are taken.
+        store: the embeddings; its first epoch is used.
         pack: N clips; matched by name.
 
     Raises:
@@ -120,7 +120,7 @@ def clip_embeddings(store: EmbeddingStore, pack: Pack) -> np.ndarray:
         lacking = [pack.names[clip] for clip in np.flatnonzero(total == 0)]
         raise UserError(
             f"{store.folder} lacks the embeddings of {len(lacking)} of the {len(pack)} clips of {pack.manifest}: "
-            f"{some(lacking)}; make a store of that list, or take these clips out of it"
+            f"{some(lacking)}; make a store of that list, or remove these clips from it"
         )
     result = np.zeros((len(pack), store.width))
     np.add.at(result, clips, store.read(epoch)[rows] * seconds[:, None])

@@ -1,4 +1,4 @@
-"""How much of each clip its masks hide, and whether that leaves enough to learn from."""
+"""Check that masks leave enough of each clip."""
 
 from dataclasses import dataclass
 
@@ -13,20 +13,20 @@ from distill.replay import (
     reference_frames,
 )
 
-MOST_MASKED = 1 / 3  # of the frames: more than this on average is refused, of a single clip it is warned of
-SUGGESTED_SHARE = 0.2  # max_share of the messages
+MAX_MASKED = 1 / 3  # of the frames: more on average is a fault, more of a single clip a warning
+SUGGESTED_SHARE = 0.2  # max_share in messages
 
 
 @dataclass(frozen=True)
 class MaskedShares:
-    """What the time masks of an augmentation hide of M clips.
+    """The shares of M clips that the time masks of an augmentation cover.
 
-    A mask is v * limit frames wide, v uniform from 0 to 1; masks of one clip share their draws and lie within the
-    widest, which alone counts.
+    A mask is v * limit frames wide, v uniform from 0 to 1; masks of one clip share their draws, so that the
+    widest contains the others.
 
     Attributes:
         n_frames: (M,) frames of each clip on the reference grid.
-        limits: (M,) the widest mask that each clip can get, in frames.
+        limits: (M,) width of the widest possible mask of each clip, in frames.
     """
 
     n_frames: np.ndarray
@@ -51,19 +51,19 @@ class MaskedShares:
 
 @dataclass(frozen=True)
 class MaskFindings:
-    """What is wrong with masks for clips of given lengths: at most one of the two is there.
+    """Result of a check of masks for clips of given lengths: at most one of the two is set.
 
     Attributes:
-        fault: a sentence where training would see too little, else None.
-        warning: a sentence where single clips can lose too much, or where stored targets cannot be changed.
+        fault: message if too little is left for training, else None.
+        warning: message if single clips can lose too much, or if the masks are those of stored targets.
     """
 
     fault: str | None = None
     warning: str | None = None
 
 
-def masked_shares(replay: Replay, n_reference: np.ndarray) -> MaskedShares:
-    """Return what the time masks of `replay` hide of clips of `n_reference` samples (M,) at the reference rate."""
+def compute_masked_shares(replay: Replay, n_reference: np.ndarray) -> MaskedShares:
+    """Return the masked shares of clips of `n_reference` samples (M,) at the reference rate."""
     n_frames = reference_frames(np.asarray(n_reference, np.int64))
     limits = np.zeros(len(n_frames))
     for mask in replay.masks:
@@ -74,38 +74,38 @@ def masked_shares(replay: Replay, n_reference: np.ndarray) -> MaskedShares:
 
 
 def check_masks(replay: Replay, n_reference: np.ndarray, store: str | None = None) -> MaskFindings:
-    """See whether masks leave enough of the clips.
+    """Check that masks leave enough of the clips.
 
-    More than a third of the frames (or bands) on average is a fault; that a single clip can lose more than a third is
-    a warning. A circular shift loses nothing.
+    More than a third of the frames (or bands) on average is a fault, more than a third of a single clip a warning. A
+    circular shift loses nothing.
 
     Args:
         replay: the augmentation.
         n_reference: (M,) lengths of the clips in samples at the reference rate.
         store: the folder of stored targets that the augmentation belongs to, which a training configuration cannot
-            change: what would be a fault is a warning then. None for an augmentation that is yet to be used.
+            change: a fault is then a warning. None for a new augmentation.
     """
-    shares = masked_shares(replay, n_reference)
-    too_much = shares.mean > MOST_MASKED
-    n_affected = int((shares.largest > MOST_MASKED).sum())
+    shares = compute_masked_shares(replay, n_reference)
+    too_much = shares.mean > MAX_MASKED
+    n_affected = int((shares.largest > MAX_MASKED).sum())
     bands = max((_band_share(mask) for mask in replay.masks if isinstance(mask, FrequencyMasking)), default=0.0)
     sentences = [_describe_time_masks(shares)] if too_much or n_affected else []
     remedies = [_suggest_time_mask(replay, shares)] if too_much or n_affected else []
-    if bands / 2 > MOST_MASKED:
-        sentences.append(f"FrequencyMasking hides up to {bands:.0%} of the bands, {bands / 2:.0%} on average")
+    if bands / 2 > MAX_MASKED:
+        sentences.append(f"FrequencyMasking masks up to {bands:.0%} of the bands, {bands / 2:.0%} on average")
         remedies.append("`max_share: 0.25` among the arguments of FrequencyMasking")
     if not sentences:
         return MaskFindings()
     found = "; ".join(sentences)
     if store is not None:
         return MaskFindings(
-            warning=f"the targets of {store} were stored with masks that suit longer clips: {found}. A training "
-            f"configuration cannot change the masks of stored targets: make them again, by save_logits.py with "
+            warning=f"the targets of {store} were stored with masks for longer clips: {found}. A training "
+            f"configuration cannot change the masks of stored targets: store them again, by save_logits.py with "
             f"{' and '.join(remedies)}"
         )
     remedy = f"write {' and '.join(remedies)}"
-    if too_much or bands / 2 > MOST_MASKED:
-        return MaskFindings(fault=f"spectransforms: {found}; too little is left to learn from: {remedy}")
+    if too_much or bands / 2 > MAX_MASKED:
+        return MaskFindings(fault=f"spectransforms: {found}; too little is left for training: {remedy}")
     return MaskFindings(warning=f"spectransforms: {found}; to limit the mask to a part of each clip, {remedy}")
 
 
@@ -114,20 +114,20 @@ def _band_share(mask: FrequencyMasking) -> float:
 
 
 def _describe_time_masks(shares: MaskedShares) -> str:
-    """Say how long masks and clips are, and what is hidden of how many."""
+    """Describe the lengths of masks and clips, and the masked shares."""
     seconds = shares.n_frames * REFERENCE_HOP_SECONDS
     n_clips, n_vanishing = len(seconds), int((shares.largest >= 1).sum())
-    n_affected = int((shares.largest > MOST_MASKED).sum())
+    n_affected = int((shares.largest > MAX_MASKED).sum())
     vanishing = f", {n_vanishing} of them whole" if n_vanishing else ""
     return (
-        f"TimeMasking hides up to {shares.limits.max() * REFERENCE_HOP_SECONDS:.2f} s of {n_clips} clips, which are "
+        f"TimeMasking masks up to {shares.limits.max() * REFERENCE_HOP_SECONDS:.2f} s of {n_clips} clips, which are "
         f"{np.median(seconds):.2f} s long in the median and {seconds.min():.2f} s at least: {shares.mean:.0%} of their "
-        f"frames on average, and of {n_affected} clips it can hide more than a third{vanishing}"
+        f"frames on average, and more than a third of {n_affected} clips can be masked{vanishing}"
     )
 
 
 def _suggest_time_mask(replay: Replay, shares: MaskedShares) -> str:
-    """Say what to write in place of the widest time mask."""
+    """Return the suggested arguments of the widest time mask."""
     param = max(mask.param for mask in replay.masks if isinstance(mask, TimeMasking))
     shorter = max(1, int(SUGGESTED_SHARE * np.median(shares.n_frames)))
     smaller = f", or a time_mask_param of at most {shorter}" if shorter < param else ""

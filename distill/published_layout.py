@@ -1,4 +1,4 @@
-"""Soft targets as CED's own code reads them: base names, its columns, and a `meta.pt`.
+"""Soft targets in the layout of CED's own code: base names, its columns, and a `meta.pt`.
 
 Its reader wants, in one folder,
 
@@ -43,7 +43,7 @@ PUBLISHED_KEYS = (
 
 
 def check_published(replay: Replay, pack: Pack, faults: Faults) -> None:
-    """Note in `faults` what the published layout cannot hold, or its reader would take for something else."""
+    """Add settings that the published layout cannot represent to `faults`."""
     if pack.sample_rate != REFERENCE_RATE:
         faults.add(f"{pack.manifest} has {pack.sample_rate} Hz, where CED's code takes every pack for {REFERENCE_RATE}")
     twice = [name for name, n in Counter(map(base_name, pack.names)).items() if n > 1]
@@ -64,13 +64,13 @@ def base_name(name: str) -> str:
 
 
 def published_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of a store as the published layout has them."""
+    """Return the rows of a store in the published layout."""
     seconds = {key: rows[key].to_numpy(np.float32) for key in ("start", "end")}
     return pd.DataFrame({"filename": [base_name(name) for name in rows["filename"]], **seconds})
 
 
 def write_published_meta(path: Path, replay: Replay, config: Mapping[str, Any]) -> None:
-    """Write `meta.pt`, whole or not at all.
+    """Write `meta.pt`, atomically.
 
     Args:
         path: the file.
@@ -115,7 +115,7 @@ def _shift(shift: Shift, storages: list[float]) -> "_Object":
 
 
 def _bernoulli(number: int) -> "_Object":
-    """The distribution that decides whether a clip is shifted, whose probability is the tensor in storage `number`."""
+    """The distribution of whether a clip is shifted; its probability is the tensor in storage `number`."""
     rebuild = _Global("torch._utils", "_rebuild_tensor_v2")
     no_hooks = _Call(_Global("collections", "OrderedDict"), ())
     probability = _Call(rebuild, (_Storage(str(number), 1), 0, (), (), False, no_hooks))
@@ -131,7 +131,7 @@ def _mask(mask: Any) -> "_Object":
     return _Object(_Global("augment", name), _module_state() | state)
 
 
-# --- A pickle of objects whose classes are not here (protocol 2, no memo) ---
+# --- A pickle of objects of absent classes (protocol 2, no memo) ---
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Object:
-    """An object that is made without its constructor, and given its attributes."""
+    """An object that is created without its constructor from its attributes."""
 
     kind: _Global
     state: Mapping[str, Any] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Storage:
-    """A tensor's float32 numbers, in a file of their own beside the pickle."""
+    """The float32 values of a tensor, in a separate file beside the pickle."""
 
     key: str
     n_values: int
@@ -199,7 +199,7 @@ def _opcodes(value: Any) -> bytes:
         case _Storage(key, n_values):
             kind = _Global("torch", "FloatStorage")
             return _opcodes(("storage", kind, key, "cpu", n_values)) + pickle.BINPERSID
-        case Mapping():  # ordered ones too: hooks of a module, of which there are none
+        case Mapping():  # ordered ones too: hooks of a module, always empty
             pairs = b"".join(_opcodes(key) + _opcodes(item) for key, item in value.items())
             return pickle.EMPTY_DICT + pickle.MARK + pairs + pickle.SETITEMS
     raise TypeError(f"{type(value).__name__} cannot be written")

@@ -15,7 +15,7 @@ from common.errors import UserError
 
 
 class _Record:
-    """Stands for an object of a known class: keeps the attributes it was saved with, runs nothing."""
+    """A placeholder for an object of a known class: has its attributes and runs no code."""
 
     def __init__(self, *_: Any) -> None:
         self.attributes: dict[str, Any] = {}
@@ -37,7 +37,7 @@ class _FrequencyMasking(_Record):
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Stands for the tensors inside distributions, whose values replay does not need."""
+    """A placeholder for the tensors inside distributions, whose values replay does not need."""
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
@@ -70,7 +70,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_published_meta(path: str | Path) -> dict[str, Any]:
-    """Return the settings inside a published `meta.pt` as plain values.
+    """Return the settings in a published `meta.pt` as plain values.
 
     Args:
         path: the file, a zip archive as `torch.save` writes it.

@@ -1,4 +1,4 @@
-"""The random streams of a run, each apart from the others: their numbers are part of what a run computes, and stay."""
+"""The independent random streams of a run. Their numbers affect results and must not change."""
 
 from enum import IntEnum
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a stream is drawn for, and what it is a function of beside the run's seed."""
+    """Use of a stream, and what it depends on besides the run's seed."""
 
     FRESH_MASKS = 1  # epoch, item: masks without the store's seeds (`disable_consistency`)
     ORDER = 2  # the pass, see `distill.dataset.EpochBatches`
@@ -17,5 +17,5 @@ class Stream(IntEnum):
 
 
 def stream_seed(*key: int) -> int:
-    """Return a seed for what `key` says: the run's seed, a `Stream`, and what the stream is a function of."""
+    """Return the seed for a key: the run's seed, a `Stream`, and what the stream depends on."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])

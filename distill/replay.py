@@ -1,15 +1,15 @@
-"""Seed → augmentation: the same event, shifted and masked in the same place, for teacher and student.
+"""Seed → augmentation: the same shift and the same masks for teacher and student.
 
 Consistent teaching (Dinkel et al., "CED: Consistent ensemble distillation for audio tagging", ICASSP 2024) stores one
-seed a chunk and epoch beside the teacher's answer. Everything random about the augmentation of that chunk is a pure
+seed per chunk and epoch beside the teacher's output. All random numbers of the augmentation of that chunk are a
 function of this seed, drawn in the published order:
 
 1. each waveform transform in turn (`Shift`: one Bernoulli draw, then, if it applies, one integer);
-2. `value`, one uniform number: how wide the masks are;
-3. `min_value`, one uniform number: where they lie. All masks of a chunk share these two numbers, as published.
+2. `value`, one uniform number: the width of the masks;
+3. `min_value`, one uniform number: their position. All masks of a chunk share these two numbers, as published.
 
 Draws are made on the reference grid (16 kHz, 10 ms frames, 64 HTK mel bands up to 8 kHz) and applied in seconds and
-hertz, so that a model with another rate or another mel scale sees the same part of the same event disappear.
+hertz, so that the same part of the sound is masked for models of other rates and mel scales.
 
 Shapes: B batch · S samples · F mel bands · T frames.
 """
@@ -33,7 +33,7 @@ REFERENCE_F_MAX = 8_000.0  # Hz
 
 
 class MelGrid(Protocol):
-    """What replay must know of a front-end: where its frames and bands lie, and how it writes a power."""
+    """The part of a front-end that masks depend on: positions of frames and bands, and the scale of values."""
 
     sample_rate: int  # hertz
     hop_size: int  # samples between frame centres; frame 0 is centred on time 0
@@ -43,31 +43,31 @@ class MelGrid(Protocol):
         """Centre frequency of each mel band, (F,)."""
 
     def power_db_to_value(self, db: float) -> float:
-        """What a band that holds a power of `db` dB reads in this front-end's scale."""
+        """Return the value of a power of `db` dB in the scale of this front-end."""
 
 
-class FrontEnd(MelGrid, Protocol):
-    """A front-end: a grid that turns waveforms into spectrograms on it."""
+class SpectrogramFrontEnd(MelGrid, Protocol):
+    """A front-end: computes spectrograms of waveforms on its grid."""
 
     def spectrogram(self, waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(B, S), own samples (B,) or None -> (B, F, T), own frames (B,) or None."""
+        """Return (B, F, T) and frames (B,) or None of (B, S) and lengths in samples (B,) or None."""
 
 
 class WaveTransform(Protocol):
-    """A change of the waveform that one number describes."""
+    """A change of the waveform with one random number."""
 
     def draw(self, n_samples: int, generator: torch.Generator) -> float:
-        """Draw that number for a chunk of `n_samples` at the reference rate, in units that know no sample rate."""
+        """Draw the number for a chunk of `n_samples` at the reference rate, in units independent of the sample rate."""
 
     def apply(self, waveform: np.ndarray, amount: float, sample_rate: int) -> np.ndarray:
         """Return the changed waveform (S,)."""
 
 
 class SpecTransform(Protocol):
-    """A mask on the spectrogram, placed by the two numbers that all masks of a chunk share."""
+    """A mask on the spectrogram, with the two random numbers that all masks of a chunk share."""
 
     def masked(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
-        """Say which bins are masked.
+        """Return which bins are masked.
 
         Args:
             seconds: (T,) frame centres.
@@ -95,7 +95,7 @@ class Shift:
         if min_shift > max_shift:
             raise UserError(f"Shift: min_shift {min_shift} is larger than max_shift {max_shift}; exchange them")
         if not 0 <= p <= 1:
-            raise UserError(f"Shift: p is {p}; it is a probability, from 0 to 1")
+            raise UserError(f"Shift: p is {p}; expected a probability, from 0 to 1")
         self.min_shift, self.max_shift, self.p = float(min_shift), float(max_shift), float(p)
 
     def draw(self, n_samples: int, generator: torch.Generator) -> float:
@@ -118,7 +118,7 @@ def _mask(value: Tensor, min_value: Tensor, size: Tensor | int, limit: Tensor | 
         value: (B,) float32, the width draws.
         min_value: (B,) float32, the position draws.
         size: frames of each clip (B,), or bands.
-        limit: the widest that a mask may be, in frames or bands; one number for all clips, or (B,).
+        limit: largest width of a mask, in frames or bands; one number for all clips, or (B,).
     """
     width = value * limit
     start = (min_value * (size - width)).long()
@@ -126,13 +126,13 @@ def _mask(value: Tensor, min_value: Tensor, size: Tensor | int, limit: Tensor | 
 
 
 def _inside(centers: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-    """Return (B, n) booleans: which of the `centers` (n,) lie in each clip's stretch from `start` to `stop` (B,)."""
+    """Return (B, n) booleans: which of the `centers` (n,) are between each clip's `start` and `stop` (B,)."""
     return (centers >= start[:, None]) & (centers < stop[:, None])
 
 
 def _positive(name: str, value: int) -> int:
     if not isinstance(value, int) or value < 0:
-        raise UserError(f"{name} is {value!r}; it is a whole number, 0 or more")
+        raise UserError(f"{name} is {value!r}; expected a whole number, at least 0")
     return value
 
 
@@ -140,7 +140,7 @@ def _share(name: str, value: float | None) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise UserError(f"{name} is {value!r}; it is a share of the clip, from 0 to 1, or null for no limit")
+        raise UserError(f"{name} is {value!r}; expected a share of the clip, from 0 to 1, or null for no limit")
     return float(value)
 
 
@@ -150,12 +150,12 @@ def reference_frames(n_reference: Any) -> Any:
 
 
 class TimeMasking:
-    """One masked stretch of time, at most `time_mask_param` reference frames (10 ms each) wide.
+    """One masked interval of time, at most `time_mask_param` reference frames (10 ms each) wide.
 
     Args:
         time_mask_param: the widest mask, in reference frames.
-        max_share: the widest mask as a share of each clip's own frames, where that is less; None, as published, lets
-            a mask be longer than a short clip, which then vanishes whole.
+        max_share: the widest mask as a share of each clip's frames, if that is less; with None, as published, a mask can
+            be longer than a short clip, which is then masked completely.
     """
 
     def __init__(self, time_mask_param: int = 192, max_share: float | None = None) -> None:
@@ -169,17 +169,17 @@ class TimeMasking:
         if self.max_share is not None:
             limit = (n_frames * self.max_share).clamp(max=self.param)
         start, stop = _mask(*draws, n_frames, limit)
-        # A frame is masked when its centre is; the corners lie half a frame before the centres.
+        # A frame is masked if its centre is; the corners are half a frame before the centres.
         corners = ((index.double() - 0.5) * REFERENCE_HOP_SECONDS for index in (start, stop))
         return _inside(seconds, *corners)[:, None, :]
 
 
 class FrequencyMasking:
-    """One masked stretch of frequency, at most `freq_mask_param` reference bands (64 HTK mel to 8 kHz) wide.
+    """One masked interval of frequency, at most `freq_mask_param` reference bands (64 HTK mel to 8 kHz) wide.
 
     Args:
         freq_mask_param: the widest mask, in reference bands.
-        max_share: the widest mask as a share of the 64 bands, where that is less; None, as published, for no limit.
+        max_share: the widest mask as a share of the 64 bands, if that is less; None, as published, for no limit.
     """
 
     def __init__(self, freq_mask_param: int = 24, max_share: float | None = None) -> None:
@@ -190,7 +190,7 @@ class FrequencyMasking:
         """Return (B, F, 1) booleans for bands centred on `hertz` (F,); see `SpecTransform`."""
         limit = self.param if self.max_share is None else min(self.param, self.max_share * REFERENCE_BANDS)
         start, stop = _mask(*draws, REFERENCE_BANDS, limit)
-        # Band b is centred on (b + 1) / 65 of the mel range; the corners lie half a band below the centres.
+        # Band b is centred on (b + 1) / 65 of the mel range; the corners are half a band below the centres.
         mel_step = _hz_to_mel(REFERENCE_F_MAX) / (REFERENCE_BANDS + 1)
         corners = (_mel_to_hz((index.double() + 0.5) * mel_step) for index in (start, stop))
         return _inside(hertz, *corners)[:, :, None]
@@ -204,7 +204,7 @@ def _mel_to_hz(mel: Tensor) -> Tensor:
     return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
 
 
-# The transforms a configuration may name. A new one is a class above and a line here.
+# Transforms by their names in configurations; a new one is a class above and a line here.
 WAVE_TRANSFORMS: dict[str, Callable[..., WaveTransform]] = {"Shift": Shift}
 SPEC_TRANSFORMS: dict[str, Callable[..., SpecTransform]] = {
     "TimeMasking": TimeMasking,
@@ -214,7 +214,7 @@ SPEC_TRANSFORMS: dict[str, Callable[..., SpecTransform]] = {
 
 @dataclass(frozen=True)
 class Draw:
-    """Everything random about one chunk in one epoch."""
+    """All random numbers of one chunk in one epoch."""
 
     wave: tuple[float, ...]  # one number for each waveform transform, in its unit
     value: float
@@ -223,12 +223,12 @@ class Draw:
 
 @dataclass(frozen=True)
 class Replay:
-    """The augmentation of a store: its transforms, drawn from a seed and applied alike for every model.
+    """The augmentation of a store: its transforms, drawn from a seed and applied in the same way for every model.
 
     Args:
         wavtransforms: name → arguments, as in a `logitconfig/` file.
         spectransforms: list of {name: arguments}.
-        mask_fill: what a masked bin reads: 0 dB as published, or the clip's own mean level.
+        mask_fill: value of a masked bin: 0 dB as published, or the mean level of the clip.
     """
 
     wavtransforms: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
@@ -250,7 +250,7 @@ class Replay:
         object.__setattr__(self, "_spec", tuple(spec))
 
     def settings(self) -> dict[str, Any]:
-        """Return what `Replay(**settings)` needs to be this object again, as plain JSON values."""
+        """Return the arguments of this object as plain JSON values."""
         return {
             "wavtransforms": {name: dict(args or {}) for name, args in self.wavtransforms.items()},
             "spectransforms": [{n: dict(a or {}) for n, a in entry.items()} for entry in self.spectransforms],
@@ -263,7 +263,7 @@ class Replay:
         return self._spec
 
     def draw(self, seed: int, n_reference: int) -> Draw:
-        """Return what `seed` says about a chunk of `n_reference` samples at the reference rate."""
+        """Return the random numbers of `seed` for a chunk of `n_reference` samples at the reference rate."""
         generator = torch.Generator().manual_seed(int(seed))
         wave = tuple(transform.draw(n_reference, generator) for transform in self._wave)
         value = torch.rand(1, generator=generator).item()
@@ -288,15 +288,15 @@ class Replay:
         """Mask a batch at once.
 
         Args:
-            mel: (B, F, T) as `grid`, its front-end, made it.
-            grid: the front-end, for the place of its frames and bands and its scale.
+            mel: (B, F, T), computed by `grid`.
+            grid: the front-end, for the positions of its frames and bands and its scale.
             value: (B,) float32, the width draws.
             min_value: (B,) float32, the position draws.
             n_reference: (B,) chunk lengths in samples at the reference rate.
-            n_frames: (B,) each clip's own frames where the batch is padded; the mean fill counts these alone.
+            n_frames: (B,) frames of each clip in a padded batch; the mean level is that of these frames.
 
         Returns:
-            (B, F, T), a new tensor; `mel` itself when there is nothing to mask.
+            (B, F, T), a new tensor; `mel` itself without masks.
         """
         if not self._spec:
             return mel
@@ -306,20 +306,20 @@ class Replay:
         fill = self._fill(mel, grid, n_frames)
         for transform in self._spec:
             masked = transform.masked(seconds, hertz, (value, min_value), n_reference)
-            if n_frames is not None:  # what lies behind a clip's end stays silence
+            if n_frames is not None:  # padding stays silence
                 masked = masked & (torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None])[:, None, :]
             mel = torch.where(masked, fill, mel)
         return mel
 
-    def spectrogram(self, front_end: FrontEnd, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def spectrogram(self, front_end: SpectrogramFrontEnd, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the masked input of a model.
 
         Args:
-            front_end: of the model; the batch holds waveforms at its rate.
+            front_end: of the model; the batch has waveforms at its rate.
             batch: on the model's device.
 
         Returns:
-            The masked spectrogram (B, F, T), and the frames of each clip (B,), None where nothing is padded.
+            The masked spectrogram (B, F, T), and the frames of each clip (B,), None without padding.
         """
         waveform, lengths = batch.waveforms[front_end.sample_rate], batch.lengths[front_end.sample_rate]
         mel, n_frames = front_end.spectrogram(waveform, lengths)
@@ -331,8 +331,8 @@ class Replay:
             return grid.power_db_to_value(0.0)
         if n_frames is None:
             return mel.mean(dim=(1, 2), keepdim=True)
-        own = torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None]  # (B, T)
-        total = (mel * own[:, None, :]).sum(dim=(1, 2), keepdim=True)
+        valid = torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None]  # (B, T)
+        total = (mel * valid[:, None, :]).sum(dim=(1, 2), keepdim=True)
         return total / (n_frames[:, None, None] * mel.shape[1])
 
 
@@ -352,7 +352,7 @@ def _build(known: Mapping[str, Any], name: str, arguments: Mapping[str, Any] | N
 def epoch_seeds(seed: int, epoch: int, n: int, first: int = 0) -> np.ndarray:
     """Return one augmentation seed for each of the items `first` … `first + n` in `epoch`, int32 (n,).
 
-    A pure function of its arguments, item by item: it does not matter how the items are split over processes.
+    A function of its arguments for each item, so that items can be split over processes in any way.
     """
     stream = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     return stream.integers(0, 2**31, size=first + n, dtype=np.int64)[first:].astype(np.int32)

@@ -1,8 +1,8 @@
-"""Whether a pack holds the sounds that a store was made from: a pack made anew may hold others under the same names.
+"""Check that a pack has the sounds of a store: a new pack may have other sounds under the same names.
 
-Beside the name of every chunk a store keeps `clip_samples`, the length of its clip in the teacher's pack, and
-`sound_hash`, eight bytes of BLAKE2b over the chunk's 16-bit samples there (as a signed integer). The writer has the
-samples at hand; a reader compares all lengths, and the samples of all chunks of a store of up to `ALL_COMPARED`, of
+With the name of every chunk, a store has `clip_samples`, the length of its clip in the teacher's pack, and
+`sound_hash`, eight bytes of BLAKE2b over the chunk's 16-bit samples there (as a signed integer). A reader
+compares all lengths, and the samples of all chunks of a store of up to `ALL_COMPARED`, of
 `COMPARED` chunks spread over a larger one, or of all of it.
 """
 
@@ -22,8 +22,8 @@ from common.errors import Faults, some
 logger = logging.getLogger(__name__)
 
 Check = Literal["sample", "all", "none"]
-COMPARED = 64  # clips or chunks, where there are more than
-ALL_COMPARED = 5000  # which take a second
+COMPARED = 64  # clips or chunks, if there are more than
+ALL_COMPARED = 5000  # which takes a second
 _FINGERPRINT_SECONDS = 30  # of a clip: some last for hours
 
 COLUMNS = ("clip_samples", "sound_hash")
@@ -49,17 +49,17 @@ def check_sounds(
     faults: Faults,
     check: Check = "sample",
 ) -> None:
-    """Note in `faults` clips of a pack that are not those a store was made from.
+    """Add clips of a pack that differ from those of a store to `faults`.
 
     Args:
-        what: the store holds, in a sentence.
+        what: contents of the store, for messages.
         folder: of the store.
-        stored_rate: of the pack it was made from, in hertz. A pack at another rate has other samples, and is not
+        stored_rate: of the pack it was made from, in hertz. A pack at another rate has other samples and is not
             compared.
         pack: the clips.
         rows: of the store, those whose clip is in the pack (n).
         chunks: n, of each of them.
-        faults: gets a sentence that names clips, what was found and what was expected.
+        faults: gets a message with clips, what was found and what was expected.
         check: compare the samples of `COMPARED` chunks where there are many ("sample"), of "all", or nothing at all
             ("none").
     """
@@ -67,14 +67,14 @@ def check_sounds(
         return
     if "clip_samples" not in rows and check == "all":
         faults.add(
-            f"check_sounds: all compares sounds with their hashes, which {folder} does not keep (published, or saved "
+            f"check_sounds: all compares sounds with their hashes, which {folder} does not have (published, or saved "
             "by an earlier version); save it again, or leave check_sounds out"
         )
         return
     if "clip_samples" not in rows:
         logger.info(
-            "%s keeps no lengths and hashes of its sounds (published, or saved by an earlier version): whether %s "
-            "holds the same ones is not checked",
+            "%s has no lengths and hashes of its sounds (published, or saved by an earlier version): it is not checked "
+            "whether %s has the same sounds",
             folder, pack.manifest,
         )  # fmt: skip
         return
@@ -89,16 +89,16 @@ def check_sounds(
         n_compared, compared = len(np.unique(chunks.clip[chosen])), "samples"
     if differing:
         faults.add(
-            f"{pack.manifest} holds other sounds than those that the {what} in {folder} were saved from, under the "
-            f"same names: of {n_compared} clips whose {compared} were compared, {len(differing)} differ: "
+            f"{pack.manifest} has other sounds than those of the {what} in {folder}, under the same names: "
+            f" of {n_compared} clips whose {compared} were compared, {len(differing)} differ: "
             f"{some((f'{name} ({found})' for name, found in differing.items()), 3)}. Save the {what} again (delete the "
-            "folder and run save_logits.py), give the pack that they were saved from, or take them all the same with "
+            "folder and run save_logits.py), give the pack that they were saved from, or skip this check with "
             "check_sounds: none"
         )
 
 
 def _compare_lengths(rows: pd.DataFrame, chunks: Chunks, pack: Pack) -> dict[str, str]:
-    """Return name → what was found and expected of each clip that has another length."""
+    """Return name → what was found and expected of each clip of another length."""
     found, expected = np.asarray(pack.n_samples)[chunks.clip], rows["clip_samples"].to_numpy(np.int64)
     rate = pack.sample_rate
     return {
@@ -109,7 +109,7 @@ def _compare_lengths(rows: pd.DataFrame, chunks: Chunks, pack: Pack) -> dict[str
 
 
 def _compare_samples(rows: pd.DataFrame, chunks: Chunks, pack: Pack) -> dict[str, str]:
-    """Return name → what was found and expected of each clip that has another chunk."""
+    """Return name → what was found and expected of each clip with another chunk."""
     differing = {}
     expected = rows["sound_hash"].to_numpy(np.int64)
     long = len(chunks) > 10_000

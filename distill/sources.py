@@ -1,7 +1,7 @@
-"""Where the targets of training come from, behind one face.
+"""Sources of the targets of training: the common interface, and labels.
 
-A source knows its items (chunks of clips of one pack) and says, for an item in an epoch, which augmentation seed
-belongs to it and what its target is. Labels are the simplest source; `distill.targets` holds stored soft targets.
+A source has items (chunks of the clips of one pack), and for an item in an epoch an augmentation seed and a target.
+Stored soft targets are in `distill.targets`, embeddings in `distill.embeddings`.
 """
 
 from typing import Protocol
@@ -13,7 +13,7 @@ from distill.replay import REFERENCE_RATE, Replay, epoch_seeds
 
 
 class TargetSource(Protocol):
-    """What a dataset asks of its targets.
+    """Interface of the targets of a dataset.
 
     Attributes:
         chunks: M, one an item.
@@ -33,17 +33,17 @@ class TargetSource(Protocol):
 
 
 def reference_lengths(chunks: Chunks) -> np.ndarray:
-    """Return how many samples each chunk has at the reference rate, at least 1: int64 (M,)."""
+    """Return the number of samples of each chunk at the reference rate, at least 1: int64 (M,)."""
     return np.maximum(1, np.round(chunks.n_samples * (REFERENCE_RATE / chunks.sample_rate))).astype(np.int64)
 
 
 class SeededItems:
-    """Items with a fresh seed each epoch and no target of their own: what a teacher is shown.
+    """Items with a new seed in each epoch and without targets, as the input of a teacher.
 
     Args:
         chunks: M, one an item.
         replay: the augmentation.
-        seed: of the run; the seed of (epoch, item) is a pure function of it.
+        seed: of the run; the seed of an item is a function of it, the epoch and the item.
     """
 
     def __init__(self, chunks: Chunks, replay: Replay, seed: int) -> None:
@@ -70,7 +70,7 @@ class SeededItems:
 
 
 class LabelTargets(SeededItems):
-    """Targets from the `labels` column: 1 for each class a clip is labelled with, 0 elsewhere.
+    """Targets from the `labels` column: 1 for each class of a clip, 0 elsewhere.
 
     Args:
         chunks: M, one an item.

@@ -1,11 +1,11 @@
-"""What a teacher said, on disk: a folder of files, one an epoch and part, with names beside the values, row by row.
+"""Stores of a teacher's outputs: a folder with two files per epoch and part, of values and of names.
 
-`PREFIX_ep{E}_{R}.h5` holds what was said to N chunks in epoch E and the seeds that they were shown with; row by row
-beside it, `PREFIX_ep{E}_{R}.parquet` names them (`filename`, `start`, `end` in seconds, `n_reference`: the chunk's
-length in samples at the reference rate, so that a student with another sample rate replays the same draws, and what
-`distill.sound_check` compares). R counts the parts of an epoch. `meta.json` says how all was made. This is CED's
-published layout of soft targets but for names and columns, see `distill.published_layout`; what the values are is each
-kind's own: see `distill.targets` and `distill.embeddings`.
+`PREFIX_ep{E}_{R}.h5` has the outputs for N chunks in epoch E and the seeds of their augmentation. The rows of
+`PREFIX_ep{E}_{R}.parquet` name the chunks: `filename`, `start`, `end` in seconds, `n_reference` (length in samples at
+the reference rate, so that students of other sample rates replay the same draws) and the columns of `distill.sound_check`.
+R counts the parts of an epoch. `meta.json` has all settings. This is CED's published layout of soft targets except for
+names and columns, see `distill.published_layout`; the values are described in `distill.targets` and
+`distill.embeddings`.
 """
 
 import json
@@ -34,28 +34,28 @@ from distill.sources import reference_lengths
 
 logger = logging.getLogger(__name__)
 
-_MAX_CHUNKS = 2**32  # more than any clip has; makes one number of clip and chunk
+_MAX_CHUNKS = 2**32  # per clip; combines clip and chunk in one number
 
 
 class TargetStore:
-    """A folder of what a teacher said, opened and checked.
+    """A folder of a teacher's outputs, opened and checked.
 
     Args:
         folder: with `PREFIX_ep*_*.h5`.
 
     Attributes:
         epochs: the stored epoch numbers, ascending.
-        meta: what `meta.json` (or a published `meta.pt`) says.
-        replay: the augmentation its seeds are for.
+        meta: contents of `meta.json` (or of a published `meta.pt`).
+        replay: the augmentation that its seeds belong to.
 
     Raises:
         UserError: every fault of the folder at once.
     """
 
-    prefix: ClassVar[str]  # of the files' names
-    types: ClassVar[dict[str, type]]  # dataset → how it is stored; `seeds` is one of them
-    what: ClassVar[str]  # in sentences
-    part_name: ClassVar[str] = "part"  # likewise
+    prefix: ClassVar[str]  # of the file names
+    types: ClassVar[dict[str, type]]  # dataset → type in the file; `seeds` is one of them
+    what: ClassVar[str]  # in messages
+    part_name: ClassVar[str] = "part"  # in messages
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -65,9 +65,9 @@ class TargetStore:
             if match := re.fullmatch(rf"{self.prefix}_ep(\d+)_(\d+)\.h5", path.name):
                 self._parts[int(match[1])].append(int(match[2]))
         if not self._parts:
-            there = "is not a folder" if not self.folder.is_dir() else f"holds no {self.prefix}_ep*_*.h5"
+            found = "is not a folder" if not self.folder.is_dir() else f"has no files {self.prefix}_ep*_*.h5"
             raise UserError(
-                f"{self.folder} {there}; make {self.what} with `python save_logits.py CONFIG.yaml`, which prints the "
+                f"{self.folder} {found}; make {self.what} with `python save_logits.py CONFIG.yaml`, which prints the "
                 "folder it writes, and give that folder"
             )
         self.epochs = sorted(self._parts)
@@ -82,28 +82,28 @@ class TargetStore:
             else:
                 faults.add(
                     f"epoch {epoch} lacks the file of {self.part_name} {some(map(str, missing))}; run save_logits.py "
-                    "again with the same settings, it goes on where it stopped"
+                    "again with the same settings to complete it"
                 )
         faults.raise_if_any()
         absent = sorted(set(range(self.epochs[0], self.epochs[-1])) - set(self.epochs))
         if absent:
             raise UserError(
                 f"{self.folder} lacks epoch {some(map(str, absent))} between others; run save_logits.py again with the "
-                "same settings, it makes what is missing"
+                "same settings to complete it"
             )
         planned = self.meta.get("config", {}).get("epochs")
         if planned and len(self.epochs) < planned:
-            logger.warning("%s holds %d of the %d epochs planned", self.folder, len(self.epochs), planned)
+            logger.warning("%s has %d of the %d epochs planned", self.folder, len(self.epochs), planned)
         self.replay = Replay(**{k: self.meta[k] for k in ("wavtransforms", "spectransforms")} | self._fill_setting())
 
     @classmethod
     def path_of(cls, folder: Path, epoch: int, part: int) -> Path:
-        """Return the HDF5 file of `epoch` and `part`; its `.parquet` lies beside it."""
+        """Return the HDF5 file of `epoch` and `part`; its `.parquet` is beside it."""
         return folder / f"{cls.prefix}_ep{epoch}_{part}.h5"
 
     @classmethod
     def write(cls, folder: Path, epoch: int, part: int, rows: pd.DataFrame, **arrays: np.ndarray) -> None:
-        """Write one part of one epoch, whole or not at all.
+        """Write one part of one epoch, atomically.
 
         Args:
             folder: of the store.
@@ -115,13 +115,13 @@ class TargetStore:
         target = cls.path_of(folder, epoch, part)
         with whole_file(target.with_suffix(".parquet")) as partial:
             rows.to_parquet(partial, compression="brotli", index=False)
-        # The HDF5 file comes last: where it exists, the part is finished.
+        # The HDF5 file is written last: if it exists, the part is complete.
         with whole_file(target) as partial, h5py.File(partial, "w") as file:
             for name, kind in cls.types.items():
                 file.create_dataset(name, data=arrays[name].astype(kind))
 
     def _check_rows(self, epoch: int, faults: Faults) -> None:
-        """Open every file of an epoch, and see that values and names go together, row by row."""
+        """Open every file of an epoch and check that values and names have the same number of rows."""
         for part in self._parts[epoch]:
             path = self._path(epoch, part)
             try:
@@ -131,10 +131,12 @@ class TargetStore:
             except UserError as error:
                 faults.add(str(error))
             except (KeyError, OSError, pyarrow.ArrowException) as error:
-                faults.add(f"{path} and the .parquet beside it do not hold what a store holds ({error}); save it anew")
+                faults.add(
+                    f"{path} and the .parquet beside it are no files of a store ({error}); save this epoch again"
+                )
             else:
                 if len(set(lengths.values())) > 1:
-                    faults.add(f"{path} and the .parquet beside it differ in length ({lengths}); save this epoch anew")
+                    faults.add(f"{path} and the .parquet beside it differ in length ({lengths}); save this epoch again")
 
     def _fill_setting(self) -> dict[str, Any]:
         return {"mask_fill": self.meta["mask_fill"]} if "mask_fill" in self.meta else {}
@@ -146,12 +148,12 @@ class TargetStore:
         empty: dict[str, Any] = {"wavtransforms": {}, "spectransforms": []}
         if (path := self.folder / "meta.json").is_file():
             try:
-                said = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(said, dict) or not isinstance(said.get("config", {}), dict):
+                meta = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(meta, dict) or not isinstance(meta.get("config", {}), dict):
                     raise ValueError("not the mapping that save_logits.py writes")
-                return empty | said
+                return empty | meta
             except ValueError as error:
-                faults.add(f"{path} cannot be understood ({error}); save the targets anew")
+                faults.add(f"{path} cannot be parsed ({error}); save the targets again")
         elif (path := self.folder / "meta.pt").is_file():
             try:
                 return read_published_meta(path)
@@ -159,8 +161,8 @@ class TargetStore:
                 faults.add(str(error))
         else:
             faults.add(
-                "neither meta.json nor meta.pt is there, so the augmentation of its seeds is unknown; copy the file "
-                "that belongs to these targets beside them"
+                "neither meta.json nor meta.pt exists, so the augmentation of the seeds is unknown; copy the file "
+                "of these targets into the folder"
             )
         return empty
 
@@ -179,9 +181,9 @@ class TargetStore:
         return float(self.meta.get("config", {}).get("chunk_length", 10.0))
 
     def rows(self, epoch: int) -> pd.DataFrame:
-        """Return the rows of `epoch`, every part's in turn: `filename`, `start`, `end`, and what else is stored."""
+        """Return the rows of `epoch`, part by part: `filename`, `start`, `end` and further columns."""
         files = [self._path(epoch, r).with_suffix(".parquet") for r in self._parts[epoch]]
-        # Parts of an earlier version may lack columns; those that all have are kept.
+        # Parts of an earlier version may lack columns; the common ones are kept.
         return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True, join="inner")
 
     def arrays(self, epoch: int, *names: str) -> dict[str, np.ndarray]:
@@ -195,23 +197,22 @@ class TargetStore:
 
 
 class MatchedItems:
-    """The part of a store that belongs to a pack, as a `distill.sources.TargetSource` but for its `target`.
+    """The part of a store that belongs to a pack, as a `distill.sources.TargetSource` without `target`.
 
-    Epoch e of training uses the stored epoch number (e - 1) modulo the number of stored ones: every stored epoch, in
-    order, then from the start again.
+    Epoch e of training uses the stored epoch number (e - 1) modulo the number of stored ones.
 
     Args:
-        store: what the teacher said.
+        store: the teacher's outputs.
         pack: the clips; matched by name.
         max_epochs: use the first so many stored epochs; 0 for all.
-        check: that the sounds are those that the store was made from, see `distill.sound_check.check_sounds`.
+        check: which sounds to compare with those of the store, see `distill.sound_check.check_sounds`.
 
     Raises:
-        UserError: no stored chunk belongs to a clip of the pack, the pack holds other sounds under the same names, or
-            the stored epochs hold different chunks.
+        UserError: no stored chunk belongs to a clip of the pack, the pack has other sounds under the same names, or
+            the stored epochs have different chunks.
     """
 
-    held: ClassVar[tuple[str, ...]] = ("seeds",)  # datasets of the epochs in use that stay in memory
+    cached: ClassVar[tuple[str, ...]] = ("seeds",)  # datasets of the epochs in use that are kept in memory
 
     def __init__(self, store: TargetStore, pack: Pack, max_epochs: int = 0, check: Check = "sample") -> None:
         self.store, self.replay, self.chunk_seconds = store, store.replay, store.chunk_seconds
@@ -258,20 +259,20 @@ class MatchedItems:
             )  # fmt: skip
 
     def _locate(self, names: NameIndex, rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each row the clip's number in the pack (-1: not there) and the chunk's number in the clip."""
+        """Return for each row the index of the clip in the pack (-1: missing) and of the chunk in the clip."""
         codes, unique = pd.factorize(rows["filename"])
         clips = names.find_all([str(name) for name in unique])[codes]
         return clips, np.round(rows["start"].to_numpy(np.float64) / self.chunk_seconds).astype(np.int64)
 
     def _published_lengths(self, rows: pd.DataFrame) -> np.ndarray:
-        """Return the samples that the teacher heard: the stored seconds, which float32 rounds in long recordings.
+        """Return the lengths of the teacher's input: the stored seconds, which float32 rounds in long recordings.
 
-        Where that rounding alone could explain the difference from the pack's own chunk, the chunk is right.
+        If the difference from the pack's chunk is within that rounding, the length is that of the chunk.
         """
         stored = np.round((rows["end"] - rows["start"]).to_numpy(np.float64) * REFERENCE_RATE).astype(np.int64)
-        own = reference_lengths(self.chunks)
+        in_pack = reference_lengths(self.chunks)
         step = np.spacing(rows["end"].to_numpy(np.float32)).astype(np.float64) * REFERENCE_RATE
-        return np.where(np.abs(stored - own) <= np.maximum(step, 0.5), own, stored)
+        return np.where(np.abs(stored - in_pack) <= np.maximum(step, 0.5), in_pack, stored)
 
     def _rows_of_epochs(
         self,
@@ -283,16 +284,16 @@ class MatchedItems:
         faults: Faults,
     ) -> list[np.ndarray]:
         """Return for each stored epoch the row of every item; files of one epoch may order them differently."""
-        wanted = (clips * _MAX_CHUNKS + numbers)[used]
+        expected = (clips * _MAX_CHUNKS + numbers)[used]
         result = []
         for epoch in self.epochs:
             rows = store.rows(epoch)
             key_clips, key_numbers = self._locate(names, rows)
             keys = key_clips * _MAX_CHUNKS + key_numbers
             order = np.argsort(keys, kind="stable")
-            place = np.searchsorted(keys, wanted, sorter=order)
+            place = np.searchsorted(keys, expected, sorter=order)
             row = order[np.minimum(place, len(order) - 1)]
-            lacking = int((keys[row] != wanted).sum())
+            lacking = int((keys[row] != expected).sum())
             if lacking:
                 faults.add(
                     f"epoch {epoch} lacks {lacking} of the chunks that epoch {self.epochs[0]} has; its files were "
@@ -307,12 +308,12 @@ class MatchedItems:
         return self.epochs[index], self._rows[index]
 
     def arrays(self, epoch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the row of every item in `epoch` of training (M,), and the datasets `held` of the stored epoch."""
+        """Return the row of every item in `epoch` of training (M,), and the datasets `cached` of the stored epoch."""
         stored, rows = self.stored(epoch)
         if stored not in self._cache:
-            # Two are kept: a loader that reads ahead asks for the next epoch before it has left this one.
+            # Two are kept: a loader that reads ahead needs the next epoch before it has finished this one.
             self._cache = dict(list(self._cache.items())[-1:])
-            self._cache[stored] = self.store.arrays(stored, *self.held)
+            self._cache[stored] = self.store.arrays(stored, *self.cached)
         return rows, self._cache[stored]
 
     def seed(self, epoch: int, item: int) -> int:

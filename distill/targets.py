@@ -1,8 +1,8 @@
-"""The soft-target store: what a teacher answered to every chunk in every epoch, and the seed it was shown with.
+"""Stores of soft targets: a teacher's highest probabilities for every chunk in every epoch, with its seed.
 
 A `distill.store.TargetStore` as published by CED: `logits_ep{E}_{R}.h5` with `topk_values` float16 (N, K),
-`topk_indexes` int16 (N, K) and `seeds` int32 (N,) for epoch E and rank R. The values are probabilities, whatever the
-file name says. Published folders have a pickled `meta.pt` in place of `meta.json`, which is read, never executed.
+`topk_indexes` int16 (N, K) and `seeds` int32 (N,) for epoch E and rank R. The values are probabilities, in spite
+of the file name. Published folders have a pickled `meta.pt` in place of `meta.json`, which is parsed, never executed.
 """
 
 import numpy as np
@@ -18,13 +18,13 @@ LABEL_TYPES = ("last_mean", "last_half", "last_random", "527", "zero")
 def rebuild_target(
     values: np.ndarray, indexes: np.ndarray, num_classes: int, label_type: str, seed: int = 0
 ) -> np.ndarray:
-    """Rebuild a target over all classes from its K stored ones.
+    """Rebuild a target over all classes from its K stored values.
 
     Args:
         values: (K,) stored probabilities.
         indexes: (K,) their classes.
         num_classes: C.
-        label_type: what the C - K classes outside the top K get: `last_mean` min(v) / (C - K), `last_half` min(v) / 2,
+        label_type: value of the C - K classes outside the top K: `last_mean` min(v) / (C - K), `last_half` min(v) / 2,
             `last_random` a uniform number below min(v) each, `527` 1 / C, `zero` 0.
         seed: of `last_random`.
 
@@ -32,12 +32,12 @@ def rebuild_target(
         (C,) float32.
     """
     values = values.astype(np.float32)
-    smallest, n_left = values.min(), num_classes - len(values)
+    smallest, n_others = values.min(), num_classes - len(values)
     if label_type == "last_random":
         target = np.random.default_rng(seed).random(num_classes, dtype=np.float32) * smallest
     else:
         fill = {
-            "last_mean": smallest / max(n_left, 1),  # K = C leaves nothing to fill
+            "last_mean": smallest / max(n_others, 1),  # K = C: no class is filled
             "last_half": smallest / 2,
             "527": 1 / num_classes,
             "zero": 0.0,
@@ -55,12 +55,12 @@ class SoftTargetStore(TargetStore):
 
     @property
     def num_classes(self) -> int | None:
-        """C, where the store says it; published folders do not."""
+        """C, if the store has it; published folders do not."""
         return self.meta.get("num_classes")
 
     @property
     def labels(self) -> list[str] | None:
-        """The teacher's class names, where the store says them."""
+        """The teacher's class names, if the store has them."""
         return self.meta.get("labels")
 
 
@@ -73,13 +73,13 @@ class StoredTargets(MatchedItems):
         num_classes: C.
         label_type: see `rebuild_target`.
         max_epochs: use the first so many stored epochs; 0 for all.
-        check: that the sounds are those that the store was made from.
+        check: which sounds to compare with those of the store.
 
     Raises:
-        UserError: see `distill.store.MatchedItems`; or the store holds classes beyond C.
+        UserError: see `distill.store.MatchedItems`; or the store has classes beyond C.
     """
 
-    held = tuple(SoftTargetStore.types)
+    cached = tuple(SoftTargetStore.types)
 
     def __init__(
         self,
@@ -95,8 +95,8 @@ class StoredTargets(MatchedItems):
         highest = int(store.arrays(self.epochs[0], "topk_indexes")["topk_indexes"].max())
         if highest >= num_classes:
             raise UserError(
-                f"{store.folder} holds targets for class {highest}, but there are {num_classes} classes; give "
-                "num_classes or labels_csv as the teacher had them"
+                f"{store.folder} has targets of class {highest}, but there are {num_classes} classes; give "
+                "num_classes or labels_csv of the teacher"
             )
 
     def target(self, epoch: int, item: int) -> np.ndarray:

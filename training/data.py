@@ -10,7 +10,7 @@ from audio.cutting import Chunks
 from audio.dataset import Pack
 from audio.labels import list_classes
 from common.errors import Faults, UserError, some
-from distill.clusters import Clusters, balance
+from distill.clusters import Clusters, compute_balance
 from distill.embeddings import EmbeddingStore, StoredEmbeddings
 from distill.objectives import Needs
 from distill.replay import Replay
@@ -116,7 +116,7 @@ def open_training(
     if config.sampler == "balanced":
         weights = _balance_classes(pack, source, labels, items, faults)
     elif config.sampler == "clusters" and clusters is not None:
-        weights = balance(clusters[items])
+        weights = compute_balance(clusters[items])
     if faults.sentences:
         return None
     return TrainingData(

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distill.mask_check import masked_shares
+from distill.mask_check import compute_masked_shares
 from distill.replay import REFERENCE_RATE
 from distill.sources import LabelTargets
 from training.averaging import find_trained_norms
@@ -85,7 +85,7 @@ def _check_schedule(run: "Run") -> list[str]:
 
 def _check_augmentation(run: "Run") -> list[str]:
     config, causes = run.config, []
-    shares = masked_shares(run.data.source.replay, run.data.source.n_reference[run.data.items])
+    shares = compute_masked_shares(run.data.source.replay, run.data.source.n_reference[run.data.items])
     if shares.mean > MUCH_MASKED:
         store = config.logitspath or config.embeddingspath
         where = f"save the targets of {store} again with" if store else "set"

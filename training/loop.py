@@ -105,7 +105,7 @@ class Run:
             cut_passes=config.epoch_length is None,
             split=self._split_for_rank,
         )
-        self.epoch_steps = config.epoch_length or self.batches.batches_a_pass
+        self.epoch_steps = config.epoch_length or self.batches.batches_per_pass
         self.total_steps = self.epoch_steps * config.epochs
         self.warmup = count_warmup(config, self.epoch_steps, self.total_steps)
         frozen = list(config.freeze)

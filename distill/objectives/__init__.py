@@ -1,4 +1,4 @@
-"""What a student is trained towards. A file in this folder is an objective, or several, and is found by being there."""
+"""Objectives of training; every file in this folder is imported and registers one or several."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""What an objective is: what it needs, known from its settings alone, and the module that turns a batch into losses.
+"""Base class of objectives: their needs, which follow from the settings alone, and the losses of a batch.
 
 Adding one is a file in this folder: a dataclass of settings, and a subclass of `Objective` with
 `@register_objective("name")`. A configuration names it with `objective: name` and gives its settings with
@@ -21,24 +21,23 @@ from models.base import Activation, AudioTagger, Outputs
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective needs of a run; configuration, data, teacher and student follow from it.
+    """Requirements of an objective; the checks of a configuration, its data, teacher and student follow from them.
 
     Attributes:
-        targets: what `Batch.target` holds: of classes (B,C), a teacher's embeddings (B,W), or nothing. An unlabelled
-            pack is enough for none.
-        output: what the student's `classify` must give, of classes that targets or labels name; None where the
-            objective does not use it, so that the student has no classes and its last layers are frozen.
-        activation: what turns logits of student and teacher into probabilities; None where it does not matter.
-        labels: `Batch.labels` (B,C) beside the targets.
-        clusters: `Batch.cluster` (B,).
-        teacher: where targets may come from. "no": from labels alone, or there are none. "optional": from labels, or
-            from a teacher. "required": a teacher's, stored or computed while training. "online": computed while
-            training, since it needs what is not stored.
-        teacher_layers: layers of the teacher whose output `Batch.teacher` must hold, see `AudioTagger.encode`.
-        mixup: whether mixtures of clips make sense.
-        sample_rates: in hertz, at which `Batch.waveforms` must hold the clips, beside those of student and teacher.
-        whole_student: whether every parameter of the student that learns gets a gradient in every step; False makes
-            several processes look for those that do not.
+        targets: contents of `Batch.target`: of classes (B,C), a teacher's embeddings (B,W), or nothing. For none, an
+            unlabelled pack is enough.
+        output: output of the student's `classify`, for the classes of targets or labels; None if the objective does not
+            use it: the student then has no classes and its last layers are frozen.
+        activation: from logits of student and teacher to probabilities; None for any.
+        labels: whether `Batch.labels` (B,C) is needed besides the targets.
+        clusters: whether `Batch.cluster` (B,) is needed.
+        teacher: source of the targets. "no": labels, or none. "optional": labels or a teacher. "required": a teacher,
+            stored or run during training. "online": a teacher that runs during training.
+        teacher_layers: layers of an online teacher for `Batch.teacher`, see `AudioTagger.encode`.
+        mixup: whether mixtures of clips are supported.
+        sample_rates: of further `Batch.waveforms`, in hertz, besides those of student and teacher.
+        whole_student: whether every trained parameter of the student gets a gradient in every step; with False, several
+            processes search for those without.
     """
 
     targets: Literal["classes", "embeddings", "none"]
@@ -55,11 +54,11 @@ class Needs:
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What an objective is built with, beside its settings and the student.
+    """Facts of a run that objectives are built with.
 
     Attributes:
-        seed: of the run; random masks, say, are functions of it, `Batch.epoch` and `Batch.item`.
-        target_width: W of the teacher's embeddings; 0 where the targets are none.
+        seed: of the run; random masks, for example, are functions of it, `Batch.epoch` and `Batch.item`.
+        target_width: W of the teacher's embeddings; 0 for other targets.
     """
 
     seed: int = 0
@@ -67,16 +66,16 @@ class TrainingFacts:
 
 
 class Objective(nn.Module):
-    """Turns a batch into named losses by what it lets the student compute.
+    """Computes the named losses of a batch with the student.
 
-    It is built once, after the student, which it reads and does not keep: parameters of its own (a projection, say) are
-    trained with the student's, are in the states of a run and no part of the student's checkpoint. Buffers and frozen
-    parameters (of a moving-average teacher, say) are in the states too, and never in the optimiser; modules whose
-    parameters are all frozen stay in evaluation mode.
+    It is built once, after the student, which it may read but must not keep. Its own parameters (of a projection, for
+    example) are trained with the student's; they are in the states of a run and not in the student's checkpoint.
+    Buffers and frozen parameters (of a moving-average teacher, for example) are in the states and never in the optimiser;
+    modules whose parameters are all frozen stay in evaluation mode.
 
     Args:
         settings: an instance of `Settings`.
-        student: whose widths it may need.
+        student: for its widths.
         facts: of the run.
     """
 
@@ -87,17 +86,17 @@ class Objective(nn.Module):
 
     @classmethod
     def needs(cls, settings: Any) -> Needs:
-        """Return what it needs with these settings."""
+        """Return the requirements with these settings."""
         raise NotImplementedError
 
     def forward(self, student: AudioTagger, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of a batch, scalars.
 
         Args:
-            student: computes from `batch.mel` and `batch.n_frames`, the clips or their mixtures, augmented.
-            batch: see `distill.dataset.Batch`. Under mixup `target` and `labels` are mixed already, each clip by its
-                `mixup_weight` with its mirror in the batch. With an online teacher `target` is its output for the
-                mixture, and `teacher` what it computed, where `needs` wants layers of it.
+            student: its input is `batch.mel` with `batch.n_frames`, the augmented clips or their mixtures.
+            batch: under mixup `target` and `labels` are mixed already, each clip by its `mixup_weight` with its mirror
+                in the batch. With an online teacher `target` is its output for the mixture, and `teacher` has the
+                layers of `Needs.teacher_layers`.
 
         Returns:
             `loss`, which is minimised, and others, which are logged.
@@ -105,28 +104,28 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def after_step(self, student: AudioTagger, step: int, n_steps: int) -> None:
-        """Update what changes with the student or with time: moving-average teachers, temperatures.
+        """Update everything that depends on the student or the step: moving-average teachers, temperatures.
 
         Args:
             student: after the step.
-            step: number of steps made so far, from 1.
+            step: number of completed steps, from 1.
             n_steps: of the whole run.
         """
 
     def target_statistics(self, batch: Batch) -> dict[str, Tensor]:
-        """Return means over the clips of a batch that `constant_loss` needs, tensors by name; empty where none does."""
+        """Return means over the clips of a batch for `constant_loss`, tensors by name; empty by default."""
         return {}
 
     def constant_loss(self, means: Mapping[str, Tensor]) -> float | None:
-        """Return the loss of the best constant output, which a network that learns nothing gives; None: not known.
+        """Return the loss of the best constant output, the limit without any learning; None: unknown.
 
         Args:
-            means: of what `target_statistics` returned, over any number of clips.
+            means: of `target_statistics`, over any number of clips.
         """
         return None
 
     def train(self, mode: bool = True) -> "Objective":
-        """Switch to training or evaluation; what is frozen stays in evaluation."""
+        """Switch between training and evaluation mode; frozen modules stay in evaluation mode."""
         super().train(mode)
         for module in self.children():
             for part in module.modules():
@@ -138,7 +137,7 @@ class Objective(nn.Module):
 
 @dataclass(frozen=True)
 class ObjectivePlan:
-    """An objective that was chosen and whose student is not there yet.
+    """An objective with its settings, before there is a student.
 
     Attributes:
         name: in a configuration.
@@ -152,7 +151,7 @@ class ObjectivePlan:
 
     @property
     def needs(self) -> Needs:
-        """What it needs."""
+        """The requirements of the objective."""
         return self.kind.needs(self.settings)
 
     def build(self, student: AudioTagger, facts: TrainingFacts | None = None) -> Objective:
@@ -165,7 +164,7 @@ _OBJECTIVES: dict[str, tuple[type[Objective], dict[str, Any]]] = {}
 
 
 def register_objective(name: str, **fixed: Any) -> Callable[[Kind], Kind]:
-    """Make an objective known by `name`, with some of its settings fixed."""
+    """Register an objective as `name`, with some of its settings fixed."""
 
     def register(kind: Kind) -> Kind:
         _OBJECTIVES[name] = kind, fixed
@@ -175,7 +174,7 @@ def register_objective(name: str, **fixed: Any) -> Callable[[Kind], Kind]:
 
 
 def list_objectives(targets: str | None = None) -> list[str]:
-    """Return the names of objectives, all of them or those whose `Settings` by default need such targets."""
+    """Return the names of objectives, all, or those with such targets by default."""
     return [
         name
         for name, (kind, fixed) in _OBJECTIVES.items()
@@ -184,12 +183,12 @@ def list_objectives(targets: str | None = None) -> list[str]:
 
 
 def plan_objective(name: str, offered: Mapping[str, Any] | None = None, /, **arguments: Any) -> ObjectivePlan:
-    """Choose a registered objective and check its settings.
+    """Return a registered objective with its checked settings.
 
     Args:
         name: of it.
-        offered: settings of a run, of which the objective takes those that it has.
-        **arguments: its settings; a word of Python's own (`lambda`) is the field with a `_` behind it.
+        offered: settings of a run, of which the objective uses those that it has.
+        **arguments: its settings; a Python keyword (`lambda`) is the field with a trailing `_`.
 
     Raises:
         UserError: an unknown name or setting, or a value out of range.
@@ -215,5 +214,5 @@ def plan_objective(name: str, offered: Mapping[str, Any] | None = None, /, **arg
 
 
 def _spelling(field: str) -> str:
-    """Return how a configuration spells a field: `lambda_` is `lambda`."""
+    """Return the name of a field in configurations: `lambda` for `lambda_`."""
     return field[:-1] if field.endswith("_") and keyword.iskeyword(field[:-1]) else field

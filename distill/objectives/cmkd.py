@@ -1,4 +1,4 @@
-"""The objective `cmkd`: labels and a teacher at once.
+"""The objective `cmkd`: a weighted sum of the losses of labels and of a teacher.
 
 Method: cross-model knowledge distillation (Gong, Khurana, Rouditchenko, Glass, "CMKD: CNN/transformer-based cross-model
 knowledge distillation for audio classification", arXiv 2203.06760, 2022) as FastAST trains (Behera et al., Interspeech
@@ -22,7 +22,7 @@ from distill.objectives.target import ClassLoss, TargetSettings, to_distribution
 from models.base import AudioTagger
 
 _SMALLEST = torch.finfo(torch.float32).tiny
-_LARGEST = 1 - torch.finfo(torch.float32).eps / 2  # the number below 1
+_LARGEST = 1 - torch.finfo(torch.float32).eps / 2  # the largest number below 1
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class CmkdSettings(TargetSettings):
     """Settings of `cmkd`.
 
     Attributes:
-        loss: which says the task, see `ClassLoss`.
-        loss_args: of the loss of the labels; that of the teacher is a divergence as it stands.
+        loss: of the labels, see `ClassLoss`; it determines the activation.
+        loss_args: of the loss of the labels; that of the teacher has none.
         label_smoothing: of the labels.
         lambda_: share of the labels, 0 to 1.
-        tau: divides the teacher's logits, which are found again from its probabilities; 1 takes these as they are.
+        tau: divides the teacher's logits, which are recomputed from its probabilities; 1 leaves these unchanged.
     """
 
     lambda_: Any = 0.1
@@ -49,12 +49,12 @@ class CmkdSettings(TargetSettings):
 
 @register_objective("cmkd")
 class CrossModelDistillation(Objective):
-    """The loss of labels and of a teacher's output, weighed.
+    """The weighted losses of labels and of a teacher's output.
 
-    lambda * Loss_g(psi(Zs), y) + (1 - lambda) * Loss_d(psi(Zs), psi(Zt / tau)). The task decides psi: sigmoid, where
+    lambda * Loss_g(psi(Zs), y) + (1 - lambda) * Loss_d(psi(Zs), psi(Zt / tau)). The loss determines psi: sigmoid, where
     Loss_g is the binary cross-entropy and Loss_d the mean divergence of the classes' Bernoulli distributions; or
     softmax, with the cross-entropy and KL(teacher || student). As published, tau acts on the teacher alone and is not
-    made up for by tau^2.
+    compensated by tau^2.
     """
 
     Settings = CmkdSettings
@@ -68,19 +68,19 @@ class CrossModelDistillation(Objective):
     def needs(cls, settings: CmkdSettings) -> Needs:
         """A teacher's probabilities, and labels."""
         loss = settings.class_loss()
-        return Needs("classes", loss.wants, loss.activation, labels=True, teacher="required")
+        return Needs("classes", loss.outputs, loss.activation, labels=True, teacher="required")
 
     def forward(self, student: AudioTagger, batch: Batch) -> dict[str, Tensor]:
         """Return the losses.
 
         Returns:
-            `loss`, and what it is made of before it is weighed: `loss_labels`, and `loss_teacher`, which is 0 where the
-            student gives what the teacher gives.
+            `loss`, and its unweighted terms: `loss_labels`, and `loss_teacher`, which is 0 for equal outputs of student
+            and teacher.
         """
         assert batch.labels is not None
         output = student.forward_spectrogram(batch.mel, batch.n_frames)
         label_loss = self.label_loss(output, batch.labels)
-        # What is left of two numbers much alike: computed in float32 whatever the precision around it.
+        # The difference of two similar numbers: computed in float32 at any precision.
         with torch.autocast(output.device.type, enabled=False):
             target = self._soften(batch.target.float())
             teacher_loss = self.teacher_loss(output.float(), target) - self._entropy(target)
@@ -88,14 +88,14 @@ class CrossModelDistillation(Objective):
         return {"loss": loss, "loss_labels": label_loss, "loss_teacher": teacher_loss}
 
     def target_statistics(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the mean of labels and teacher, weighed as the losses are, and the teacher's mean entropy."""
+        """Return the mean of labels and teacher, weighted as the losses, and the teacher's mean entropy."""
         assert batch.labels is not None
         teacher = self._soften(batch.target.float())
         target = self.share * self.label_loss.mean_target(batch.labels) + (1 - self.share) * teacher.mean(dim=0)
         return {"target": target, "teacher_entropy": self._entropy(teacher)}
 
     def constant_loss(self, means: Mapping[str, Tensor]) -> float | None:
-        """Return the loss of one output for all clips, that which suits labels and teacher together best."""
+        """Return the loss of one output for all clips, the best one for labels and teacher together."""
         both = self.label_loss.constant_loss(means["target"])
         return None if both is None else both - (1 - self.share) * float(means["teacher_entropy"])
 
@@ -108,7 +108,7 @@ class CrossModelDistillation(Objective):
         return target if self.tau == 1 else (target.clamp(_SMALLEST, _LARGEST).logit() / self.tau).sigmoid()
 
     def _entropy(self, target: Tensor) -> Tensor:
-        """Return the mean entropy of the distributions that `target` (B, C) holds: one a class, or one a clip."""
+        """Return the mean entropy of the distributions in `target` (B, C): one per class, or one per clip."""
         if self.label_loss.activation == "softmax":
             return torch.special.entr(target).sum(dim=1).mean()
         return (torch.special.entr(target) + torch.special.entr(1 - target)).mean()

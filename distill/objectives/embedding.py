@@ -1,4 +1,4 @@
-"""Objectives that need a teacher's clip embeddings: S-SONDO's, with or without labels beside them.
+"""Objectives with a teacher's clip embeddings as targets: S-SONDO's, with or without labels.
 
 A projection takes the student's embedding into the teacher's space, and a loss compares the two there: `cosine`, `mse`,
 `l1`, `kl`, `contrastive` or `cluster_contrastive` (El Adlouni et al., "S-SONDO", ICASSP 2026). The projection belongs
@@ -25,12 +25,12 @@ from models.base import AudioTagger
 
 KINDS = ("cosine", "mse", "l1", "kl", "contrastive", "cluster_contrastive")
 TEMPERATURES = {"kl": 1.0, "contrastive": 0.07, "cluster_contrastive": 0.07}  # by default
-_SHORTEST = 1e-6  # a vector below this length counts as one of no direction: its cosines fade to 0
+_MIN_NORM = 1e-6  # shorter vectors have no direction: their cosines go to 0
 
 
 def cosines(one: Tensor, other: Tensor) -> Tensor:
     """Return the cosine of each row of `one` (B, W) to the same row of `other` (B, W): (B,), 0 to a row of zeros."""
-    return (F.normalize(one, eps=_SHORTEST) * F.normalize(other, eps=_SHORTEST)).sum(dim=1)
+    return (F.normalize(one, eps=_MIN_NORM) * F.normalize(other, eps=_MIN_NORM)).sum(dim=1)
 
 
 def divergence(projected: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -41,7 +41,7 @@ def divergence(projected: Tensor, target: Tensor, temperature: float) -> Tensor:
 
 
 def contrast(projected: Tensor, target: Tensor, temperature: float, cluster: Tensor | None = None) -> Tensor:
-    """Return how badly each clip's own teacher is told from the other clips' teachers, and the other way round.
+    """Return the symmetric contrastive loss (InfoNCE) between the embeddings of student and teacher.
 
     Symmetric InfoNCE as in CLIP and CLAP: cross-entropy of the cosines divided by the temperature, over rows and over
     columns. With `cluster`, clips of one cluster are no negatives of each other: they leave the denominator. This parts
@@ -56,7 +56,7 @@ def contrast(projected: Tensor, target: Tensor, temperature: float, cluster: Ten
     Returns:
         A scalar; a clip without any negative adds 0 to the mean.
     """
-    logits = F.normalize(projected, eps=_SHORTEST) @ F.normalize(target, eps=_SHORTEST).T / temperature  # (B, B)
+    logits = F.normalize(projected, eps=_MIN_NORM) @ F.normalize(target, eps=_MIN_NORM).T / temperature  # (B, B)
     own = torch.arange(len(logits), device=logits.device)
     if cluster is not None:
         alike = (cluster[:, None] == cluster[None, :]).fill_diagonal_(False)
@@ -108,7 +108,7 @@ class EmbeddingSettings(TargetSettings):
 
 
 class EmbeddingDistillation(Objective):
-    """Draws the student's projected embedding to the teacher's: share * labels + (1 - share) * teacher.
+    """Distance of the student's projected embedding to the teacher's: share * labels + (1 - share) * teacher.
 
     The contrastive kinds take their negatives from the part of the batch that a process holds: with several processes,
     or a batch cut by `accumulate`, there are fewer of them.
@@ -124,7 +124,8 @@ class EmbeddingDistillation(Objective):
         self.kind, self.share, self.temperature = settings.kind, settings.lambda_, settings.temperature
         self.label_loss = settings.class_loss() if self.share else None
         embed_dim, width, hidden = student.embed_dim, facts.target_width, settings.hidden
-        layers: list[nn.Module] = [nn.Linear(embed_dim, width)]  # drawn in any case, so that seeds give what they gave
+        # Always initialised first, so that results of seeds do not change.
+        layers: list[nn.Module] = [nn.Linear(embed_dim, width)]
         if hidden:
             layers = [
                 nn.Linear(embed_dim, hidden),
@@ -136,16 +137,16 @@ class EmbeddingDistillation(Objective):
 
     @classmethod
     def needs(cls, settings: EmbeddingSettings) -> Needs:
-        """A teacher's embeddings; labels where they have a share; clusters where clips of one are no negatives."""
+        """A teacher's embeddings; labels if they have a share; clusters if clips of one are not negatives."""
         clusters = settings.kind == "cluster_contrastive"
         needs = Needs("embeddings", clusters=clusters, teacher="required", mixup=not clusters)
         if not settings.lambda_:
             return needs
         loss = settings.class_loss()
-        return replace(needs, output=loss.wants, activation=loss.activation, labels=True)
+        return replace(needs, output=loss.outputs, activation=loss.activation, labels=True)
 
     def forward(self, student: AudioTagger, batch: Batch) -> dict[str, Tensor]:
-        """Return the losses, computed in float32 whatever the precision around it.
+        """Return the losses, computed in float32 at any precision.
 
         Returns:
             `loss`; what it is made of before it is weighed, `loss_teacher` and `loss_labels`; and `cosine`, the mean
@@ -169,11 +170,11 @@ class EmbeddingDistillation(Objective):
         return {"loss": loss, **losses}
 
     def target_statistics(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the means over a batch that `constant_loss` needs."""
+        """Return the means over a batch for `constant_loss`."""
         target = batch.target.float()
         means: dict[str, Tensor] = {}
         if self.kind == "cosine":
-            means["direction"] = F.normalize(target, eps=_SHORTEST).mean(dim=0)
+            means["direction"] = F.normalize(target, eps=_MIN_NORM).mean(dim=0)
         elif self.kind == "mse":
             means |= {"embedding": target.mean(dim=0), "square": target.square().mean()}
         elif self.kind == "kl":

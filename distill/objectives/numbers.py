@@ -1,4 +1,4 @@
-"""Numbers among the settings of objectives, as YAML and command lines have them."""
+"""Numbers among the settings of objectives, from YAML and command lines."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,17 +11,17 @@ def read_number(name: str, value: Any, fits: Callable[[float], bool], expected: 
 
     Args:
         name: of the setting.
-        value: as it was given; YAML reads 1e-1 as text.
+        value: as given; YAML reads 1e-1 as text.
         fits: whether a number is in range.
-        expected: what is, as a sentence goes on.
+        expected: description of the range, for the message.
 
     Raises:
-        UserError: it is no number, or out of range.
+        UserError: not a number, or out of range.
     """
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{name} is {value!r}, which is no number; expected {expected}") from None
+        raise UserError(f"{name} is {value!r}, not a number; expected {expected}") from None
     if not fits(number):
         raise UserError(f"{name} is {value!r}; expected {expected}")
     return number

@@ -17,7 +17,7 @@ from models.base import Activation, AudioTagger, Outputs
 
 
 class _SoftBCE(nn.BCELoss):
-    """Binary cross-entropy of probabilities, computed in float32 whatever the precision around it."""
+    """Binary cross-entropy of probabilities, computed in float32 at any precision."""
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         with torch.autocast(output.device.type, enabled=False):
@@ -31,7 +31,7 @@ class _SoftCrossEntropy(nn.CrossEntropyLoss):
         return super().forward(output, to_distribution(target))
 
 
-# name in a configuration → (loss, what it wants the model to give)
+# name in a configuration → loss, output of the model that it needs
 LOSSES: dict[str, tuple[type[nn.Module], Outputs]] = {
     "BCELoss": (_SoftBCE, "probabilities"),
     "BCEWithLogitsLoss": (nn.BCEWithLogitsLoss, "logits"),
@@ -50,11 +50,11 @@ class ClassLoss:
     Args:
         loss: its name.
         loss_args: its arguments, as `torch.nn` spells them. `reduction: none` is averaged over everything.
-        label_smoothing: this part of a target becomes what a model that knows nothing says: 0.5, or 1/C under softmax.
+        label_smoothing: weight of the uniform target: 0.5, or 1/C under softmax.
 
     Attributes:
-        wants: what the output must be.
-        activation: what turns logits into the probabilities that the loss is of.
+        outputs: the output of the model that it needs.
+        activation: from logits to probabilities.
 
     Raises:
         UserError: an unknown loss or argument.
@@ -63,7 +63,7 @@ class ClassLoss:
     def __init__(self, loss: str, loss_args: Mapping[str, Any], label_smoothing: float = 0.0) -> None:
         if loss not in LOSSES:
             raise UserError(f"unknown loss {loss!r}{did_you_mean(loss, LOSSES)}; known are {', '.join(LOSSES)}")
-        factory, self.wants = LOSSES[loss]
+        factory, self.outputs = LOSSES[loss]
         self.activation: Activation = "softmax" if loss == "CrossEntropyLoss" else "sigmoid"
         self.label_smoothing, self.loss_args = label_smoothing, dict(loss_args)
         try:
@@ -73,7 +73,7 @@ class ClassLoss:
             raise UserError(f"loss {loss}: {error}".replace("__init__() ", "")) from None
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of `output` (B, C), what `wants` says, for `target` (B, C): a scalar."""
+        """Return the loss of `output` (B, C), as in `outputs`, for `target` (B, C): a scalar."""
         return self.loss(output, self._smooth(target)).mean()
 
     def _smooth(self, target: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class ClassLoss:
         """Return the loss of the mean target (C,) as the output for all clips: its entropy.
 
         The loss is linear in the target, so that its mean over clips is that of the mean target. None where `loss_args`
-        weigh classes or add up what others average.
+        weight classes, or sum instead of averaging.
         """
         if self.loss_args.get("reduction", "mean") == "sum" or self.loss_args.keys() - {"reduction"}:
             return None
@@ -101,9 +101,9 @@ class ClassLoss:
 
 
 def mean_entropy(target: Tensor, activation: str) -> float:
-    """Return the entropy of a mean target (C,): the mean of its classes' under sigmoid, that of all under softmax.
+    """Return the entropy of a mean target (C,): the mean over classes, or of the distribution under softmax.
 
-    Under softmax a mean target sums to less than one where clips have no label; what answers best is scaled to one.
+    Under softmax a mean target sums to less than one if clips have no label; the best output is scaled to one.
     """
     if activation == "softmax":
         total = target.sum()
@@ -113,7 +113,7 @@ def mean_entropy(target: Tensor, activation: str) -> float:
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """Settings of `target`, which a run says outside `objective_args`.
+    """Settings of `target`, which are keys of a configuration, not of `objective_args`.
 
     Attributes:
         loss: see `ClassLoss`.
@@ -145,9 +145,9 @@ class TargetLoss(Objective):
 
     @classmethod
     def needs(cls, settings: TargetSettings) -> Needs:
-        """Targets of classes, from anywhere."""
+        """Targets of classes, of labels or of a teacher."""
         loss = settings.class_loss()
-        return Needs("classes", loss.wants, loss.activation, teacher="optional")
+        return Needs("classes", loss.outputs, loss.activation, teacher="optional")
 
     def forward(self, student: AudioTagger, batch: Batch) -> dict[str, Tensor]:
         """Return {"loss": scalar}."""

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from common.errors import UserError
-from distill.clusters import Clusters, balance, write_clusters
+from distill.clusters import Clusters, compute_balance, write_clusters
 
 # three chunks of a long clip, one of a short one, and two clips of one stem in two folders
 ROWS = pd.DataFrame(
@@ -85,7 +85,7 @@ def test_a_missing_or_broken_file_is_a_sentence(tmp_path, written):
 
 def test_every_cluster_is_drawn_equally_often():
     cluster = np.repeat([3, 0, 8], [50, 5, 1])
-    weights = balance(cluster)
+    weights = compute_balance(cluster)
     assert weights.dtype == np.float64
     shares = np.bincount(cluster, weights / weights.sum())
     assert shares[[3, 0, 8]] == pytest.approx([1 / 3] * 3)

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from audio.dataset import Pack
-from distill.mask_check import check_masks, masked_shares
+from distill.mask_check import check_masks, compute_masked_shares
 from distill.replay import Replay
 from distill.targets import SoftTargetStore, StoredTargets
 from models import create_model, save_checkpoint
@@ -41,7 +41,7 @@ class Grid:
 def test_the_expected_share_is_the_mean_of_many_drawn_masks(param, share, n_samples):
     replay = masks(param, share, more=[{"TimeMasking": {"time_mask_param": 3}}])  # within the wider one
     drawn = masked_by_drawing(replay, Grid(), n_samples)
-    found = masked_shares(replay, np.array([n_samples]))
+    found = compute_masked_shares(replay, np.array([n_samples]))
     assert found.mean == pytest.approx(drawn.mean(), abs=0.01 + 0.5 / found.n_frames[0])  # whole frames are masked
     assert found.largest[0] == pytest.approx(drawn.max(), abs=0.03)
 
@@ -53,7 +53,7 @@ def test_masks_that_leave_too_little_of_short_clips_are_a_fault_with_its_numbers
     numbers = "up to 0.96 s of 100 clips", "0.44 s long in the median", "0.31 s at least", "of 80 clips", "80 of them"
     for part in numbers:
         assert part in found.fault
-    share = masked_shares(masks(96), lengths).mean
+    share = compute_masked_shares(masks(96), lengths).mean
     assert f"{share:.0%} of their frames on average" in found.fault
     assert "`TimeMasking: {time_mask_param: 96, max_share: 0.2}`" in found.fault
     assert "at most 8" in found.fault
@@ -110,7 +110,7 @@ def test_soft_targets_are_refused_until_masks_leave_enough_and_a_student_then_ge
     assert store.replay.settings()["spectransforms"] == spectransforms
     source = StoredTargets(store, Pack.open(tone_pack), 7, "zero")
     assert source.n_reference.tolist() == [16000] * 28
-    assert masked_shares(source.replay, source.n_reference).largest.max() == pytest.approx(0.2)
+    assert compute_masked_shares(source.replay, source.n_reference).largest.max() == pytest.approx(0.2)
     given, grid = Replay({}, spectransforms), create_model("audiotransformer_pico", num_classes=2).front_end
     mel, n = torch.randn(1, 64, 101), torch.tensor([16000])
     n_masked = []

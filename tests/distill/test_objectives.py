@@ -59,7 +59,7 @@ def test_the_loss_is_the_published_formula(loss, share, tau):
     if loss != "CrossEntropyLoss":
         labels[1, 0] = labels[4, 2] = 1.0
     objective = create(loss, **{"lambda": share, "tau": tau})
-    output = answers(loss, student) if objective.label_loss.wants == "probabilities" else student
+    output = answers(loss, student) if objective.label_loss.outputs == "probabilities" else student
     losses = losses_of(objective, make_batch(labels=labels, target=answers(loss, teacher)), output)
     assert losses["loss"].item() == pytest.approx(by_hand(loss, student, labels, teacher, share, tau).item(), abs=1e-6)
     assert losses["loss_labels"].item() == pytest.approx(
@@ -74,7 +74,7 @@ def test_the_loss_is_the_published_formula(loss, share, tau):
 def test_a_student_that_agrees_with_its_teacher_has_nothing_to_learn_from_it(loss):
     x = logits(2).requires_grad_()
     objective = create(loss, **{"lambda": 0.0})
-    output = answers(loss, x) if objective.label_loss.wants == "probabilities" else x
+    output = answers(loss, x) if objective.label_loss.outputs == "probabilities" else x
     losses = losses_of(
         objective, make_batch(labels=torch.eye(4)[[0, 1, 2, 3, 0]], target=answers(loss, x.detach())), output
     )

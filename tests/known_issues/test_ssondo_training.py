@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.clusters import balance
+from distill.clusters import compute_balance
 from distill.objectives.embedding import KINDS, contrast
 from tests.batches import make_batch
 from tests.objectives import build_objective, losses_of
@@ -77,5 +77,5 @@ def test_vectors_without_a_direction_give_finite_losses_and_gradients(kind):
 
 def test_clusters_that_no_clip_of_the_list_is_in_take_no_share():
     """Sizes are of the clips trained on, not of all that were clustered: what is there comes equally often."""
-    weights = balance(np.array([7, 7, 7, 2, 2, 40]))
+    weights = compute_balance(np.array([7, 7, 7, 2, 2, 40]))
     assert weights.tolist() == pytest.approx([1 / 3] * 3 + [1 / 2] * 2 + [1.0])
