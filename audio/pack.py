@@ -291,8 +291,8 @@ def _check_arguments(
 ) -> None:
     if sample_rate < 1 or size_per_file < 1 or n_workers < 0:
         raise UserError(
-            f"found sample_rate {sample_rate}, size_per_file {size_per_file}, n_workers {n_workers}; expected the first "
-            "two above 0 and the last at least 0"
+            f"found sample_rate {sample_rate}, size_per_file {size_per_file}, n_workers {n_workers}; expected the "
+            "first two above 0 and the last at least 0"
         )
     if layout == PUBLISHED and sample_rate != PUBLISHED_RATE:
         raise UserError(

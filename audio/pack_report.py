@@ -80,7 +80,7 @@ class Report:
             f"{n} from {rate} Hz" for rate, n in sorted(self.source_rates.items()) if rate != self.sample_rate
         )
         lines = [
-            f"packed      {self.n_packed} of {self.n_listed} clips, {_format_duration(self.n_samples / self.sample_rate)} "
+            f"packed      {self.n_packed} of {self.n_listed} clips, {_format_time(self.n_samples / self.sample_rate)} "
             f"at {self.sample_rate} Hz",
             f"resampled   {self.n_resampled}" + (f" ({rates})" if rates else ""),
         ]
@@ -98,5 +98,5 @@ class Report:
 _TITLES = {"unreadable": "unreadable", "empty": "empty", "nan": "NaN", "duplicate": "duplicate"}
 
 
-def _format_duration(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     return f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.1f} seconds"
