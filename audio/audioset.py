@@ -82,7 +82,7 @@ def read_segments(path: str | Path, content: bytes) -> pd.DataFrame:
             continue
         n_faulty += 1
         if n_faulty <= _MOST_FAULTS_TOLD:
-            faults.add(f'line {number}: found {line!r}, wanted {", ".join(COLUMNS)} with the last one in "quotes"')
+            faults.add(f'line {number}: found {line!r}, expected {", ".join(COLUMNS)} with the last one in "quotes"')
     if n_faulty > _MOST_FAULTS_TOLD:
         faults.add(f"and {n_faulty - _MOST_FAULTS_TOLD} lines more")
     faults.raise_if_any()
