@@ -80,7 +80,7 @@ def _check_columns(path: str | Path, table: pd.DataFrame, expected: Sequence[str
     sentence = f"{path}: found the columns {', '.join(map(repr, columns))}, expected {', '.join(map(repr, expected))}"
     sentence += "; missing " + ", ".join(f"{name!r}{did_you_mean(name, columns)}" for name in missing)
     if any("/" in column or _without_extension(column) != column for column in columns):
-        sentence += f". The first line looks like a clip rather than a header: put a line with {expected[0]!r} on top of the list"
+        sentence += f". The first line looks like a clip, not a header: add a line with {expected[0]!r} at the top"
     elif len(columns) == 1 and delimiter not in columns[0]:
         other = next((mark for mark in (",", "\t", ";", " ") if mark in columns[0]), None)
         if other:
