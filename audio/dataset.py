@@ -150,7 +150,7 @@ def _suggest_fix(fault: str, manifest: Path) -> str:
     """Return what to do about a table that is not a packed list, as a continuation of the fault."""
     missing = fault.partition("; missing ")[2]
     if "looks separated" in missing:
-        return "; packed lists are tab-separated: give the one of scripts/wavlist_to_hdf5.py in OUTDIR/labels"
+        return "; packed lists are tab-separated: give the one that scripts/wavlist_to_hdf5.py wrote to OUTDIR/labels"
     if "'hdf5path'" in missing:
         return (
             f". The list is not packed yet: run `python scripts/wavlist_to_hdf5.py {manifest} OUTDIR`, then use "

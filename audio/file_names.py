@@ -1,7 +1,7 @@
 """Names of files in lists: always valid text, also where the bytes on disk are not, or have another Unicode form.
 
-On Linux a file's name is bytes. Names that are not UTF-8 (archives packed on Windows, old disks) are written in lists
-as their Windows-1252 characters (Latin-1 for bytes without one), folder by folder, so that every list, HDF5 file, table
+On Linux a file's name is bytes. Names that are no UTF-8 (archives packed on Windows, old disks) are written in lists as
+their Windows-1252 characters (Latin-1 for bytes without one), folder by folder, so that every list, HDF5 file, table
 and JSON file can contain them; `locate` finds the file under the original bytes. macOS stores "é" as two characters
 (NFD), most other programs write one (NFC): `locate` finds either by the other.
 """

@@ -80,8 +80,8 @@ class Report:
             f"{n} from {rate} Hz" for rate, n in sorted(self.source_rates.items()) if rate != self.sample_rate
         )
         lines = [
-            f"packed      {self.n_packed} of {self.n_listed} clips, {_format_time(self.n_samples / self.sample_rate)} "
-            f"at {self.sample_rate} Hz",
+            f"packed      {self.n_packed} of {self.n_listed} clips, "
+            f"{_format_duration(self.n_samples / self.sample_rate)} at {self.sample_rate} Hz",
             f"resampled   {self.n_resampled}" + (f" ({rates})" if rates else ""),
         ]
         for fault, rows in self.left_out.items():

@@ -62,7 +62,7 @@ def raw_format(encoding: Encoding) -> RawFormat:
 
 
 def decode_samples(pieces: Iterator[bytes], raw: RawFormat) -> Iterator[np.ndarray]:
-    """Convert bytes to blocks of float32 (S, channels) with full scale 1.0; an incomplete sample is kept."""
+    """Convert bytes to blocks of float32 (S, channels) with full scale 1.0; incomplete samples wait for the next."""
     rest = b""
     for piece in pieces:
         data = rest + piece

@@ -17,7 +17,7 @@ import math
 import operator
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -127,6 +127,26 @@ def resize_chunks(model: AudioTagger, n_frames: int) -> AudioTagger:
     )
     other.load_state_dict(other.adapt_weights(model.state_dict()))
     return other.eval()
+
+
+def name_files(output: Path, precisions: Sequence[Precision], is_given: bool) -> dict[Precision, Path]:
+    """Name the file of each precision: `output` for float32, or for the only one if the name was given."""
+    if is_given and len(precisions) == 1:
+        return {precisions[0]: output}
+    return {each: output if each == "fp32" else output.with_suffix(f".{each}.onnx") for each in precisions}
+
+
+def check_label_table(table: Path, labels: list[str]) -> None:
+    """Check that a label table does not exist yet, or is that of these labels.
+
+    Raises:
+        UserError: it belongs to another model.
+    """
+    if table.exists() and table.read_text(encoding="utf-8", errors="replace") != format_label_table(labels):
+        raise UserError(
+            f"{table}: holds other labels, of another model in this folder; give the table another name with "
+            "--labels-output, or write to another folder with --output"
+        )
 
 
 def write_label_table(path: str | Path, labels: list[str]) -> None:

@@ -67,7 +67,8 @@ def read_row(name: str, pattern: str, tasks: list[str], faults: Faults) -> Row:
     counts = [f"{len(found)} of {task}" for task, found in values.items()]
     if len({len(found) for found in values.values()}) > 1:
         faults.add(f"{name}: the tasks have different numbers of files: {', '.join(counts)}; expected as many of each")
-    values["average"] = [statistics.fmean(seed) for seed in zip(*values.values(), strict=False)]
+    else:
+        values["average"] = [statistics.fmean(seed) for seed in zip(*values.values(), strict=True)]
     return Row(name, values)
 
 

@@ -13,32 +13,33 @@ and by AutoModelForAudioClassification, AutoModel (embeddings), AutoFeatureExtra
 it as well: `-m my_tagger`. Fill in `license` in its README.md before you publish it.
 """
 
-import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
 from common.errors import print_user_errors
-from common.parser import Parser
+from common.options import ModelOptions, parse_arguments
 from models import load_tagger
 from models.heads import check_classes
 from scripts.hf.folder import export
 
 
+class FolderOptions(ModelOptions):
+    """The options of export_hf.py."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("folder",)
+
+    folder: Path  # output; new or empty
+    overwrite: bool = False  # replace an existing export, but not its README.md
+
+
 @print_user_errors
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, load the model, write the folder."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="OUTPUT_FOLDER", type=Path, help="new or empty")
-    parser.add_argument("-m", "--model", required=True, help="a model's name, a checkpoint, or a run's folder")
-    parser.add_argument("--weights", help="file or address with the weights of the model named by -m")
-    parser.add_argument("--head", help="write this head's classes: a name in heads/, or a head's file")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an export that is there, but not its README.md"
-    )
-    options = parser.parse_args(arguments)
+    """Load the model and write the folder."""
+    options = parse_arguments(FolderOptions, __doc__, arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = load_tagger(options.model, weights=options.weights, head=options.head)
     check_classes(model, options.model)

@@ -1,12 +1,10 @@
 """Command lines: help wherever it is asked for, and checks before anything runs."""
 
-import argparse
 import sys
 
 import pytest
 
 from common.commands import run_commands
-from common.parser import Parser
 from run import Runner
 from training.config import TrainConfig
 
@@ -111,25 +109,3 @@ def test_command_lines_that_are_wrong_run_nothing(words, sentence, monkeypatch, 
     message = capsys.readouterr()
     assert sentence in message.out + message.err
     assert Group.ran == []
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--treshold", "1"], "unknown option --treshold (did you mean '--threshold'?)"),
-        (["--zzz=1"], "unknown option --zzz=1; tag.py --help"),
-        (["more"], "'more' belongs to no option; a model is given with -m"),
-        (["--threshold", "x"], "argument --threshold: invalid float value: 'x'"),
-    ],
-)
-def test_a_parser_prints_one_message(words, sentence, capsys):
-    parser = Parser(prog="tag.py", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model")
-    parser.add_argument("--threshold", type=float)
-    with pytest.raises(SystemExit) as stopped:
-        parser.parse_args(words)
-    message = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert message.startswith("error: ")
-    assert sentence in message
-    assert message.count("\n") == 1

@@ -11,8 +11,6 @@ import export_onnx
 import inference
 from audio.dataset import Pack
 from audio.io import read_audio
-from common.errors import UserError
-from common.numbers import read_merging, read_numbers
 from models import create_model, load_model, save_checkpoint
 from run import Runner
 from training.labelled import open_labelled
@@ -53,16 +51,6 @@ def refused(capsys, function, *arguments, **options):
     return capsys.readouterr().err
 
 
-def test_numbers_of_a_command_line():
-    assert [read_numbers(text) for text in ("16", "16,-1", "2, 0.5")] == [16, [16, -1], [2, 0.5]]
-    assert isinstance(read_numbers("16"), int)
-    assert [read_merging(text) for text in ("16", "16,-1")] == [16, [16, -1]]
-    plain = {"r": [8, -1], "proportional": False}
-    assert read_merging("{r: [8, -1], proportional: false}") == plain
-    with pytest.raises(UserError, match=r"wanted, say, '\{r: 8, proportional: false\}'"):
-        read_merging("{r: [8}")
-
-
 def test_evaluate_merges_as_set(folder, tone_pack, tmp_path, capsys):
     data = open_labelled(str(tone_pack), LABELS, None)
     figures = []
@@ -79,7 +67,7 @@ def test_evaluate_merges_as_set(folder, tone_pack, tmp_path, capsys):
     text = refused(capsys, Runner().evaluate, str(folder / "cnn.pt"), str(tone_pack), token_merging=5)
     assert "mn01_as has no tokens to merge" in text
     text = refused(capsys, Runner().evaluate, str(folder / "vit.pt"), str(tone_pack), token_merging=-1)
-    assert "token_merging is -1; wanted" in text
+    assert "token_merging is -1; expected" in text
 
 
 def test_tagging_merges_as_set_and_does_not_add_to_tags_made_otherwise(folder, tone_pack, tmp_path, capsys):

@@ -4,7 +4,8 @@ Letters: N clips, C classes.
 """
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,9 @@ from tqdm import tqdm
 
 from audio.dataset import Pack
 from audio.io import resample
+from common.columns import align_columns
+from training.labelled import LabelledPack
+from training.metrics import evaluate_scores
 
 
 class ExportedTagger(Protocol):
@@ -51,6 +55,31 @@ def predict_exported(tagger: ExportedTagger, pack: Pack) -> np.ndarray:
             np.add.at(results, owners, tagger.predict(parts) * shares[:, None])
             progress.update(len(rows))
     return results.astype(np.float32)
+
+
+def compare_engines(engines: Mapping[str, tuple[ExportedTagger, int]], data: LabelledPack) -> str:
+    """Evaluate engines on a labelled pack, one clip at a time, and return a table of mAP, loss, size and time.
+
+    Args:
+        engines: name → engine and its size in bytes; losses are relative to the first.
+        data: the clips; those that are too long for an engine are cut and averaged.
+    """
+    rows, reference = [("", "mAP", "loss", "MB", "ms/clip")], None
+    for name, (engine, n_bytes) in engines.items():
+        scores, seconds = np.zeros((len(data.pack), len(engine.labels)), np.float32), 0.0
+        for row in range(len(data.pack)):
+            clip = resample(data.pack.read(row), data.pack.sample_rate, engine.sample_rate)
+            start = time.perf_counter()
+            scores[row] = engine.predict(_cut(clip, engine.max_samples)).mean(0)
+            seconds += time.perf_counter() - start
+        value = evaluate_scores(scores, data.multi_hot()).mAP
+        loss = "" if reference is None else f"{100 * (reference - value):.2f}"
+        reference = value if reference is None else reference
+        rows.append((name, f"{value:.4f}", loss, f"{n_bytes / 1e6:.2f}", f"{1000 * seconds / len(scores):.1f}"))
+    return (
+        f"{align_columns(rows, '<>')}\n{len(data.pack)} clips of {data.pack.manifest}; loss: of mAP against "
+        f"{next(iter(engines))}, in points of 0.01"
+    )
 
 
 def _cut(clip: np.ndarray, longest: int | None) -> list[np.ndarray]:

@@ -72,8 +72,8 @@ def test_a_checkpoint_is_read_without_running_what_it_holds(tmp_path):
     state = {f"student_model.{key}": value for key, value in model.state_dict().items()}
     config = {"student_model": {"model_name": "mn10_im"}, "loss": Bomb(tmp_path / "it_ran")}
     torch.save({"state_dict": state, "training_config": config}, tmp_path / "student.ckpt")
-    with pytest.raises(UserError, match="holds more than tensors and plain values"):
+    with pytest.raises(UserError, match="contains more than tensors and plain values"):
         load_model(tmp_path / "student.ckpt")
-    with pytest.raises(UserError, match="holds more than tensors and plain values"):
+    with pytest.raises(UserError, match="contains more than tensors and plain values"):
         get_ssondo(tmp_path / "student.ckpt")
     assert not (tmp_path / "it_ran").exists()

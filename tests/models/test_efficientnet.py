@@ -195,7 +195,7 @@ def test_a_checkpoint_holds_all_of_it(pooling, tmp_path, caplog):
     assert torch.equal(again.predict(wave), model.predict(wave))
     assert not caplog.records
     other = load_model(tmp_path / "model.pt", num_classes=5)
-    assert "starts anew" in caplog.text
+    assert "initialised anew" in caplog.text
     with torch.inference_mode():
         torch.testing.assert_close(other.embed(wave)[0], model.embed(wave)[0])
     assert other.predict(wave).shape == (1, 5)
@@ -214,7 +214,7 @@ def test_it_starts_from_pictures(pooling, tmp_path, caplog):
         load_weights(model, tmp_path / "pictures.pt", pre_training=True)
     assert "3 colours" in caplog.text
     assert "classifier of pictures is left out" in caplog.text
-    assert "start anew" in caplog.text
+    assert "initialised anew" in caplog.text
     model.eval()
     grey = torch.randn(2, 64, 70)
     with torch.inference_mode():

@@ -331,11 +331,11 @@ def test_settings_with_and_without_proportional_attention():
     assert split_setting({"r": 8, "proportional": "false"}) == (8, False)  # as a command line has it
     with pytest.raises(UserError, match=r"did you mean 'proportional'.*expected r, or \{r: 8, proportional: false\}"):
         split_setting({"r": 8, "proportionl": False})
-    with pytest.raises(UserError, match="wanted r, or"):
+    with pytest.raises(UserError, match="expected r, or"):
         split_setting({"proportional": False})
     with pytest.raises(UserError, match=r"token_merging\.proportional is 3; expected true or false"):
         create_model("audiotransformer_pico", token_merging={"r": 8, "proportional": 3})
-    with pytest.raises(UserError, match="token_merging is -1; wanted"):
+    with pytest.raises(UserError, match="token_merging is -1; expected"):
         create_model("audiotransformer_pico", token_merging={"r": -1})
 
 
