@@ -98,5 +98,5 @@ class Report:
 _TITLES = {"unreadable": "unreadable", "empty": "empty", "nan": "NaN", "duplicate": "duplicate"}
 
 
-def _format_time(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.1f} seconds"
