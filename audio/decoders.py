@@ -174,12 +174,12 @@ class FileDecoder:
         n_block = min(_BLOCK_FRAMES, _BLOCK_SECONDS * rate, _BLOCK_SAMPLES // n_channels)
         n_block -= n_block % rate if n_block > rate else 0  # whole seconds, see `audio.channels`
         while n_left > 0:  # never more than announced: libFLAC would continue into another stream behind it, and fail
-            n_wanted = min(n_block, n_left)
-            block = file.read(out=np.empty((n_wanted, n_channels), np.float32))  # (S, channels)
+            n_needed = min(n_block, n_left)
+            block = file.read(out=np.empty((n_needed, n_channels), np.float32))  # (S, channels)
             n_left -= len(block)
             if len(block):
                 yield block
-            if len(block) < n_wanted:
+            if len(block) < n_needed:
                 return
 
     def _decode_rest(self, source: Slice, n_read: int, rate: int, error: Exception) -> Blocks:

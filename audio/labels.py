@@ -57,9 +57,9 @@ def find_lookalikes(names: Iterable[str]) -> list[list[str]]:
 
 
 def describe_lookalikes(counts: Mapping[str, int]) -> str:
-    """Return a sentence on classes that are surely meant to be one, such as "Dog" beside "dog"; "" where none are.
+    """Return a warning on classes that are probably the same, such as "Dog" and "dog"; "" where there are none.
 
-    They stay separate: the labels of a list are not changed.
+    They remain different classes: a list is not changed.
     """
     pairs = [
         " and ".join(f"{_show(name)} ({counts[name]} clips)" for name in labels) for labels in find_lookalikes(counts)
@@ -84,8 +84,8 @@ def parse_labels(
 
     Args:
         column: strings such as "74;75", or "Dog;Bark" (or "/m/0bt9lr;/m/05tny_") where the classes have names.
-        classes: how many there are, or their names.
-        names: the clips' names, given beside the row where a label is wrong.
+        classes: their number, or their names.
+        names: the clips' names, for messages.
 
     Returns:
         For each row the indexes, int64, ascending, each once.
@@ -96,10 +96,10 @@ def parse_labels(
     """
     num_classes = classes if isinstance(classes, int) else len(classes)
     index_of = {} if isinstance(classes, int) else {name: index for index, name in enumerate(classes)}
-    # Where classes are called by numbers ("3", "5"), a number is a name and no index.
+    # Where classes are named by numbers ("3", "5"), a number is a name and no index.
     numbers_are_names = any(_index(name, 10**9) is not None for name in index_of)
     if numbers_are_names:
-        expected = f"one of the {num_classes} classes, which are called {some(index_of)}"
+        expected = f"one of the {num_classes} classes, which are named {some(index_of)}"
     else:
         expected = f"whole numbers from 0 to {num_classes - 1}" + (" or names of classes" if index_of else "")
     n_indices = 0 if numbers_are_names else num_classes

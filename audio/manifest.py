@@ -1,8 +1,8 @@
-"""Manifests: the tables of clips (.tsv), and the ways in which a clip's name is spelt.
+"""Manifests: tables of clips (.tsv), and the spellings of clip names.
 
-A clip is known by its name: the path in the manifest's `filename` column. Published stores spell names in other ways
-(without the folder, another extension, AudioSet's leading "Y"), so names are found by their relative path first and
-by their stem where that leaves no doubt.
+A clip is identified by its name: the path in the manifest's `filename` column. Published stores spell names in other
+ways (without the folder, another extension, AudioSet's leading "Y"), so names are matched by their relative path first,
+and by their stem where that is unambiguous.
 """
 
 import posixpath
@@ -25,7 +25,7 @@ from common.errors import UserError, did_you_mean
 _EXTENSIONS = AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS
 # "Y", an 11-character YouTube id, then nothing, or the start, or start and end of the segment in seconds.
 _AUDIOSET_NAME = re.compile(r"Y([A-Za-z0-9_-]{11}(?:_\d+(?:\.\d+)?){0,2})")
-# Columns whose clips must stay in one list: a model would recognise a speaker in another one.
+# Columns of groups of clips, such as speakers, which a model would recognise in another list.
 GROUP_COLUMNS = ("group", "speaker", "recording")
 
 
@@ -38,14 +38,14 @@ def read_manifest(
 ) -> pd.DataFrame:
     r"""Read a table with one clip a row.
 
-    `audio.tables` describes how encodings, line ends, quotation marks and rows of another length are read. AudioSet's
+    Encodings, line ends, quotation marks and rows of another length are read as `audio.tables` says. AudioSet's own
     lists of segments are read as lists of sounds, whatever the delimiter (`audio.audioset`).
 
     Args:
         path: a text file with a header line.
-        required: columns that must be there; "filename" stands for `filename_column`.
+        required: columns that must be present; "filename" stands for `filename_column`.
         delimiter: between columns.
-        filename_column: what the file calls the column of names; it is called "filename" in the result.
+        filename_column: the file's column of names; it is named "filename" in the result.
 
     Returns:
         The table, every value a string as it stands in the file, missing ones "".
@@ -65,7 +65,9 @@ def read_manifest(
         raise UserError(f"{path}: the table has a header but no rows")
     if filename_column != "filename" and filename_column in table:
         if "filename" in table:
-            raise UserError(f"{path}: has a 'filename' column beside {filename_column!r}; rename or remove one of them")
+            raise UserError(
+                f"{path}: has a 'filename' column beside the expected {filename_column!r}; rename or remove one of them"
+            )
         table = table.rename(columns={filename_column: "filename"})
     return table
 
@@ -78,7 +80,7 @@ def _check_columns(path: str | Path, table: pd.DataFrame, expected: Sequence[str
     sentence = f"{path}: found the columns {', '.join(map(repr, columns))}, expected {', '.join(map(repr, expected))}"
     sentence += "; missing " + ", ".join(f"{name!r}{did_you_mean(name, columns)}" for name in missing)
     if any("/" in column or _without_extension(column) != column for column in columns):
-        sentence += f". The first line looks like a clip, not a header: put a line with {expected[0]!r} on top"
+        sentence += f". The first line looks like a clip, not a header: add a line with {expected[0]!r} at the top"
     elif len(columns) == 1 and delimiter not in columns[0]:
         other = next((mark for mark in (",", "\t", ";", " ") if mark in columns[0]), None)
         if other:
@@ -87,10 +89,10 @@ def _check_columns(path: str | Path, table: pd.DataFrame, expected: Sequence[str
 
 
 def resolve(path: str, manifest: str | Path) -> Path:
-    """Return the location of a path in a manifest.
+    """Return the path on disk of a file in a manifest.
 
-    An absolute path is taken as it is; a relative one is looked for beside the manifest first, else it is meant from
-    the working directory. Names that are composed otherwise on disk (NFC and NFD), or are no UTF-8 there, are found.
+    An absolute path is unchanged; a relative one is searched in the manifest's folder first, then in the working
+    directory. Names with another Unicode form on disk (NFC, NFD), or that are not UTF-8 there, are found.
     """
     beside = Path(manifest).parent / path  # an absolute `path` replaces the folder
     if beside.exists() or path.isascii():
@@ -101,7 +103,7 @@ def resolve(path: str, manifest: str | Path) -> Path:
 def name_fault(name: str) -> str:
     """Return why a clip cannot have this name, in a sentence; "" where it can."""
     if "\n" in name or "\r" in name:
-        return "the name holds a line break, which lists of sounds cannot hold; rename the file"
+        return "the name has a line break, which lists of sounds do not support; rename the file"
     return ""
 
 
@@ -155,7 +157,7 @@ class NameIndex:
     The same relative path always wins, then the same in Unicode's composed form. Else a name with the same loosest
     spelling (see `spellings`) is taken when it is the only one, or when the folders single it out. Where folders
     disagree ("a/x.wav" for "b/x.wav") the stem counts only if no two names share a stem; two candidates that nothing
-    distinguishes do not match.
+    tells apart are no match.
 
     Args:
         names: the names to find; of equal ones the first is found.
@@ -199,18 +201,18 @@ class NameIndex:
         Knowing them all, this is stricter than `find` on each: where two different names would be given the same clip,
         it goes to the one that spells it exactly, or to none.
         """
-        paths = [normalise(name) for name in names]
-        found = np.array([self._exact.get(path, -1) for path in paths], dtype=np.int64)
+        expected = [normalise(name) for name in names]
+        found = np.array([self._exact.get(path, -1) for path in expected], dtype=np.int64)
         if (found >= 0).all():
             return found
-        distinct = set(paths)
+        distinct = set(expected)
         stems_identify = len({_key(_base(compose(path))) for path in distinct}) == len(distinct)
         positions = {path: self._find(path, stems_identify) for path in distinct}
         claims = Counter(positions.values())
         for path, position in positions.items():
             if claims[position] > 1 and path != self._given[position]:
                 positions[path] = -1
-        return np.array([positions[path] for path in paths], dtype=np.int64)
+        return np.array([positions[path] for path in expected], dtype=np.int64)
 
     def _find(self, path: str, stems_identify: bool) -> int:
         if path in self._exact:

@@ -207,44 +207,37 @@ def pack(
     report = Report(sample_rate, len(table))
     rows = _select_rows(table, report)
     names = [str(table["filename"].iat[row]) for row in rows]
-    keys = names
-    if layout == PUBLISHED and not fullname:
-        keys = [Path(clip_name).name for clip_name in names]
-        _check_base_names(names, list_path)
+    keys = _use_base_names(names, list_path) if layout == PUBLISHED and not fullname else names
     paths = [resolve(clip_name, list_path) for clip_name in names]
     load = partial(load_clip, sample_rate=sample_rate, stereo=stereo)
     clips = load_clips(paths, load, min(n_workers, len(paths)))
     clips = tqdm(clips, total=len(rows), desc=name, unit="clip", disable=not progress)
-    packed_rows, seconds = [], []
+    lengths: dict[int, int] = {}  # row → samples
     with ExitStack() as stack:
         shard_layout = "clips" if layout == PUBLISHED else layout
         shards = _ShardSeries(stack, output / hdf5_folder / name, sample_rate, shard_layout, size_per_file)
         for row, clip_name, key, clip in zip(rows, names, keys, clips, strict=True):
-            if clip.samples is None:
-                report.left_out[clip.fault].append((clip_name, clip.reason))
-                continue
-            try:
-                shards.append(key, clip.samples)
-            except ValueError as error:
-                reason = f"the name cannot be stored beside the others in the clips layout ({error})"
-                report.left_out["duplicate"].append((clip_name, reason))
-                continue
-            packed_rows.append(row)
-            seconds.append(clip.samples.shape[-1] / sample_rate)
-            _add_to_report(report, clip_name, clip)
-        if not packed_rows:
+            n_samples = _add_clip(shards, key, clip, clip_name, report)
+            if n_samples is not None:
+                lengths[row] = n_samples
+        if not lengths:
             raise UserError(_describe_failure(list_path, report))
-    packed = table.iloc[packed_rows].drop(columns="hdf5path", errors="ignore")
+    packed = table.iloc[list(lengths)].drop(columns="hdf5path", errors="ignore")
     packed["hdf5path"] = [str(shards.paths[i // size_per_file]) for i in range(len(packed))]
     if add_duration:
-        packed["duration"] = [f"{value:.6g}" for value in seconds]
+        packed["duration"] = [f"{n_samples / sample_rate:.6g}" for n_samples in lengths.values()]
+    report.files = [*map(str, shards.paths)]
+    _write_index(manifest, packed, report)
+    _remove_old_shards(output / hdf5_folder, name, len(shards.paths))
+    return report
+
+
+def _write_index(manifest: Path, packed: pd.DataFrame, report: Report) -> None:
     with whole_file(manifest) as partial_file:
         packed.to_csv(partial_file, sep="\t", index=False)
     report_path = manifest.with_suffix(".report.json")
-    report.files = [str(path) for path in [*shards.paths, manifest, report_path]]
+    report.files += [str(manifest), str(report_path)]
     write_json(report_path, report.as_json())
-    _remove_old_shards(output / hdf5_folder, name, len(shards.paths))
-    return report
 
 
 @dataclass
@@ -323,7 +316,12 @@ def _select_rows(table: pd.DataFrame, report: Report) -> list[int]:
     return rows
 
 
-def _check_base_names(names: Sequence[str], list_path: str | Path) -> None:
+def _use_base_names(names: Sequence[str], list_path: str | Path) -> list[str]:
+    """Return the base names of clips.
+
+    Raises:
+        UserError: several clips have the same.
+    """
     by_base: dict[str, list[str]] = {}
     for name in names:
         by_base.setdefault(Path(name).name, []).append(name)
@@ -333,11 +331,23 @@ def _check_base_names(names: Sequence[str], list_path: str | Path) -> None:
             f"{list_path}: --layout {PUBLISHED} stores clips under their base names, which several share: "
             f"{some(twice)}; rename these files, or choose --layout clips or flat, which keep folders"
         )
+    return [Path(name).name for name in names]
 
 
-def _add_to_report(report: Report, name: str, clip: Clip) -> None:
+def _add_clip(shards: _ShardSeries, key: str, clip: Clip, name: str, report: Report) -> int | None:
+    """Write a clip and its result; returns its number of samples, None where it is left out."""
+    if clip.samples is None:
+        report.left_out[clip.fault].append((name, clip.reason))
+        return None
+    try:
+        shards.append(key, clip.samples)
+    except ValueError as error:
+        reason = f"the name cannot be stored beside the others in the clips layout ({error})"
+        report.left_out["duplicate"].append((name, reason))
+        return None
+    n_samples = clip.samples.shape[-1]
     report.n_packed += 1
-    report.n_samples += clip.samples.shape[-1] if clip.samples is not None else 0
+    report.n_samples += n_samples
     report.source_rates[clip.source_rate] += 1
     for note, holds in (("silent", clip.silent), ("clipped", clip.clipped)):
         if holds:
@@ -345,6 +355,7 @@ def _add_to_report(report: Report, name: str, clip: Clip) -> None:
     for kind, text in clip.warnings.items():
         report.noted[kind].append(name)
         report.warnings.append((name, kind, text))
+    return n_samples
 
 
 def _describe_failure(list_path: str | Path, report: Report) -> str:

@@ -33,7 +33,7 @@ from common.errors import Faults, UserError, some
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 1 << 24  # PyArrow requires every line to fit into one
+_BLOCK_BYTES = 1 << 24  # PyArrow wants every line to fit into one
 _MOST_FAULTS_TOLD = 20
 _UTF16 = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _UTF32 = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
@@ -276,7 +276,7 @@ def _read_line_breaks(
     number = min([number for number, _ in longer] + list(shorter))
     raise UserError(
         f"{path}: line {unclosed} has a quotation mark at the start of a field, which no mark before a separator or "
-        f"the end of the line closes, and line {number} does not have {width} fields, so rows are ambiguous; expected "
+        f"the end of the line closes, and line {number} does not have {width} fields, so rows are in doubt; expected "
         '"..." around a whole field with "" for a mark inside it, or a separator in every row'
     )
 

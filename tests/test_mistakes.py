@@ -245,7 +245,7 @@ COMMANDS = {
     "a shard as a list": ("run.py train mine.yaml --train_data pack.h5", ["is no text"]),
     "other classes": (
         "run.py evaluate model.pt birds.tsv",
-        ["none of the 8 rows holds a known class: found crow, wren"],
+        ["none of the 8 rows has a known class: found crow, wren"],
     ),
     "other numbers of classes": (
         "run.py train mine.yaml --num_classes 5",
@@ -351,7 +351,7 @@ COMMANDS = {
     "a precision too small": ("export_onnx.py -m model.pt --precision int4", ["fp32, fp16, int8, not int4"]),
     "a folder to pack": (
         "scripts/wavlist_to_hdf5.py empty data",
-        ["is a folder; wanted a list of sounds", "make_lists.py"],
+        ["is a folder; expected a list of sounds", "make_lists.py"],
     ),
     "a list to pack that is not there": ("scripts/wavlist_to_hdf5.py nowhere.tsv data", ["no such file"]),
     "a list without names": (

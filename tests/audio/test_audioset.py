@@ -72,7 +72,7 @@ def test_of_several_sounds_the_name_that_states_most_is_taken(tmp_path: Path) ->
 
 
 def test_lines_that_are_no_segments_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"line 5: found .--x, 30\.000., wanted YTID, start_seconds"):
+    with pytest.raises(UserError, match=r"line 5: found .--x, 30\.000., expected YTID, start_seconds"):
         read_manifest(write(tmp_path, HEAD + ROWS.splitlines()[0] + "\n--x, 30.000\n"))
 
 

@@ -62,18 +62,18 @@ def test_pages_lie_one_behind_the_other_and_are_whole(monkeypatch: pytest.Monkey
     assert b"".join(page.data for page in pages) == data
     assert [page.start for page in pages] == [0, *np.cumsum([len(page.data) for page in pages[:-1]])]
     assert len(data) > 1 << 16
-    assert all(page.is_whole for page in pages)
-    assert pages[-1].place == 30 * RATE
+    assert all(page.is_valid for page in pages)
+    assert pages[-1].granule_position == 30 * RATE
     for at in (200, len(data) // 2, len(data) - 1):
         damaged = pages_of(patched(data, at, bytes([data[at] ^ 0xAA])))
-        assert [page.is_whole for page in damaged].count(False) == 1
+        assert [page.is_valid for page in damaged].count(False) == 1
 
 
 def test_bytes_missing_from_a_page_cost_that_page_alone() -> None:
     data = written("OGG", "VORBIS", sound=noisy(range(300, 900, 20)))
     pages = pages_of(data[: len(data) // 2] + data[len(data) // 2 + 7 :])
     assert len(pages) == len(pages_of(data))
-    assert [page.is_whole for page in pages].count(False) == 1
+    assert [page.is_valid for page in pages].count(False) == 1
 
 
 @pytest.mark.parametrize("make", [variable_mp3, lambda: written("MP3", rate=44100), lambda: written("MP3", rate=8000)])

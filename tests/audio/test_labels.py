@@ -18,7 +18,7 @@ def test_all_wrong_labels_are_reported_together() -> None:
         parse_labels(column, 10, names=list("abcde"))
     text = str(caught.value)
     assert "has 4 faults" in text
-    assert "row 2 (b): 'dog' is no class; wanted whole numbers from 0 to 9" in text
+    assert "row 2 (b): 'dog' is no class; expected whole numbers from 0 to 9" in text
     assert "row 3 (c): '10'" in text
     assert "row 4 (d): no label" in text
     assert "row 5 (e): '-1'" in text

@@ -34,7 +34,7 @@ def test_another_delimiter_and_name_column(tmp_path: Path) -> None:
         ("", "file is empty"),
         ("filename\n", "header but no rows"),
         ("file_name\na.wav\n", r"found the columns 'file_name'.*missing 'filename' \(did you mean 'file_name'\?\)"),
-        ("audio/a.wav\naudio/b.wav\n", "looks like a clip rather than a header"),
+        ("audio/a.wav\naudio/b.wav\n", "looks like a clip, not a header"),
         ("filename,labels\na.wav,3\n", "looks separated by ','"),
     ],
 )

@@ -58,7 +58,7 @@ def test_a_name_with_a_line_break_is_left_out_with_a_sentence(tmp_path: Path) ->
     assert report.n_packed == 1
     [(name, reason)] = report.left_out["unreadable"]
     assert name == "b\nc.wav"
-    assert "line break, which lists of sounds cannot hold; rename the file" in reason
+    assert "line break, which lists of sounds do not support; rename the file" in reason
 
 
 @pytest.mark.parametrize(("listed", "on_disk"), [(NFC, NFD), (NFD, NFC)])

@@ -121,7 +121,7 @@ def test_both_readers_follow_the_slow_rule_on_random_tables(tmp_path: Path) -> N
 
 def test_every_row_with_more_fields_than_the_header_is_named_with_what_was_found(tmp_path: Path) -> None:
     text = refused(tmp_path, "filename,labels\na.wav,dog,bark\nb.wav,cat\nc.wav,dog,a,b\n", delimiter=",")
-    assert "line 2: found 3 fields ('a.wav', 'dog', 'bark'), wanted 2 (filename, labels)" in text
+    assert "line 2: found 3 fields ('a.wav', 'dog', 'bark'), expected 2 (filename, labels)" in text
     assert "line 4: found 4 fields" in text
     assert "joined by ';'" in text
 
@@ -172,7 +172,7 @@ def test_a_column_without_a_name_but_with_values_is_kept(tmp_path: Path) -> None
 
 
 def test_a_separator_of_several_characters_is_refused(tmp_path: Path) -> None:
-    assert "wanted one character" in refused(tmp_path, "filename\na.wav\n", delimiter=", ")
+    assert "expected one character" in refused(tmp_path, "filename\na.wav\n", delimiter=", ")
 
 
 # --- Encodings ---
