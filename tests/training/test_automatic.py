@@ -278,7 +278,7 @@ def test_the_preset_needs_no_option_for_classes_called_by_numbers(tmp_path):
     words += ["--epochs", "1", "--num_workers", "0", "--outputpath", tmp_path / "runs", "--model_args.width", "4"]
     result = run_command("run.py", "train", TEACHER, *words)
     assert result.returncode == 0, result.stderr
-    assert "taken for the names of the classes" in result.stderr
+    assert "used as class names" in result.stderr
     latest = tmp_path / "runs" / "own_teacher" / "latest"
     assert (latest / "class_labels_indices.csv").read_text().splitlines()[1:] == ['0,"","0"', '1,"","3"', '2,"","6"']
     assert (latest / "results.json").is_file()

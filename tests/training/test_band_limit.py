@@ -88,9 +88,9 @@ def test_clips_that_end_early_among_others_are_told_with_what_to_do(tmp_path):
 
     assert told("wide", wide, full) is None
     assert told("narrow", narrow, limited) is None
-    assert "its clips hold nothing above 4000 Hz" in told("narrow_full", narrow, full)
+    assert "its clips have no content above 4000 Hz" in told("narrow_full", narrow, full)
     mixed = told("mixed", narrow + wide, full)
-    assert "33% of its clips hold nothing above 4000 Hz" in mixed
+    assert "33% of its clips have no content above 4000 Hz" in mixed
     assert "--model_args.band_limit 3600" in mixed
 
 
@@ -244,7 +244,7 @@ def test_a_pack_of_a_lower_rate_than_a_model_makes_use_of_is_told(versions, tmp_
         evaluate_command(given, open_engine)
         return caplog.text
 
-    assert "is at 16000 Hz, but mn01_as takes mel bands up to 15000 Hz" in told()
+    assert "is at 16000 Hz, but mn01_as has mel bands up to 15000 Hz" in told()
     assert "mel bands" not in told(band_limit=7000.0)
 
 

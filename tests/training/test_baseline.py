@@ -19,12 +19,12 @@ from training import baseline as baseline_module
 from training import baseline_features
 from training.baseline import (
     add_baseline,
+    compare_with_baseline,
     fit_baseline,
     fits_in_seconds,
     limit_seconds,
     thin_out,
     training_packs,
-    warning,
 )
 from training.baseline_features import LogMel, compute_features, compute_log_mel, compute_statistics, frame_ranges
 from training.baseline_variants import REGRESSION, SVM, VARIANTS, affordable_variants
@@ -440,8 +440,8 @@ def test_a_run_that_is_better_is_not_warned_of(tmp_path):
     found = fit_baseline(data, tones(tmp_path, SINGLE, "test", noise=3.0))
     perfect = evaluate_scores(data.multi_hot(), data.multi_hot())
     assert found.value < 1
-    assert warning(found, perfect) is None
-    assert warning(found, found.metrics) is None
+    assert compare_with_baseline(perfect, found) is None
+    assert compare_with_baseline(found.metrics, found) is None
     page = write_report(
         tmp_path,
         title="t",

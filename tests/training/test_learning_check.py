@@ -173,7 +173,7 @@ def test_it_is_said_once_that_nothing_is_learnt_and_once_that_something_is(caplo
             assert check.end_epoch(entry(epoch, 1.97), None, None)["learns"] is False
         assert len(caplog.records) == 1
         assert caplog.records[0].levelname == "WARNING"
-        for part in ("NOTHING IS LEARNT after epoch 2 of 10", "loss 1.97,", "constant answers 2)", "- a cause"):
+        for part in ("NOTHING IS LEARNT after epoch 2 of 10", "loss 1.97,", "a constant output 2)", "- a cause"):
             assert part in caplog.text
         assert check.postfix
         assert "NOTHING WAS LEARNT" in check.summary()
@@ -230,7 +230,7 @@ def test_a_loss_that_falls_beside_a_validation_at_chance_is_said_as_such(caplog)
     assert more["learns"] is False
     assert more["valid_chance_mAP"] == chance.mAP
     assert (more["valid_top1"], more["valid_chance_top1"]) == (metrics.top1, chance.top1)
-    assert "the loss falls, but on the validation data the figures are those of chance" in caplog.text
+    assert "the loss falls, but the validation metrics are those of chance" in caplog.text
     assert check.end_epoch(entry(6, 0.1), None, None)["learns"] is False  # nothing new is known of it
     metrics = evaluate_scores(targets + scores, targets)
     assert check.end_epoch(entry(7, 0.1), metrics, chance)["learns"] is True
@@ -295,7 +295,7 @@ def test_labels_that_do_not_belong_to_the_clips_are_not_learnt(tone_pack, tmp_pa
     with caplog.at_level("INFO"):
         result, _ = train(tmp_path / "run", settings(tone_pack, epochs=10, valid_every=2, **changes))
     assert result["learns"] is False
-    told(tmp_path / "run", caplog, "those of chance", "whether the labels belong to the clips")
+    told(tmp_path / "run", caplog, "those of chance", "that the labels belong to the clips")
 
 
 def _zero(item):
