@@ -82,7 +82,7 @@ def read_segments(path: str | Path, content: bytes) -> pd.DataFrame:
             continue
         n_faulty += 1
         if n_faulty <= _MOST_FAULTS_TOLD:
-            faults.add(f'line {number}: found {line!r}, wanted {", ".join(COLUMNS)} with the last one in "quotes"')
+            faults.add(f'line {number}: found {line!r}, expected {", ".join(COLUMNS)} with the last one in "quotes"')
     if n_faulty > _MOST_FAULTS_TOLD:
         faults.add(f"and {n_faulty - _MOST_FAULTS_TOLD} lines more")
     faults.raise_if_any()
@@ -115,7 +115,7 @@ def find_segments(table: pd.DataFrame, sounds: Sequence[str]) -> list[int]:
 
     The names that are known: the id, with or without "Y" before it, with nothing, the start, or start and end behind
     it, each after "_" and in seconds ("30", "30.000") or milliseconds ("30000"); any extension of sound. Of several the
-    one that says most of the segment is taken, then the first.
+    one with most details of the segment is taken, then the first.
     """
     of_id: dict[str, list[tuple[int, list[float]]]] = {}
     for place, name in enumerate(sounds):

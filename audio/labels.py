@@ -59,7 +59,7 @@ def find_lookalikes(names: Iterable[str]) -> list[list[str]]:
 def describe_lookalikes(counts: Mapping[str, int]) -> str:
     """Return a sentence on classes that are surely meant to be one, such as "Dog" beside "dog"; "" where none are.
 
-    They stay apart: what a list says is not changed.
+    They stay separate: the labels of a list are not changed.
     """
     pairs = [
         " and ".join(f"{_show(name)} ({counts[name]} clips)" for name in labels) for labels in find_lookalikes(counts)
@@ -99,9 +99,9 @@ def parse_labels(
     # Where classes are called by numbers ("3", "5"), a number is a name and no index.
     numbers_are_names = any(_index(name, 10**9) is not None for name in index_of)
     if numbers_are_names:
-        wanted = f"one of the {num_classes} classes, which are called {some(index_of)}"
+        expected = f"one of the {num_classes} classes, which are called {some(index_of)}"
     else:
-        wanted = f"whole numbers from 0 to {num_classes - 1}" + (" or names of classes" if index_of else "")
+        expected = f"whole numbers from 0 to {num_classes - 1}" + (" or names of classes" if index_of else "")
     n_indices = 0 if numbers_are_names else num_classes
     parsed: dict[str, np.ndarray] = {}  # rows share few distinct values
     faulty: dict[str, tuple[str, list[int]]] = {}  # value → what is wrong with it, and in which rows
@@ -120,7 +120,7 @@ def parse_labels(
                 continue
             parsed[value] = np.unique(np.array(indexes, dtype=np.int64))
         labels.append(parsed[value])
-    _raise_if_faulty(f"the column {column.name!r}", faulty, len(column), wanted, names)
+    _raise_if_faulty(f"the column {column.name!r}", faulty, len(column), expected, names)
     return labels
 
 
@@ -128,17 +128,17 @@ def _raise_if_faulty(
     subject: str,
     faulty: Mapping[str, tuple[str, Sequence[int]]],
     n_rows: int,
-    wanted: str,
+    expected: str,
     names: Sequence[str] | None,
 ) -> None:
     if len(faulty) > 1 and sum(len(rows) for _, rows in faulty.values()) == n_rows:  # another set of classes
         found = some(list_classes(faulty))
-        raise UserError(f"{subject}: none of the {n_rows} rows holds a known class: found {found}; wanted {wanted}")
+        raise UserError(f"{subject}: none of the {n_rows} rows has a known class: found {found}; expected {expected}")
     faults = Faults(subject)
     for what, rows in list(faulty.values())[:_MOST_FAULTS_TOLD]:
         clip = f" ({names[rows[0]]})" if names is not None else ""
         more = f", and so in {len(rows) - 1} rows more" if len(rows) > 1 else ""
-        faults.add(f"row {rows[0] + 1}{clip}: {what}{more}; wanted {wanted}")
+        faults.add(f"row {rows[0] + 1}{clip}: {what}{more}; expected {expected}")
     if len(faulty) > _MOST_FAULTS_TOLD:
         faults.add(f"and {len(faulty) - _MOST_FAULTS_TOLD} entries more are wrong")
     faults.raise_if_any()

@@ -25,7 +25,7 @@ from common.errors import UserError, did_you_mean
 _EXTENSIONS = AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS
 # "Y", an 11-character YouTube id, then nothing, or the start, or start and end of the segment in seconds.
 _AUDIOSET_NAME = re.compile(r"Y([A-Za-z0-9_-]{11}(?:_\d+(?:\.\d+)?){0,2})")
-# Columns whose clips belong together: of one speaker, say, whom a model would recognise in another list.
+# Columns whose clips must stay in one list: a model would recognise a speaker in another one.
 GROUP_COLUMNS = ("group", "speaker", "recording")
 
 
@@ -38,7 +38,7 @@ def read_manifest(
 ) -> pd.DataFrame:
     r"""Read a table with one clip a row.
 
-    Encodings, line ends, quotation marks and rows of another length are read as `audio.tables` says. AudioSet's own
+    `audio.tables` describes how encodings, line ends, quotation marks and rows of another length are read. AudioSet's
     lists of segments are read as lists of sounds, whatever the delimiter (`audio.audioset`).
 
     Args:
@@ -55,7 +55,7 @@ def read_manifest(
     """
     content = load_text(path)
     if not content.strip():
-        raise UserError(f"{path}: the file is empty; wanted a header line with a {filename_column!r} column")
+        raise UserError(f"{path}: the file is empty; expected a header line with a {filename_column!r} column")
     if is_segment_list(content):
         table, filename_column = read_segments(path, content), "filename"
     else:
@@ -65,24 +65,20 @@ def read_manifest(
         raise UserError(f"{path}: the table has a header but no rows")
     if filename_column != "filename" and filename_column in table:
         if "filename" in table:
-            raise UserError(
-                f"{path}: has a 'filename' column beside the wanted {filename_column!r}; rename or remove one of them"
-            )
+            raise UserError(f"{path}: has a 'filename' column beside {filename_column!r}; rename or remove one of them")
         table = table.rename(columns={filename_column: "filename"})
     return table
 
 
-def _check_columns(path: str | Path, table: pd.DataFrame, wanted: Sequence[str], delimiter: str) -> None:
-    missing = [column for column in wanted if column not in table]
+def _check_columns(path: str | Path, table: pd.DataFrame, expected: Sequence[str], delimiter: str) -> None:
+    missing = [column for column in expected if column not in table]
     if not missing:
         return
     columns = [str(column) for column in table.columns]
-    sentence = f"{path}: found the columns {', '.join(map(repr, columns))}, wanted {', '.join(map(repr, wanted))}"
+    sentence = f"{path}: found the columns {', '.join(map(repr, columns))}, expected {', '.join(map(repr, expected))}"
     sentence += "; missing " + ", ".join(f"{name!r}{did_you_mean(name, columns)}" for name in missing)
     if any("/" in column or _without_extension(column) != column for column in columns):
-        sentence += (
-            f". The first line looks like a clip rather than a header: put a line with {wanted[0]!r} on top of the list"
-        )
+        sentence += f". The first line looks like a clip, not a header: put a line with {expected[0]!r} on top"
     elif len(columns) == 1 and delimiter not in columns[0]:
         other = next((mark for mark in (",", "\t", ";", " ") if mark in columns[0]), None)
         if other:
@@ -91,7 +87,7 @@ def _check_columns(path: str | Path, table: pd.DataFrame, wanted: Sequence[str],
 
 
 def resolve(path: str, manifest: str | Path) -> Path:
-    """Return where a path named in a manifest lies.
+    """Return the location of a path in a manifest.
 
     An absolute path is taken as it is; a relative one is looked for beside the manifest first, else it is meant from
     the working directory. Names that are composed otherwise on disk (NFC and NFD), or are no UTF-8 there, are found.
@@ -159,7 +155,7 @@ class NameIndex:
     The same relative path always wins, then the same in Unicode's composed form. Else a name with the same loosest
     spelling (see `spellings`) is taken when it is the only one, or when the folders single it out. Where folders
     disagree ("a/x.wav" for "b/x.wav") the stem counts only if no two names share a stem; two candidates that nothing
-    tells apart are no match.
+    distinguishes do not match.
 
     Args:
         names: the names to find; of equal ones the first is found.
@@ -203,18 +199,18 @@ class NameIndex:
         Knowing them all, this is stricter than `find` on each: where two different names would be given the same clip,
         it goes to the one that spells it exactly, or to none.
         """
-        wanted = [normalise(name) for name in names]
-        found = np.array([self._exact.get(path, -1) for path in wanted], dtype=np.int64)
+        paths = [normalise(name) for name in names]
+        found = np.array([self._exact.get(path, -1) for path in paths], dtype=np.int64)
         if (found >= 0).all():
             return found
-        distinct = set(wanted)
+        distinct = set(paths)
         stems_identify = len({_key(_base(compose(path))) for path in distinct}) == len(distinct)
         positions = {path: self._find(path, stems_identify) for path in distinct}
         claims = Counter(positions.values())
         for path, position in positions.items():
             if claims[position] > 1 and path != self._given[position]:
                 positions[path] = -1
-        return np.array([positions[path] for path in wanted], dtype=np.int64)
+        return np.array([positions[path] for path in paths], dtype=np.int64)
 
     def _find(self, path: str, stems_identify: bool) -> int:
         if path in self._exact:

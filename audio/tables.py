@@ -33,7 +33,7 @@ from common.errors import Faults, UserError, some
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 1 << 24  # PyArrow wants every line to fit into one
+_BLOCK_BYTES = 1 << 24  # PyArrow requires every line to fit into one
 _MOST_FAULTS_TOLD = 20
 _UTF16 = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _UTF32 = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
@@ -51,7 +51,7 @@ def load_text(path: str | Path) -> bytes:
         raise UserError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise UserError(
-            f"{path} is a folder; wanted a list of sounds: `python scripts/make_lists.py {path}` makes lists of it"
+            f"{path} is a folder; expected a list of sounds: `python scripts/make_lists.py {path}` makes lists of it"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a table ({error.strerror or error})") from None
@@ -111,7 +111,7 @@ def parse_table(path: str | Path, content: bytes, delimiter: str) -> pd.DataFram
             rows in doubt, or a separator that can be none.
     """
     if len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\n\r':
-        raise UserError(f"{path}: the separator is {delimiter!r}; wanted one character, such as a tab or a comma")
+        raise UserError(f"{path}: the separator is {delimiter!r}; expected one character, such as a tab or a comma")
     content = content.rstrip(b"\n")
     table = _read_regular(content, delimiter)
     if table is None:
@@ -276,7 +276,7 @@ def _read_line_breaks(
     number = min([number for number, _ in longer] + list(shorter))
     raise UserError(
         f"{path}: line {unclosed} has a quotation mark at the start of a field, which no mark before a separator or "
-        f"the end of the line closes, and line {number} does not have {width} fields, so rows are in doubt; wanted "
+        f"the end of the line closes, and line {number} does not have {width} fields, so rows are ambiguous; expected "
         '"..." around a whole field with "" for a mark inside it, or a separator in every row'
     )
 
@@ -293,7 +293,7 @@ def _refuse_longer(
             "every row has one field more than the header: does the header lack the name of a column? Else " + advice
         )
     sentences = [
-        f"line {number}: found {len(fields)} fields ({some(map(repr, fields), 6)}), wanted {len(columns)} "
+        f"line {number}: found {len(fields)} fields ({some(map(repr, fields), 6)}), expected {len(columns)} "
         f"({some(columns, 6)})"
         for number, fields in longer[:_MOST_FAULTS_TOLD]
     ]

@@ -104,7 +104,7 @@ class AST(SpectrogramTransformer):
         n_given = given.shape[1] - self.n_prefix
         rows = math.isqrt(max(n_given, 1)) if square else n_rows
         if n_given < 1 or n_given % rows:
-            return given  # told as a tensor of another shape
+            return given  # reported as a tensor of another shape
         grid = given[:, self.n_prefix :].transpose(1, 2).unflatten(2, (rows, n_given // rows))  # (1,D,f,t)
         logger.warning("pos_embed is fitted from %d x %d to %d x %d patches", rows, n_given // rows, n_rows, n_columns)
         for axis, expected in ((2, n_rows), (3, n_columns)):

@@ -33,7 +33,7 @@ class AudioTransformer(SpectrogramTransformer):
     """CED's network.
 
     Clips longer than `target_length` frames are cut into chunks of that many, the last one filled up with zeros after
-    the normalisation; the probabilities of all chunks are joined as `eval_avg` says. As published, one frame behind
+    the normalisation; the probabilities of all chunks are averaged as set by `eval_avg`. As published, one frame behind
     whole chunks makes another chunk, and every chunk counts the same.
 
     Args:
@@ -121,7 +121,7 @@ class AudioTransformer(SpectrogramTransformer):
         return normalised.transpose(1, 2)
 
     def classify_rows(self, encoded: Encoded) -> Tensor:
-        """Tag rows: (R,C), what `outputs` says; a token that `keep` chose is read as a column of its own."""
+        """Tag rows: (R,C), as in `outputs`; a token that `keep` chose is read as a column of its own."""
         if encoded.prefix is not None:
             return self._activate(self.outputlayer(encoded.prefix[:, 0]))
         columns = self._columns(encoded)  # (R,t,D)

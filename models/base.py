@@ -154,7 +154,7 @@ class AudioTagger(nn.Module):
         raise NotImplementedError
 
     def classify(self, encoded: Encoded) -> Tensor:
-        """Return (B,C), logits or probabilities as `outputs` says."""
+        """Return (B,C), logits or probabilities, see `outputs`."""
         raise NotImplementedError
 
     def pool(self, encoded: Encoded) -> Tensor:
@@ -201,7 +201,7 @@ class AudioTagger(nn.Module):
             lengths: (B,) samples of each clip, None for S.
 
         Returns:
-            (B,C), logits or probabilities as `outputs` says.
+            (B,C), logits or probabilities, see `outputs`.
         """
         return self._run_waveform(lambda encoded: (self.classify(encoded),), waveform, lengths)[0]
 
@@ -345,7 +345,7 @@ class AudioTagger(nn.Module):
         raise UserError(f"{self.name} has no tokens to merge: leave token_merging out, or give a vision transformer")
 
     def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Fit the weights of a related network (another input length, say) to this one; changes are logged."""
+        """Fit the weights of a related network (of another input length, for example) to this one and log it."""
         return dict(state)
 
     def no_weight_decay(self) -> set[str]:

@@ -24,7 +24,7 @@ N_KERNELS = 4
 
 
 class Context(NamedTuple):
-    """What a block knows of a clip: a vector (B,H), logits of attention to bands (B,D,F',1) and columns (B,D,1,T')."""
+    """Context of a clip for a block: a vector (B,H), logits of attention to bands (B,D,F',1) and columns (B,D,1,T')."""
 
     vector: Tensor
     bands: Tensor

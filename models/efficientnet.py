@@ -31,7 +31,7 @@ Pooling = Literal["mean", "attention"]
 
 
 class AttentionPooling(nn.Module):
-    """PSLA's classifier: every head tags every column of a map, and says which columns count for which class.
+    """PSLA's classifier: every head classifies every column of a map and weights the columns for each class.
 
     The weights of the heads are a softmax, so that probabilities stay such, and heads share the bias of a class, so
     that it can be set to what is known of the classes; both are each head's own in PSLA.
@@ -130,7 +130,7 @@ class EfficientNet(PooledCNN):
         yield body.bn2(body.conv_head(x))
 
     def tag(self, clip: Tensor, encoded: Encoded) -> Tensor:
-        """Pooled maps (B,D), or with attention pooling their columns -> (B,C), what `outputs` says."""
+        """Pooled maps (B,D), or with attention pooling their columns -> (B,C), see `outputs`."""
         if self.outputs == "logits":
             return self.classifier(self.dropout(clip))
         logits, weights = self.classifier(self.dropout(self.frames(encoded)))

@@ -30,7 +30,7 @@ def _clip(x: Tensor) -> Tensor:
 
 
 class Fusion(nn.Module):
-    """Add two maps, each position and channel weighted by what both say; the weights sum to 2.
+    """Add two maps, each position and channel with weights computed from both; the weights sum to 2.
 
     Args:
         channels: D of each.
@@ -54,7 +54,7 @@ class Fusion(nn.Module):
 
 
 class Res2Block(nn.Module):
-    """A residual block whose second half of channels also hears what became of the first.
+    """A residual block whose second half of channels also gets the output of the first.
 
     Args:
         n_in: channels of the input.

@@ -1,4 +1,4 @@
-"""Front-ends as products of matrices, for graphs: no Fourier transform that a runtime would have to know.
+"""Front-ends as products of matrices, for graphs, without a Fourier transform, which runtimes may lack.
 
 Letters: B batch, S samples, F mel bands, T frames; a transform of P Q samples in two stages, of P and of Q points.
 """
@@ -31,7 +31,7 @@ class MelPower(nn.Module):
         points = torch.arange(max(p, self.q), dtype=torch.float64)
         a, b, c, d = points[:p], points[: self.q], points[: p // 2 + 1], points[: self.q]
 
-        left = (n_fft - front_end.win_size) // 2  # a short window lies in the middle of the transform
+        left = (n_fft - front_end.win_size) // 2  # a short window is centred in the transform
         window = F.pad(front_end.window, (left, n_fft - front_end.win_size - left))
         first = 2 * math.pi * torch.outer(c, a) / p
         second = 2 * math.pi * (b[:, None] * c[:, None, None] / n_fft + torch.outer(b, d) / self.q)  # (c,b,d)

@@ -101,7 +101,7 @@ class FrontEnd(nn.Module):
             hertz: the frequency.
 
         Raises:
-            UserError: no band lies below it.
+            UserError: no band is below it.
         """
         upper = self.mel_edges_hz[2:]
         if isinstance(hertz, bool) or not isinstance(hertz, int | float) or not upper[0] <= hertz:
@@ -214,7 +214,7 @@ class FrontEnd(nn.Module):
         return waveform
 
     def condition_frames(self, frames: Tensor) -> Tensor:
-        """Process frames before windowing, (B,T,n_fft) -> (B,T,n_fft); a shorter window lies in their middle.
+        """Process frames before windowing, (B,T,n_fft) -> (B,T,n_fft); a shorter window is centred.
 
         Used in exports; a subclass that overrides it overrides `_mel_power` as well.
         """

@@ -42,7 +42,7 @@ _PROBLEMS: dict[Activation, str] = {
     "sigmoid": "multi_label_classification",
     "softmax": "single_label_classification",
 }
-# of what a head says of itself; the rest names files of the machine that it was trained on
+# of a head's facts; the others name files of the machine that it was trained on
 _HEAD_FACTS = ("name", "model", "weights_sha256", "chunk_length", "data", "metric", "value")
 
 
@@ -101,7 +101,7 @@ def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str
 
     Args:
         folder: made where missing.
-        model: what to write; with a head on it, `head` of config.json tells it, and its tensors are those of
+        model: to write; a head is described by `head` in config.json, and its tensors are those of
             `outputlayer`.
         extra: more entries of config.json.
 
@@ -112,7 +112,7 @@ def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str
         raise UserError(f"{model.name} has one class and softmax, so that its only probability is always 1")
     folder = Path(folder)
     model = copy.deepcopy(model)
-    bake_parametrizations(model)  # `transformers` knows plain weights only
+    bake_parametrizations(model)  # `transformers` loads plain weights only
     network = get_network(model)
     if isinstance(network, ResNet10):
         settings = huggingface_resnet.resnet_settings(network)

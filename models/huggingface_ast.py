@@ -57,7 +57,7 @@ _ARGUMENTS = {
 def read_ast(
     folder: Path, given: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
-    """Read what an AST folder says.
+    """Read an AST folder.
 
     Args:
         folder: for preprocessor_config.json; where there is none, AudioSet's mean and deviation are taken.
@@ -110,7 +110,7 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rename_key(key: str) -> str:
-    """Our name of a tensor; what is unknown keeps its own, so that loading tells it."""
+    """Return the name of a tensor here; an unknown one is unchanged, so that loading reports it."""
     bare = key.removeprefix(_PREFIX)
     block = _BLOCK.fullmatch(bare)
     rest, names = (block[2], _OURS_OF_A_BLOCK) if block else (bare, _OURS)

@@ -41,7 +41,7 @@ def resnet_to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_resnet(
     folder: Path, given: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
-    """Read what a folder of a ResNet-10 says.
+    """Read a folder of a ResNet-10.
 
     Args:
         folder: for messages.

@@ -1,7 +1,7 @@
 """Patches, and transformer blocks on fused attention.
 
 `Attention` returns its keys and takes a bias, and `Block` offers its two halves, so that what works between them (token
-merging, say) needs no block of its own.
+merging, for example) needs no other block.
 
 Letters: B batch, R rows of a batch, F mel bands, T frames, f and t rows and columns of patches, N tokens, D width, H
 heads, d width of a head.
@@ -50,7 +50,7 @@ class DropPath(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learnt factor for each channel of a residual branch."""
+    """A learned factor for each channel of a residual branch."""
 
     def __init__(self, width: int, initial: float) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         """
         batch, n_tokens, width = x.shape
         qkv = self.qkv(x).view(batch, n_tokens, 3, self.num_heads, width // self.num_heads)
-        # In this order the three gradients are put together as the linear layer wants them, without another copy.
+        # In this order the three gradients are joined as the linear layer needs them, without another copy.
         query, key, value = (x.transpose(1, 2) for x in qkv.unbind(2))  # each (B,H,N,d)
         dropout = self.attention_dropout if self.training else 0.0
         if bias is not None and bias.dtype != torch.bool:

@@ -86,7 +86,7 @@ def conv_norm(
 
 
 class SqueezeExcitation(nn.Module):
-    """Scale every channel by what the means of all channels say."""
+    """Scale every channel by a function of the means of all channels."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()

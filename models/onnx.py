@@ -1,4 +1,4 @@
-"""Export to ONNX: one file with the network, its probabilities, and what a program must know to use it.
+"""Export to ONNX: one file with the network, its probabilities, and the metadata to use it.
 
 The graph takes any batch and any number of frames (`feats`, float32 (B,F,T) in the front-end's own scale, as published
 CED exports and sherpa-onnx have it) or of samples (`waveform`, float32 (B,S)) and gives probabilities (`prob`, (B,C)).
@@ -54,7 +54,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.05, "int8": 0.2}
 # How far log-odds may be, for all precisions, as a share of how much they differ from clip to clip: probabilities of
 # rare classes are below any tolerance. Eight bits need 0.02 for CED of all sizes and 0.08 for mn04; 1 is a graph that
-# does not hear, and classes in another order have more.
+# is insensitive to, and classes in another order have more.
 SHARE = 0.3
 OPSET = 18  # the exporter's own; ONNX Runtime has it since 1.14
 
@@ -66,7 +66,7 @@ def export_onnx(
 
     Args:
         model: any tagger; it is not changed.
-        targets: the file wanted for each precision: "fp32"; "fp16", the network in half precision; "int8", the weights
+        targets: the file for each precision: "fp32"; "fp16", the network in half precision; "int8", the weights
             of matrix products in 8 bits, their inputs quantised as they come. A front-end is float32 in all of them,
             and so are input and output.
         waveform: the graph takes waveforms (B,S) and holds the front-end, instead of spectrograms (B,F,T).
@@ -181,7 +181,7 @@ class _Network(nn.Module):
 
 
 def _gelu(x: Any, approximate: str = "none") -> Any:
-    """GELU in the order of factors that ONNX Runtime knows and fuses."""
+    """GELU in the order of factors that ONNX Runtime recognises and fuses."""
     if approximate != "none":
         raise NotImplementedError(f"GELU with approximate={approximate!r}")
     return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, math.sqrt(2.0))), 1.0)), 0.5)
@@ -200,7 +200,7 @@ def _attention(query: Any, key: Any, value: Any, bias: Any = None, *rest: Any, *
 
 
 def _sort(x: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-    """Sorted values and their places; among equals the first comes first, whatever `stable` says."""
+    """Sorted values and their places; equal values keep their order, with any `stable`."""
     axis = dim % len(x.shape)
     return op.TopK(x, op.Shape(x, start=axis, end=axis + 1), axis=axis, largest=int(descending))
 
@@ -300,7 +300,7 @@ _CONVERSIONS = {"fp32": _keep_float32, "fp16": _to_float16, "int8": _to_int8}
 
 
 def _describe(graph: onnx.ModelProto, model: AudioTagger, takes: Input, precision: Precision) -> None:
-    """Write what a program must know into the file's metadata; all values are strings."""
+    """Write the metadata of a file; all values are strings."""
     network = model.model if isinstance(model, HeadedTagger) else model
     architecture = "CED" if isinstance(network, AudioTransformer) else type(network).__name__
     author, url = _AUTHORS.get(architecture, ("", ""))
@@ -375,10 +375,10 @@ def _compare(path: Path, model: AudioTagger, takes: Input, precision: Precision,
             )
         largest = max(largest, difference)
         pairs.append((expected, found))
-    wanted, computed = (_log_odds(np.concatenate(each)) for each in zip(*pairs, strict=True))
-    spread = float(np.sqrt(np.square(wanted - wanted.mean(0)).mean()))
-    error = float(np.sqrt(np.square(computed - wanted).mean()))
-    if not error <= SHARE * spread + 0.01:  # networks that were never trained may answer the same to all
+    expected, computed = (_log_odds(np.concatenate(each)) for each in zip(*pairs, strict=True))
+    spread = float(np.sqrt(np.square(expected - expected.mean(0)).mean()))
+    error = float(np.sqrt(np.square(computed - expected).mean()))
+    if not error <= SHARE * spread + 0.01:  # untrained networks may have the same output for all inputs
         raise UserError(
             f"{target}: its log-odds are {error:.2g} from PyTorch's on average, and those differ by {spread:.2g} from "
             f"sound to sound: {precision} computes something else, and no file is kept. Does `forward_export` of the "
@@ -388,6 +388,6 @@ def _compare(path: Path, model: AudioTagger, takes: Input, precision: Precision,
 
 
 def _log_odds(probabilities: np.ndarray) -> np.ndarray:
-    """Logarithm of p / (1 - p), float64, as far as half precision tells probabilities from 0 and 1."""
+    """Logarithm of p / (1 - p), float64, as far as half precision distinguishes probabilities from 0 and 1."""
     p = np.clip(probabilities.astype(np.float64), 1e-6, 1 - 1e-3)
     return cast(np.ndarray, np.log(p / (1 - p)))

@@ -46,7 +46,7 @@ class PaSST(SpectrogramTransformer):
         fmax_aug_range: in training, `f_max` is moved at random within a range of this many hertz: 2000 in published
             training, 1 for never.
         **settings: those of `TransformerSettings` and `MelSettings` (`models.settings`), by default `shared_settings`.
-            `target_length`: ten seconds are 1000; published code says 998, of as many patches. `patch_stride`: 10 to 16
+            `target_length`: ten seconds are 1000; 998 in published code, with as many patches. `patch_stride`: 10 to 16
             in published checkpoints, 20 leaves gaps. In published training, `time_patch_out` is 40 and
             `freq_patch_out` 4.
 
@@ -110,7 +110,7 @@ class PaSST(SpectrogramTransformer):
         size = (self.freq_new_pos_embed.shape[2], self.time_new_pos_embed.shape[3])
         edge = math.isqrt(positions.shape[1] - self.n_prefix)
         if edge**2 + self.n_prefix != positions.shape[1]:
-            return {"pos_embed": positions}  # told as unexpected
+            return {"pos_embed": positions}  # reported as unexpected
         logger.warning("pos_embed of %d x %d patches becomes one of %d rows and one of %d columns", edge, edge, *size)
         grid = positions[:, self.n_prefix :].transpose(1, 2).unflatten(2, (edge, edge))  # (1,D,f,t)
         grid = F.interpolate(grid, size, mode="bicubic", align_corners=False)

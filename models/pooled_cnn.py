@@ -78,7 +78,7 @@ class PooledCNN(AudioTagger):
         return Encoded(mel.shape[0], maps=outputs[-1], n_steps=n_steps, layers=chosen)
 
     def classify(self, encoded: Encoded) -> Tensor:
-        """Return (B,C), logits or probabilities as `outputs` says."""
+        """Return (B,C), logits or probabilities, see `outputs`."""
         return self.tag(self.pool(encoded), encoded)
 
     def pool(self, encoded: Encoded) -> Tensor:

@@ -1,7 +1,7 @@
 """A model in one call: raw sound in, embeddings or classes out, as S-SONDO's package has it.
 
 Any model will do: the published students, a run's folder, a tagger. Clips are cut into segments, the tail kept: as long
-as those that a head was trained on, else as long as a checkpoint of S-SONDO says it learnt from, else of 10 s.
+as those that a head was trained on, else of the training length in a checkpoint of S-SONDO, else 10 s.
 
 Letters: B batch, S samples, R segments of all clips, F mel bands, T frames, C classes, E embedding width, W width of
 a teacher's space.
@@ -41,7 +41,7 @@ class Ssondo(nn.Module):
         segment_seconds: length of a segment; None for that of the model, see `get_segment_seconds`.
 
     Raises:
-        UserError: the head is for another width, or projections are asked of a model that has none.
+        UserError: the head is for another width, or projections are requested from a model that has none.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Ssondo(nn.Module):
 
 
 def get_segment_seconds(model: AudioTagger) -> float:
-    """Return the length of the segments that a model learnt from, where it is a student that says so; else 10 s."""
+    """Return the length of the segments that a student was trained on; 10 s if it is unknown."""
     network = model.model if isinstance(model, HeadedTagger) else model
     return network.segment_seconds if isinstance(network, Student) else SEGMENT_SECONDS
 

@@ -1,4 +1,4 @@
-"""Checkpoints of S-SONDO's training as its authors publish them: what they say, in the words of this project.
+"""Checkpoints of S-SONDO's training as published, with their settings converted to those of this project.
 
 They are Lightning's: a "state_dict" whose names begin with `student_model.`, and the "training_config" of the run.
 """
@@ -23,7 +23,7 @@ def is_ssondo(content: Mapping[str, Any]) -> bool:
 
 
 def read_ssondo(content: Mapping[str, Any], origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the student's weights, and what the checkpoint says about it.
+    """Return the student's weights and settings.
 
     Args:
         content: of the file, see `is_ssondo`.

@@ -51,7 +51,7 @@ class StudentSettings:
 
     Attributes:
         dropout: before the last layer.
-        segment_seconds: length of the segments that clips were cut into where it learnt, and are cut into by
+        segment_seconds: length of the segments that clips were cut into in training, and are cut into by
             `models.ssondo.get_ssondo`; the network itself takes any.
     """
 

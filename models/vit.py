@@ -26,7 +26,7 @@ class SpectrogramTransformer(AudioTagger):
     """A ViT on mel patches; subclasses bring positions, prefix tokens, normalisation and head.
 
     Clips longer than `target_length` frames are cut into chunks of that many, the last one filled up; the
-    probabilities of all chunks are joined as `eval_avg` says. Each chunk counts by its own frames, and a remainder
+    probabilities of all chunks are averaged as set by `eval_avg`. Each chunk counts by its own frames, and a remainder
     shorter than a patch is left out (see `models.chunks`), unless a subclass has `equal_chunks`.
 
     Args:
@@ -112,7 +112,7 @@ class SpectrogramTransformer(AudioTagger):
         return mel
 
     def classify_rows(self, encoded: Encoded) -> Tensor:
-        """Tag rows: (R,C), what `outputs` says."""
+        """Classify rows: (R,C), see `outputs`."""
         raise NotImplementedError
 
     def pool_rows(self, encoded: Encoded) -> Tensor | None:
@@ -120,7 +120,7 @@ class SpectrogramTransformer(AudioTagger):
         return None
 
     def merge_tokens(self, setting: MergingSetting) -> None:
-        """Merge tokens from now on as `token_merging` says, or no longer (0).
+        """Set `token_merging` of all further calls; 0 turns it off.
 
         Raises:
             UserError: it is no such setting.
@@ -146,7 +146,7 @@ class SpectrogramTransformer(AudioTagger):
         return self._encode_rows(rows, columns, encoded, keep, layers)
 
     def classify(self, encoded: Encoded) -> Tensor:
-        """Tag: (B,C), what `outputs` says; the probabilities of a clip's chunks are joined."""
+        """Classify: (B,C), see `outputs`; the probabilities of a clip's chunks are joined."""
         output, clip = self.classify_rows(encoded), encoded.clip_of_row
         if clip is None:
             return output
@@ -203,7 +203,7 @@ class SpectrogramTransformer(AudioTagger):
         return joined, number
 
     def forward_export(self, mel: Tensor) -> Tensor:
-        """Probabilities of spectrograms of any length (B,F,T) -> (B,C), in shapes alone, as graphs want it.
+        """Probabilities of spectrograms of any length (B,F,T) -> (B,C), with operations on shapes alone, for graphs.
 
         Chunks as in `forward_spectrogram`; fewer frames than one patch are followed by silence.
         """
@@ -213,7 +213,7 @@ class SpectrogramTransformer(AudioTagger):
         return found.amax(1) if self.eval_avg == "max" else self._mean_of_chunks(found, inside)
 
     def embed_export(self, mel: Tensor) -> Tensor:
-        """Clip embeddings of spectrograms of any length (B,F,T) -> (B,D), in shapes alone, as graphs want it.
+        """Clip embeddings of spectrograms of any length (B,F,T) -> (B,D), with operations on shapes alone, for graphs.
 
         Chunks as in `embed_spectrogram`; fewer frames than one patch are followed by silence.
         """
@@ -252,7 +252,7 @@ class SpectrogramTransformer(AudioTagger):
         else:  # as `drop_remainder`
             n_chunks = torch.sym_max((n_frames - self.patch_size) // self.target_length + 1, 1)
             n_frames = torch.sym_min(n_frames, n_chunks * self.target_length)
-            mel = mel.narrow(2, 0, n_frames)  # a slice would have a length that a tracer knows nothing of
+            mel = mel.narrow(2, 0, n_frames)  # the length of a slice would be unknown to a tracer
         chunk = self.target_length if self.fixed_length else torch.sym_min(n_frames, self.target_length)
         columns = None
         if any(self.merged_tokens) and not self.fixed_length:

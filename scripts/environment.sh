@@ -23,9 +23,9 @@ make_environment() { # $1: requirements file
         "$python" -m venv "$VENV"
     fi
     local stamp="$VENV/.installed-$(basename "$1")"
-    local wanted
-    wanted="$(cat requirements*.txt | sha256sum | cut -d' ' -f1)"
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    local requirements
+    requirements="$(cat requirements*.txt | sha256sum | cut -d' ' -f1)"
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$requirements" ]; then
         local pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
         if [ -n "${TORCH_INDEX:-}" ]; then
             echo "installing PyTorch from $TORCH_INDEX"
@@ -36,6 +36,6 @@ make_environment() { # $1: requirements file
         fi
         echo "installing $1 (some minutes the first time)"
         "${pip[@]}" -r "$1"
-        echo "$wanted" > "$stamp"
+        echo "$requirements" > "$stamp"
     fi
 }

@@ -1,6 +1,6 @@
 """What is written of tagged files: tables, embeddings, and folders with a file for each sound.
 
-Every output knows which files it holds (`done`), so that the same command, given again, does what remains.
+Every output lists the files that it holds (`done`), so that the same command, given again, does what remains.
 """
 
 import errno

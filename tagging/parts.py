@@ -32,7 +32,7 @@ class Share(NamedTuple):
         """Read the share from torchrun's environment variables; without them there is a single process.
 
         Raises:
-            UserError: WORLD_SIZE is above 1 without torchrun, so that one start cannot be told from the next.
+            UserError: WORLD_SIZE is above 1 without torchrun, so that one start cannot be distinguished from the next.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise UserError(
@@ -163,7 +163,7 @@ class Output:
         """Finish this process's share; the last process joins all parts.
 
         Args:
-            paths: all files, in the order wanted.
+            paths: all files, in the order of the output.
 
         Returns:
             Whether this is the last process, whose `faults` are then those of all.

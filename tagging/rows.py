@@ -209,7 +209,7 @@ class RowFile:
         self._write_meta()
 
     def _write_meta(self) -> None:
-        # Renamed but not flushed to disk, for speed: after a power cut the file may be shorter than it says.
+        # Renamed but not flushed to disk, for speed: after a power cut the file may be shorter than recorded.
         meta = meta_path(self.path)
         partial = meta.with_name(f".{meta.name}.partial")
         partial.write_text(json.dumps({"bytes": self.n_whole, "made_with": self.settings}), encoding="utf-8")

@@ -135,12 +135,12 @@ def test_a_package_of_the_users_own_of_the_same_name_is_reported(elsewhere, copy
     (elsewhere / "models" / "__init__.py").write_text("mine = 1\n")
     found, done = run(elsewhere, copy, f"network = {load}\nshow(shape=list(network.predict(sound).shape))")
     assert found == {"shape": [2, 3]}
-    assert f"gives the packages of {copy}, and no longer {elsewhere / 'models' / '__init__.py'}" in done.stderr
+    assert f"imports the packages of {copy}, and no longer {elsewhere / 'models' / '__init__.py'}" in done.stderr
     _, done = run(elsewhere, copy, f"import models\n{load}")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"ImportError: the package 'models' of {elsewhere / 'models' / '__init__.py'} is imported")
-    assert "in a process of its own, or rename yours" in last
+    assert "in a separate process, or rename yours" in last
 
 
 def test_a_relative_path_will_do_and_the_model_goes_to_other_processes(elsewhere, copy):

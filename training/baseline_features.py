@@ -46,7 +46,7 @@ class LogMel(CedMel):
             center=False,  # blocks of a clip are framed by `compute_log_mel`, which centres them
         )
 
-    def compress(self, mel: Tensor, alien: Tensor | None) -> Tensor:
+    def compress(self, mel: Tensor, is_padding: Tensor | None) -> Tensor:
         """Bring mel power (B,F,T) to decibels."""
         return 10 * (mel + FLOOR).log10()
 

@@ -67,7 +67,7 @@ def curves_figure(entries: list[dict[str, Any]]) -> "Figure":
         if axis.get_legend_handles_labels()[0]:
             axis.legend(loc="upper left", bbox_to_anchor=(1.005, 1.02), fontsize=8, frameon=False, labelcolor=INK)
     last = max((entry["step"] for entry in entries), default=1)
-    axes[-1].set_xlim(0, last * 1.02)  # room for the last point and its mark
+    axes[-1].set_xlim(0, last * 1.02)  # margin for the last point and its mark
     axes[-1].set_xlabel("step")
     _mark_epochs(axes, epochs)
     figure.align_ylabels(axes)
@@ -178,7 +178,7 @@ def _draw_validation(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dic
     axis.plot(best["step"], best["valid_mAP"], **star, label=label)
     _draw_line(axis, epochs, "valid_chance_mAP", 0, **REFERENCE_LINE, label="chance (upper bound)")
     axis.set_ylabel("mAP")
-    axis.margins(y=0.12)  # room for the star
+    axis.margins(y=0.12)  # margin for the star
 
 
 def _draw_gradient(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:

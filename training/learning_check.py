@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_SHARE = 0.2  # of the run, before which nothing is checked
 MIN_FALL = 0.02  # of the constant loss, by which the loss must be lower
-CLEARLY = 1.5  # times the upper bound of chance: a model with that mAP has learnt, even if mixup keeps its loss high
+CLEARLY = 1.5  # times the upper bound of chance: with that mAP the training works, even if mixup keeps the loss high
 MIN_WINDOWS = 4  # readings of the loss in an epoch, for a standard error
 
 
@@ -133,7 +133,7 @@ class LearningCheck:
         return f"{found} ({self.figures}). Likely causes in this run:{causes}"
 
     def summary(self) -> str | None:
-        """Return the warning for the end of the log and the report; None if the run has learnt."""
+        """Return the warning for the end of the log and the report; None if the training works."""
         return f"NOTHING WAS LEARNT: {self.explanation()}" if self.alarmed else None
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from models import Ensemble
 from training.config import TrainConfig
 from training.teacher import load_teacher
 
-_LEARNT = {"classes": "probabilities", "embeddings": "embeddings", "none": "without targets"}
+_TARGETS = {"classes": "probabilities", "embeddings": "embeddings", "none": "none"}
 
 
 def plan_run(config: TrainConfig, faults: Faults, chosen: Collection[str] = ()) -> ObjectivePlan | None:
@@ -35,17 +35,17 @@ def plan_run(config: TrainConfig, faults: Faults, chosen: Collection[str] = ()) 
 
 def _check_targets(config: TrainConfig, needs: Needs, faults: Faults) -> None:
     """Check where the targets come from."""
-    name, learnt = config.objective, _LEARNT[needs.targets]
+    name, targets = config.objective, _TARGETS[needs.targets]
     if config.embeddingspath and needs.targets != "embeddings":
         others = list_objectives("embeddings")
         faults.add(
-            f"embeddingspath is given, but objective {name} learns {learnt}; set objective: {others[0]} (or "
-            f"{', '.join(others[1:])})"
+            f"embeddingspath is given, but the targets of objective {name} are {targets}; set objective: "
+            f"{others[0]} (or {', '.join(others[1:])})"
         )
     stored = {"classes": config.logitspath, "embeddings": config.embeddingspath, "none": None}[needs.targets]
     unused = [key for key in ("logitspath", "teacher") if getattr(config, key)]
     if needs.teacher == "no" and unused:
-        faults.add(f"objective {name} learns {learnt}, without a teacher; drop {' and '.join(unused)}")
+        faults.add(f"the targets of objective {name} are {targets}, without a teacher; drop {' and '.join(unused)}")
     elif needs.teacher == "online" and not config.teacher:
         faults.add(f"objective {name} learns from what a teacher computes; give teacher, a model's name or checkpoint")
     elif needs.teacher == "required" and not (stored or config.teacher):

@@ -104,7 +104,7 @@ def _describe_unreadable(path: Path, error: Exception) -> str:
     """Return why a configuration cannot be read, in a sentence."""
     if path.is_dir():
         files = sorted(each.name for each in path.glob("*.yaml"))
-        return "it is a folder; wanted a file" + (f" of it: {some(files, 40)}" if files else f" such as {_EXAMPLE}")
+        return "it is a folder; expected a file" + (f" of it: {some(files, 40)}" if files else f" such as {_EXAMPLE}")
     if not path.exists():
         known = [each for folder in ("trainconfig", "logitconfig") for each in (PROJECT / folder).glob("*.yaml")]
         near = difflib.get_close_matches(path.stem, {each.stem for each in known}, n=1)
@@ -114,7 +114,6 @@ def _describe_unreadable(path: Path, error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         what = "is a list of sounds" if path.suffix in (".tsv", ".csv") else "is no YAML"
-        return (
-            f"it {what}: line {mark.line + 1}, column {mark.column + 1}: {error.problem}; wanted one such as {_EXAMPLE}"
-        )
+        place = f"line {mark.line + 1}, column {mark.column + 1}"
+        return f"it {what}: {place}: {error.problem}; expected a file such as {_EXAMPLE}"
     return f"it cannot be read: {error}"

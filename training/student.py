@@ -34,7 +34,7 @@ def create_student(config: TrainConfig, labels: list[str] | None, needs: Needs) 
     arguments.pop("outputdim", None)  # published files may repeat the number of classes
     if needs.activation:
         arguments.setdefault("activation", needs.activation)
-    num_classes = None if labels is None else len(labels)  # 0 if only embeddings are learnt
+    num_classes = None if labels is None else len(labels)  # 0 if there are only embeddings
     model = create_model(config.model, num_classes=num_classes, labels=labels, **arguments)
     if needs.output and model.outputs != needs.output:
         loss = "BCELoss" if model.outputs == "probabilities" else "BCEWithLogitsLoss"

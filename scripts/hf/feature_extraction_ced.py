@@ -32,7 +32,7 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
         hop_size: samples between frames.
         center: whether frames are centred.
         min_frames: shorter clips are extended with zeros until they have this many frames.
-        padding_value: decibels behind a clip's end; models do not hear them where they are given the mask.
+        padding_value: decibels after a clip's end; models ignore them if they get the mask.
         band_limit: hertz above which whatever a sound holds is ignored, None for no limit.
     """
 
@@ -92,7 +92,7 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
             max_length: in samples.
             truncation: cut longer clips to `max_length`.
             return_tensors: "pt", "np", or None for NumPy as well.
-            return_attention_mask: whether to tell which frames are a clip's own; by default they are.
+            return_attention_mask: whether to return the mask of a clip's own frames; true by default.
 
         Returns:
             `input_values` (B,T,F) float32 in decibels, and `attention_mask` (B,T) int32.
@@ -137,7 +137,7 @@ class CedFeatureExtractor(SequenceFeatureExtractor):
             max_length: in frames.
             truncation: cut longer spectrograms to `max_length`.
             pad_to_multiple_of: make the length a multiple of this many frames.
-            return_attention_mask: whether to tell which frames are a clip's own; by default they are.
+            return_attention_mask: whether to return the mask of a clip's own frames; true by default.
             return_tensors: "pt", "np", or None for NumPy as well.
 
         Returns:

@@ -1,8 +1,8 @@
 """Writes a model as a folder of Hugging Face's transformers, which carries the code of the model.
 
 The code is this project's own: three of the files beside this one (configuration and model are each architecture's
-own) and all that they import, laid flat, with their imports made relative, as transformers' loader of custom code wants
-them.
+own) and all that they import, laid flat, with their imports made relative, as transformers' loader of custom code
+requires them.
 """
 
 import ast

@@ -1,6 +1,6 @@
 """What all exported taggers have in common in Hugging Face's transformers: inputs, masks, outputs, loss.
 
-What lies behind a clip's end in a padded batch does not count, so that a clip's result depends neither on its batch
+Padding after a clip's end is ignored, so that a clip's result depends neither on its batch
 mates nor on padding.
 
 Letters: B batch, F mel bands, T frames, T' time steps, D width, C classes.
@@ -21,7 +21,7 @@ from scripts.hf.configuration_base import TaggerConfig
 
 
 class TaggerPreTrainedModel(PreTrainedModel):
-    """A network on CED's log-mels in `encoder`, its inputs, its embeddings; a subclass says which network."""
+    """A network on CED's log-mels in `encoder`, its inputs, its embeddings; a subclass sets the network."""
 
     # No `config_class`: transformers copies it to every subclass, where it would hide that of the network's own class.
     base_model_prefix = "encoder"
@@ -138,7 +138,7 @@ class TaggerForAudioClassification(TaggerPreTrainedModel):
             labels: targets of the loss: (B,C) 0 to 1 for problem type "multi_label_classification" (binary cross
                 entropy), class indices (B,) or probabilities (B,C) for "single_label_classification" (cross entropy).
             output_hidden_states: whether to give `hidden_states`; a second pass, see the model without a last layer
-                where only embeddings are wanted.
+                if only embeddings are needed.
             return_dict: False for a plain tuple.
 
         Returns:

@@ -129,7 +129,7 @@ def test_most_files_are_left_to_libsndfile_as_they_are(look) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ODD_FILES if row.seconds and row.name.endswith((".wav", ".flac"))][::4])
-def test_cutting_a_file_anywhere_is_told_or_loses_nothing(tmp_path: Path, row) -> None:
+def test_cutting_a_file_anywhere_is_reported_or_loses_nothing(tmp_path: Path, row) -> None:
     if row.warnings or row.seconds != len(SCALE):
         return
     for share in (0.3, 0.55, 0.9):

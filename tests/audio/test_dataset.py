@@ -157,7 +157,7 @@ def test_no_clip_in_the_shards_is_an_error_that_shows_both_spellings(tmp_path: P
         Pack.open(manifest)
 
 
-def test_all_absent_and_damaged_shards_are_told_at_once(tmp_path: Path) -> None:
+def test_all_absent_and_damaged_shards_are_reported_together(tmp_path: Path) -> None:
     manifest = make_pack(tmp_path, n_shards=3, rates=(16000,) * 3)
     (tmp_path / "hdf5" / "x_0.h5").unlink()
     (tmp_path / "hdf5" / "x_2.h5").write_text("hello")

@@ -148,7 +148,7 @@ def test_a_header_less_file_is_an_error_with_a_sentence(tmp_path: Path) -> None:
         read_audio(tmp_path / "x.raw")
 
 
-def test_an_mp3_without_sound_is_not_said_to_be_absent(tmp_path: Path) -> None:
+def test_an_mp3_without_sound_is_not_reported_to_be_absent(tmp_path: Path) -> None:
     (tmp_path / "x.mp3").write_bytes(bytes(3000))
     with pytest.raises(AudioReadError, match="no sound found in it"):
         read_audio(tmp_path / "x.mp3")
@@ -192,7 +192,7 @@ def test_files_are_found_below_folders_by_extension_in_any_case_and_explicit_one
     ]
 
 
-def test_a_film_without_its_index_is_told_so(tmp_path: Path) -> None:
+def test_a_film_without_its_index_is_reported_so(tmp_path: Path) -> None:
     (tmp_path / "a.m4a").write_bytes(b"\0\0\0 ftypM4A " + bytes(100))
     with pytest.raises(
         AudioReadError, match=r"cannot be decoded \(its index is missing: it is truncated, or was not finished"
@@ -200,7 +200,7 @@ def test_a_film_without_its_index_is_told_so(tmp_path: Path) -> None:
         read_audio(tmp_path / "a.m4a")
 
 
-def test_a_damaged_header_costs_no_memory_and_damaged_samples_are_told(tmp_path: Path) -> None:
+def test_a_damaged_header_costs_no_memory_and_damaged_samples_are_reported(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "slow.wav", np.zeros(300_000), 20)
     with pytest.raises(AudioReadError, match="announces 20 Hz"):
         read_audio(tmp_path / "slow.wav", 16000)
@@ -237,7 +237,7 @@ def test_linked_folders_are_searched_once_and_never_in_a_circle(tmp_path: Path) 
     assert found == ["a.wav", "below/b.wav", "more/c.wav", "more/deep/d.wav"]
 
 
-def test_links_that_lead_nowhere_are_told(tmp_path: Path) -> None:
+def test_links_that_lead_nowhere_are_reported(tmp_path: Path) -> None:
     (tmp_path / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
     (tmp_path / "a folder").symlink_to(tmp_path / "no folder")
     found = find_audio_files([tmp_path])

@@ -12,7 +12,7 @@ def test_labels_become_sorted_indexes() -> None:
     assert labels[0].dtype == np.int64
 
 
-def test_all_wrong_labels_are_told_at_once() -> None:
+def test_all_wrong_labels_are_reported_together() -> None:
     column = pd.Series(["1", "dog", "10", "", "-1"], name="labels")
     with pytest.raises(UserError) as caught:
         parse_labels(column, 10, names=list("abcde"))
@@ -24,7 +24,7 @@ def test_all_wrong_labels_are_told_at_once() -> None:
     assert "row 5 (e): '-1'" in text
 
 
-def test_a_million_wrong_labels_are_told_in_a_page() -> None:
+def test_a_million_wrong_labels_are_reported_in_a_page() -> None:
     with pytest.raises(UserError, match="and so in 99 rows more") as caught:
         parse_labels(pd.Series(["x"] * 100), 10)
     assert len(str(caught.value).splitlines()) < 30

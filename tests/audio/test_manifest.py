@@ -43,7 +43,7 @@ def test_a_faulty_list_gets_a_sentence(tmp_path: Path, text: str, words: str) ->
         read_manifest(written(tmp_path, text))
 
 
-def test_a_row_with_too_many_columns_is_told_by_line(tmp_path: Path) -> None:
+def test_a_row_with_too_many_columns_is_reported_by_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 3"):
         read_manifest(written(tmp_path, "filename\tx\na.wav\t1\nb.wav\t1\t2\t3\n"))
 

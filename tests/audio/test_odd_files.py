@@ -119,24 +119,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_inference(*words: object) -> tuple[int, str]:
     """Exit status, and what it says on standard error."""
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told):
+    message = io.StringIO()
+    with contextlib.redirect_stderr(message):
         try:
             inference.main([*map(str, words), "--quiet"])
         except SystemExit as stopped:
-            return int(stopped.code or 0), told.getvalue()
-    return 0, told.getvalue()
+            return int(stopped.code or 0), message.getvalue()
+    return 0, message.getvalue()
 
 
 def test_the_command_tells_what_is_odd_and_its_status_whether_sound_is_missing(folder, checkpoint, tmp_path) -> None:
     names = ["cut.ogg", "opposite channels.wav", "aac.m4a", "text.wav", "short length.wav"]
     output = "--output", tmp_path / "tags.csv"
-    status, told = run_inference(*(folder / name for name in names), "-m", checkpoint, *output)
+    status, message = run_inference(*(folder / name for name in names), "-m", checkpoint, *output)
     assert status == 1
-    assert "3 of 5 files have warnings:" in told
-    assert f"  {folder / 'cut.ogg'}: truncated: ends early" in told
-    assert f"  {folder / 'opposite channels.wav'}: out_of_phase: has stereo channels of opposite polarity" in told
-    assert f"  {folder / 'text.wav'}: cannot be decoded (no sound found in it)" in told
+    assert "3 of 5 files have warnings:" in message
+    assert f"  {folder / 'cut.ogg'}: truncated: ends early" in message
+    assert f"  {folder / 'opposite channels.wav'}: out_of_phase: has stereo channels of opposite polarity" in message
+    assert f"  {folder / 'text.wav'}: cannot be decoded (no sound found in it)" in message
     assert run_inference(folder / "cut.ogg", "-m", checkpoint)[0] == 1  # cut is enough
     assert run_inference(folder / "opposite channels.wav", folder / "aac.m4a", "-m", checkpoint)[0] == 0
 

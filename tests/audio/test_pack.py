@@ -94,17 +94,17 @@ def test_the_report_counts_and_names_every_kind_of_clip(tmp_path: Path) -> None:
     names = ["good", "text", "0 bytes", "no samples", "nan", "silent", "clipped", "high", "missing", "cut", "good"]
     table, path = make_list(tmp_path, [f"{name}.wav" for name in names], labels=[str(i) for i in range(11)])
     report = pack(table, path, tmp_path / "out", "x", n_workers=2, add_duration=True, progress=False)
-    told = report.as_json()
-    assert (told["listed"], told["packed"], told["resampled"]) == (11, 5, 1)
-    assert told["left_out"] == {"unreadable": 2, "empty": 2, "nan": 1, "duplicate": 1}
+    message = report.as_json()
+    assert (message["listed"], message["packed"], message["resampled"]) == (11, 5, 1)
+    assert message["left_out"] == {"unreadable": 2, "empty": 2, "nan": 1, "duplicate": 1}
     noted = {"silent": ["silent.wav"], "clipped": ["clipped.wav"], "truncated": ["cut.wav"]}
-    assert told["noted"] == dict.fromkeys(WARNINGS, 0) | dict.fromkeys(noted, 1)
-    assert told["source_rates"] == {"16000": 4, "44100": 1}
+    assert message["noted"] == dict.fromkeys(WARNINGS, 0) | dict.fromkeys(noted, 1)
+    assert message["source_rates"] == {"16000": 4, "44100": 1}
     assert report.hours == pytest.approx((3 + 0.1 + 0.1) / 3600)
-    assert [row["filename"] for row in told["left_out_clips"]["empty"]] == ["0 bytes.wav", "no samples.wav"]
-    assert told["left_out_clips"]["duplicate"][0]["reason"] == "listed again in row 11; the first was kept"
-    assert told["noted_clips"] == {kind: [] for kind in WARNINGS} | noted
-    (warning,) = told["warnings"]
+    assert [row["filename"] for row in message["left_out_clips"]["empty"]] == ["0 bytes.wav", "no samples.wav"]
+    assert message["left_out_clips"]["duplicate"][0]["reason"] == "listed again in row 11; the first was kept"
+    assert message["noted_clips"] == {kind: [] for kind in WARNINGS} | noted
+    (warning,) = message["warnings"]
     assert (warning["filename"], warning["kind"]) == ("cut.wav", "truncated")
     assert warning["what"] == "ends before the length that its header announces (0.10 of 1.00 s)"
     manifest = read_manifest(tmp_path / "out" / "labels" / "x.tsv")
@@ -188,7 +188,7 @@ def test_a_failure_midway_leaves_the_earlier_pack_as_it_was(tmp_path: Path, monk
     assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.*")} == before
 
 
-def test_nothing_to_pack_leaves_nothing_and_says_where_it_looked(tmp_path: Path) -> None:
+def test_nothing_to_pack_leaves_nothing_and_states_where_it_looked(tmp_path: Path) -> None:
     table, path = make_list(tmp_path, ["absent.wav", "gone.wav"])
     with pytest.raises(UserError, match=r"none of its 2 clips could be packed.*no such file.*searched in") as caught:
         pack(table, path, tmp_path / "out", "x", n_workers=2, progress=False)

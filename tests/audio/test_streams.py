@@ -53,7 +53,7 @@ def join(blocks) -> np.ndarray:
 
 
 @pytest.mark.parametrize("row", ODD_FILES, ids=lambda row: row.name)
-def test_every_kind_of_file_comes_through_a_pipe_with_its_length_or_is_told(row: OddFile) -> None:
+def test_every_kind_of_file_comes_through_a_pipe_with_its_length_or_is_reported(row: OddFile) -> None:
     if row.name in BACKWARDS:
         with pytest.raises(AudioReadError, match=r"standard input: cannot be .* a pipe is not seekable"):
             decode_stream(row.data)
@@ -171,7 +171,7 @@ def test_samples_that_begin_like_a_frame_are_samples() -> None:
         assert warnings == {}
 
 
-def test_what_an_option_says_is_raw_is_raw_unless_it_has_a_header() -> None:
+def test_what_an_option_states_is_raw_is_raw_unless_it_has_a_header() -> None:
     data = without_xing(written("MP3"))
     data = data[: len(data) // 2 * 2]
     assert sum(len(block) for block, _ in decode_stream(data, is_raw=True)[0]) == len(data) // 2

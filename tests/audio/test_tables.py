@@ -183,7 +183,7 @@ def test_a_list_is_read_in_any_unicode_encoding_with_a_mark(tmp_path: Path, enco
     assert read(tmp_path, "filename\tlabels\r\ngrün.wav\t日本\r\n".encode(encoding)) == [["grün.wav", "日本"]]
 
 
-def test_lines_that_are_no_utf8_are_read_as_windows_1252_and_said(tmp_path: Path, caplog) -> None:
+def test_lines_that_are_no_utf8_are_read_as_windows_1252_and_reported(tmp_path: Path, caplog) -> None:
     content = b"filename\nplain.wav\n" + "schön/".encode() + b"gr\xfcn \x80.wav\n" + "é.wav\n".encode()
     assert read(tmp_path, content) == [["plain.wav"], ["schön/grün €.wav"], ["é.wav"]]
     assert "1 lines are not valid UTF-8" in caplog.text

@@ -66,7 +66,7 @@ def test_a_file_of_other_making_needs_the_four_columns_only(tmp_path):
         (ROWS, "missing cluster"),
         (ROWS.assign(cluster=CLUSTER - 1), "whole numbers from 0"),
         (ROWS.assign(cluster=CLUSTER / 2), "whole numbers from 0"),
-        (ROWS.assign(cluster=CLUSTER)[:0], "wanted one row or more"),
+        (ROWS.assign(cluster=CLUSTER)[:0], "expected one row or more"),
     ],
 )
 def test_a_wrong_file_is_a_sentence(tmp_path, table, sentence):

@@ -77,7 +77,7 @@ def test_chunks_of_long_clips_in_a_batch_are_each_clips_own_and_none_is_dropped(
     assert (together[0] - together[1]).abs().max() > 1e-3
 
 
-def test_a_clip_hears_neither_its_padding_nor_the_loudest_of_its_batch(tag):
+def test_a_clip_gets_neither_its_padding_nor_the_loudest_of_its_batch(tag):
     # Clips were filled up with zeros that were heard, and the dynamic range was clamped below the batch's peak.
     quiet, loud = noise(16000, level=1e-6), noise(200_000, seed=1, level=0.9)
     torch.testing.assert_close(tag(quiet, loud)[0], tag(quiet)[0], atol=1e-5, rtol=0)

@@ -29,7 +29,7 @@ def test_no_chunk_is_dropped_at_exact_multiples_of_the_chunk(model, n_frames):
 
 
 @torch.inference_mode()
-def test_one_frame_more_than_a_chunk_is_heard(model):
+def test_one_frame_more_than_a_chunk_is_given(model):
     mel = model.front_end(noise(1012 * 160)[None])
     assert mel.shape[2] == 1013
     last = torch.zeros(1, 64, 1012)
@@ -114,14 +114,14 @@ def test_a_too_short_clip_is_one_followed_by_silence(model):
 @pytest.mark.parametrize("name", ["audiotransformer_pico", "mn01_as"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @torch.inference_mode()
-def test_nan_and_infinity_are_told_and_do_not_reach_neighbours(name, value):
+def test_nan_and_infinity_are_reported_and_do_not_reach_neighbours(name, value):
     # NaN went in and NaN came out, silently.
     model = create_model(name, num_classes=3).eval()
     batch = noise(32000).reshape(2, 16000)
     clean = model(batch)
     batch[1, 5000] = value
     torch.testing.assert_close(model(batch)[0], clean[0], atol=1e-6, rtol=1e-5)
-    with pytest.raises(UserError, match="clips 1 of the batch hold NaN or infinite samples"):
+    with pytest.raises(UserError, match="clips 1 of the batch contain NaN or infinite samples"):
         model.predict(batch)
 
 
@@ -141,5 +141,5 @@ def test_long_clips_of_a_batch_do_not_mix(model):
 
 
 def test_a_waveform_without_batch_axis_is_refused(model):
-    with pytest.raises(UserError, match=r"waveforms \(B,S\)"):
+    with pytest.raises(UserError, match=r"expected \(B,S\)"):
         model(noise(16000))

@@ -62,7 +62,7 @@ def test_storing_every_class_is_no_division_by_zero(label_type):
     assert np.array_equal(target, values.astype(np.float32))
 
 
-def test_a_misspelt_label_type_is_told_before_training(tmp_path):
+def test_a_misspelt_label_type_is_reported_before_training(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("train_data: a.tsv\nmodel: m\nlabel_type: last_men\n")
     faults = Faults("c.yaml")

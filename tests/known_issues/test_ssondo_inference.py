@@ -24,7 +24,7 @@ def test_no_length_gives_nan(name, n_samples):
 
 
 @torch.inference_mode()
-def test_what_lies_behind_the_last_whole_segment_is_heard():
+def test_what_lies_behind_the_last_whole_segment_is_given():
     """The tail of a clip was dropped."""
     torch.manual_seed(0)
     model = get_ssondo(create_model("eres2net", num_classes=0, **TINY["eres2net"]))
@@ -72,8 +72,8 @@ def test_a_checkpoint_is_read_without_running_what_it_holds(tmp_path):
     state = {f"student_model.{key}": value for key, value in model.state_dict().items()}
     config = {"student_model": {"model_name": "mn10_im"}, "loss": Bomb(tmp_path / "it_ran")}
     torch.save({"state_dict": state, "training_config": config}, tmp_path / "student.ckpt")
-    with pytest.raises(UserError, match="holds more than tensors and plain values"):
+    with pytest.raises(UserError, match="contains more than tensors and plain values"):
         load_model(tmp_path / "student.ckpt")
-    with pytest.raises(UserError, match="holds more than tensors and plain values"):
+    with pytest.raises(UserError, match="contains more than tensors and plain values"):
         get_ssondo(tmp_path / "student.ckpt")
     assert not (tmp_path / "it_ran").exists()

@@ -41,7 +41,7 @@ def huggingface_folder(folder, **settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 1}])
-def test_a_folder_of_transformers_answers_as_transformers_does_from_the_waveform_on(tmp_path, settings):
+def test_a_folder_of_transformers_outputs_as_transformers_does_from_the_waveform_on(tmp_path, settings):
     theirs, extractor = huggingface_folder(tmp_path, **settings)
     ours = load_model(tmp_path)
     assert isinstance(ours, AST)
@@ -122,7 +122,7 @@ def test_deit_gives_its_weights(tmp_path, caplog):
     assert "last layers (mlp_head" in caplog.text
 
 
-def test_initialisation_from_timm_that_cannot_be_had_is_told():
+def test_initialisation_from_timm_that_cannot_be_had_is_reported():
     with pytest.raises(UserError, match=r"timm has no model 'deit_tinny'"):
         load_weights(create_model("ast_pico", **SMALL), "timm:deit_tinny", pre_training=True)
 

@@ -210,12 +210,12 @@ def test_softmax_and_names_without_weight_decay():
     assert model.no_weight_decay() == {"time_pos_embed", "freq_pos_embed", "cls_token", "token_pos_embed"}
 
 
-def test_faults_of_arguments_are_told_at_once():
+def test_faults_of_arguments_are_reported_together():
     with pytest.raises(UserError, match=r"(?s)2 faults.*pooling must be one of.*cannot be shared among 5 heads"):
         create_model("audiotransformer_pico", pooling="men", num_heads=5)
 
 
-def test_a_spectrogram_that_does_not_fit_is_told(pico):
+def test_a_spectrogram_that_does_not_fit_is_reported(pico):
     with pytest.raises(UserError, match="64 bands and at least 16 frames, not 64 bands and 15 frames"):
         pico.forward_spectrogram(torch.zeros(1, 64, 15))
     with pytest.raises(UserError, match="not 128 bands"):

@@ -195,7 +195,7 @@ def test_a_checkpoint_holds_all_of_it(pooling, tmp_path, caplog):
     assert torch.equal(again.predict(wave), model.predict(wave))
     assert not caplog.records
     other = load_model(tmp_path / "model.pt", num_classes=5)
-    assert "starts anew" in caplog.text
+    assert "initialised anew" in caplog.text
     with torch.inference_mode():
         torch.testing.assert_close(other.embed(wave)[0], model.embed(wave)[0])
     assert other.predict(wave).shape == (1, 5)
@@ -214,7 +214,7 @@ def test_it_starts_from_pictures(pooling, tmp_path, caplog):
         load_weights(model, tmp_path / "pictures.pt", pre_training=True)
     assert "3 colours" in caplog.text
     assert "classifier of pictures is left out" in caplog.text
-    assert "start anew" in caplog.text
+    assert "initialised anew" in caplog.text
     model.eval()
     grey = torch.randn(2, 64, 70)
     with torch.inference_mode():
@@ -223,7 +223,7 @@ def test_it_starts_from_pictures(pooling, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_the_first_answer_is_the_prior(pooling):
+def test_the_first_output_is_the_prior(pooling):
     torch.manual_seed(0)
     model = create_model("efficientnet_b0", num_classes=2, pooling=pooling, n_mels=64, drop_path_rate=0.0)
     batch = make_batch(

@@ -27,17 +27,19 @@ def test_probabilities_of_members_with_other_rates_are_averaged():
 
 
 def test_members_with_other_labels_are_refused():
-    with pytest.raises(UserError, match="'audiotransformer_pico' has 3, 'mn01_as' has 3, and they part at class 1"):
+    with pytest.raises(
+        UserError, match="'audiotransformer_pico' has 3, 'mn01_as' has 3, and they differ from class 1 on"
+    ):
         Ensemble(members(labels=["0", "b", "2"]))
-    with pytest.raises(UserError, match="'mn01_as' has 2, and they part at class 2"):
+    with pytest.raises(UserError, match="'mn01_as' has 2, and they differ from class 2 on"):
         Ensemble(members(num_classes=2))
     with pytest.raises(UserError, match="at least one member"):
         Ensemble([])
 
 
-def test_a_missing_rate_is_told():
+def test_a_missing_rate_is_reported():
     ensemble = Ensemble(members())
-    with pytest.raises(UserError, match=r"waveforms at \[16000, 32000\] Hz; \[32000\] are not given"):
+    with pytest.raises(UserError, match=r"waveforms at \[16000, 32000\] Hz; \[32000\] are missing"):
         ensemble.predict({16000: torch.zeros(1, 100)})
-    with pytest.raises(UserError, match=r"lengths at .* \[16000, 32000\] are not given"):
+    with pytest.raises(UserError, match=r"lengths at .* \[16000, 32000\] are missing"):
         ensemble.predict({16000: torch.zeros(1, 100), 32000: torch.zeros(1, 200)}, {})

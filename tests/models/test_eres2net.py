@@ -55,7 +55,7 @@ def test_the_weights_of_a_fusion_sum_to_two():
 
 @pytest.mark.parametrize("fuses", [False, True])
 @pytest.mark.parametrize(("n_in", "stride"), [(32, 1), (8, 2)])
-def test_the_second_half_of_a_block_hears_the_first(n_in, stride, fuses):
+def test_the_second_half_of_a_block_gets_the_first(n_in, stride, fuses):
     torch.manual_seed(0)
     block = with_lively_norms(Res2Block(n_in, 16, stride, fuses))
     x = torch.randn(2, n_in, 6, 7)

@@ -72,7 +72,7 @@ def test_another_number_of_classes_is_noticed(state, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         model = load_model(published_folder(tmp_path / "hf", state), num_classes=3)
     assert model.num_classes == 3
-    assert "is for 527 classes, the model has 3" in caplog.text
+    assert "has 527 classes, the model has 3" in caplog.text
 
 
 def test_other_kinds_of_folders_are_refused(state, tmp_path):

@@ -104,7 +104,7 @@ def test_levels_in_its_own_scale():
     assert front_end.power_db_to_value(-100.0) == pytest.approx((math.log(1.1920929e-07) + 4) / 6)
 
 
-def test_a_constant_is_not_heard():
+def test_a_constant_is_not_given():
     wave = noise(8000)[None]
     front_end = KaldiMel()
     torch.testing.assert_close(front_end(wave + 0.25), front_end(wave), atol=1e-3, rtol=0)

@@ -37,12 +37,12 @@ def test_a_list_given_out_can_be_changed_without_harm():
         ("index,mid,display_name\n0,/m/a,Male speech, man speaking\n", "names with commas are quoted"),
     ],
 )
-def test_broken_tables_are_told(tmp_path, text, sentence):
+def test_broken_tables_are_reported(tmp_path, text, sentence):
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(UserError, match=sentence):
         read_labels(tmp_path / "labels.csv")
 
 
-def test_a_missing_table_is_told(tmp_path):
+def test_a_missing_table_is_reported(tmp_path):
     with pytest.raises(UserError, match="cannot be read as a label table"):
         read_labels(tmp_path / "none.csv")

@@ -125,7 +125,7 @@ def test_an_export_computes_with_the_changed_weights(precision, tmp_path):
     ("changes", "sentence"),
     [
         ({"test_lowrank": {"rank": 2}}, r"no change is called 'test_lowrank' \(did you mean 'test_low_rank'\?\)"),
-        ({"test_low_rank": {}}, "test_low_rank cannot be made with {}: .*rank"),
+        ({"test_low_rank": {}}, "test_low_rank cannot be applied with {}: .*rank"),
         ("test_low_rank", "parametrize is 'test_low_rank'; expected names of changes"),
     ],
 )

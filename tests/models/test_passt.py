@@ -183,7 +183,7 @@ def test_it_learns_is_saved_and_fine_tuned_for_other_classes(passt, tmp_path, ca
         assert torch.equal(load_model(tmp_path / "passt.pt")(wave), passt.eval()(wave))
         other = load_model(tmp_path / "passt.pt", num_classes=9)
         assert other(wave).shape == (1, 9)
-    assert "the last layer starts anew" in caplog.text
+    assert "the last layer is initialised anew" in caplog.text
 
 
 def test_deit_gives_its_weights_and_its_positions_apart(tmp_path, caplog):

@@ -111,7 +111,7 @@ def test_labels_are_audiosets_or_numbers():
     assert create_model("audiotransformer_pico", num_classes=2).labels == ["0", "1"]
 
 
-def test_importing_and_creating_says_nothing(caplog):
+def test_importing_and_creating_proves_nothing(caplog):
     with caplog.at_level(logging.DEBUG):
         create_model("audiotransformer_pico")
     assert not caplog.records

@@ -136,7 +136,7 @@ def test_given_values_are_laid_over_the_defaults_and_other_names_refused():
         take_settings(defaults, {"n_mel": 80})
 
 
-def test_arguments_reach_the_network_and_a_wrong_name_is_told():
+def test_arguments_reach_the_network_and_a_wrong_name_is_reported():
     model = AudioTransformer(num_classes=2, embed_dim=64, num_heads=1, depth=2, n_mels=32, f_max=None, center=False)
     assert (model.embed_dim, len(model.blocks), model.front_end.n_mels) == (64, 2, 32)
     with pytest.raises(TypeError, match="unexpected keyword argument 'embed_dims'"):

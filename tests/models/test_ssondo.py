@@ -118,7 +118,7 @@ def test_a_published_checkpoint_loads_and_its_projection_is_left_out(name, argum
     path = published(tmp_path / "student.ckpt", model, training_config(theirs.pop("model_name"), 24, **theirs))
     with caplog.at_level(logging.WARNING):
         again = load_model(path)
-    assert "its last layer, which gives 24 numbers, is left out" in caplog.text
+    assert "its last layer of 24 outputs is dropped" in caplog.text
     wave = noise(20000)[None]
     assert (again.name, again.num_classes, again.labels) == (name, 0, [])
     torch.testing.assert_close(again.embed(wave)[0], model.embed(wave)[0], atol=0, rtol=0)
@@ -141,7 +141,7 @@ def test_a_published_checkpoint_that_is_not_whole_or_not_ours_is_refused(student
     published(path, student, training_config("mn10_im", 6, width_mult=0.1, dilated=True, se_dims="f"))
     with pytest.raises(UserError, match=r"(?s)2 faults.*dilated is True, expected False.*se_dims is 'f', expected 'c'"):
         load_model(path)
-    with pytest.raises(UserError, match="wanted one of mn"):
+    with pytest.raises(UserError, match="expected one of mn"):
         load_model(published(path, student, training_config("vgg", 6)))
     with pytest.raises(UserError, match="KeyError: 'width_mult'"):
         load_model(published(path, student, training_config("mn10_im", 6)))
@@ -199,7 +199,7 @@ def test_heads_old_and_new(student, tmp_path):
 
 
 @torch.inference_mode()
-def test_the_projection_of_a_published_checkpoint_is_kept_where_it_is_asked_for(student, tmp_path):
+def test_the_projection_of_a_published_checkpoint_is_kept_where_it_is_requested_for(student, tmp_path):
     path = published(tmp_path / "student.ckpt", student, training_config("mn10_im", 6, width_mult=0.1))
     wave = noise(15 * RATE)
     segments, projected = get_ssondo(path, return_logits=True)(wave)

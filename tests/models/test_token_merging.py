@@ -149,7 +149,7 @@ def test_schedules(setting, schedule):
 @pytest.mark.parametrize(
     "setting", [-1, 1.5, "8", [8, 2], [8, -1, 0], [1] * 11, [True], {"r": 8}, math.nan, [8, math.inf]]
 )
-def test_other_schedules_are_refused_with_what_is_wanted(setting):
+def test_other_schedules_are_refused_with_what_is_requested(setting):
     with pytest.raises(UserError, match=r"token_merging is .*expected .*whole number.*inflect.*12 whole numbers"):
         merging_schedule(setting, 12)
 
@@ -331,11 +331,11 @@ def test_settings_with_and_without_proportional_attention():
     assert split_setting({"r": 8, "proportional": "false"}) == (8, False)  # as a command line has it
     with pytest.raises(UserError, match=r"did you mean 'proportional'.*expected r, or \{r: 8, proportional: false\}"):
         split_setting({"r": 8, "proportionl": False})
-    with pytest.raises(UserError, match="wanted r, or"):
+    with pytest.raises(UserError, match="expected r, or"):
         split_setting({"proportional": False})
     with pytest.raises(UserError, match=r"token_merging\.proportional is 3; expected true or false"):
         create_model("audiotransformer_pico", token_merging={"r": 8, "proportional": 3})
-    with pytest.raises(UserError, match="token_merging is -1; wanted"):
+    with pytest.raises(UserError, match="token_merging is -1; expected"):
         create_model("audiotransformer_pico", token_merging={"r": -1})
 
 
@@ -355,7 +355,7 @@ def test_attention_that_is_not_proportional_is_kept_with_the_weights(tmp_path):
 
 
 @every_network
-def test_training_merges_too_unless_it_is_told_not_to(name):
+def test_training_merges_too_unless_it_is_reported_not_to(name):
     x = sounds(small(name))
     plain, both, judged = small(name), small(name, token_merging=6), small(name, token_merging=6)
     judged.merges_in_training = False

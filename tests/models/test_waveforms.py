@@ -114,15 +114,15 @@ def test_clips_of_several_lengths_in_a_list_get_what_they_get_alone(model, clips
         (np.zeros(RATE, bool), None, "bool; .*floats"),
         ("sound.wav", None, "the waveform: found values of type <U9; .*floats"),
         (None, None, "object; .*floats"),
-        ([[0.0, 1.0], [0.0]], torch.tensor([2, 2]), r"lengths \[2, 2\] must be one number a clip, 1 to \[2, 1\]"),
-        (torch.full((2, RATE), float("nan")), None, "clips 0, 1 of the batch hold NaN or infinite"),
-        (torch.zeros(2, RATE).index_fill(0, torch.tensor(1), 3.0), None, "clip 1 .* up to 3, as integers have"),
+        ([[0.0, 1.0], [0.0]], torch.tensor([2, 2]), r"lengths \[2, 2\] must be one number per clip, 1 to \[2, 1\]"),
+        (torch.full((2, RATE), float("nan")), None, "clips 0, 1 of the batch contain NaN or infinite"),
+        (torch.zeros(2, RATE).index_fill(0, torch.tensor(1), 3.0), None, "clip 1 .* up to 3, like integer samples"),
         (torch.linspace(-32767.5, 32767.2, RATE), None, "clip 0 .* up to 32767.5, .* divide 16-bit samples by 32768"),
-        (torch.zeros(2, RATE), torch.tensor([RATE]), "must be one number a clip"),
-        (torch.zeros(2, RATE), [0, RATE], "must be one number a clip, 1 to 16000"),
-        (torch.zeros(2, RATE), [1, RATE + 1], "must be one number a clip"),
+        (torch.zeros(2, RATE), torch.tensor([RATE]), "must be one number per clip"),
+        (torch.zeros(2, RATE), [0, RATE], "must be one number per clip, 1 to 16000"),
+        (torch.zeros(2, RATE), [1, RATE + 1], "must be one number per clip"),
         (torch.zeros(2, RATE), [0.5, 1.0], "lengths are of type torch.float32; expected whole numbers"),
-        (torch.zeros(2, RATE), "all", "lengths are str; expected one whole number a clip"),
+        (torch.zeros(2, RATE), "all", "lengths are str; expected one whole number per clip"),
     ],
 )
 def test_what_is_no_waveform_is_a_sentence(given, lengths, sentence):
@@ -173,11 +173,11 @@ def test_sound_on_another_device_goes_to_the_models(clips):
 def test_training_takes_float_batches_alone():
     model = build("resnet10_small").train()
     for given in (torch.zeros(RATE), torch.zeros(1, 1, RATE), torch.zeros(2, RATE, dtype=torch.int16)):
-        with pytest.raises(UserError, match=r"wanted waveforms \(B,S\), floats"):
+        with pytest.raises(UserError, match=r"expected \(B,S\), floats"):
             model(given)
 
 
-def test_an_ensemble_of_several_rates_wants_each_and_embeds_not(clips):
+def test_an_ensemble_of_several_rates_needs_each_and_embeds_not(clips):
     ensemble = Ensemble([build("resnet10_small"), build("resnet10_small", sample_rate=8000)])
     with pytest.raises(UserError, match=r"take \[8000, 16000\] Hz: give a dictionary from sample rate"):
         ensemble.predict(clips)

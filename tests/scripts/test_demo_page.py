@@ -293,7 +293,7 @@ def test_nothing_on_the_page_comes_from_elsewhere(page):
     assert [url for url in asked if not url.startswith((page.url, "data:", f"blob:{page.url}"))] == []
 
 
-def test_without_gradio_a_sentence_says_what_to_install(checkpoint, command, tmp_path):
+def test_without_gradio_a_sentence_states_what_to_install(checkpoint, command, tmp_path):
     (tmp_path / "gradio.py").write_text("raise ImportError('no gradio here')\n")
     result = command("scripts/demo_page.py", "-m", checkpoint, env={"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 1
@@ -350,7 +350,7 @@ def test_one_sound_is_computed_at_a_time(tmp_path):
     first = heard[0][0]
     assert [name for name, _ in heard] == sorted((name for name, _ in heard), key=lambda name: name != first)
     for name in ("a.wav", "b.wav"):
-        shares = [share for told, share in heard if told == name]
+        shares = [share for message, share in heard if message == name]
         assert shares == sorted(shares)
         assert 0.9 < shares[-1] <= 1
 
@@ -366,7 +366,7 @@ def test_windows_that_overlap_too_much_are_refused_before_anything_is_computed(t
     assert engine.n_calls == 1
 
 
-def test_a_sound_deleted_meanwhile_is_asked_for_again(tmp_path):
+def test_a_sound_deleted_meanwhile_is_requested_for_again(tmp_path):
     page = demo_page.Page(Counting(), 10.0)
     with pytest.raises(UserError, match=r"a\.wav was deleted, .* once more"):
         page.tag(tmp_path / "a.wav", 1.0, 1.0, TagOptions(1), lambda share: None)

@@ -403,12 +403,12 @@ def test_the_extractor_cuts_and_pads_to_a_length(folder):
         ([np.zeros(80), np.full(80, np.nan)], 16000, "clip 1 holds NaN"),
     ],
 )
-def test_what_is_no_waveform_is_told(folder, sound, rate, sentence):
+def test_what_is_no_waveform_is_reported(folder, sound, rate, sentence):
     with pytest.raises(ValueError, match=sentence):
         CedFeatureExtractor.from_pretrained(folder)(sound, sampling_rate=rate)
 
 
-def test_what_is_no_spectrogram_is_told(folder):
+def test_what_is_no_spectrogram_is_reported(folder):
     hf, _ = loaded(folder)
     with pytest.raises(ValueError, match="wanted spectrograms"):
         hf(torch.zeros(2, 16000))
@@ -519,7 +519,7 @@ def test_an_interrupted_export_leaves_nothing(model, folder, tmp_path, monkeypat
         assert {path: path.read_bytes() for path in target.parent.rglob("*") if path.is_file()} == before
 
 
-def test_damaged_weights_are_told_before_anything_is_written(model, tmp_path):
+def test_damaged_weights_are_reported_before_anything_is_written(model, tmp_path):
     damaged = tagger(labels=NAMES)
     damaged.outputlayer[1].bias.data[0] = float("nan")
     with pytest.raises(UserError, match="its weights are damaged"):

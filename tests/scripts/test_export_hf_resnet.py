@@ -201,7 +201,7 @@ def test_it_runs_in_half_precision(folder, model):
     assert (found - own_probabilities(model, clips(1.0, 2.0))).abs().max() < 0.1
 
 
-def test_a_clip_without_a_frame_is_told(folder):
+def test_a_clip_without_a_frame_is_reported(folder):
     with pytest.raises(ValueError, match="a clip has 0 frames of its own; expected at least 1"):
         loaded(folder)[0](torch.zeros(2, 9, 64), torch.tensor([[1] * 9, [0] * 9]))
 
@@ -236,7 +236,7 @@ def test_one_kind_takes_the_place_of_the_other(model, tmp_path):
         assert (back.name, back.labels) == (second.name, second.labels)
 
 
-def test_tensors_of_another_network_are_told(folder, tmp_path):
+def test_tensors_of_another_network_are_reported(folder, tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")

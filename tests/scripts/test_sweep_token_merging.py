@@ -229,7 +229,7 @@ def test_the_command_as_a_user_types_it(folder, tone_pack, tmp_path):
     assert all(0 < float(row["lowest"]) <= float(row["clips_per_second"]) <= float(row["highest"]) for row in rows)
 
 
-def test_help_says_what_is_evaluated_and_what_is_timed():
+def test_help_states_what_is_evaluated_and_what_is_timed():
     done = run_command("scripts/sweep_token_merging.py", "--help")
     assert done.returncode == 0
     for part in ("--inference RUN,RUN", "--batch_size VALUE", "median of several passes", "for folds"):

@@ -67,7 +67,7 @@ def test_less_than_a_tenth_of_a_second_behind_the_last_window_is_no_window_but_a
     assert ends == [[1.0], [1.0, 1.1], [0.01]]
 
 
-def test_windows_overlap_or_leave_gaps_as_asked(tmp_path):
+def test_windows_overlap_or_leave_gaps_as_requested(tmp_path):
     path = steady(tmp_path / "a.wav", [0.0, 0.25, 0.5, 0.75, 1.0])
 
     def heard(**times):
@@ -297,7 +297,7 @@ def test_seconds_are_counted_as_windows_are_done(tmp_path):
     assert sorted(seconds) == [1.0, 2.0, 2.0]
 
 
-def test_more_labels_wanted_than_there_are_gives_all(tmp_path):
+def test_more_labels_requested_than_there_are_gives_all(tmp_path):
     (file,) = tag_files(Meter(), [steady(tmp_path / "a.wav", [0.5])], TagOptions(10))
     assert [label for label, _ in file.windows[0].tags] == ["level", "short", "never"]
 

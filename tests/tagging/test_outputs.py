@@ -69,8 +69,8 @@ def read_table(path):
     assert tuple(head) == COLUMNS
     return [
         [name, *(float(n) if n else None for n in (start, end)), label or None, float(value) if value else None]
-        + [text or None for text in told]
-        for name, start, end, label, value, *told in rows
+        + [text or None for text in message]
+        for name, start, end, label, value, *message in rows
     ]
 
 
@@ -111,11 +111,11 @@ def test_what_is_odd_is_known_to_the_last_process_and_when_the_command_is_given_
     outputs = [open_output(path, None, PATHS, SETTINGS, share) for share in shares]
     for number, file in enumerate(FILES):
         outputs[number % len(outputs)].write(file)
-    told = {"odd.wav": 'truncated: ends early, "really"; joined: is joined'}
+    message = {"odd.wav": 'truncated: ends early, "really"; joined: is joined'}
     assert [output.close(PATHS) for output in outputs][-1]
-    assert outputs[-1].warnings == told
+    assert outputs[-1].warnings == message
     again = open_output(path, None, PATHS, SETTINGS, SINGLE_PROCESS)
-    assert again.warnings == told
+    assert again.warnings == message
     again.close(PATHS)
 
 
@@ -411,7 +411,7 @@ def test_a_process_of_an_earlier_start_does_not_count_as_finished(tmp_path):
     assert len(read_table(path)) == 3
 
 
-def test_who_is_last_knows_the_faults_of_all_also_where_nothing_is_joined(tmp_path):
+def test_who_is_last_has_the_faults_of_all_also_where_nothing_is_joined(tmp_path):
     shares = Share(0, 2), Share(1, 2)
     for outputs in ({"output": tmp_path / "tracks", "output_format": "audacity"}, {"plot": tmp_path / "pictures"}):
         (first,), (second,) = (open_outputs(PATHS, SETTINGS, share, **outputs) for share in shares)

@@ -74,7 +74,7 @@ def colour(image, x, y):
     return [round(255 * float(value)) for value in image[round(y * height), round(x * width), :3]]
 
 
-def test_a_picture_shows_what_is_heard_when(tmp_path):
+def test_a_picture_shows_what_is_given_when(tmp_path):
     path = tone(tmp_path / "a.wav", 4000, 4.0)
     windows = [TaggedWindow(k, k + 2, [("tone", (0.2, 1.0, 0.6)[k])]) for k in range(3)]  # overlapping
     windows[2].tags.append(("hum", 0.5))
@@ -135,7 +135,7 @@ def test_no_more_labels_are_shown_than_there_is_room_for(tmp_path):
     assert heights[0] == heights[1] < heights[2] == heights[3]
 
 
-def test_a_sound_that_is_gone_when_it_is_drawn_is_told_of(tmp_path):
+def test_a_sound_that_is_gone_when_it_is_drawn_is_reported_of(tmp_path):
     path = tone(tmp_path / "a.wav", 500, 0.3)
     (file,) = tag_files(Meter(), [path], TagOptions(1))
     path.unlink()

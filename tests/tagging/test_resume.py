@@ -113,14 +113,14 @@ def test_killed_at_random_moments_the_rows_are_those_of_an_uninterrupted_run(
     folder, checkpoint, whole, tmp_path, killed, form, processes, seed
 ):
     target = tmp_path / f"tags.{form}"
-    told = killed(5, seed, processes, *arguments_for(folder, checkpoint, target))
+    message = killed(5, seed, processes, *arguments_for(folder, checkpoint, target))
     check_rows(target, whole)
-    assert sorted(told["codes"]) == [0] * (len(told["codes"]) - 1) + [1]  # the last one tells of unreadable files
+    assert sorted(message["codes"]) == [0] * (len(message["codes"]) - 1) + [1]  # the last one tells of unreadable files
     assert left_over(target) == set()
-    assert all(f"{name}: " in told["log"] for name in BAD)
-    n_left = N_FILES - sum(map(int, re.findall(r"(\d+) of \d+ files are done already", told["log"])))
+    assert all(f"{name}: " in message["log"] for name in BAD)
+    n_left = N_FILES - sum(map(int, re.findall(r"(\d+) of \d+ files are done already", message["log"])))
     assert n_left < N_FILES - 3
-    assert 2 * n_left <= told["tagged"][-1] <= 2 * (n_left + len(BAD))  # what was done is not done again
+    assert 2 * n_left <= message["tagged"][-1] <= 2 * (n_left + len(BAD))  # what was done is not done again
 
 
 @pytest.mark.parametrize("processes", [[1], [2, 2, 2, 1]])
@@ -129,8 +129,8 @@ def test_killed_at_random_moments_the_embeddings_are_those_of_an_uninterrupted_r
 ):
     target, embeddings = tmp_path / "tags.csv", tmp_path / "embeddings.h5"
     arguments = arguments_for(folder, checkpoint, target, "--embeddings", embeddings)
-    told = killed(4, 6, processes, *arguments)
-    assert sorted(told["codes"]) == [1]
+    message = killed(4, 6, processes, *arguments)
+    assert sorted(message["codes"]) == [1]
     check_rows(target, whole)
     check_embeddings(embeddings, whole)
     assert left_over(target) == {"embeddings.h5"}
@@ -155,8 +155,8 @@ def test_a_process_that_is_not_the_last_ends_well_though_files_cannot_be_read(ch
     """Else torchrun would stop the others in the middle of their work."""
     folder = hum_folder(tmp_path / "sounds", 3)
     (folder / "000b.wav").write_text("no sound")  # of the second process, which has less to do
-    told = killed(0, 0, [2], folder, "-m", checkpoint, *output, tmp_path / "out.h5")
-    assert sorted(told["codes"]) == [0, 1]
+    message = killed(0, 0, [2], folder, "-m", checkpoint, *output, tmp_path / "out.h5")
+    assert sorted(message["codes"]) == [0, 1]
     if output != ("--embeddings",):
         assert len(list((tmp_path / "out.h5").iterdir())) == 3 + 1
     assert not list(tmp_path.glob(".*"))
@@ -164,8 +164,8 @@ def test_a_process_that_is_not_the_last_ends_well_though_files_cannot_be_read(ch
 
 def test_all_is_well_where_all_files_can_be_read_by_two_processes(checkpoint, tmp_path, killed):
     folder = hum_folder(tmp_path / "sounds", 5)
-    told = killed(0, 0, [2], folder, "-m", checkpoint, "--output", tmp_path / "tags.jsonl")
-    assert told["codes"] == [0, 0]
+    message = killed(0, 0, [2], folder, "-m", checkpoint, "--output", tmp_path / "tags.jsonl")
+    assert message["codes"] == [0, 0]
     again = killed(0, 0, [2], folder, "-m", checkpoint, "--output", tmp_path / "tags.jsonl")
     assert (again["codes"], again["tagged"]) == ([0, 0], [0])
     assert len({name for name, *_ in rows(tmp_path / "tags.jsonl")}) == 5

@@ -55,7 +55,7 @@ def test_of_several_processes_the_last_one_at_the_last_output_tells_of_faults(pa
     assert [file.path for file in outputs[0].files] == paths[share.rank :: 2]
 
 
-def test_faults_of_others_and_of_earlier_runs_are_told_of_too(paths, capsys):
+def test_faults_of_others_and_of_earlier_runs_are_reported_of_too(paths, capsys):
     good = [path for path in paths if path.name != "1.wav"]
     assert not Session(Meter(), TagOptions()).run(good, [Kept(faults={"elsewhere.wav": "no samples"})], quiet=True)
     assert "1 of 3 files could not be read:\n  elsewhere.wav: no samples\n" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def test_a_stream_is_tagged_as_the_file_in_one_piece(tmp_path, pico, form, rate,
 
 @pytest.mark.parametrize("block_seconds", [1e-9, 0.00123, 0.37, 100])
 @pytest.mark.parametrize("hop", [0.25, None, 1.3])
-def test_neither_blocks_nor_hops_change_what_is_heard(tmp_path, pico, block_seconds, hop):
+def test_neither_blocks_nor_hops_change_what_is_given(tmp_path, pico, block_seconds, hop):
     path = tmp_path / "a.wav"
     soundfile.write(path, humming(6, 1.83, 22050, 2), 22050)
     times = {"chunk_seconds": 0.5, "hop_seconds": hop}
@@ -113,7 +113,7 @@ def test_the_length_in_a_wavs_header_may_be_unknown_or_out_of_date(tmp_path, pic
     check_same(tag_bytes(pico, data, chunk_seconds=1.0), file.windows)
 
 
-def test_what_a_program_wrote_behind_the_samples_is_not_heard(tmp_path, pico):
+def test_what_a_program_wrote_behind_the_samples_is_not_given(tmp_path, pico):
     path = tmp_path / "a.wav"
     soundfile.write(path, humming(5, 2.35), RATE)
     (file,) = tag_files(pico, [path], EVERY, chunk_seconds=1.0)
@@ -240,15 +240,15 @@ def test_as_a_command_it_tells_of_each_window_before_the_stream_ends(tmp_path, c
         watchdog = threading.Timer(60, process.kill)
         watchdog.daemon = True
         watchdog.start()
-        told = []
+        message = []
         for k in range(2):
             process.stdin.write(data[k * n_bytes : (k + 1) * n_bytes])
             process.stdin.flush()
-            told.append(process.stdout.readline().decode())  # would wait for ever if it waited for more
+            message.append(process.stdout.readline().decode())  # would wait for ever if it waited for more
             time.sleep(0.05)
         process.stdin.write(data[2 * n_bytes :])
         process.stdin.close()
-        told += process.stdout.read().decode().splitlines(keepends=True)
+        message += process.stdout.read().decode().splitlines(keepends=True)
         assert process.stderr.read() == b""
         assert process.wait() == 0
         watchdog.cancel()
@@ -256,7 +256,7 @@ def test_as_a_command_it_tells_of_each_window_before_the_stream_ends(tmp_path, c
         f"  [{w.start:6.1f} - {w.end:6.1f} s]  " + ", ".join(f"{label} {value:.3f}" for label, value in w.tags) + "\n"
         for w in file.windows
     ]
-    assert told == expected
+    assert message == expected
 
 
 def test_raw_samples_through_a_pipe_as_a_command(tmp_path, checkpoint, pico):
@@ -385,7 +385,7 @@ def run_with(monkeypatch, capsys, data, *words):
     return status, printed.out.splitlines(), printed.err
 
 
-def test_a_cut_stream_is_told_and_a_bad_one_is_a_sentence(checkpoint, monkeypatch, capsys):
+def test_a_cut_stream_is_reported_and_a_bad_one_is_a_sentence(checkpoint, monkeypatch, capsys):
     words = "-m", checkpoint, "-c", "2"
     cut = written("FLAC")
     status, lines, error = run_with(monkeypatch, capsys, cut[: len(cut) // 2], *words)
@@ -407,7 +407,7 @@ def test_a_cut_stream_is_told_and_a_bad_one_is_a_sentence(checkpoint, monkeypatc
         assert (status, len(lines), error) == (0, -(-len(mp3) // 64000), "")
 
 
-def test_every_kind_of_odd_file_is_tagged_or_told():
+def test_every_kind_of_odd_file_is_tagged_or_reported():
     for row in ODD_FILES:
         tagger = StreamTagger(Meter(), chunk_seconds=20.0)
         decoder = StreamDecoder(io.BytesIO(row.data), RAW)
@@ -418,5 +418,5 @@ def test_every_kind_of_odd_file_is_tagged_or_told():
         (window,) = [window for block in decoder for window in tagger.push_block(*block)] + tagger.finish()
         if row.seconds is not None:
             assert window.end == pytest.approx(row.seconds, abs=0.1), row.name
-            told = set(decoder.warnings | tagger.warnings)
-            assert set(row.warnings) - told <= {"repaired"} | ({"truncated"} if "8svx" in row.name else set()), row.name
+            kinds = set(decoder.warnings | tagger.warnings)
+            assert set(row.warnings) - kinds <= {"repaired", *(["truncated"] if "8svx" in row.name else [])}, row.name

@@ -128,7 +128,7 @@ def test_what_starts_from_weights_keeps_their_front_end():
 def test_auto_is_refused_where_nothing_chooses_it():
     faults = Faults("the test")
     choose({"mixup": "auto", "model": "resnet10"}, DataFacts(), faults)
-    assert "mixup says auto" in faults.sentences[0]
+    assert "mixup is auto" in faults.sentences[0]
 
 
 def test_published_configurations_hold_nothing_automatic():
@@ -320,7 +320,7 @@ def test_prepared_configurations_carry_no_auto(tone_pack, tmp_path, monkeypatch)
         changes = {"budget": None} if key == "epochs" else {}
         run = prepared(tone_pack, tmp_path / key, **{key: 3}, **changes).run
         assert getattr(run.config, key) == 3
-    with pytest.raises(UserError, match="mixup says auto"):
+    with pytest.raises(UserError, match="mixup is auto"):
         prepared(tone_pack, tmp_path / "mixup", mixup="auto")
     assert prepare.list_automatic_keys({"model_args": {"auto": True}, "loss": "auto", "epochs": 3}) == [
         "model_args",

@@ -76,21 +76,21 @@ def test_silence_and_very_short_clips_have_the_limit_of_their_rate(tmp_path):
     assert limit_of(tmp_path / "b", [noise(0.02, 16000, 1)] * 3, 16000) == 8000
 
 
-def test_clips_that_end_early_among_others_are_told_with_what_to_do(tmp_path):
+def test_clips_that_end_early_among_others_are_reported_with_what_to_do(tmp_path):
     narrow = [soxr.resample(noise(0.5, 8000, i), 8000, 16000) for i in range(4)]
     wide = [noise(0.5, 16000, i) for i in range(8)]
     full = create_model("resnet10", num_classes=1)
     limited = create_model("resnet10", num_classes=1, band_limit=usable_limit(4000))
 
-    def told(name, sounds, model):
+    def message(name, sounds, model):
         pack = Pack.open(write_pack(tmp_path / name, sounds, ["a"] * len(sounds)))
         return describe_unusable_bands(measure_band_limits(pack), model, "LIST.tsv")
 
-    assert told("wide", wide, full) is None
-    assert told("narrow", narrow, limited) is None
-    assert "its clips have no content above 4000 Hz" in told("narrow_full", narrow, full)
-    mixed = told("mixed", narrow + wide, full)
-    assert "33% of its clips have no content above 4000 Hz" in mixed
+    assert message("wide", wide, full) is None
+    assert message("narrow", narrow, limited) is None
+    assert "its clips hold nothing above 4000 Hz" in message("narrow_full", narrow, full)
+    mixed = message("mixed", narrow + wide, full)
+    assert "33% of its clips hold nothing above 4000 Hz" in mixed
     assert "--model_args.band_limit 3600" in mixed
 
 
@@ -233,10 +233,10 @@ def test_fine_tuning_keeps_the_bands_of_the_weights_and_silences_those_above(rec
         assert np.abs(tag_paths(TorchEngine(tuned), files) - wanted).max() < 0.02
 
 
-def test_a_pack_of_a_lower_rate_than_a_model_makes_use_of_is_told(versions, tmp_path, caplog):
+def test_a_pack_of_a_lower_rate_than_a_model_makes_use_of_is_reported(versions, tmp_path, caplog):
     labels = [f"word {i}" for i in range(N_CLASSES)]
 
-    def told(**settings) -> str:
+    def message(**settings) -> str:
         caplog.clear()
         save_checkpoint(tmp_path / "model.pt", create_model("mn01_as", labels=labels, **settings))
         given = {"model": str(tmp_path / "model.pt"), "test_data": str(versions["soxr"][0].manifest)}
@@ -244,8 +244,8 @@ def test_a_pack_of_a_lower_rate_than_a_model_makes_use_of_is_told(versions, tmp_
         evaluate_command(given, open_engine)
         return caplog.text
 
-    assert "is at 16000 Hz, but mn01_as has mel bands up to 15000 Hz" in told()
-    assert "mel bands" not in told(band_limit=7000.0)
+    assert "is at 16000 Hz, but mn01_as takes mel bands up to 15000 Hz" in message()
+    assert "mel bands" not in message(band_limit=7000.0)
 
 
 @pytest.mark.long

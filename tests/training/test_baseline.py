@@ -240,7 +240,7 @@ def test_a_validation_pack_chooses_and_is_then_fitted_to(tmp_path):
     order = np.random.default_rng(0).permutation(32)
     other = fit_baseline(train_part, test, LabelledPack(valid.pack, [valid.labels[row] for row in order], 4))
     assert other.choices != found.choices
-    assert "chosen of 8 variants on 32 validation clips, which it is then fitted to as well" in found.sentence
+    assert "chosen of 8 variants on 32 validation clips, which are then used for fitting as well" in found.sentence
 
 
 @pytest.mark.parametrize("labels", [SINGLE, SEVERAL], ids=["one label", "several"])
@@ -259,7 +259,7 @@ def test_the_same_data_give_the_same_bits_with_any_number_of_threads(tmp_path, l
         assert other.choices == found[0].choices
 
 
-def test_several_labels_are_judged_by_map(tmp_path):
+def test_several_labels_are_evaluated_by_map(tmp_path):
     train_part, test = tones(tmp_path, SEVERAL, "train"), tones(tmp_path, SEVERAL, "test")
     found = fit_baseline(train_part, test)
     assert (found.metric, found.choice_metric) == ("mAP", "mAP")
@@ -288,7 +288,7 @@ def test_small_and_odd_sets_have_a_figure(tmp_path):
     assert one_class.value == 0.25
     assert (one_class.scores.argmax(axis=1) == 2).all()
     few = fit_baseline(tones(tmp_path, [0, 1, 2], "few"), test)
-    assert "too few clips to choose by" in few.sentence
+    assert "too few clips to compare them" in few.sentence
     assert few.variant == VARIANTS[0]
     assert 3 not in few.scores.argmax(axis=1)  # in no training clip
     assert fit_baseline(tones(tmp_path, [1], "single"), test).value == 0.25
@@ -303,9 +303,11 @@ def test_small_and_odd_sets_have_a_figure(tmp_path):
     assert (mixed.choice_metric, mixed.metric) == ("accuracy", "mAP")
 
 
-def test_packs_that_do_not_go_together_are_told_in_a_sentence(tmp_path):
+def test_packs_that_do_not_go_together_are_reported_in_a_sentence(tmp_path):
     train_part = tones(tmp_path, SINGLE, "train")
-    with pytest.raises(UserError, match=r"one sample rate; found 8000 Hz in .*train\.tsv, 16000 Hz in .*test\.tsv"):
+    with pytest.raises(
+        UserError, match=r"the same sample rate in Hz; found 8000 in .*train\.tsv, 16000 in .*test\.tsv"
+    ):
         fit_baseline(train_part, tones(tmp_path, SINGLE, "test", sample_rate=16000))
     with pytest.raises(UserError, match=r"same classes; found 4 in .*train\.tsv, 9 in .*other\.tsv"):
         fit_baseline(train_part, tones(tmp_path, SINGLE, "other", num_classes=9))
@@ -328,7 +330,7 @@ def test_many_clips_are_thinned_out_class_by_class_whatever_their_order(tmp_path
     monkeypatch.setattr(baseline_module, "MAX_CLIPS", 16)
     found = fit_baseline(data, data)
     assert found.n_fitted == 16
-    assert "16 of 63 training clips were taken, by the hash of their names" in found.sentence
+    assert "16 of 63 training clips were used, chosen by the hash of their names" in found.sentence
     assert found.metrics.n_clips == 63  # all test clips are judged
 
 
@@ -355,7 +357,7 @@ def test_folds_without_groups_hold_every_class(tmp_path):
         assert {int(data.labels[row][0]) for row in np.flatnonzero(fold)} == {0, 1, 2, 3}
 
 
-def test_costly_variants_are_left_out_and_it_is_said(tmp_path, monkeypatch):
+def test_costly_variants_are_left_out_and_it_is_reported(tmp_path, monkeypatch):
     assert affordable_variants(4000, 50, single=True) == list(VARIANTS)
     assert affordable_variants(400, 50, single=False) == list(VARIANTS)
     assert {variant.model for variant in affordable_variants(4000, 50, single=False)} == {REGRESSION}
@@ -367,7 +369,10 @@ def test_costly_variants_are_left_out_and_it_is_said(tmp_path, monkeypatch):
     assert SVM in {variant.model for variant in affordable_variants(4000, 10, single=True)}
     monkeypatch.setattr("training.baseline_variants.MAX_SVM_WORK", {True: 10, False: 10})
     data = tones(tmp_path, SEVERAL, "train", num_classes=500)  # of which four occur
-    assert "only logistic regression was tried, with 4 classes of 30 clips" in fit_baseline(data, data).sentence
+    assert (
+        "only logistic regression was fitted, since there are 4 classes of 30 clips"
+        in fit_baseline(data, data).sentence
+    )
 
 
 def test_how_much_is_read_depends_on_how_much_there_is():
@@ -398,7 +403,7 @@ class BigPack:
 def test_data_of_the_size_of_audioset_are_skipped_before_anything_is_read():
     test = LabelledPack(BigPack(20_000, 10), [], 527)
     data = SimpleNamespace(pack=BigPack(22_000, 10), evaluation=test, valid=None, labels=["a"])
-    with pytest.raises(UserError, match="22,000 training and 20,000 test clips take more than seconds"):
+    with pytest.raises(UserError, match="22,000 training and 20,000 test clips are too many"):
         training_packs(data)
 
 
@@ -417,8 +422,8 @@ def test_a_run_ends_with_the_baseline_beside_its_figures_and_learns_the_same(ton
     assert len(stored["choices"]) == 8
     assert result["top1"] < 1.0
     assert stored["sentence"] in caplog.text
-    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert any(line.startswith(f"the model is BELOW THE BASELINE: {100 * result['top1']:.1f} %,") for line in told)
+    message = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert any(line.startswith(f"the model is BELOW THE BASELINE: {100 * result['top1']:.1f} %,") for line in message)
     page = read_report(tmp_path / "with")
     assert stored["sentence"] in page
     assert "BELOW THE BASELINE" in page

@@ -124,7 +124,7 @@ def test_a_tail_without_a_row_is_left_out_of_the_store(pack, tmp_path):
     np.testing.assert_array_equal(store.read(1)[2:4], [[10, 11], [12, 13]])
 
 
-def test_files_of_one_name_are_told_apart_by_their_folders(pack, tmp_path):
+def test_files_of_one_name_are_reported_apart_by_their_folders(pack, tmp_path):
     write_npz(tmp_path / "t", pack, lambda n: np.array([n, 0.0]))
     for folder, value in (("sounds", 5.0), ("others", 7.0)):
         (tmp_path / "t" / folder).mkdir()
@@ -205,12 +205,12 @@ def test_a_function_gets_waveforms_at_its_rate_and_lengths(pack, tmp_path, monke
         ({"npz": "x", "sample_rate": 8000}, "sample_rate can only be given with callable"),
     ],
 )
-def test_one_is_asked(pack, changes, sentence):
+def test_one_is_requested(pack, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         config(pack, **changes)
 
 
-def test_embeddings_that_half_precision_cannot_hold_are_clipped_and_told(pack, model, tmp_path, monkeypatch, caplog):
+def test_embeddings_beyond_half_precision_are_clipped_and_reported(pack, model, tmp_path, monkeypatch, caplog):
     asked = EmbeddingContent(open_of(model))
     monkeypatch.setattr(asked.source, "embeddings", lambda batch, hear: torch.full((len(batch), 2), -1e6))
     with caplog.at_level("WARNING"):
@@ -218,7 +218,7 @@ def test_embeddings_that_half_precision_cannot_hold_are_clipped_and_told(pack, m
     assert (store.read(1) == -65504).all()
     assert "8 embeddings exceed the range of half precision and are clipped at 65504" in caplog.text
     monkeypatch.setattr(asked.source, "embeddings", lambda batch, hear: torch.full((len(batch), 2), torch.nan))
-    with pytest.raises(UserError, match=r"answer to sounds/tone_\d+\.wav is not finite"):
+    with pytest.raises(UserError, match=r"output for sounds/tone_\d+\.wav is not finite"):
         StoreWriter(config(pack, model="x"), pack, asked, tmp_path / "b").save()
 
 
@@ -236,14 +236,14 @@ def test_a_checkpoint_that_a_function_reads_is_part_of_what_it_is(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    told = []
+    message = []
     for weights in (b"one", b"two"):
         (tmp_path / "w.bin").write_bytes(weights)
-        told.append(FunctionEmbedder("mine:make", {"checkpoint": str(tmp_path / "w.bin")}, 16000).describe())
-    assert told[0] != told[1]
+        message.append(FunctionEmbedder("mine:make", {"checkpoint": str(tmp_path / "w.bin")}, 16000).describe())
+    assert message[0] != message[1]
 
 
-def test_a_model_without_classes_is_not_asked_for_any():
+def test_a_model_without_classes_is_not_requested_for_any():
     embeds = create_model("audiotransformer_pico", num_classes=0, depth=1)
     with pytest.raises(UserError, match="embeds and has no classes"):
         SoftTargetContent(open_of(embeds), 5)

@@ -85,7 +85,7 @@ def test_a_student_learns_without_labels_and_keeps_neither_classes_nor_projectio
     assert "probe" in capsys.readouterr().out
 
 
-def test_labels_beside_embeddings_are_learnt_too_and_judge(tone_pack, store, tmp_path):
+def test_labels_beside_embeddings_are_learned_too_and_evaluate(tone_pack, store, tmp_path):
     arguments = {"model_args": {"depth": 1, "pooling": "logit"}, "loss": "BCEWithLogitsLoss"}
     path = configure(
         tmp_path, tone_pack, store, objective_args={"lambda": 0.5}, valid_fraction=0.25, epochs=1, **arguments
@@ -177,7 +177,7 @@ def test_two_ranks_draw_and_learn_as_one(tone_pack, store, tmp_path):
         ({"clusters": "absent.parquet", "sampler": "clusters"}, "absent.parquet: there is no such file"),
     ],
 )
-def test_keys_that_do_not_go_together_are_told(tone_pack, store, tmp_path, changes, sentence):
+def test_keys_that_do_not_go_together_are_reported(tone_pack, store, tmp_path, changes, sentence):
     path = configure(tmp_path, tone_pack, store, **changes)
     with pytest.raises(UserError, match=sentence):
         prepare_run(str(path), {"outputpath": str(tmp_path / "runs")}, 0)

@@ -103,7 +103,7 @@ def test_a_good_step_is_the_plain_one_to_the_bit(optimiser):
     model, optimizer = plain.loss_module.model, plain.optimizer
     for step in range(3):
         losses = trainer.step(parts(bad=False, seed=step), [0.5, 0.5], step)
-        plain._draw_from(step)
+        plain._seed_step(step)
         for part in parts(bad=False, seed=step):
             (plain.loss_module(part)["loss"] * 0.5).backward()
         whole = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
@@ -201,7 +201,7 @@ def test_under_float16_a_step_that_overflows_is_skipped_and_nothing_ends():
     assert any(not torch.equal(later[name], value) for name, value in before.items())
 
 
-def test_a_state_of_an_earlier_version_says_nothing_of_an_objective_without_parameters():
+def test_a_state_of_an_earlier_version_proves_nothing_of_an_objective_without_parameters():
     trainer, other = build(), build()
     trainer.step(parts(bad=False), [0.5, 0.5], 0)
     state = copy.deepcopy(trainer.state_dict())

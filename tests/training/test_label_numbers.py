@@ -24,7 +24,7 @@ def check(tmp_path, cells, labels):
 @pytest.mark.parametrize("n_classes", [2, 10, 50])
 def test_classes_that_are_counted_from_zero_are_no_classes_of_audioset(n_classes, tmp_path):
     (sentence,) = check(tmp_path, [str(number) for number in range(n_classes)], audioset_labels())
-    assert f"the numbers 0 to {n_classes - 1} as labels, one a clip" in sentence
+    assert f"the numbers 0 to {n_classes - 1}, one each" in sentence
     assert "0 is 'Speech', 1 is 'Male speech, man speaking'" in sentence
     assert "run.py probe" in sentence
 
@@ -40,8 +40,8 @@ def test_classes_that_are_counted_from_zero_are_no_classes_of_audioset(n_classes
         (["0", "1"], ["0", "1", "2"], None),  # names that are numbers
     ],
 )
-def test_other_numbers_are_taken_for_indexes_and_said(cells, labels, said, tmp_path, caplog):
+def test_other_numbers_are_taken_for_indexes_and_reported(cells, labels, message, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     assert check(tmp_path, cells, labels) == []
-    assert (said or "") in caplog.text
-    assert ("numbers are read as indices" in caplog.text) == (said is not None)
+    assert (message or "") in caplog.text
+    assert ("numbers are taken for" in caplog.text) == (message is not None)

@@ -71,7 +71,7 @@ def best_constant(objective, batch, probabilities):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_constant_loss_is_the_smallest_that_one_answer_to_all_clips_has(name):
+def test_the_constant_loss_is_the_smallest_that_one_output_to_all_clips_has(name):
     kind, arguments = CASES[name]
     objective = build_objective(kind, **arguments)
     if hasattr(objective, "projection"):
@@ -94,7 +94,7 @@ def test_counting_targets_reads_nothing_from_the_device(name):
         tally.add(batch_of(name).to(torch.device("meta")))
 
 
-def test_what_is_not_known_is_not_judged():
+def test_what_is_not_known_is_not_evaluated():
     class Custom(Objective):
         @classmethod
         def needs(cls, settings):
@@ -163,7 +163,7 @@ def entry(epoch, loss):
     return {"step": 10 * epoch, "epoch": epoch, "loss": loss}
 
 
-def test_it_is_said_once_that_nothing_is_learnt_and_once_that_something_is(caplog):
+def test_it_is_reported_once_that_nothing_is_learned_and_once_that_something_is(caplog):
     check = checked(2.0)
     with caplog.at_level("INFO"):
         assert check.end_epoch(entry(1, 2.1), None, None) == {"constant_loss": 2.0}  # early: not judged
@@ -173,14 +173,14 @@ def test_it_is_said_once_that_nothing_is_learnt_and_once_that_something_is(caplo
             assert check.end_epoch(entry(epoch, 1.97), None, None)["learns"] is False
         assert len(caplog.records) == 1
         assert caplog.records[0].levelname == "WARNING"
-        for part in ("NOTHING IS LEARNT after epoch 2 of 10", "loss 1.97,", "a constant output 2)", "- a cause"):
+        for part in ("NOTHING IS LEARNT after epoch 2 of 10", "loss 1.97,", "constant answers 2)", "- a cause"):
             assert part in caplog.text
         assert check.postfix
         assert "NOTHING WAS LEARNT" in check.summary()
         for epoch in (5, 6):
             assert check.end_epoch(entry(epoch, 1.9), None, None)["learns"] is True
         assert len(caplog.records) == 2
-        assert "something is learnt from epoch 5 on" in caplog.records[1].getMessage()
+        assert "the run learns from epoch 5 on" in caplog.records[1].getMessage()
         assert check.postfix == {}
         assert check.summary() is None
         check.end_epoch(entry(7, 1.99), None, None)  # at the edge: no back and forth
@@ -221,7 +221,7 @@ def test_a_fall_within_the_noise_of_the_epoch_is_none():
     assert check.end_epoch(entry(6, 1.9), None, None)["learns"] is True
 
 
-def test_a_loss_that_falls_beside_a_validation_at_chance_is_said_as_such(caplog):
+def test_a_loss_that_falls_beside_a_validation_at_chance_is_reported_as_such(caplog):
     targets = np.eye(2)[np.arange(200) % 2]
     scores = np.random.default_rng(0).random((200, 2))
     metrics, chance = evaluate_scores(scores, targets), compute_chance_bounds(scores, targets, 0)
@@ -230,7 +230,7 @@ def test_a_loss_that_falls_beside_a_validation_at_chance_is_said_as_such(caplog)
     assert more["learns"] is False
     assert more["valid_chance_mAP"] == chance.mAP
     assert (more["valid_top1"], more["valid_chance_top1"]) == (metrics.top1, chance.top1)
-    assert "the loss falls, but the validation metrics are those of chance" in caplog.text
+    assert "the loss falls, but on the validation data the figures are those of chance" in caplog.text
     assert check.end_epoch(entry(6, 0.1), None, None)["learns"] is False  # nothing new is known of it
     metrics = evaluate_scores(targets + scores, targets)
     assert check.end_epoch(entry(7, 0.1), metrics, chance)["learns"] is True
@@ -263,7 +263,7 @@ def test_a_run_that_learns_raises_no_alarm(tone_pack, tmp_path, caplog):
     assert run.learning.summary() is None
 
 
-def told(folder, caplog, *parts):
+def message(folder, caplog, *parts):
     """See that a run said once, in the log and on top of the report, that it learnt nothing, and why."""
     warnings = [record.getMessage() for record in caplog.records if "NOTHING IS LEARNT" in record.getMessage()]
     assert len(warnings) == 1
@@ -277,16 +277,16 @@ def told(folder, caplog, *parts):
     assert lines(folder)[-1]["learns"] is False
 
 
-def test_without_a_learning_rate_nothing_is_learnt_and_it_is_named(tone_pack, tmp_path, caplog):
+def test_without_a_learning_rate_nothing_is_learned_and_it_is_named(tone_pack, tmp_path, caplog):
     changes = {"epochs": 5, "valid_every": 1, "optimizer_args": {"lr": 0.0}, "mixup": 0.3}
     with caplog.at_level("INFO"):
         result, run = train(tmp_path, settings(tone_pack, **changes))
     assert result["learns"] is False
-    told(tmp_path, caplog, "learning rate: it is 0", "few clips: 28 for 7 classes, 4 a class", "with 0.3 every clip")
+    message(tmp_path, caplog, "learning rate: it is 0", "few clips: 28 for 7 classes, 4 a class", "with 0.3 every clip")
     assert run.learning.postfix == {"learnt": "NOTHING"}
 
 
-def test_labels_that_do_not_belong_to_the_clips_are_not_learnt(tone_pack, tmp_path, caplog):
+def test_labels_that_do_not_belong_to_the_clips_are_not_learned(tone_pack, tmp_path, caplog):
     def permute(table):
         table["labels"] = np.random.default_rng(3).permutation(table["labels"])
 
@@ -295,7 +295,7 @@ def test_labels_that_do_not_belong_to_the_clips_are_not_learnt(tone_pack, tmp_pa
     with caplog.at_level("INFO"):
         result, _ = train(tmp_path / "run", settings(tone_pack, epochs=10, valid_every=2, **changes))
     assert result["learns"] is False
-    told(tmp_path / "run", caplog, "those of chance", "that the labels belong to the clips")
+    message(tmp_path / "run", caplog, "those of chance", "whether the labels belong to the clips")
 
 
 def _zero(item):
@@ -303,7 +303,7 @@ def _zero(item):
         item[...] = 0
 
 
-def test_silence_is_not_learnt(tone_pack, tmp_path, caplog):
+def test_silence_is_not_learned(tone_pack, tmp_path, caplog):
     def silence(table):
         source = Path(table["hdf5path"][0])
         (tmp_path / source.name).write_bytes(source.read_bytes())
@@ -316,7 +316,7 @@ def test_silence_is_not_learnt(tone_pack, tmp_path, caplog):
     changed = relabelled(tone_pack, tmp_path, silence)
     with caplog.at_level("INFO"):
         train(tmp_path / "run", settings(tone_pack, epochs=5, valid_every=1, train_data=changed))
-    told(tmp_path / "run", caplog, "all are silent")
+    message(tmp_path / "run", caplog, "all are silent")
 
 
 def test_a_long_warm_up_is_named_and_the_epoch_from_which_it_learns(tone_pack, tmp_path, caplog):
@@ -327,13 +327,13 @@ def test_a_long_warm_up_is_named_and_the_epoch_from_which_it_learns(tone_pack, t
     assert len(messages) == 2
     assert messages[0].startswith("NOTHING IS LEARNT after epoch 4 of 20")
     assert "warm-up: it takes 72 of 80 steps" in messages[0]
-    assert "something is learnt from epoch" in messages[1]
+    assert "the run learns from epoch" in messages[1]
     learns = [line.get("learns") for line in lines(tmp_path)]
     assert learns[:4] == [None] * 3 + [False]
     assert learns[-1] is result["learns"] is True
 
 
-def test_it_changes_nothing_that_is_learnt(tone_pack, tmp_path, monkeypatch):
+def test_it_changes_nothing_that_is_learned(tone_pack, tmp_path, monkeypatch):
     config = settings(tone_pack, epochs=3, valid_every=1, mixup=0.5)
     with_it = train(tmp_path / "with", config)[1].model.state_dict()
     monkeypatch.setattr("training.tally.TargetTally.add", lambda *_: None)

@@ -149,7 +149,7 @@ def test_the_choice_of_tokens_depends_on_the_clip_and_its_epoch_alone(config):
         (
             "masked_reconstruction",
             {"teacher": "x.pt"},
-            "learns without targets, without a teacher; drop teacher",
+            "without a teacher; drop teacher",
         ),
         ("masked_reconstruction", {"label_smoothing": 0.1}, "does not use label_smoothing; remove this key"),
         ("masked_reconstruction", {"valid_fraction": 0.2, "select_by": None}, "is for models with classes"),

@@ -88,7 +88,7 @@ def test_schedule_warms_up_and_ends_at_its_fraction(shape, quarter, end):
     assert rates[:11] == sorted(rates[:11])
 
 
-def test_adam8bit_without_a_gpu_is_adam_and_says_so(caplog):
+def test_adam8bit_without_a_gpu_is_adam_and_states_so(caplog):
     with caplog.at_level(logging.INFO):
         optimizer = create_optimizer("Adam8bit", [nn.Parameter(torch.zeros(1))], {"lr": 0.1}, torch.device("cpu"))
     assert type(optimizer) is torch.optim.Adam
@@ -100,7 +100,7 @@ def test_a_wrong_optimizer_argument_is_a_sentence():
         create_optimizer("AdamW", [nn.Parameter(torch.zeros(1))], {"lr": 0.1, "moment": 1}, torch.device("cpu"))
 
 
-def test_amp_without_a_gpu_computes_in_float32_and_says_so(caplog):
+def test_amp_without_a_gpu_computes_in_float32_and_states_so(caplog):
     with caplog.at_level(logging.INFO):
         precision = Precision("amp", torch.device("cpu"))
     assert precision.dtype is None
@@ -155,7 +155,7 @@ def test_frozen_parameters_stay_and_their_modules_rest():
     assert trained == sum(p.requires_grad for p in model.parameters())
     with pytest.raises(UserError, match=r"no parameter matches 'stem.1'.*blocks"):
         freeze(model, ["stem.1"])
-    with pytest.raises(UserError, match="nothing to train"):
+    with pytest.raises(UserError, match="no parameter is left to train"):
         freeze(model, ["*"])
 
 
@@ -183,7 +183,7 @@ def test_the_moving_average_equals_its_plain_recurrence_and_leaves_the_model_as_
 @pytest.mark.parametrize(("loss", "expected"), [
     ("BCEWithLogitsLoss", [0.95, 0.05, 0.05, 0.05]), ("CrossEntropyLoss", [0.925, 0.025, 0.025, 0.025])
 ])  # fmt: skip
-def test_label_smoothing_moves_a_tenth_to_what_knows_nothing(loss, expected):
+def test_label_smoothing_moves_a_tenth_to_what_has_nothing(loss, expected):
     output = torch.randn(1, 4)
     one_hot = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     smoothed = build_objective("target", loss=loss, loss_args={}, label_smoothing=0.1)
@@ -285,7 +285,7 @@ def test_an_objective_is_added_in_one_place():
         plan_objective("twice_the_meen")
 
 
-def test_a_model_started_from_data_answers_with_the_prior_and_knows_the_level():
+def test_a_model_started_from_data_outputs_with_the_prior_and_has_the_level():
     torch.manual_seed(0)
     model = create_model("audiotransformer_pico", num_classes=3, pooling="logit")
     waveform = 0.3 * torch.randn(8, 16000)
@@ -308,7 +308,7 @@ def test_batch_norm_on_clips_of_several_lengths_is_warned_of(caplog):
         check_lengths(masks, np.array([16000, 80000]), 1)
         assert not caplog.records
         check_lengths(norms, np.array([16000, 80000]), 1)
-    assert "its batch norm learns with other statistics than it is used with" in caplog.text
+    assert "its batch norm is trained with other statistics than it uses in evaluation" in caplog.text
     with pytest.raises(UserError, match="which several processes cannot do in step"):
         check_lengths(norms, np.array([16000, 16100]), 2)
 

@@ -266,7 +266,7 @@ def test_pickles_hold_what_they_were_given():
         dump([b"x"])
 
 
-def test_what_the_published_layout_cannot_hold_is_told_at_once(tmp_path):
+def test_what_the_published_layout_cannot_hold_is_reported_together(tmp_path):
     from tests.distill.test_targets import pack_of
 
     pack = pack_of(tmp_path, ["a/x_1.wav", "b/x_1.wav", "y_2.wav"], sample_rate=8000)

@@ -83,7 +83,7 @@ def train_here(path: Path, output: Path, **overrides) -> Path:
     ],
     ids=["plain", "uneven"],
 )
-def test_two_ranks_follow_the_curve_of_one_process_and_judge_alike(tone_pack, tmp_path, changes):
+def test_two_ranks_follow_the_curve_of_one_process_and_evaluate_alike(tone_pack, tmp_path, changes):
     path = configure(tmp_path, tone_pack, valid_every=5, **changes)
     alone = train_here(path, tmp_path / "one")
     together = train(path, tmp_path / "two", launcher=torchrun())

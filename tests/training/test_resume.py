@@ -189,7 +189,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "zeroed", "one bit", "half written"])
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(stopped, how, caplog):
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_states_so(stopped, how, caplog):
     path, output, folder = stopped
     damage(folder / "states" / "step=000000012.pt", how)
     Runner(7).train(str(path), outputpath=str(output))
@@ -239,7 +239,7 @@ def test_what_may_change_changes_nothing_and_what_may_not_is_named(stopped, caps
     assert_same(the_run(output.parent / "whole"), the_run(output))
 
 
-def test_a_new_run_beside_an_unfinished_one_says_why(stopped, capsys):
+def test_a_new_run_beside_an_unfinished_one_states_why(stopped, capsys):
     path, output, folder = stopped
     Runner(7).train(str(path), outputpath=str(output), mixup=0.3)
     assert f"{folder} is unfinished and is not resumed: it has another mixup" in capsys.readouterr().err
@@ -258,7 +258,7 @@ def test_a_run_in_use_is_left_alone(stopped, monkeypatch):
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         monkeypatch.setattr("training.run_folder.LOCK_SECONDS", 0.3)
-        with pytest.raises(UserError, match="this very run, and another process is training it"):
+        with pytest.raises(UserError, match="the same run, and another process is training it"):
             choose_folder(folder.parent, identity, "auto")
         assert not choose_folder(folder.parent, identity, "never")[2]
         with pytest.raises(UserError, match="another process is training it"):

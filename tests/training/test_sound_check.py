@@ -97,7 +97,7 @@ def test_the_same_sounds_in_another_pack_are_taken(there, tmp_path, caplog):
     assert "not checked" not in caplog.text
 
 
-def test_another_length_is_refused_with_clip_found_and_wanted(there):
+def test_another_length_is_refused_with_clip_found_and_requested(there):
     pack = write_pack(there / "pack", {7: np.zeros(33_600 + 1, np.int16)})
     with pytest.raises(UserError) as caught:
         match(there, pack)
@@ -141,7 +141,7 @@ def test_a_pack_at_another_rate_has_other_samples_and_is_not_compared(there, tmp
     assert match(there, write_pack(tmp_path / "at 8 kHz", rate=8000)).n_clips == N
 
 
-def test_a_store_of_an_earlier_version_is_used_and_this_is_said(there, caplog):
+def test_a_store_of_an_earlier_version_is_used_and_this_is_reported(there, caplog):
     caplog.set_level(logging.INFO)
     path = there / "store/logits_ep1_0.parquet"
     pd.read_parquet(path).drop(columns=["clip_samples", "sound_hash"]).to_parquet(path, index=False)
@@ -169,7 +169,7 @@ def test_saving_goes_on_with_the_same_sounds_alone(tmp_path, teacher, layout):
     written = (tmp_path / "store/logits_ep1_0.h5").read_bytes()
     for changed in (altered(pack, 9, 3), {4: np.zeros(7, np.int16)}):
         other = write_pack(tmp_path / "pack", changed, n=10)
-        with pytest.raises(UserError, match="was begun with other sounds than") as caught:
+        with pytest.raises(UserError, match="was started with other sounds than") as caught:
             save(other, teacher, tmp_path / "store", epochs=3, layout=layout)
         assert "delete the folder to save the soft targets anew" in str(caught.value)
     assert (tmp_path / "store/logits_ep1_0.h5").read_bytes() == written

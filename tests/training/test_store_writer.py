@@ -53,7 +53,7 @@ def arrays(folder, epoch=1, rank=0):
         return {k: file[k][()] for k in file}
 
 
-def test_stored_values_are_the_teachers_answers_to_each_augmented_chunk(tone_pack, pack, teacher, tmp_path):
+def test_stored_values_are_the_teachers_outputs_to_each_augmented_chunk(tone_pack, pack, teacher, tmp_path):
     """One chunk at a time, by hand: seed, roll, mel, masks, probabilities, top k."""
     making = teaching(config(tone_pack), pack, teacher, tmp_path)
     making.save()
@@ -159,7 +159,7 @@ def test_topk_above_the_number_of_classes_stores_them_all(tone_pack, pack, teach
     assert arrays(tmp_path)["topk_values"].shape == (28, 7)
 
 
-def test_a_teacher_that_answers_nan_stops_with_the_clips_name(tone_pack, pack, tmp_path):
+def test_a_teacher_that_outputs_nan_stops_with_the_clips_name(tone_pack, pack, tmp_path):
     broken = create_model("audiotransformer_pico", num_classes=7)
     torch.nn.init.constant_(broken.outputlayer[1].bias, float("nan"))
     with pytest.raises(UserError, match=r"sounds/tone_.*is not finite"):

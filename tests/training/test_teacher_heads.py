@@ -64,7 +64,7 @@ def test_of_a_list_each_model_has_its_own_head_or_none(work):
     assert teacher.activations == {"sigmoid"}
     with pytest.raises(UserError, match="found 1 heads for 2 models; give a list with a head for each model"):
         load_teacher(["ced.pt", "tags.pt"], heads="sigmoid")
-    with pytest.raises(UserError, match="2 models and 3 heads are given"):
+    with pytest.raises(UserError, match="found 3 heads for 2 models"):
         load_teacher(["ced.pt", "tags.pt"], heads=["sigmoid", None, None])
 
 
@@ -91,7 +91,7 @@ def test_a_run_does_not_go_on_with_a_head_that_was_trained_anew(configure, work)
     path = configure(teacher="cnn.pt", teacher_head="cnn", **SOFTMAX)
     folder = prepare(path).folder.path
     save_head("heads/cnn.pt", head_for("cnn", seed=1))
-    with pytest.raises(UserError, match="that run was given another teacher_sha256"):
+    with pytest.raises(UserError, match="that run has another teacher_sha256"):
         prepare_run(path, {}, 3, resume=str(folder))
     save_head("heads/cnn.pt", head_for("cnn"))
     assert prepare_run(path, {}, 3, resume=str(folder)).folder.path == folder
@@ -110,7 +110,7 @@ def test_a_run_does_not_go_on_with_a_head_that_was_trained_anew(configure, work)
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_does_not_fit_is_told(configure, work, changes, sentences):  # noqa: F811
+def test_what_does_not_fit_is_reported(configure, work, changes, sentences):  # noqa: F811
     with pytest.raises(UserError) as error:
         prepare(configure(**{"teacher": "ced.pt", "teacher_head": "ced"} | changes))
     for sentence in sentences:
