@@ -305,9 +305,7 @@ def test_small_and_odd_sets_have_a_figure(tmp_path):
 
 def test_packs_that_do_not_go_together_are_reported_in_a_sentence(tmp_path):
     train_part = tones(tmp_path, SINGLE, "train")
-    with pytest.raises(
-        UserError, match=r"the same sample rate in Hz; found 8000 in .*train\.tsv, 16000 in .*test\.tsv"
-    ):
+    with pytest.raises(UserError, match=r"same sample rate in Hz; found 8000 in .*train\.tsv, 16000 in .*test\.tsv"):
         fit_baseline(train_part, tones(tmp_path, SINGLE, "test", sample_rate=16000))
     with pytest.raises(UserError, match=r"same classes; found 4 in .*train\.tsv, 9 in .*other\.tsv"):
         fit_baseline(train_part, tones(tmp_path, SINGLE, "other", num_classes=9))

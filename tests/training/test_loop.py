@@ -151,7 +151,9 @@ def test_an_objective_of_its_own_brings_losses_parameters_and_rates(tone_pack, t
             return {"loss": (output.mean() - self.level) ** 2, "level": self.level}
 
     config = settings(tone_pack, epochs=2, valid_every=2, init_from_data=False)
-    config = config.model_copy(update={"objective": "towards_a_learnt_level", "objective_args": {"start": 5.0}})
+    config = config.model_copy(
+        update={"objective": "towards_a_learnt_level", "objective_args": {"start": 5.0}, "loss": "BCELoss"}
+    )
     _, run = train(tmp_path, config)
     objective = run.objective
     assert objective.level.item() < 5.0
