@@ -21,6 +21,7 @@ from training.band_limit import usable_limit
 from training.budget import Timing, choose_epochs, time_run
 from training.config import TrainConfig, read_minutes
 from training.data import open_training
+from training.loop import RunParts
 from training.needs import plan_run
 from training.prepare import prepare_run
 from training.run_folder import recall_choices
@@ -191,7 +192,7 @@ def test_steps_are_timed_on_copies(tone_pack):
     config, data, model, objective, needs = opened(tone_pack)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(5)
-    timing = time_run(config, data, model, objective, needs, torch.device("cpu"), 1)
+    timing = time_run(config, RunParts(data, model, objective, needs, torch.device("cpu"), 1))
     assert 0 < timing.step_seconds < 60
     assert 0 < timing.valid_seconds < 60
     drawn = torch.rand(3)

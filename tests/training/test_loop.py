@@ -23,7 +23,7 @@ from training.config import SoftTargetConfig, TrainConfig
 from training.data import open_training
 from training.evaluate import evaluate
 from training.labelled import open_labelled
-from training.loop import Run
+from training.loop import Run, RunParts
 from training.needs import plan_run
 from training.precision import Precision
 from training.store_writer import SoftTargetContent, StoreWriter
@@ -64,7 +64,7 @@ def train(folder: Path, config: TrainConfig, seed=1):
     data = open_training(config, seed, faults, plan.needs)
     faults.raise_if_any()
     model = create_student(config, data.labels, plan.needs)
-    run = Run(config, data, model, plan.build(model), plan.needs, folder, CPU, seed)
+    run = Run(config, RunParts(data, model, plan.build(model), plan.needs, CPU, seed), folder)
     return run.fit(), run
 
 

@@ -18,10 +18,10 @@ from models import Ensemble, create_model, load_model, save_checkpoint
 from tests.batches import make_batch
 from tests.training.test_resume import StoppedError, final_weights, lines_of, stop_after, weights_of
 from training.config import SoftTargetConfig
+from training.finish import describe_targets
 from training.loss_module import LossModule, add_teacher_output
 from training.mixup import mix_targets
 from training.prepare import prepare_run
-from training.run_facts import describe_targets
 from training.run_folder import RunFolder
 from training.store_writer import SoftTargetContent, StoreWriter
 from training.teacher import load_teacher
