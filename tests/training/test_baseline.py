@@ -307,7 +307,7 @@ def test_packs_that_do_not_go_together_are_reported_in_a_sentence(tmp_path):
     train_part = tones(tmp_path, SINGLE, "train")
     with pytest.raises(UserError, match=r"same sample rate in Hz; found 8000 in .*train\.tsv, 16000 in .*test\.tsv"):
         fit_baseline(train_part, tones(tmp_path, SINGLE, "test", sample_rate=16000))
-    with pytest.raises(UserError, match=r"same classes; found 4 in .*train\.tsv, 9 in .*other\.tsv"):
+    with pytest.raises(UserError, match=r"same number of classes; found 4 in .*train\.tsv, 9 in .*other\.tsv"):
         fit_baseline(train_part, tones(tmp_path, SINGLE, "other", num_classes=9))
 
 

@@ -201,13 +201,12 @@ def test_a_function_gets_waveforms_at_its_rate_and_lengths(pack, tmp_path, monke
         ({"targets": "probabilities", "npz": "x"}, "npz can only give embeddings; set targets: embeddings"),
         ({"model": "a", "npz": "x"}, "give model, npz or callable, not model and npz"),
         ({}, "give model, npz or callable, not none"),
-        ({"npz": "x", "epochs": 2}, "npz files hold what was said without augmentation"),
+        ({"npz": "x", "epochs": 2}, "npz files hold embeddings of clips without augmentation"),
         ({"npz": "x", "sample_rate": 8000}, "sample_rate can only be given with callable"),
     ],
 )
 def test_one_is_requested(pack, changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        config(pack, **changes)
+    assert any(sentence in conflict for conflict in config(pack, **changes).conflicts())
 
 
 def test_embeddings_beyond_half_precision_are_clipped_and_reported(pack, model, tmp_path, monkeypatch, caplog):

@@ -154,7 +154,11 @@ def test_the_choice_of_tokens_depends_on_the_clip_and_its_epoch_alone(config):
         ("masked_reconstruction", {"label_smoothing": 0.1}, "does not use label_smoothing; remove this key"),
         ("masked_reconstruction", {"valid_fraction": 0.2, "select_by": None}, "is for models with classes"),
         ("masked_reconstruction", {"valid_fraction": 0.2}, "select_by and valid_fraction are both given"),
-        ("masked_reconstruction", {"embeddingspath": "x"}, "embeddingspath is given, but objective masked_recon"),
+        (
+            "masked_reconstruction",
+            {"embeddingspath": "x"},
+            "embeddingspath is given, but the targets of objective masked_recon",
+        ),
         (
             "masked_reconstruction",
             {"objective_args": {"hiden": 0.5}},

@@ -309,7 +309,7 @@ def test_batch_norm_on_clips_of_several_lengths_is_warned_of(caplog):
         assert not caplog.records
         check_lengths(norms, np.array([16000, 80000]), 1)
     assert "its batch norm is trained with other statistics than it uses in evaluation" in caplog.text
-    with pytest.raises(UserError, match="which several processes cannot do in step"):
+    with pytest.raises(UserError, match="which is not supported with several processes"):
         check_lengths(norms, np.array([16000, 16100]), 2)
 
 
