@@ -179,7 +179,7 @@ def test_wrong_use_ends_with_a_message(lists, tmp_path, capsys):
     assert "embeds.pt: mn01_as embeds sounds and has no classes" in text
     config = write_config(tmp_path / "targets.yaml", lists)
     text = refused(capsys, save_logits, config, model=["embeds.pt", "embeds.pt"], head="tones")
-    assert "2 models and one head is given; give a list with a head for each model, in order, null" in text
+    assert "found 1 heads for 2 models; give a list with a head for each model, in order, null" in text
     text = refused(capsys, save_logits, config, m="embeds.pt", head=["tones", None])
     assert "1 model and 2 heads are given" in text
     text = refused(capsys, save_logits, config, m="embeds.pt", head="tones", targets="embeddings")

@@ -4,8 +4,8 @@ Sounds of 8 kHz that were resampled to 16 kHz end at 4 kHz. The content above (m
 nothing), the roll-off below, and the rounding of 16-bit samples depend on the resampler and are clearly visible in
 decibels. A network that was trained on them predicts other tags for the output of another resampler: see
 docs/results.md. So bands above `usable_limit` are left out (`f_max`, for networks that start from random weights) or
-set to silence (`band_limit`, for trained weights, whose front-end is fixed): in the
-checkpoint, and so in tags and exports.
+set to silence (`band_limit`, for trained weights, whose front-end is fixed): in the checkpoint, and so in tags and
+exports.
 """
 
 import itertools

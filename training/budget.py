@@ -4,20 +4,16 @@ import copy
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from distill.objectives import Needs, Objective
-from models import AudioTagger, Ensemble
 from training.automatic import Choice
 from training.config import TrainConfig
-from training.data import TrainingData
 from training.labelled import LabelledPack
-from training.loop import Run
-from training.parallel import Ranks
+from training.loop import Run, RunParts
 from training.student import starts_at_random
 
 DEFAULT_MINUTES = 10.0
@@ -46,40 +42,23 @@ class Timing:
     valid_seconds: float
 
 
-def time_run(
-    config: TrainConfig,
-    data: TrainingData,
-    model: AudioTagger,
-    objective: Objective,
-    needs: Needs,
-    device: torch.device,
-    seed: int,
-    world_size: int = 1,
-    teacher: Ensemble | None = None,
-) -> Timing:
+def time_run(config: TrainConfig, parts: RunParts, world_size: int = 1) -> Timing:
     """Time a few steps and a validation on copies; changes neither the arguments nor the global random state.
 
     Args:
         config: configuration of the run, with any number of epochs.
-        data: data of the run.
-        model: the student, on any device.
-        objective: of the run.
-        needs: requirements of the objective.
-        device: to train on.
-        seed: of the run.
+        parts: data, student, objective and teacher.
         world_size: number of processes of the run; one is timed, with its share of a batch.
-        teacher: the online teacher, or None.
     """
     update = {"use_scheduler": False, "compile": False, "accumulate": 1, "init_from_data": False}
     size = max(1, config.batch_size // world_size)
     single_config = config.model_copy(update=update | {"batch_size": size, "epochs": 1_000_000})
-    devices = [device] if device.type == "cuda" else []
+    devices = [parts.device] if parts.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), tempfile.TemporaryDirectory() as folder:
-        student = copy.deepcopy(model).to(device)
-        args = (copy.deepcopy(objective), needs, Path(folder), device, seed, Ranks(), teacher)
-        run = Run(single_config, data, student, *args)
-        step_seconds = _time_steps(run)
-        return Timing(step_seconds, 0.0 if data.valid is None else _time_validation(run, data.valid))
+        copies = replace(parts, model=copy.deepcopy(parts.model), objective=copy.deepcopy(parts.objective))
+        run = Run(single_config, copies, Path(folder))
+        valid = parts.data.valid
+        return Timing(_time_steps(run), 0.0 if valid is None else _time_validation(run, valid))
 
 
 def _time_steps(run: Run) -> float:

@@ -96,6 +96,19 @@ def open_training(
     for path, labelled in packs.items():
         if labelled is not None:
             warn_of_overlap(pack, labelled.pack, path)
+    return _complete(config, pack, source, labels, item_labels, packs, faults)
+
+
+def _complete(
+    config: TrainConfig,
+    pack: Pack,
+    source: TargetSource,
+    labels: list[str],
+    item_labels: LabelTargets | None,
+    packs: dict[str, LabelledPack | None],
+    faults: Faults,
+) -> TrainingData | None:
+    """Choose the validation data and the sampling weights of the opened clips."""
     evaluation = packs[config.eval_data] if config.eval_data else None
     items, valid = np.arange(len(source.chunks)), None
     on_eval = config.select_on == "eval" or not (config.valid_data or config.valid_fraction or config.select_by)

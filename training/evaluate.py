@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from audio.cutting import Chunks
 from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
-from common.errors import Faults, UserError
+from common.errors import Faults
 from common.files import whole_file, write_json
 from common.options import MergingOption, Options, read_options
 from models import AudioTagger, load_tagger
@@ -24,7 +24,7 @@ from models.devices import choose_device
 from models.headed import HeadedTagger
 from models.heads import check_classes
 from models.source_errors import ONNX
-from models.token_merging import MergingSetting, split_setting
+from models.token_merging import split_setting
 from training.config import Mode
 from training.exported import ExportedTagger, predict_exported
 from training.label_numbers import check_label_numbers
@@ -34,6 +34,8 @@ from training.parallel import Ranks
 from training.precision import Precision
 
 logger = logging.getLogger(__name__)
+
+Tagger = TypeVar("Tagger", AudioTagger, ExportedTagger)
 
 LONG_SECONDS = 30.0  # batches of longer clips are smaller
 
@@ -147,61 +149,21 @@ def evaluate(
     return evaluate_scores(scores, data.multi_hot(), model.labels)
 
 
-def open_evaluation(
-    source: str,
-    weights: str | None,
-    test_data: str,
-    device: torch.device,
-    token_merging: MergingSetting = None,
-    head: str | None = None,
-) -> tuple[AudioTagger, LabelledPack]:
-    """Load a model and open the labelled pack for its evaluation.
-
-    Args:
-        source: a run's folder, a checkpoint, or the name of a model.
-        weights: for a model given by name.
-        test_data: TSV of the pack.
-        device: for the model.
-        token_merging: see `models.token_merging.merging_schedule`; by default that of the model.
-        head: see `models.heads.load_tagger`.
-
-    Raises:
-        UserError: all errors of both.
-    """
+def _open_evaluation(load: Callable[[], Tagger], test_data: str) -> tuple[Tagger, LabelledPack]:
+    """Load a model and open the labelled pack for its evaluation; raises all errors of both at once."""
     faults = Faults("the evaluation")
-    model = data = None
-    try:
-        model = load_tagger(source, head=head, weights=weights, device=device, token_merging=token_merging)
-        check_classes(model, source)
-        data = _open_data(test_data, model.labels, faults)
-    except UserError as error:
-        faults.add(str(error))
+    tagger = data = None
+    with faults.noted():
+        tagger = load()
+        data = open_labelled(test_data, tagger.labels, faults)
+        if data is not None:
+            check_label_numbers(data.pack, tagger.labels, faults)
+    if tagger is None:
         open_pack(test_data, faults, labelled=True)
     faults.raise_if_any()
-    assert model is not None
+    assert tagger is not None
     assert data is not None
-    return model, data
-
-
-def _open_data(test_data: str, labels: list[str], faults: Faults) -> LabelledPack | None:
-    """Open the labelled pack for a model with these classes; errors are added to `faults`."""
-    data = open_labelled(test_data, labels, faults)
-    if data is not None:
-        check_label_numbers(data.pack, labels, faults)
-    return data
-
-
-def evaluate_exported(tagger: ExportedTagger, test_data: str) -> tuple[Metrics, LabelledPack]:
-    """Return the metrics of an exported model on a labelled pack, and the pack.
-
-    Raises:
-        UserError: all errors of the pack.
-    """
-    faults = Faults("the evaluation")
-    data = _open_data(test_data, tagger.labels, faults)
-    faults.raise_if_any()
-    assert data is not None
-    return evaluate_scores(predict_exported(tagger, data.pack), data.multi_hot(), tagger.labels), data
+    return tagger, data
 
 
 def _warn_of_missing_band(model: AudioTagger, pack: Pack) -> None:
@@ -279,11 +241,17 @@ def evaluate_command(given: Mapping[str, Any], open_exported: Callable[..., Expo
     is_exported = source.lower().endswith(ONNX)
     if is_exported:
         chosen = options.model_dump(include={"weights", "head", "token_merging", "device"})
-        metrics, data = evaluate_exported(open_exported(source, **chosen), options.test_data)
+        exported, data = _open_evaluation(lambda: open_exported(source, **chosen), options.test_data)
+        metrics = evaluate_scores(predict_exported(exported, data.pack), data.multi_hot(), exported.labels)
     else:
-        model, data = open_evaluation(
-            source, options.weights, options.test_data, precision.device, options.token_merging, options.head
-        )
+        chosen = options.model_dump(include={"weights", "head", "token_merging"})
+
+        def load() -> AudioTagger:
+            tagger = load_tagger(source, device=precision.device, **chosen)
+            check_classes(tagger, source)
+            return tagger
+
+        model, data = _open_evaluation(load, options.test_data)
         _warn_of_missing_band(model, data.pack)
         metrics = evaluate(
             model, data, batch_size=options.batch_size, num_workers=options.num_workers, precision=precision

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,37 +51,45 @@ logger = logging.getLogger(__name__)
 START_BATCHES = 16  # for init_from_data
 
 
+@dataclass(frozen=True)
+class RunParts:
+    """What a run is built from, besides its configuration and folder.
+
+    Attributes:
+        data: training, validation and evaluation data.
+        model: the student, on `device`.
+        objective: computes the losses, on `device`.
+        needs: requirements of the objective.
+        device: device of the training.
+        seed: of everything random.
+        teacher: the online teacher, on `device`; None if `data` has the targets, or there are none.
+    """
+
+    data: TrainingData
+    model: AudioTagger
+    objective: Objective
+    needs: Needs
+    device: torch.device
+    seed: int
+    teacher: Ensemble | None = None
+
+
 class Run:
     """One training run in one folder; `fit` runs it from the first step to the report.
 
     Args:
         config: configuration of the run.
-        data: training, validation and evaluation data.
-        model: the student.
-        objective: computes the losses.
-        needs: requirements of the objective.
+        parts: data, student, objective and teacher.
         folder: for states, checkpoints, `metrics.jsonl`, curves, results and the report.
-        device: to train on.
-        seed: of everything random.
         ranks: the processes of the run.
-        teacher: the online teacher, on its device; None if `data` has the targets, or there are none.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        data: TrainingData,
-        model: AudioTagger,
-        objective: Objective,
-        needs: Needs,
-        folder: Path,
-        device: torch.device,
-        seed: int,
-        ranks: Ranks | None = None,
-        teacher: Ensemble | None = None,
-    ) -> None:
-        self.config, self.data, self.model, self.objective, self.needs = config, data, model, objective, needs
-        self.folder, self.device, self.seed, self.ranks, self.teacher = folder, device, seed, ranks or Ranks(), teacher
+    def __init__(self, config: TrainConfig, parts: RunParts, folder: Path, ranks: Ranks | None = None) -> None:
+        data, model, objective, needs = parts.data, parts.model, parts.objective, parts.needs
+        device, seed, teacher = parts.device, parts.seed, parts.teacher
+        self.config, self.folder, self.ranks = config, folder, ranks or Ranks()
+        self.data, self.model, self.objective, self.needs = data, model, objective, needs
+        self.device, self.seed, self.teacher = device, seed, teacher
         self.precision = Precision(config.mode, device)
         self.dataset = ReplayDataset(
             data.pack,
@@ -116,13 +125,9 @@ class Run:
         self.states = States(folder / "states")
         self.best = BestCheckpoints(folder, config.n_saved, config.select_by, writes=self.ranks.is_main)
         self.window, self.epoch_tally, self.targets = Tally(), Tally(), TargetTally(objective)
+        causes = partial(find_likely_causes, self)
         self.learning = LearningCheck(
-            self.targets,
-            self.total_steps,
-            config.epochs,
-            partial(find_likely_causes, self),
-            self.ranks,
-            enabled=not config.smoke,
+            self.targets, self.total_steps, config.epochs, causes, self.ranks, enabled=not config.smoke
         )
         self.step, self.validations_without_improvement, self.seconds = 0, 0, 0.0
         self.journal: Journal | None = None

@@ -8,22 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from common.errors import Faults, UserError
 from common.files import sha256
 from distill.embeddings import StoredEmbeddings
 from distill.mask_check import MaskFindings, check_masks
-from distill.objectives import Needs, Objective, TrainingFacts
+from distill.objectives import TrainingFacts
 from distill.store import MatchedItems
-from models import AudioTagger, Ensemble
+from models import Ensemble
 from models.devices import choose_device
 from training.automatic import Choice, fill_timed, list_automatic_keys, name_model, resolve
 from training.band_limit import describe_unusable_bands, measure_band_limits
 from training.budget import choose_epochs, choose_pace, time_run
 from training.config import AUTO, TrainConfig
 from training.data import TrainingData, open_training
-from training.loop import Run
+from training.loop import Run, RunParts
 from training.needs import load_online_teacher, plan_run
 from training.parallel import Ranks
 from training.run_folder import RunFolder, choose_folder, log_to, recall_choices, run_identity
@@ -83,33 +81,31 @@ def prepare_run(
         name = f"{name}_smoke"  # a folder of its own, so that `latest` of the real runs does not change
         config = ranks.broadcast(smoke(config, Path(config.outputpath) / name / "data") if ranks.is_main else None)
     has_own_data = config is not None and config.train_data == train_data
-    parts = _build_parts(config, choices, seed, faults, has_own_data=has_own_data)
+    parts, mask_warning = _build_parts(config, choices, seed, faults, has_own_data=has_own_data)
     assert config is not None
     if given and given.get("epochs") == AUTO and "epochs" not in choices and not config.smoke:
-        timed = _time_and_choose(config, given, parts, seed, ranks)
+        timed = _time_and_choose(config, given, parts, ranks)
         choices |= timed
         config = config.model_copy(update={key: choice.value for key, choice in timed.items()})
 
-    data, teacher = parts.data, parts.teacher
-    identity = run_identity(config, seed, _hash_data(config, data, teacher))
+    identity = run_identity(config, seed, _hash_data(config, parts.data, parts.teacher))
     parent = Path(config.outputpath) / name / config.model
     found = choose_folder(parent, identity, resume) if ranks.is_main else None
     path, state_path, is_resumed = ranks.broadcast((found[0].path, *found[1:]) if found else None)
     folder = found[0] if found else RunFolder(path)
-    model, device = parts.model.to(parts.device), parts.device
-    run = Run(config, data, model, parts.objective, parts.needs, path, device, seed, ranks, teacher)
+    run = Run(config, parts, path, ranks)
     state = None
     if ranks.is_main:
         if not is_resumed:
-            folder.make(config, data.labels, identity, given, choices)
+            folder.make(config, parts.data.labels, identity, given, choices)
         log_to(path / config.logfile, debug=config.debug)
         state = _load_state(run, state_path) if is_resumed else None
         _log_start(run, is_resumed, state)
         for key, choice in choices.items():
             logger.info("chosen automatically: %s: %s (%s)", key, choice.value, choice.reason)
-        limits = None if config.smoke else measure_band_limits(data.pack)
-        bands = None if limits is None else describe_unusable_bands(limits, model, config.train_data)
-        for warning in filter(None, (parts.mask_warning, bands)):
+        limits = None if config.smoke else measure_band_limits(parts.data.pack)
+        bands = None if limits is None else describe_unusable_bands(limits, parts.model, config.train_data)
+        for warning in filter(None, (mask_warning, bands)):
             logger.warning("%s", warning)
     return PreparedRun(run, folder, state)
 
@@ -148,23 +144,10 @@ def _read_config(
     return given, check_settings(TrainConfig, fill_timed(settings), faults), choices
 
 
-@dataclass
-class _Parts:
-    """What a run is built from, besides its configuration and folder."""
-
-    data: TrainingData
-    model: AudioTagger
-    objective: Objective
-    needs: Needs
-    device: torch.device
-    teacher: Ensemble | None
-    mask_warning: str | None
-
-
 def _build_parts(
     config: TrainConfig | None, choices: Collection[str], seed: int, faults: Faults, *, has_own_data: bool
-) -> _Parts:
-    """Open the data and build student, objective and teacher.
+) -> tuple[RunParts, str | None]:
+    """Open the data and build student, objective and teacher; return them and a warning about masks.
 
     Args:
         config: None if it could not be read.
@@ -201,15 +184,12 @@ def _build_parts(
     objective = plan.build(model, TrainingFacts(seed, width)).to(device)
     if teacher:
         teacher.to(device)
-    return _Parts(data, model, objective, plan.needs, device, teacher, masks.warning)
+    return RunParts(data, model.to(device), objective, plan.needs, device, seed, teacher), masks.warning
 
 
-def _time_and_choose(
-    config: TrainConfig, given: dict[str, Any], parts: _Parts, seed: int, ranks: Ranks
-) -> dict[str, Choice]:
+def _time_and_choose(config: TrainConfig, given: dict[str, Any], parts: RunParts, ranks: Ranks) -> dict[str, Choice]:
     """Time the run, and choose the number of epochs and the keys that depend on it, as far as they are `auto`."""
-    args = (config, parts.data, parts.model, parts.objective, parts.needs, parts.device, seed)
-    timing = ranks.broadcast(time_run(*args, ranks.world_size, parts.teacher) if ranks.is_main else None)
+    timing = ranks.broadcast(time_run(config, parts, ranks.world_size) if ranks.is_main else None)
     settings = {"epoch_length": AUTO} | given  # an epoch is a pass, unless the budget is shorter
     choices = choose_epochs(config, len(parts.data.items), timing)
     return {key: choice for key, choice in choices.items() if settings.get(key) == AUTO}

@@ -21,6 +21,7 @@ from training.band_limit import usable_limit
 from training.budget import Timing, choose_epochs, time_run
 from training.config import TrainConfig, read_minutes
 from training.data import open_training
+from training.loop import RunParts
 from training.needs import plan_run
 from training.prepare import prepare_run
 from training.run_folder import recall_choices
@@ -128,7 +129,7 @@ def test_what_starts_from_weights_keeps_their_front_end():
 def test_auto_is_refused_where_nothing_chooses_it():
     faults = Faults("the test")
     choose({"mixup": "auto", "model": "resnet10"}, DataFacts(), faults)
-    assert "mixup says auto" in faults.sentences[0]
+    assert "mixup is auto" in faults.sentences[0]
 
 
 def test_published_configurations_hold_nothing_automatic():
@@ -191,7 +192,7 @@ def test_steps_are_timed_on_copies(tone_pack):
     config, data, model, objective, needs = opened(tone_pack)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(5)
-    timing = time_run(config, data, model, objective, needs, torch.device("cpu"), 1)
+    timing = time_run(config, RunParts(data, model, objective, needs, torch.device("cpu"), 1))
     assert 0 < timing.step_seconds < 60
     assert 0 < timing.valid_seconds < 60
     drawn = torch.rand(3)
@@ -278,7 +279,7 @@ def test_the_preset_needs_no_option_for_classes_called_by_numbers(tmp_path):
     words += ["--epochs", "1", "--num_workers", "0", "--outputpath", tmp_path / "runs", "--model_args.width", "4"]
     result = run_command("run.py", "train", TEACHER, *words)
     assert result.returncode == 0, result.stderr
-    assert "taken for the names of the classes" in result.stderr
+    assert "used as class names" in result.stderr
     latest = tmp_path / "runs" / "own_teacher" / "latest"
     assert (latest / "class_labels_indices.csv").read_text().splitlines()[1:] == ['0,"","0"', '1,"","3"', '2,"","6"']
     assert (latest / "results.json").is_file()
@@ -320,7 +321,7 @@ def test_prepared_configurations_carry_no_auto(tone_pack, tmp_path, monkeypatch)
         changes = {"budget": None} if key == "epochs" else {}
         run = prepared(tone_pack, tmp_path / key, **{key: 3}, **changes).run
         assert getattr(run.config, key) == 3
-    with pytest.raises(UserError, match="mixup says auto"):
+    with pytest.raises(UserError, match="mixup is auto"):
         prepared(tone_pack, tmp_path / "mixup", mixup="auto")
     assert prepare.list_automatic_keys({"model_args": {"auto": True}, "loss": "auto", "epochs": 3}) == [
         "model_args",

@@ -19,12 +19,12 @@ from training import baseline as baseline_module
 from training import baseline_features
 from training.baseline import (
     add_baseline,
+    compare_with_baseline,
     fit_baseline,
     fits_in_seconds,
     limit_seconds,
     thin_out,
     training_packs,
-    warning,
 )
 from training.baseline_features import LogMel, compute_features, compute_log_mel, compute_statistics, frame_ranges
 from training.baseline_variants import REGRESSION, SVM, VARIANTS, affordable_variants
@@ -240,7 +240,7 @@ def test_a_validation_pack_chooses_and_is_then_fitted_to(tmp_path):
     order = np.random.default_rng(0).permutation(32)
     other = fit_baseline(train_part, test, LabelledPack(valid.pack, [valid.labels[row] for row in order], 4))
     assert other.choices != found.choices
-    assert "chosen of 8 variants on 32 validation clips, which it is then fitted to as well" in found.sentence
+    assert "chosen of 8 variants on 32 validation clips, which are then used for fitting as well" in found.sentence
 
 
 @pytest.mark.parametrize("labels", [SINGLE, SEVERAL], ids=["one label", "several"])
@@ -288,7 +288,7 @@ def test_small_and_odd_sets_have_a_figure(tmp_path):
     assert one_class.value == 0.25
     assert (one_class.scores.argmax(axis=1) == 2).all()
     few = fit_baseline(tones(tmp_path, [0, 1, 2], "few"), test)
-    assert "too few clips to choose by" in few.sentence
+    assert "too few clips to compare them" in few.sentence
     assert few.variant == VARIANTS[0]
     assert 3 not in few.scores.argmax(axis=1)  # in no training clip
     assert fit_baseline(tones(tmp_path, [1], "single"), test).value == 0.25
@@ -305,9 +305,9 @@ def test_small_and_odd_sets_have_a_figure(tmp_path):
 
 def test_packs_that_do_not_go_together_are_reported_in_a_sentence(tmp_path):
     train_part = tones(tmp_path, SINGLE, "train")
-    with pytest.raises(UserError, match=r"one sample rate; found 8000 Hz in .*train\.tsv, 16000 Hz in .*test\.tsv"):
+    with pytest.raises(UserError, match=r"same sample rate in Hz; found 8000 in .*train\.tsv, 16000 in .*test\.tsv"):
         fit_baseline(train_part, tones(tmp_path, SINGLE, "test", sample_rate=16000))
-    with pytest.raises(UserError, match=r"same classes; found 4 in .*train\.tsv, 9 in .*other\.tsv"):
+    with pytest.raises(UserError, match=r"same number of classes; found 4 in .*train\.tsv, 9 in .*other\.tsv"):
         fit_baseline(train_part, tones(tmp_path, SINGLE, "other", num_classes=9))
 
 
@@ -328,7 +328,7 @@ def test_many_clips_are_thinned_out_class_by_class_whatever_their_order(tmp_path
     monkeypatch.setattr(baseline_module, "MAX_CLIPS", 16)
     found = fit_baseline(data, data)
     assert found.n_fitted == 16
-    assert "16 of 63 training clips were taken, by the hash of their names" in found.sentence
+    assert "16 of 63 training clips were used, chosen by the hash of their names" in found.sentence
     assert found.metrics.n_clips == 63  # all test clips are judged
 
 
@@ -367,7 +367,10 @@ def test_costly_variants_are_left_out_and_it_is_reported(tmp_path, monkeypatch):
     assert SVM in {variant.model for variant in affordable_variants(4000, 10, single=True)}
     monkeypatch.setattr("training.baseline_variants.MAX_SVM_WORK", {True: 10, False: 10})
     data = tones(tmp_path, SEVERAL, "train", num_classes=500)  # of which four occur
-    assert "only logistic regression was tried, with 4 classes of 30 clips" in fit_baseline(data, data).sentence
+    assert (
+        "only logistic regression was fitted, since there are 4 classes of 30 clips"
+        in fit_baseline(data, data).sentence
+    )
 
 
 def test_how_much_is_read_depends_on_how_much_there_is():
@@ -398,7 +401,7 @@ class BigPack:
 def test_data_of_the_size_of_audioset_are_skipped_before_anything_is_read():
     test = LabelledPack(BigPack(20_000, 10), [], 527)
     data = SimpleNamespace(pack=BigPack(22_000, 10), evaluation=test, valid=None, labels=["a"])
-    with pytest.raises(UserError, match="22,000 training and 20,000 test clips take more than seconds"):
+    with pytest.raises(UserError, match="22,000 training and 20,000 test clips are too many"):
         training_packs(data)
 
 
@@ -440,8 +443,8 @@ def test_a_run_that_is_better_is_not_warned_of(tmp_path):
     found = fit_baseline(data, tones(tmp_path, SINGLE, "test", noise=3.0))
     perfect = evaluate_scores(data.multi_hot(), data.multi_hot())
     assert found.value < 1
-    assert warning(found, perfect) is None
-    assert warning(found, found.metrics) is None
+    assert compare_with_baseline(perfect, found) is None
+    assert compare_with_baseline(found.metrics, found) is None
     page = write_report(
         tmp_path,
         title="t",

@@ -12,7 +12,7 @@ from models import create_model, load_model
 from run import Runner
 from tests.training.test_resume import LABELS_ONLY, SETTINGS, StoppedError, final_weights, the_run, weights_of
 from training.averaging import find_trained_norms, recompute_batch_norm
-from training.checkpoints import BestCheckpoints, choose_final_weights, restore_best
+from training.checkpoints import BestCheckpoints, choose_final_weights, keep_best, keep_last, restore_best
 from training.evaluate import evaluate
 from training.labelled import open_labelled
 from training.parallel import Ranks
@@ -100,12 +100,26 @@ def test_one_checkpoint_or_equal_ones_are_kept_without_another_validation(tmp_pa
     assert weights.compared == {}
 
 
-def test_without_validation_data_the_last_weights_are_kept_and_the_log_states_so(tmp_path, caplog):
-    model, best = saved(tmp_path, [0.0])
+def test_without_validation_data_the_last_weights_are_kept_and_the_log_says_so(tmp_path, caplog):
+    model, best = tagger(), BestCheckpoints(tmp_path, 4)
+    last = tagger(5.0).state_dict()
     with caplog.at_level("INFO"):
-        choose_final_weights(best, model, Ranks(), None)
-    assert files(tmp_path) == ["averaged.pt"]
+        weights = keep_last(best, model, last, Ranks())
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["last.pt"] == [weights.path.name]
+    assert bias_of(model) == bias_of(load_model(tmp_path)) == 5.0
     assert "without validation data" in caplog.text
+
+
+@pytest.mark.parametrize(("select_by", "chosen"), [("cosine", 2), ("-cosine", 1)])
+def test_the_log_names_the_value_that_chose_without_its_sign(tmp_path, caplog, select_by, chosen):
+    model, best = tagger(), BestCheckpoints(tmp_path, 4, select_by)
+    for epoch, value in enumerate([0.99, 0.95], 1):
+        nn.init.constant_(model.outputlayer[1].bias, epoch)
+        best.update(model, {"cosine": value}, epoch)
+    with caplog.at_level("INFO"):
+        keep_best(best, model, Ranks())
+    assert bias_of(model) == chosen
+    assert f"(epoch {chosen}), cosine {[0.99, 0.95][chosen - 1]} on the training clips" in caplog.text
 
 
 @pytest.mark.parametrize(

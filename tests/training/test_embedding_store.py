@@ -67,7 +67,7 @@ def test_what_is_written_stays_and_what_is_missing_is_made_by_any_number_of_proc
     assert kept == {path.name: path.stat().st_mtime_ns for path in two.glob("*.h5") if path != lost}
     np.testing.assert_array_equal(EmbeddingStore(two).read(1), whole.read(1))
     other = create_model("audiotransformer_pico", num_classes=7, depth=1).eval()
-    with pytest.raises(UserError, match="holds embeddings made with another teacher"):
+    with pytest.raises(UserError, match="has embeddings made with another teacher"):
         store_embeddings(other, pack, two, num_workers=0)
 
 
@@ -106,7 +106,7 @@ def test_npz_rows_are_the_chunks_of_their_clip(pack, tmp_path):
     assert found.tolist() == [[12, 13], [10, 11], [274, 275]]
     whole = Chunks.cut(pack.n_samples, pack.sample_rate, 0.2)
     with pytest.raises(
-        UserError, match=r"'embed' has 3 rows, but .*tone_000\.wav has 5 chunks(?s:.*)and 25 more like these"
+        UserError, match=r"'embed' has 3 rows, but .*tone_000\.wav has 5 chunks(?s:.*)and 25 more of these"
     ):
         NpzEmbedder(tmp_path / "t", pack, whole)
     alone = Chunks.cut(pack.n_samples, pack.sample_rate, 10.0)
@@ -139,7 +139,7 @@ def test_files_of_other_widths_are_named(pack, tmp_path):
     write_npz(tmp_path / "t", pack, lambda n: np.zeros(2 + (n == 4)))
     chunks = Chunks.cut(pack.n_samples, pack.sample_rate, 10.0)
     with pytest.raises(
-        UserError, match=r"tone_004\.npz: 'embed' is 3 wide, that of .*tone_003\.npz 2; wanted one width"
+        UserError, match=r"tone_004\.npz: 'embed' has width 3, that of .*tone_003\.npz 2; expected the same width"
     ):
         NpzEmbedder(tmp_path / "t", pack, chunks).embeddings(make_batch(item=torch.tensor([3, 4])), None)
 
@@ -149,7 +149,7 @@ def test_a_damaged_file_is_named(pack, tmp_path):
     path = tmp_path / "t" / "tone_002.npz"
     path.write_bytes(path.read_bytes()[:1000])
     chunks = Chunks.cut(pack.n_samples, pack.sample_rate, 10.0)
-    with pytest.raises(UserError, match=r"tone_002\.npz: wanted an array 'embed' of numbers"):
+    with pytest.raises(UserError, match=r"tone_002\.npz: expected an array 'embed' of numbers"):
         NpzEmbedder(tmp_path / "t", pack, chunks).embeddings(make_batch(item=torch.tensor([2])), None)
 
 
@@ -157,12 +157,10 @@ def test_missing_files_and_arrays_are_named(pack, tmp_path):
     write_npz(tmp_path / "t", pack, lambda n: np.zeros(2))
     (tmp_path / "t" / "tone_005.npz").unlink()
     chunks = Chunks.cut(pack.n_samples, pack.sample_rate, 10.0)
-    with pytest.raises(
-        UserError, match=r"1 of the 28 clips of .* have no \.npz file of their own: sounds/tone_005\.wav"
-    ):
+    with pytest.raises(UserError, match=r"1 of the 28 clips of .* have no \.npz file: sounds/tone_005\.wav"):
         NpzEmbedder(tmp_path / "t", pack, chunks)
     np.savez(tmp_path / "t" / "tone_005.npz", embedding=np.zeros(2))
-    with pytest.raises(UserError, match=r"tone_005\.npz: wanted an array 'embed'"):
+    with pytest.raises(UserError, match=r"tone_005\.npz: expected an array 'embed'"):
         NpzEmbedder(tmp_path / "t", pack, chunks).embeddings(make_batch(item=torch.tensor([5])), None)
 
 
@@ -191,7 +189,7 @@ def test_a_function_gets_waveforms_at_its_rate_and_lengths(pack, tmp_path, monke
     wave = pack.read(11)
     np.testing.assert_allclose(store.read(1)[11], [2 * wave.mean(), 2 * wave.std(ddof=1)], rtol=2e-3, atol=1e-6)
     wrong = FunctionEmbedder("mine:wrong", None, 16000)
-    with pytest.raises(UserError, match=r"gave \(\) for waveforms \(2, 5\); wanted one embedding a clip"):
+    with pytest.raises(UserError, match=r"returned \(\) for waveforms \(2, 5\); expected one embedding a clip"):
         wrong.embeddings(make_batch(waveforms={16000: torch.zeros(2, 5)}), None)
     with pytest.raises(UserError, match="callable mine:nothing"):
         FunctionEmbedder("mine:nothing", None, 16000)
@@ -203,13 +201,12 @@ def test_a_function_gets_waveforms_at_its_rate_and_lengths(pack, tmp_path, monke
         ({"targets": "probabilities", "npz": "x"}, "npz can only give embeddings; set targets: embeddings"),
         ({"model": "a", "npz": "x"}, "give model, npz or callable, not model and npz"),
         ({}, "give model, npz or callable, not none"),
-        ({"npz": "x", "epochs": 2}, "npz files hold what was said without augmentation"),
+        ({"npz": "x", "epochs": 2}, "npz files hold embeddings of clips without augmentation"),
         ({"npz": "x", "sample_rate": 8000}, "sample_rate can only be given with callable"),
     ],
 )
 def test_one_is_requested(pack, changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        config(pack, **changes)
+    assert any(sentence in conflict for conflict in config(pack, **changes).conflicts())
 
 
 def test_embeddings_beyond_half_precision_are_clipped_and_reported(pack, model, tmp_path, monkeypatch, caplog):
@@ -218,9 +215,9 @@ def test_embeddings_beyond_half_precision_are_clipped_and_reported(pack, model, 
     with caplog.at_level("WARNING"):
         store = EmbeddingStore(StoreWriter(config(pack, model="x"), pack, asked, tmp_path / "a").save())
     assert (store.read(1) == -65504).all()
-    assert "8 embeddings hold numbers beyond those of half precision, and are clipped at 65504" in caplog.text
+    assert "8 embeddings exceed the range of half precision and are clipped at 65504" in caplog.text
     monkeypatch.setattr(asked.source, "embeddings", lambda batch, hear: torch.full((len(batch), 2), torch.nan))
-    with pytest.raises(UserError, match=r"answer to sounds/tone_\d+\.wav is not a number"):
+    with pytest.raises(UserError, match=r"output for sounds/tone_\d+\.wav is not finite"):
         StoreWriter(config(pack, model="x"), pack, asked, tmp_path / "b").save()
 
 

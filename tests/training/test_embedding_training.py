@@ -165,12 +165,15 @@ def test_two_ranks_draw_and_learn_as_one(tone_pack, store, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"objective": "target", "objective_args": {}}, "embeddingspath is given, but objective target learns prob"),
+        (
+            {"objective": "target", "objective_args": {}},
+            "embeddingspath is given, but the targets of objective target are prob",
+        ),
         ({"embeddingspath": None}, "objective cosine learns a teacher's embeddings; give embeddingspath"),
-        ({"mixup": 0.5}, "mixup wants the embeddings of mixtures, which are not stored"),
-        ({"valid_fraction": 0.2}, "valid_fraction would judge a model's classes, but objective cosine learns none"),
+        ({"mixup": 0.5}, "mixup needs the embeddings of mixtures, which are not stored"),
+        ({"valid_fraction": 0.2}, "valid_fraction is for models with classes, but objective cosine learns none"),
         ({"objective": "cluster_contrastive"}, "objective cluster_contrastive needs clusters"),
-        ({"clusters": "x.parquet"}, "clusters are given and nothing uses them"),
+        ({"clusters": "x.parquet"}, "clusters are given but not used"),
         ({"sampler": "clusters"}, "sampler: clusters needs clusters"),
         ({"logitspath": "y"}, "logitspath and embeddingspath are both given"),
         ({"wavtransforms": {"Shift": {}}}, "wavtransforms and spectransforms come with the store of embeddingspath"),

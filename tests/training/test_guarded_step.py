@@ -103,7 +103,7 @@ def test_a_good_step_is_the_plain_one_to_the_bit(optimiser):
     model, optimizer = plain.loss_module.model, plain.optimizer
     for step in range(3):
         losses = trainer.step(parts(bad=False, seed=step), [0.5, 0.5], step)
-        plain._draw_from(step)
+        plain._seed_step(step)
         for part in parts(bad=False, seed=step):
             (plain.loss_module(part)["loss"] * 0.5).backward()
         whole = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
@@ -129,7 +129,14 @@ def test_only_what_a_step_changes_is_kept():
 
 @pytest.fixture
 def config(tone_pack, tmp_path):
-    changes = {"objective": "bad_gradient", "init_from_data": False, "log_every": 2, "epochs": 4, "checkpoint_every": 1}
+    changes = {
+        "objective": "bad_gradient",
+        "loss": "BCELoss",
+        "init_from_data": False,
+        "log_every": 2,
+        "epochs": 4,
+        "checkpoint_every": 1,
+    }
     path = tmp_path / "bad.yaml"
     path.write_text(yaml.safe_dump(settings(tone_pack, **changes).model_dump(exclude_unset=True)))
     return path
@@ -168,7 +175,13 @@ def test_all_processes_skip_the_step_of_one_of_them(config, tmp_path):
 
 def test_a_bad_first_step_ends_the_run_at_once(tone_pack, tmp_path):
     """Also where losses are read later, and in a run that goes on."""
-    changes = {"objective": "bad_gradient", "objective_args": {"epoch": 1}, "init_from_data": False, "log_every": 99}
+    changes = {
+        "objective": "bad_gradient",
+        "loss": "BCELoss",
+        "objective_args": {"epoch": 1},
+        "init_from_data": False,
+        "log_every": 99,
+    }
     changes |= {"batch_size": 28, "optimizer": "SGD", "optimizer_args": {"lr": 0.01, "momentum": 0.9}, "epochs": 3}
     path = tmp_path / "first.yaml"
     path.write_text(yaml.safe_dump(settings(tone_pack, **changes).model_dump(exclude_unset=True)))

@@ -101,9 +101,7 @@ def test_a_shorter_file_is_refused_and_left_as_it_is(tmp_path):
     journal.record(step(1))
     position = journal.position()
     journal.close()
-    with pytest.raises(
-        UserError, match=rf"metrics\.jsonl has {position} bytes; it had {position + 5} when .* Put back"
-    ):
+    with pytest.raises(UserError, match=rf"metrics\.jsonl has {position} bytes; it had {position + 5} when .* Restore"):
         Journal(tmp_path, position + 5)
     assert steps_on_disk(tmp_path) == [1]
     with pytest.raises(UserError, match="has 0 bytes; it had 10"):

@@ -24,13 +24,13 @@ def check(tmp_path, cells, labels):
 @pytest.mark.parametrize("n_classes", [2, 10, 50])
 def test_classes_that_are_counted_from_zero_are_no_classes_of_audioset(n_classes, tmp_path):
     (sentence,) = check(tmp_path, [str(number) for number in range(n_classes)], audioset_labels())
-    assert f"the numbers 0 to {n_classes - 1}, one each" in sentence
+    assert f"the numbers 0 to {n_classes - 1} as labels, one a clip" in sentence
     assert "0 is 'Speech', 1 is 'Male speech, man speaking'" in sentence
     assert "run.py probe" in sentence
 
 
 @pytest.mark.parametrize(
-    ("cells", "labels", "said"),
+    ("cells", "labels", "message"),
     [
         (["0;1", "0;2", "1", "2"], audioset_labels(), None),  # speech, as AudioSet labels it
         (["74", "75", "74"], audioset_labels(), "74 is 'Dog', 75 is 'Bark'"),
@@ -44,4 +44,4 @@ def test_other_numbers_are_taken_for_indexes_and_reported(cells, labels, message
     caplog.set_level(logging.WARNING)
     assert check(tmp_path, cells, labels) == []
     assert (message or "") in caplog.text
-    assert ("numbers are taken for" in caplog.text) == (message is not None)
+    assert ("numbers are read as indices" in caplog.text) == (message is not None)

@@ -23,7 +23,7 @@ from training.config import SoftTargetConfig, TrainConfig
 from training.data import open_training
 from training.evaluate import evaluate
 from training.labelled import open_labelled
-from training.loop import Run
+from training.loop import Run, RunParts
 from training.needs import plan_run
 from training.precision import Precision
 from training.store_writer import SoftTargetContent, StoreWriter
@@ -64,7 +64,7 @@ def train(folder: Path, config: TrainConfig, seed=1):
     data = open_training(config, seed, faults, plan.needs)
     faults.raise_if_any()
     model = create_student(config, data.labels, plan.needs)
-    run = Run(config, data, model, plan.build(model), plan.needs, folder, CPU, seed)
+    run = Run(config, RunParts(data, model, plan.build(model), plan.needs, CPU, seed), folder)
     return run.fit(), run
 
 
@@ -151,7 +151,9 @@ def test_an_objective_of_its_own_brings_losses_parameters_and_rates(tone_pack, t
             return {"loss": (output.mean() - self.level) ** 2, "level": self.level}
 
     config = settings(tone_pack, epochs=2, valid_every=2, init_from_data=False)
-    config = config.model_copy(update={"objective": "towards_a_learnt_level", "objective_args": {"start": 5.0}})
+    config = config.model_copy(
+        update={"objective": "towards_a_learnt_level", "objective_args": {"start": 5.0}, "loss": "BCELoss"}
+    )
     _, run = train(tmp_path, config)
     objective = run.objective
     assert objective.level.item() < 5.0

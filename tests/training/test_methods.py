@@ -146,10 +146,19 @@ def test_the_choice_of_tokens_depends_on_the_clip_and_its_epoch_alone(config):
             {"teacher": None},
             "layer_distillation learns from what a teacher computes; give teacher",
         ),
-        ("masked_reconstruction", {"teacher": "x.pt"}, "teacher are given, but objective masked_reconstruction"),
-        ("masked_reconstruction", {"valid_fraction": 0.2, "select_by": None}, "would judge a model's classes"),
-        ("masked_reconstruction", {"valid_fraction": 0.2}, "select_by and valid_fraction both say what chooses"),
-        ("masked_reconstruction", {"embeddingspath": "x"}, "embeddingspath is given, but objective masked_recon"),
+        (
+            "masked_reconstruction",
+            {"teacher": "x.pt"},
+            "without a teacher; drop teacher",
+        ),
+        ("masked_reconstruction", {"label_smoothing": 0.1}, "does not use label_smoothing; remove this key"),
+        ("masked_reconstruction", {"valid_fraction": 0.2, "select_by": None}, "is for models with classes"),
+        ("masked_reconstruction", {"valid_fraction": 0.2}, "select_by and valid_fraction are both given"),
+        (
+            "masked_reconstruction",
+            {"embeddingspath": "x"},
+            "embeddingspath is given, but the targets of objective masked_recon",
+        ),
         (
             "masked_reconstruction",
             {"objective_args": {"hiden": 0.5}},
@@ -197,7 +206,7 @@ def test_the_objective_of_the_plan_trains(tone_pack, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "ARCHITECTURE.md").read_text(), flags=re.DOTALL)
     exec(compile(code, "mean_teacher.py", "exec"), {"__name__": "mean_teacher"})
     settings = {key: value for key, value in SETTINGS.items() if key != "select_by"}
-    settings |= {"model_args": {"depth": 2, "pooling": "logit"}, "loss": "BCEWithLogitsLoss", "num_workers": 0}
+    settings |= {"model_args": {"depth": 2, "pooling": "logit"}, "num_workers": 0}
     settings |= {"train_data": str(tone_pack), "objective": "mean_teacher", "epochs": 8, "ema": None}
     settings["objective_args"] = {"decay": 0.9}  # in 40 steps that of long runs has hardly left the start
     path = tmp_path / "mean.yaml"

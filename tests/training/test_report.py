@@ -178,9 +178,9 @@ def test_the_report_holds_every_figure(tmp_path):
     text = page.text
     for value in (metrics.mAP, metrics.mAUC, metrics.d_prime, metrics.lwlrap, metrics.top1):
         assert any(row[1] == f"{value:.4f}" for row in page.rows if len(row) == 3)
-    assert "400 clips; 29 classes scored, 1 absent from the set and not counted." in text
+    assert "400 clips; 29 classes scored, 1 without clips, not counted." in text
     prevalence = metrics.per_class.n_positive[:29] / 400
-    assert f"A mAP of {prevalence.mean():.4f} is what random scores reach" in text
+    assert f"Random scores have a mAP of {prevalence.mean():.4f}" in text
     assert "On eval.tsv:" in text
     assert "The best of 4 validations was taken." in text
     for name, value in (FACTS | collect_versions()).items():
@@ -208,7 +208,7 @@ def test_confusions_are_those_of_scikit_learn(tmp_path):
     wrong = expected - np.diag(np.diag(expected))
     page = page_of(tmp_path, metrics)
     assert len(page.pictures) == 2
-    start = next(index for index, row in enumerate(page.rows) if row[:2] == ["true class", "taken for"])
+    start = next(index for index, row in enumerate(page.rows) if row[:2] == ["true class", "predicted class"])
     pairs = page.rows[start + 1 :]
     assert len(pairs) == 10
     counts = []
@@ -218,7 +218,7 @@ def test_confusions_are_those_of_scikit_learn(tmp_path):
         assert share == f"{wrong[row, column] / expected[row].sum():.1%}"
         counts.append(int(count))
     assert counts == sorted(wrong.ravel(), reverse=True)[:10]
-    assert f"of {wrong.sum()} clips taken for another class" in page.text
+    assert f"{wrong.sum()} clips are misclassified" in page.text
     numbers = [text.get_text() for text in confusion_figure(metrics.confusion, list("abcdefg")).axes[0].texts]
     assert numbers == [str(count) for count in expected.ravel() if count]
 
@@ -226,7 +226,7 @@ def test_confusions_are_those_of_scikit_learn(tmp_path):
 def test_more_classes_than_a_picture_can_show_are_listed_as_pairs(tmp_path):
     page = page_of(tmp_path, evaluate_scores(*single_label(51)))
     assert len(page.pictures) == 1  # the curves
-    assert "More than 50 classes make no readable picture" in page.text
+    assert "not drawn for more than 50 classes" in page.text
     assert len([row for row in page.rows if row[-1].endswith("%")]) == 30
 
 
@@ -251,15 +251,15 @@ def test_a_multi_label_set_has_no_confusions(tmp_path):
 
 def test_a_report_without_evaluation_data_or_steps_states_so(tmp_path):
     page = page_of(tmp_path, None, entries=[])
-    assert "No evaluation data was given" in page.text
-    assert "No step was recorded" in page.text
+    assert "there is no evaluation data" in page.text
+    assert "No steps were recorded" in page.text
     assert page.pictures == []
     assert "Confusions" not in page.text
 
 
 def test_perfect_scores_have_no_confused_pair(tmp_path):
     page = page_of(tmp_path, evaluate_scores(np.eye(3), np.eye(3)))
-    assert "No clip was taken for another class" in page.text
+    assert "No clip is misclassified" in page.text
     assert find_most_confused(np.array([[5, 2], [7, 1]]), 10) == [(1, 0, 7), (0, 1, 2)]
 
 

@@ -205,7 +205,7 @@ def test_with_no_whole_checkpoint_left_it_stops_rather_than_start_from_scratch(s
         damage(state, "zeroed")
     with pytest.raises(SystemExit):
         Runner(7).train(str(path), outputpath=str(output))
-    assert "none of the checkpoints step=000000012.pt, step=000000009.pt is whole" in capsys.readouterr().err
+    assert "none of the checkpoints step=000000012.pt, step=000000009.pt is valid" in capsys.readouterr().err
 
 
 def test_a_path_goes_on_with_that_run_or_that_state(stopped):
@@ -242,7 +242,7 @@ def test_what_may_change_changes_nothing_and_what_may_not_is_named(stopped, caps
 def test_a_new_run_beside_an_unfinished_one_states_why(stopped, capsys):
     path, output, folder = stopped
     Runner(7).train(str(path), outputpath=str(output), mixup=0.3)
-    assert f"{folder} is unfinished and stays so: it was given another mixup" in capsys.readouterr().err
+    assert f"{folder} is unfinished and is not resumed: it has another mixup" in capsys.readouterr().err
     assert not RunFolder(folder).finished
     assert len(list(output.glob("*/*/*/finished.json"))) == 2  # the new one, and `latest` that leads to it
 
@@ -258,7 +258,7 @@ def test_a_run_in_use_is_left_alone(stopped, monkeypatch):
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         monkeypatch.setattr("training.run_folder.LOCK_SECONDS", 0.3)
-        with pytest.raises(UserError, match="this very run, and another process is training it"):
+        with pytest.raises(UserError, match="the same run, and another process is training it"):
             choose_folder(folder.parent, identity, "auto")
         assert not choose_folder(folder.parent, identity, "never")[2]
         with pytest.raises(UserError, match="another process is training it"):
@@ -283,7 +283,7 @@ def test_with_the_checkpoints_gone_it_stops_rather_than_start_from_scratch(stopp
     shutil.rmtree(folder / "states")
     with pytest.raises(SystemExit):
         Runner(7).train(str(path), outputpath=str(output))
-    assert "are gone; bring them back" in capsys.readouterr().err
+    assert "are missing; restore them" in capsys.readouterr().err
     assert (folder / "metrics.jsonl").read_bytes() == written
 
 

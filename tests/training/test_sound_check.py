@@ -169,7 +169,7 @@ def test_saving_goes_on_with_the_same_sounds_alone(tmp_path, teacher, layout):
     written = (tmp_path / "store/logits_ep1_0.h5").read_bytes()
     for changed in (altered(pack, 9, 3), {4: np.zeros(7, np.int16)}):
         other = write_pack(tmp_path / "pack", changed, n=10)
-        with pytest.raises(UserError, match="was begun with other sounds than") as caught:
+        with pytest.raises(UserError, match="was started with other sounds than") as caught:
             save(other, teacher, tmp_path / "store", epochs=3, layout=layout)
         assert "delete the folder to save the soft targets anew" in str(caught.value)
     assert (tmp_path / "store/logits_ep1_0.h5").read_bytes() == written

@@ -162,7 +162,7 @@ def test_topk_above_the_number_of_classes_stores_them_all(tone_pack, pack, teach
 def test_a_teacher_that_outputs_nan_stops_with_the_clips_name(tone_pack, pack, tmp_path):
     broken = create_model("audiotransformer_pico", num_classes=7)
     torch.nn.init.constant_(broken.outputlayer[1].bias, float("nan"))
-    with pytest.raises(UserError, match=r"sounds/tone_.*is not a number"):
+    with pytest.raises(UserError, match=r"sounds/tone_.*is not finite"):
         teaching(config(tone_pack, epochs=1), pack, Ensemble([broken]), tmp_path).save()
     assert not list(tmp_path.glob("*.h5"))
 

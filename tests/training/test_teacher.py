@@ -18,10 +18,10 @@ from models import Ensemble, create_model, load_model, save_checkpoint
 from tests.batches import make_batch
 from tests.training.test_resume import StoppedError, final_weights, lines_of, stop_after, weights_of
 from training.config import SoftTargetConfig
+from training.finish import describe_targets
 from training.loss_module import LossModule, add_teacher_output
 from training.mixup import mix_targets
 from training.prepare import prepare_run
-from training.run_facts import describe_targets
 from training.run_folder import RunFolder
 from training.store_writer import SoftTargetContent, StoreWriter
 from training.teacher import load_teacher
@@ -258,17 +258,17 @@ def test_a_teacher_alone_needs_no_labels(configure, checkpoints, tone_pack, tmp_
     ("changes", "sentences"),
     [
         ({"teacher": "gone.pt", "batch_sise": 3}, ["2 faults", "teacher: gone.pt: no such file", "'batch_size'"]),
-        ({"teacher": "others.pt"}, ["labels clips tone 6, which the teacher does not know", "tone 0, tone 1"]),
-        ({"teacher": "softmax.pt"}, ["answers by softmax", "for sigmoid; set loss: CrossEntropyLoss"]),
-        ({"num_classes": 5}, ["1 fault", "ced.pt knows 7 classes, the configuration says 5; drop num_classes"]),
-        ({"labels_csv": "turned.csv"}, ["turned.csv calls class 0 'tone 6', teacher", "calls it 'tone 0'"]),
+        ({"teacher": "others.pt"}, ["has labels that are not classes of the teacher: tone 6", "tone 0, tone 1"]),
+        ({"teacher": "softmax.pt"}, ["has softmax outputs", "for sigmoid; set loss: CrossEntropyLoss"]),
+        ({"num_classes": 5}, ["1 fault", "ced.pt has 7 classes, the configuration 5; drop num_classes"]),
+        ({"labels_csv": "turned.csv"}, ["class 0 is 'tone 6' in", "but 'tone 0' in"]),
         ({"train_data": "bare.tsv"}, ["bare.tsv has no `labels` column", "set objective: target"]),
         ({"train_data": "bare.tsv", "teacher": None, "logitspath": "store"}, ["bare.tsv has no `labels` column"]),
         ({"logitspath": "store"}, ["teacher and logitspath are both given"]),
         ({"teacher": None}, ["objective cmkd learns from a teacher beside the labels; give teacher"]),
-        ({"teacher_weights": ["a", "b"]}, ["1 models and 2 weights are given"]),
-        ({"teacher": None, "objective": "target", "teacher_weights": "a"}, ["teacher_weights are given without"]),
-        ({"disable_consistency": True}, ["disable_consistency concerns stored answers"]),
+        ({"teacher_weights": ["a", "b"]}, ["found 2 weights for 1 models"]),
+        ({"teacher": None, "objective": "target", "teacher_weights": "a"}, ["teacher_weights is given without"]),
+        ({"disable_consistency": True}, ["disable_consistency is for stored targets"]),
         ({"objective_args": {"taw": 2}}, [r"has no argument 'taw' (did you mean 'tau'?)"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -314,7 +314,7 @@ def test_a_stopped_run_goes_on_with_its_teacher_and_with_no_other(configure, che
         other = teacher_model("cnn")
         other.get_submodule(other.last_layer).bias.add_(0.1)
     save_checkpoint(teacher, other)
-    with pytest.raises(UserError, match="that run was given another teacher_sha256"):
+    with pytest.raises(UserError, match="that run has another teacher_sha256"):
         prepare_run(path, {}, 3, resume=str(folder))
     save_checkpoint(teacher, teacher_model("cnn"))
     prepare_run(path, {}, 3, resume=str(folder)).fit()

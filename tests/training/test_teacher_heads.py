@@ -62,9 +62,9 @@ def test_of_a_list_each_model_has_its_own_head_or_none(work):
     assert teacher.describe()[1] == load_teacher("tags.pt").describe()[0]
     assert "head" not in teacher.describe()[1]
     assert teacher.activations == {"sigmoid"}
-    with pytest.raises(UserError, match="2 models and one head is given; give a list with a head for each model"):
+    with pytest.raises(UserError, match="found 1 heads for 2 models; give a list with a head for each model"):
         load_teacher(["ced.pt", "tags.pt"], heads="sigmoid")
-    with pytest.raises(UserError, match="2 models and 3 heads are given"):
+    with pytest.raises(UserError, match="found 3 heads for 2 models"):
         load_teacher(["ced.pt", "tags.pt"], heads=["sigmoid", None, None])
 
 
@@ -91,7 +91,7 @@ def test_a_run_does_not_go_on_with_a_head_that_was_trained_anew(configure, work)
     path = configure(teacher="cnn.pt", teacher_head="cnn", **SOFTMAX)
     folder = prepare(path).folder.path
     save_head("heads/cnn.pt", head_for("cnn", seed=1))
-    with pytest.raises(UserError, match="that run was given another teacher_sha256"):
+    with pytest.raises(UserError, match="that run has another teacher_sha256"):
         prepare_run(path, {}, 3, resume=str(folder))
     save_head("heads/cnn.pt", head_for("cnn"))
     assert prepare_run(path, {}, 3, resume=str(folder)).folder.path == folder
@@ -100,11 +100,11 @@ def test_a_run_does_not_go_on_with_a_head_that_was_trained_anew(configure, work)
 @pytest.mark.parametrize(
     ("changes", "sentences"),
     [
-        ({}, ["answers by softmax", "for sigmoid; set loss: CrossEntropyLoss"]),
+        ({}, ["has softmax outputs", "for sigmoid; set loss: CrossEntropyLoss"]),
         ({"teacher_head": "cnn", "loss": "CrossEntropyLoss"}, ["the head reads embeddings of 96 numbers"]),
         ({"teacher_head": "cet"}, ["teacher: no head is called 'cet' (did you mean 'ced'?)"]),
-        ({"teacher": ["ced.pt", "ced.pt"]}, ["teacher: 2 models and one head is given"]),
-        ({"teacher": None}, ["teacher_head is given without teacher, the model that it is put onto; add it"]),
+        ({"teacher": ["ced.pt", "ced.pt"]}, ["teacher: found 1 heads for 2 models"]),
+        ({"teacher": None}, ["teacher_head is given without teacher, the model that it belongs to; add it"]),
         ({"objective": "cosine"}, ["teacher_head is for probabilities, but objective cosine learns"]),
         ({"head": "ced"}, ["unknown key 'head'", "teacher_head is the head of its teacher"]),
     ],
