@@ -154,8 +154,8 @@ class TimeMasking:
 
     Args:
         time_mask_param: the widest mask, in reference frames.
-        max_share: the widest mask as a share of each clip's frames, if that is less; with None, as published, a mask can
-            be longer than a short clip, which is then masked completely.
+        max_share: the widest mask as a share of each clip's frames, if that is less; None, as published, allows masks
+            that are longer than a short clip and mask it completely.
     """
 
     def __init__(self, time_mask_param: int = 192, max_share: float | None = None) -> None:

@@ -70,7 +70,7 @@ class Objective(nn.Module):
 
     It is built once, after the student, which it may read but must not keep. Its own parameters (of a projection, for
     example) are trained with the student's; they are in the states of a run and not in the student's checkpoint.
-    Buffers and frozen parameters (of a moving-average teacher, for example) are in the states and never in the optimiser;
+    Buffers and frozen parameters (of a moving-average teacher, say) are in the states and never in the optimiser;
     modules whose parameters are all frozen stay in evaluation mode.
 
     Args:
