@@ -2,7 +2,7 @@
 
 `PREFIX_ep{E}_{R}.h5` has the outputs for N chunks in epoch E and the seeds of their augmentation. The rows of
 `PREFIX_ep{E}_{R}.parquet` name the chunks: `filename`, `start`, `end` in seconds, `n_reference` (length in samples at
-the reference rate, so that students of other sample rates replay the same draws) and the columns of `distill.sound_check`.
+the reference rate, so that students of other sample rates replay the same draws) and columns of `distill.sound_check`.
 R counts the parts of an epoch. `meta.json` has all settings. This is CED's published layout of soft targets except for
 names and columns, see `distill.published_layout`; the values are described in `distill.targets` and
 `distill.embeddings`.

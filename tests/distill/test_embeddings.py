@@ -87,5 +87,5 @@ def test_a_store_that_lacks_a_part_or_mixes_teachers_is_refused(tmp_path):
     EmbeddingStore.write(tmp_path / "t", 1, 1, table, embedding=np.zeros((2, 9)), seeds=np.zeros(2))
     with pytest.raises(UserError, match=r"shapes \(3,\), \(9,\); expected one width"):
         EmbeddingStore(tmp_path / "t")
-    with pytest.raises(UserError, match="holds no embeddings_ep"):
+    with pytest.raises(UserError, match="has no files embeddings_ep"):
         EmbeddingStore(tmp_path)

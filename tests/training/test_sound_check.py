@@ -147,8 +147,8 @@ def test_a_store_of_an_earlier_version_is_used_and_this_is_reported(there, caplo
     pd.read_parquet(path).drop(columns=["clip_samples", "sound_hash"]).to_parquet(path, index=False)
     pack = write_pack(there / "pack", altered(Pack.open(there / "pack/labels/x.tsv"), 0, 5))
     assert match(there, pack).n_clips == N
-    assert "keeps no lengths and hashes of its sounds" in caplog.text
-    with pytest.raises(UserError, match=r"check_sounds: all compares sounds with their hashes, which .* does not keep"):
+    assert "has no lengths and hashes of its sounds" in caplog.text
+    with pytest.raises(UserError, match=r"check_sounds: all compares sounds with their hashes, which .* does not have"):
         match(there, pack, check="all")
 
 
@@ -157,7 +157,7 @@ def test_embeddings_are_checked_alike(there, teacher):
     save(pack, teacher, there / "embeddings", "embeddings")
     assert StoredEmbeddings(EmbeddingStore(there / "embeddings"), pack).n_clips == N
     changed = write_pack(there / "pack", altered(pack, 0, 5))
-    with pytest.raises(UserError, match="holds other sounds than those that the embeddings"):
+    with pytest.raises(UserError, match="has other sounds than those that the embeddings"):
         StoredEmbeddings(EmbeddingStore(there / "embeddings"), changed)
 
 
