@@ -35,7 +35,7 @@ class Runner:
     """The commands of run.py.
 
     Args:
-        seed: of all random numbers of a run.
+        seed: of all random numbers of a run (default 42).
         nthreads: CPU threads; all of them by default.
     """
 
@@ -62,8 +62,8 @@ class Runner:
             config_file: a YAML file, see `trainconfig/`.
             m: short for --model.
             weights: short for --pretrained, the initial weights of the model.
-            resume: `auto` resumes the newest unfinished run of the same configuration and seed, or starts a new one;
-                `never` starts a new one; or the folder of a run, or one of its states.
+            resume: `auto` (the default) resumes the newest unfinished run of the same configuration and seed, or starts
+                a new one; `never` starts a new one; or the folder of a run, or one of its states.
             overrides: any key of the configuration; nested ones with a dot, --optimizer_args.lr 3e-4.
         """
         overrides |= {key: value for key, value in (("model", m), ("pretrained", weights)) if value is not None}

@@ -30,7 +30,7 @@ _HEADER = re.compile(
 )
 # A "Y" that downloads have before the video's id of 11 characters; start, or start and end, in seconds or milliseconds.
 _SOUND = re.compile(r"Y?([A-Za-z0-9_-]{11})(?:_(\d+(?:\.\d+)?))?(?:_(\d+(?:\.\d+)?))?")
-_MOST_FAULTS_TOLD = 20
+_MAX_LISTED = 20
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def read_segments(path: str | Path, content: bytes) -> pd.DataFrame:
     Raises:
         UserError: lines that are no segments.
     """
-    rows, faults, n_faulty = [], Faults(str(path)), 0
+    rows, faults = [], Faults(str(path), _MAX_LISTED)
     header = _HEADER.match(content)
     n_above = content[: header.end()].count(b"\n") if header else 0
     for number, line in enumerate(content[header.end() if header else 0 :].decode("utf-8").split("\n"), n_above + 1):
@@ -80,11 +80,7 @@ def read_segments(path: str | Path, content: bytes) -> pd.DataFrame:
             fields[3] = ";".join(mid.strip() for mid in fields[3].strip('"').split(","))
             rows.append(fields)
             continue
-        n_faulty += 1
-        if n_faulty <= _MOST_FAULTS_TOLD:
-            faults.add(f'line {number}: found {line!r}, expected {", ".join(COLUMNS)} with the last one in "quotes"')
-    if n_faulty > _MOST_FAULTS_TOLD:
-        faults.add(f"and {n_faulty - _MOST_FAULTS_TOLD} lines more")
+        faults.add(f'line {number}: found {line!r}, expected {", ".join(COLUMNS)} with the last one in "quotes"')
     faults.raise_if_any()
     table = pd.DataFrame(rows, columns=["ytid", "start_seconds", "end_seconds", "labels"], dtype=str)
     folder = Path(path).parent

@@ -14,7 +14,7 @@ from audio.audioset import display_name, other_name
 from common.errors import Faults, UserError, did_you_mean, some
 
 SEPARATOR = ";"
-_MOST_FAULTS_TOLD = 20
+_MAX_LISTED = 20
 
 
 def split_labels(cell: str) -> list[str]:
@@ -134,13 +134,11 @@ def _raise_if_faulty(
     if len(faulty) > 1 and sum(len(rows) for _, rows in faulty.values()) == n_rows:  # another set of classes
         found = some(list_classes(faulty))
         raise UserError(f"{subject}: none of the {n_rows} rows has a known class: found {found}; expected {expected}")
-    faults = Faults(subject)
-    for what, rows in list(faulty.values())[:_MOST_FAULTS_TOLD]:
+    faults = Faults(subject, _MAX_LISTED)
+    for what, rows in faulty.values():
         clip = f" ({names[rows[0]]})" if names is not None else ""
         more = f", and so in {len(rows) - 1} rows more" if len(rows) > 1 else ""
         faults.add(f"row {rows[0] + 1}{clip}: {what}{more}; expected {expected}")
-    if len(faulty) > _MOST_FAULTS_TOLD:
-        faults.add(f"and {len(faulty) - _MOST_FAULTS_TOLD} entries more are wrong")
     faults.raise_if_any()
 
 

@@ -24,12 +24,11 @@ from tqdm import tqdm
 from audio.io import AudioReadError, decode, to_int16
 from audio.manifest import name_fault, normalise, resolve
 from audio.pack_report import Report
-from audio.shards import LAYOUTS, ShardWriter
+from audio.shards import ShardWriter
 from common.errors import UserError, some
 from common.files import whole_file, write_json
 
 PUBLISHED = "published"  # the clips layout with base names as keys, the only one that CED's own tools read
-PACK_LAYOUTS = (*LAYOUTS, PUBLISHED)
 PUBLISHED_RATE = 16000  # Hz, which these tools assume
 
 _CLIPS_IN_FLIGHT = 8  # for each worker

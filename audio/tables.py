@@ -34,7 +34,7 @@ from common.errors import Faults, UserError, some
 logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 24  # PyArrow wants every line to fit into one
-_MOST_FAULTS_TOLD = 20
+_MAX_LISTED = 20
 _UTF16 = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _UTF32 = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 
@@ -292,16 +292,10 @@ def _refuse_longer(
         advice = (
             "every row has one field more than the header: does the header lack the name of a column? Else " + advice
         )
-    sentences = [
-        f"line {number}: found {len(fields)} fields ({some(map(repr, fields), 6)}), expected {len(columns)} "
-        f"({some(columns, 6)})"
-        for number, fields in longer[:_MOST_FAULTS_TOLD]
-    ]
-    if len(longer) > _MOST_FAULTS_TOLD:
-        sentences[-1] += f"; and {len(longer) - _MOST_FAULTS_TOLD} lines more"
-    faults = Faults(str(path))
-    for sentence in [*sentences[:-1], f"{sentences[-1]}. {advice}"]:
-        faults.add(sentence)
+    faults = Faults(f"{path} ({advice})", _MAX_LISTED)
+    for number, fields in longer:
+        found = f"found {len(fields)} fields ({some(map(repr, fields), 6)})"
+        faults.add(f"line {number}: {found}, expected {len(columns)} ({some(columns, 6)})")
     faults.raise_if_any()
 
 

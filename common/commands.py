@@ -38,7 +38,7 @@ def run_commands(component: Callable[..., Any], *, keys: Mapping[str, type[Optio
     if any(word in _HELP for word in words) or (group and not words):
         if name in commands:
             call = f"{program} {name}".strip()
-            print(describe_command(commands[name], call, keys=(keys or {}).get(name), group=group))
+            print(describe_command(commands[name], call, (keys or {}).get(name)))
         else:
             assert group is not None
             print(describe_commands(group, program))

@@ -23,6 +23,10 @@ class UserError(Exception):
 class Faults:
     """Collects all faults of an input, to report them together.
 
+    Args:
+        subject: the input, for the message.
+        limit: number of faults that are listed; None for all.
+
     Example:
         >>> faults = Faults("trainconfig/mine.yaml")
         >>> faults.add("unknown key 'epoch'")
@@ -33,8 +37,8 @@ class Faults:
           - unknown key 'epoch'
     """
 
-    def __init__(self, subject: str) -> None:
-        self.subject = subject
+    def __init__(self, subject: str, limit: int | None = None) -> None:
+        self.subject, self.limit = subject, limit
         self.sentences: list[str] = []
 
     def add(self, sentence: str) -> None:
@@ -53,7 +57,9 @@ class Faults:
         """Raise one `UserError` with all faults, if there are any."""
         if self.sentences:
             plural = "s" if len(self.sentences) > 1 else ""
-            lines = "".join(f"\n  - {sentence}" for sentence in self.sentences)
+            lines = "".join(f"\n  - {sentence}" for sentence in self.sentences[: self.limit])
+            if self.limit is not None and len(self.sentences) > self.limit:
+                lines += f"\n  - and {len(self.sentences) - self.limit} more"
             raise UserError(f"{self.subject} has {len(self.sentences)} fault{plural}:{lines}")
 
 

@@ -33,14 +33,14 @@ def test_the_help_lists_the_commands(words, monkeypatch, capsys):
     message = get_help(monkeypatch, capsys, *words)
     for command in ("train", "config", "evaluate", "probe"):
         assert f"\n    {command} " in message
-    assert "--seed (whole number; default 42)" in message
+    assert "seed: of all random numbers of a run (default 42)" in message
 
 
 @pytest.mark.parametrize("words", [["train", "--help"], ["train", "mine.yaml", "--epochs", "3", "-h"]])
 def test_the_help_of_a_command_lists_its_keys_and_runs_nothing(words, monkeypatch, capsys):
     message = get_help(monkeypatch, capsys, *words)
     assert "python run.py train CONFIG_FILE" in message
-    assert "--resume (text; default auto)" in message
+    assert "resume: `auto` (the default)" in message
     for name in TrainConfig.model_fields:
         assert f"\n    --{name} (" in message
     assert "--optimizer_args.lr 3e-4" in message

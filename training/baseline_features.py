@@ -3,15 +3,14 @@
 Letters: N clips, S samples, F mel bands, K cepstral coefficients, T frames, P parts.
 """
 
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from audio.dataset import Pack
+from common.progress import create_progress
 from models.ced_mel import CedMel
 
 N_MELS = 40
@@ -139,15 +138,7 @@ def compute_features(pack: Pack, most_seconds: float, description: str = "baseli
     """
     front_end = LogMel(pack.sample_rate)
     rows: dict[tuple[str, int], list[np.ndarray]] = {(spectrum, parts): [] for spectrum in SPECTRA for parts in PARTS}
-    progress = tqdm(
-        range(len(pack)),
-        desc=description,
-        unit="clip",
-        leave=False,
-        disable=len(pack) < 2000,
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-    )
-    for clip in progress:
+    for clip in create_progress(range(len(pack)), desc=description, unit="clip", disable=len(pack) < 2000):
         spectrogram = compute_log_mel(pack, clip, front_end, most_seconds)
         for spectrum, frames in zip(SPECTRA, (spectrogram, compute_cepstra(spectrogram)), strict=True):
             for parts in PARTS:

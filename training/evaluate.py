@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,13 +11,13 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from audio.cutting import Chunks
 from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
 from common.errors import Faults
 from common.files import whole_file, write_json
 from common.options import MergingOption, Options, read_options
+from common.progress import create_progress
 from models import AudioTagger, load_tagger
 from models.devices import choose_device
 from models.headed import HeadedTagger
@@ -111,14 +110,9 @@ def predict_pack(
     model.eval()
     share = lengths / np.bincount(chunks.clip, lengths, len(pack)).clip(min=1)[chunks.clip]  # of its clip
     means = np.zeros((len(pack), width))
-    with tqdm(
-        total=sum(map(len, batches)),
-        desc=description,
-        unit="clip" if len(chunks) == len(pack) else "chunk",
-        leave=False,
-        disable=not ranks.is_main,
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-    ) as progress:
+    unit = "clip" if len(chunks) == len(pack) else "chunk"
+    n_items = sum(map(len, batches))
+    with create_progress(total=n_items, desc=description, unit=unit, disable=not ranks.is_main) as progress:
         for index, waveform, n_samples in loader:
             rows = index.numpy()
             with precision.context():
@@ -203,8 +197,8 @@ class EvaluateOptions(Options):
 
     SHORT: ClassVar[Mapping[str, str]] = {"model": "m"}
 
-    model: str | None = None  # a run's folder, a checkpoint, the name of a model, or an .onnx file
-    test_data: str | None = None  # TSV of a pack with a `labels` column
+    model: str = ""  # a run's folder, a checkpoint, the name of a model, or an .onnx file
+    test_data: str = ""  # TSV of a pack with a `labels` column
     weights: str | None = None  # file or URL of the weights of a model given by name
     head: str | None = None  # a head on the model's embeddings: a name in heads/ or a file; `run.py probe` trains them
     mode: Mode = "fp32"  # precision; noamp = fp32, amp = fp16, amp_bf16 = bf16
@@ -217,7 +211,7 @@ class EvaluateOptions(Options):
 
     def conflicts(self) -> Iterator[str]:
         """Yield a sentence where the model or the data are missing."""
-        if self.model is None or self.test_data is None:
+        if not (self.model and self.test_data):
             yield "give a run's folder, a checkpoint or a model's name, and --test_data PACK.tsv"
 
 
@@ -235,8 +229,6 @@ def evaluate_command(given: Mapping[str, Any], open_exported: Callable[..., Expo
     options = read_options(EvaluateOptions, {key: value for key, value in given.items() if value is not None}, faults)
     faults.raise_if_any()
     assert options is not None
-    assert options.model is not None
-    assert options.test_data is not None
     source, precision = options.model, Precision(options.mode, choose_device(options.device))
     is_exported = source.lower().endswith(ONNX)
     if is_exported:
@@ -264,9 +256,9 @@ def evaluate_command(given: Mapping[str, Any], open_exported: Callable[..., Expo
 
 def _name_results(options: EvaluateOptions, is_exported: bool) -> str:
     """Name the files of results after the data and everything that makes them differ."""
-    parts = ["evaluation", Path(str(options.test_data)).stem]
+    parts = ["evaluation", Path(options.test_data).stem]
     if is_exported:  # several may be in one folder
-        parts.append(Path(str(options.model)).stem)
+        parts.append(Path(options.model).stem)
     if options.head is not None:
         parts.append(f"head_{Path(options.head).stem}")
     r, proportional = split_setting(options.token_merging)

@@ -3,17 +3,16 @@
 Letters: N clips, C classes.
 """
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from audio.dataset import Pack
 from audio.io import resample
 from common.columns import align_columns
+from common.progress import create_progress
 from training.labelled import LabelledPack
 from training.metrics import evaluate_scores
 
@@ -44,7 +43,7 @@ def predict_exported(tagger: ExportedTagger, pack: Pack) -> np.ndarray:
     """
     results = np.zeros((len(pack), len(tagger.labels)))
     order = np.argsort(pack.n_samples, kind="stable")  # clips of one length are computed together
-    with tqdm(total=len(pack), desc="evaluate", unit="clip", leave=False, mininterval=_interval()) as progress:
+    with create_progress(total=len(pack), desc="evaluate", unit="clip") as progress:
         for start in range(0, len(pack), tagger.batch_size):
             rows = order[start : start + tagger.batch_size]
             clips = [resample(pack.read(int(row)), pack.sample_rate, tagger.sample_rate) for row in rows]
@@ -85,7 +84,3 @@ def compare_engines(engines: Mapping[str, tuple[ExportedTagger, int]], data: Lab
 def _cut(clip: np.ndarray, longest: int | None) -> list[np.ndarray]:
     longest = longest or max(len(clip), 1)
     return [clip[start : start + longest] for start in range(0, len(clip), longest)]
-
-
-def _interval() -> float:
-    return 0.1 if sys.stderr.isatty() else 30

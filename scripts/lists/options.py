@@ -7,8 +7,6 @@ from pydantic import Field
 
 from common.options import Options
 
-DEFAULT_SHARE = 0.2
-
 
 class ListOptions(Options):
     """What make_lists.py was given."""
@@ -31,8 +29,8 @@ class ListOptions(Options):
     # what stays in one list: a name of the pattern, a column of the table, folder (the deepest one), or several with
     # commas; none for no groups
     group: str = ""
-    valid: float = Field(DEFAULT_SHARE, ge=0, lt=1)  # share of the clips; 0 for no valid.tsv
-    test: float = Field(DEFAULT_SHARE, ge=0, lt=1)  # share of the clips; 0 for no test.tsv
+    valid: float = Field(0.2, ge=0, lt=1)  # share of the clips; 0 for no valid.tsv
+    test: float = Field(0.2, ge=0, lt=1)  # share of the clips; 0 for no test.tsv
     # number of folds, which become the column fold of folds.tsv (for run.py probe --data); test.tsv is the first of
     # them, valid.tsv the second, train.tsv all others
     folds: int | None = Field(None, ge=2)
