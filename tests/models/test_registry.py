@@ -99,7 +99,7 @@ def test_a_model_added_in_one_file_is_created_saved_and_loaded(tmp_path):
 
 
 def test_an_incomplete_model_cannot_be_registered():
-    with pytest.raises(TypeError, match="Half lacks encode, classify, .*pool, frames.*last_layer"):
+    with pytest.raises(TypeError, match=r"Half lacks encode, classify, .*pool, frames.*last_layer"):
 
         @register_model("half")
         class Half(AudioTagger):
