@@ -65,7 +65,7 @@ def test_masks_that_leave_too_little_of_short_clips_are_a_fault_with_its_numbers
 def test_single_clips_that_can_lose_much_are_warned_of():
     found = check_masks(masks(192), np.array([160000] * 90 + [16000] * 10))
     assert found.fault is None
-    assert "of 10 clips it can hide more than a third, 10 of them whole" in found.warning
+    assert "more than a third of 10 clips can be masked, 10 of them whole" in found.warning
     assert check_masks(masks(192), np.array([160000] * 90)).warning is None  # as published
     assert check_masks(masks(24, more=[{"FrequencyMasking": {}}]), np.array([160000])).warning is None
 

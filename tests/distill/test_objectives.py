@@ -136,7 +136,7 @@ def test_the_defaults_are_those_of_fastast():
     [
         ({"lamda": 0.5}, r"cmkd has no argument 'lamda' \(did you mean 'lambda'\?\)"),
         ({"lambda": 1.5}, "lambda is 1.5; expected the share of the labels, from 0 to 1"),
-        ({"lambda": "much"}, "lambda is 'much', which is no number"),
+        ({"lambda": "much"}, "lambda is 'much', not a number"),
         ({"tau": 0}, "tau is 0; expected a number above 0"),
     ],
 )

@@ -199,7 +199,7 @@ def test_the_draws_are_for_the_length_the_teacher_heard_when_the_pack_decodes_an
 def test_a_store_of_more_classes_than_the_model_has_is_refused(tmp_path):
     names = ["clip_0.wav"]
     folder = store_of(tmp_path / "store", [[names]])
-    with pytest.raises(UserError, match="targets for class 3, but there are 2 classes"):
+    with pytest.raises(UserError, match="targets of class 3, but there are 2 classes"):
         StoredTargets(SoftTargetStore(folder), pack_of(tmp_path / "pack", names), 2, "zero")
 
 
