@@ -154,11 +154,13 @@ def parse_arguments(
     parsed, more = parser.parse_known_args(_normalize(kind, list(words)))
     given = {name: value for name, value in vars(parsed).items() if value not in (None, [])}
     faults = Faults("the command line")
+    many = [name for name in kind.POSITIONAL if _takes(kind.model_fields[name], list)]
     while more:
         name, equals, value = more.pop(0).partition("=")
-        if not name.startswith("-"):
-            hint = "; a model is given with -m" if "model" in kind.SHORT else ""
-            faults.add(f"{name!r} belongs to no option (a name with a space in it needs quotes){hint}")
+        if not name.startswith("-") and many:  # positional values on both sides of the options
+            given.setdefault(many[0], []).append(name + equals + value)
+        elif not name.startswith("-"):
+            faults.add(f"{name!r} belongs to no option{'; a model is given with -m' if 'model' in kind.SHORT else ''}")
         elif equals or (more and not more[0].startswith("-")):
             given[name.lstrip("-")] = value if equals else more.pop(0)
         else:

@@ -1,12 +1,15 @@
 """Objectives on given outputs and embeddings, without a network."""
 
+from collections.abc import Callable
+from dataclasses import make_dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
 from distill.batch import Batch
-from distill.objectives import Objective, TrainingFacts, plan_objective
+from distill.objectives import Needs, Objective, TrainingFacts, plan_objective, register_objective
+from models import AudioTagger
 
 
 class GivenStudent:
@@ -23,6 +26,26 @@ class GivenStudent:
 
     def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.output, self.embedding
+
+
+def define_objective(
+    name: str, needs: Needs, compute: Callable[..., dict[str, Tensor]], /, **defaults: Any
+) -> type[Objective]:
+    """Register an objective with these settings whose losses are `compute(objective, student, batch)`."""
+
+    class Defined(Objective):
+        Settings = make_dataclass(
+            "Settings", [(key, type(value), value) for key, value in defaults.items()], frozen=True
+        )
+
+        @classmethod
+        def needs(cls, settings: Any) -> Needs:
+            return needs
+
+        def forward(self, student: AudioTagger, batch: Batch) -> dict[str, Tensor]:
+            return compute(self, student, batch)
+
+    return register_objective(name)(Defined)
 
 
 def build_objective(

@@ -290,7 +290,7 @@ COMMANDS = {
     ),
     "a run as a store": (
         "run.py train mine.yaml --logitspath runs/done/latest",
-        ["holds no logits_ep", "save_logits.py"],
+        ["has no files logits_ep", "save_logits.py"],
     ),
     "a run to go on with that is none": (
         "run.py train mine.yaml --resume nowhere",

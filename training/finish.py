@@ -1,6 +1,7 @@
 """The end of a run: final weights, their evaluation and the report."""
 
 import logging
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -109,7 +110,7 @@ def describe_run(run: "Run", weights: FinalWeights) -> dict[str, str]:
         "steps": f"{run.step} of {run.total_steps}, {config.batch_size} clips each",
         "training time": f"{run.seconds:.0f} s on {run.device}, {run.ranks.world_size} process(es)",
         "seed": str(run.seed),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
     }
 
 

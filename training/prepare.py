@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -224,7 +225,7 @@ def _load_state(run: Run, path: Path | None) -> dict[str, Any] | None:
 
 def _log_start(run: Run, is_resumed: bool, state: dict[str, Any] | None) -> None:
     config, data, model = run.config, run.data, run.model
-    logger.info("command: %s", " ".join(sys.argv))
+    logger.info("command: %s", shlex.join(sys.argv))
     if not is_resumed:
         logger.info("NEW RUN, from step 0, in %s", run.folder)
     elif state is None:

@@ -65,7 +65,7 @@ class Trainer:
             module.eval()
 
     def step(self, parts: Sequence[Batch], weights: Sequence[float], number: int) -> dict[str, Tensor]:
-        """Make one optimiser step; a gradient that is not finite changes nothing.
+        """Make one optimiser step; the optimiser skips a gradient that is not finite.
 
         Args:
             parts: parts of the batch, on the device; several if gradients are accumulated.

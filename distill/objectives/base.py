@@ -9,8 +9,8 @@ Shapes: B batch · C classes · E embedding width of the student · W of the tea
 
 import keyword
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
@@ -51,6 +51,14 @@ class Needs:
     sample_rates: tuple[int, ...] = ()
     whole_student: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("targets", "teacher"):
+            valid = get_args(self.__annotations__[name])
+            if getattr(self, name) not in valid:
+                raise ValueError(f"Needs: {name} is {getattr(self, name)!r}; expected {', '.join(map(repr, valid))}")
+        if self.teacher_layers and self.teacher != "online":
+            raise ValueError('Needs: teacher_layers are computed during training; set teacher="online"')
+
 
 @dataclass(frozen=True)
 class TrainingFacts:
@@ -83,6 +91,7 @@ class Objective(nn.Module):
 
     def __init__(self, settings: Any, student: AudioTagger, facts: TrainingFacts) -> None:
         super().__init__()
+        self.settings = settings
 
     @classmethod
     def needs(cls, settings: Any) -> Needs:
@@ -167,6 +176,11 @@ def register_objective(name: str, **fixed: Any) -> Callable[[Kind], Kind]:
     """Register an objective as `name`, with some of its settings fixed."""
 
     def register(kind: Kind) -> Kind:
+        missing = [each for each in ("needs", "forward") if getattr(kind, each) is getattr(Objective, each)]
+        if not is_dataclass(getattr(kind, "Settings", None)):
+            missing.append("a dataclass Settings")
+        if missing:
+            raise TypeError(f"objective {name}: {kind.__name__} lacks {', '.join(missing)}")
         _OBJECTIVES[name] = kind, fixed
         return kind
 

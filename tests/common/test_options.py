@@ -35,6 +35,7 @@ class Small(Options):
     ("words", "expected"),
     [
         ("a.wav b.wav -m x", {"sounds": ["a.wav", "b.wav"], "model": "x"}),
+        ("a.wav -m x b.wav", {"sounds": ["a.wav", "b.wav"], "model": "x"}),
         ("-m x --quick a.wav", {"sounds": ["a.wav"], "model": "x", "quick": True}),
         ("a.wav --quick false --model=x", {"sounds": ["a.wav"], "model": "x", "quick": False}),
         ("-m 2024 --pattern {label}_{}.wav", {"model": "2024", "pattern": "{label}_{}.wav"}),

@@ -1,6 +1,7 @@
 """Cross-model distillation: the published formula, written out with logits and plain sums."""
 
-from dataclasses import dataclass, replace
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from common.errors import UserError
 from distill.objectives import Needs, Objective, register_objective
 from tests.batches import make_batch
-from tests.objectives import build_objective, losses_of, needs_of
+from tests.objectives import build_objective, define_objective, losses_of, needs_of
 
 LOSSES = ("BCEWithLogitsLoss", "BCELoss", "CrossEntropyLoss")
 
@@ -150,25 +151,31 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
 
 
 def test_an_objective_takes_what_it_has_settings_for_of_what_is_offered():
-    @dataclass(frozen=True)
-    class Own:
-        loss: str = ""
-        lambda_: float = 1.0
-        weight: float = 0.0
-
-    @register_objective("takes_the_loss_name")
-    class TakesTheLossName(Objective):
-        Settings = Own
-
-        def __init__(self, settings, student, facts):
-            super().__init__(settings, student, facts)
-            self.settings = settings
-
-        @classmethod
-        def needs(cls, settings):
-            return Needs("none")
-
+    define_objective("takes_the_loss_name", Needs("none"), losses_of, loss="", lambda_=1.0, weight=0.0)
     made = build_objective("takes_the_loss_name", {"loss": "L1", "label_smoothing": 0.1}, weight=2, **{"lambda": 0.5})
-    assert made.settings == Own("L1", 0.5, 2)
+    assert vars(made.settings) == {"loss": "L1", "lambda_": 0.5, "weight": 2}
     with pytest.raises(UserError, match="takes_the_loss_name has no argument 'label_smoothing'"):
         build_objective("takes_the_loss_name", label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("needs", "sentence"),
+    [
+        ({"targets": "class"}, "targets is 'class'; expected 'classes', 'embeddings', 'none'"),
+        ({"targets": "none", "teacher": "yes"}, "teacher is 'yes'; expected 'no', 'optional', 'required', 'online'"),
+        ({"targets": "none", "teacher": "required", "teacher_layers": (1,)}, 'set teacher="online"'),
+    ],
+)
+def test_needs_are_checked(needs, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        Needs(**needs)
+
+
+def test_an_incomplete_objective_cannot_be_registered():
+    with pytest.raises(TypeError, match="objective unfinished: Unfinished lacks forward, a dataclass Settings"):
+
+        @register_objective("unfinished")
+        class Unfinished(Objective):
+            @classmethod
+            def needs(cls, settings):
+                return Needs("none")

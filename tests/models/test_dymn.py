@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -8,14 +6,6 @@ from torch.nn import functional as F
 from models import create_model
 from models.dymn import ContextGenerator, DynamicConv, DynamicReLU
 from tests.models.sounds import noise
-
-
-@pytest.mark.parametrize("name", ["dymn04_as", "dymn10_as"])
-def test_names_and_shapes_are_the_published_ones(shared, name):
-    published = json.loads((shared / "fixtures" / "state_dicts" / f"{name}.json").read_text())
-    model = create_model(name)
-    assert {key: list(value.shape) for key, value in model.state_dict().items()} == published["state_dict"]
-    assert sum(p.numel() for p in model.parameters()) == published["n_parameters"]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 30.0])

@@ -21,7 +21,7 @@ def clip_at_32k(path):
     return torch.from_numpy(soxr.resample(wave.mean(1), rate, 32000, "HQ"))
 
 
-@pytest.mark.parametrize("name", ["mn04_as", "mn10_as"])
+@pytest.mark.parametrize("name", ["mn04_as", "mn10_as", "dymn04_as", "dymn10_as"])
 def test_names_and_shapes_are_the_published_ones(shared, name):
     published = json.loads((shared / "fixtures" / "state_dicts" / f"{name}.json").read_text())
     model = create_model(name)

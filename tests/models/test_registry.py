@@ -67,7 +67,16 @@ class Toy(AudioTagger):
         return Encoded(len(mel), maps=mel[:, :, None])
 
     def classify(self, encoded):
-        return self.linear(encoded.maps.mean((2, 3)) / 100 * self.power)
+        return self.linear(self.pool(encoded) / 100 * self.power)
+
+    def pool(self, encoded):
+        return encoded.maps.mean((2, 3))
+
+    def frames(self, encoded):
+        return encoded.maps.mean(2).mT
+
+    def n_steps(self, n_frames):
+        return n_frames
 
 
 @pytest.fixture
@@ -87,6 +96,14 @@ def test_a_model_added_in_one_file_is_created_saved_and_loaded(tmp_path):
     torch.testing.assert_close(again.predict(clips, lengths), model.predict(clips, lengths))
     torch.testing.assert_close(again.predict(clips).sum(1), torch.ones(2))
     torch.testing.assert_close(again.predict(clips, lengths)[1], again.predict(clips[1:, :4000])[0])
+
+
+def test_an_incomplete_model_cannot_be_registered():
+    with pytest.raises(TypeError, match=r"Half lacks encode, classify, .*pool, frames.*last_layer"):
+
+        @register_model("half")
+        class Half(AudioTagger):
+            pass
 
 
 @pytest.mark.usefixtures("toy")

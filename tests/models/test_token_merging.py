@@ -229,7 +229,7 @@ def test_a_clip_is_tagged_and_embedded_alike_alone_and_among_others(name):
 
 
 @every_network
-@pytest.mark.parametrize("merging", [0, 5, 40, [6, -1]])
+@pytest.mark.parametrize("merging", [0, 5, 40, [6, -1], {"r": 5, "proportional": False}])
 @torch.inference_mode()
 def test_chunks_of_long_clips_merge_alike_alone_among_others_and_in_graphs(name, merging):
     model = small(name, token_merging=merging, target_length=100)
@@ -304,23 +304,6 @@ def test_without_proportional_attention_no_bias_is_left_and_a_mask_only_where_cl
     assert not torch.allclose(model(x), merged, atol=1e-4)
     assert masks[0] is None
     assert all(mask.is_floating_point() for mask in masks[1:])
-
-
-@pytest.mark.parametrize("merging", [{"r": 5, "proportional": False}, {"r": [6, -1], "proportional": False}])
-@every_network
-@torch.inference_mode()
-def test_without_proportional_attention_clips_and_chunks_are_tagged_alike_alone_among_others_and_in_graphs(
-    name, merging
-):
-    model = small(name, token_merging=merging, target_length=100)
-    x, rate = sounds(model, 3.3, 4), model.sample_rate
-    lengths = torch.tensor([round(seconds * rate) for seconds in (0.2, 0.93, 2.01, 3.3)])
-    together = model.predict(x, lengths)
-    for clip, length in enumerate(lengths.tolist()):
-        alone = x[clip : clip + 1, :length]
-        torch.testing.assert_close(together[clip], model.predict(alone)[0], atol=ATOL, rtol=0)
-        traced = model.forward_export(model.front_end(alone))[0]
-        torch.testing.assert_close(together[clip], traced, atol=ATOL, rtol=0)
 
 
 def test_settings_with_and_without_proportional_attention():

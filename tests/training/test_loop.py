@@ -1,7 +1,6 @@
 """Training, for real, on a few tones."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,12 @@ from audio.cutting import Chunks
 from audio.dataset import Pack
 from common.errors import Faults, UserError
 from distill.dataset import ReplayDataset
-from distill.objectives import Needs, Objective, register_objective
+from distill.objectives import Needs, register_objective
 from distill.replay import Replay
 from distill.sources import SeededItems
 from models import Ensemble, create_model, load_tagger
 from models.parametrizations import register_parametrization
+from tests.objectives import define_objective
 from training.config import SoftTargetConfig, TrainConfig
 from training.data import open_training
 from training.evaluate import evaluate
@@ -129,27 +129,20 @@ def test_the_first_batches_looked_at_are_trained_on_as_well(tone_pack, tmp_path,
 
 
 def test_an_objective_of_its_own_brings_losses_parameters_and_rates(tone_pack, tmp_path):
-    @dataclass(frozen=True)
-    class Own:
-        start: float = 0.0
+    def compute(objective, student, batch):
+        assert batch.waveforms[8000].shape[1] == 8000
+        output = student.forward_spectrogram(batch.mel, batch.n_frames)
+        return {"loss": (output.mean() - objective.level) ** 2, "level": objective.level}
 
-    @register_objective("towards_a_learnt_level")
-    class LearntLevel(Objective):
-        Settings = Own
+    needs = Needs("classes", output="logits", sample_rates=(8000,))
+    kind = define_objective("towards_a_learnt_level", needs, compute, start=0.0)
 
+    class WithLevel(kind):
         def __init__(self, settings, student, facts):
             super().__init__(settings, student, facts)
             self.level = torch.nn.Parameter(torch.tensor(settings.start))
 
-        @classmethod
-        def needs(cls, settings):
-            return Needs("classes", output="logits", sample_rates=(8000,))
-
-        def forward(self, student, batch):
-            assert batch.waveforms[8000].shape[1] == 8000
-            output = student.forward_spectrogram(batch.mel, batch.n_frames)
-            return {"loss": (output.mean() - self.level) ** 2, "level": self.level}
-
+    register_objective("towards_a_learnt_level")(WithLevel)
     config = settings(tone_pack, epochs=2, valid_every=2, init_from_data=False)
     config = config.model_copy(
         update={"objective": "towards_a_learnt_level", "objective_args": {"start": 5.0}, "loss": "BCELoss"}

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,14 +14,14 @@ from audio.cutting import Chunks
 from audio.dataset import Pack
 from common.errors import UserError
 from distill.dataset import EpochBatches, ReplayDataset
-from distill.objectives import Needs, Objective, plan_objective, register_objective
+from distill.objectives import Needs, plan_objective
 from distill.objectives.target import LOSSES
 from distill.replay import Replay
 from distill.sources import SeededItems
 from models import create_model
 from models.devices import choose_device
 from tests.batches import make_batch
-from tests.objectives import build_objective, losses_of
+from tests.objectives import build_objective, define_objective, losses_of
 from training.averaging import MovingAverage, average_states
 from training.evaluate import group_by_length
 from training.mixup import mix_spectrograms, mix_targets, mix_waveforms
@@ -263,21 +262,10 @@ def test_each_loss_equals_its_plain_definition(name):
 
 
 def test_an_objective_is_added_in_one_place():
-    @dataclass(frozen=True)
-    class Own:
-        factor: float = 2.0
+    def compute(objective, student, batch):
+        return {"loss": objective.settings.factor * student.forward_spectrogram(batch.mel).mean()}
 
-    @register_objective("twice_the_mean")
-    class TwiceTheMean(Objective):
-        Settings = Own
-
-        @classmethod
-        def needs(cls, settings):
-            return Needs("none", output="logits")
-
-        def forward(self, student, batch):
-            return {"loss": 2 * student.forward_spectrogram(batch.mel).mean()}
-
+    define_objective("twice_the_mean", Needs("none", output="logits"), compute, factor=2.0)
     assert losses_of(build_objective("twice_the_mean"), make_batch(target=torch.ones(2, 2)), torch.ones(2, 2)) == {
         "loss": 2.0
     }

@@ -28,7 +28,6 @@ class LayerDistillation(Objective):
 
     def __init__(self, settings, student, facts):
         super().__init__(settings, student, facts)
-        self.settings = settings
         self.project = nn.Linear(student.embed_dim, settings.teacher_width)
 
     @classmethod

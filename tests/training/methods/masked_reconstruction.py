@@ -28,7 +28,7 @@ class MaskedReconstruction(Objective):
 
     def __init__(self, settings, student, facts):
         super().__init__(settings, student, facts)
-        self.settings, self.seed = settings, facts.seed
+        self.seed = facts.seed
         self.average = copy.deepcopy(student).requires_grad_(False)
         self.places = nn.Embedding(1024, student.embed_dim)
         self.predictor = nn.Sequential(nn.LayerNorm(student.embed_dim), nn.Linear(student.embed_dim, student.embed_dim))
