@@ -71,9 +71,9 @@ class Batch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch after a change of every tensor."""
 
-        def changed(value: Any) -> Any:
+        def map_value(value: Any) -> Any:
             if isinstance(value, dict):
-                return {key: changed(entry) for key, entry in value.items()}
+                return {key: map_value(entry) for key, entry in value.items()}
             return change(value) if isinstance(value, Tensor) else value
 
-        return Batch(**{name: changed(value) for name, value in vars(self).items()})
+        return Batch(**{name: map_value(value) for name, value in vars(self).items()})

@@ -114,9 +114,9 @@ class Clusters:
         row = order[np.maximum(place, 0)]
         is_found = (place >= 0) & (row_clips[row] == clips) & (begins < _milliseconds(self.rows["end"])[row])
         if not is_found.all():
-            lacking = [f"{names[item]} (from {starts[item]:g} s)" for item in np.flatnonzero(~is_found).tolist()]
+            missing = [f"{names[item]} (from {starts[item]:g} s)" for item in np.flatnonzero(~is_found).tolist()]
             raise UserError(
-                f"{self.path} has no cluster for {len(lacking)} of {len(is_found)} items: {some(lacking, 3)}; it has "
+                f"{self.path} has no cluster for {len(missing)} of {len(is_found)} items: {some(missing, 3)}; it has "
                 f"{some(row_names, 3)}; make clusters from a store of this pack's embeddings"
             )
         return self.cluster[row]

@@ -30,7 +30,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         labels: of the same items, to be added to the targets.
         clusters: (M,) the cluster of each item, to be added to the targets.
         consistent: replay the augmentation of the stored seed. False is the published `disable_consistency`: the
-            waveform is not transformed, and the masks are drawn anew.
+            waveform is not transformed, and the masks are drawn with `seed`.
         mixup: alpha of the Beta distribution that each clip's weight in mixup is drawn from, or None for no mixup.
         seed: of new masks and mixup weights, functions of (seed, epoch, item).
         fill_seconds: length to which shorter items are filled; None: not at all.
@@ -79,7 +79,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
             weight = float(stream.beta(self.mixup, self.mixup))
         rate = self.pack.sample_rate
         waveform = np.empty(0, np.float32)
-        if self.sample_rates:  # empty if no model needs sound
+        if self.sample_rates:  # empty if no model needs waveforms
             waveform = self.pack.read(clip, start, stop)
             if self.consistent:
                 waveform = replay.transform_waveform(waveform, draw, rate)
@@ -105,7 +105,7 @@ class ReplayDataset(Dataset[dict[str, Any]]):
         wave = torch.from_numpy(waveform)
         if self.fill_seconds is None:
             return wave
-        n_samples = round(self.fill_seconds * rate)  # a sample more from the rounding of resampling is cut
+        n_samples = round(self.fill_seconds * rate)  # resampling may round up to one more sample, which is cut
         if self.fill_by == "repeat" and len(wave):
             return wave.repeat(-(-n_samples // len(wave)))[:n_samples]
         return torch.nn.functional.pad(wave[:n_samples], (0, max(n_samples - len(wave), 0)))

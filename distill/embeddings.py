@@ -1,7 +1,7 @@
 """Stores of embeddings: a teacher's embedding of every chunk, for distillation from embeddings alone (S-SONDO).
 
 A `distill.store.TargetStore`: `embeddings_ep{E}_{R}.h5` with `embedding` float16 (N, E) and `seeds` int32 (N,) for
-epoch E and part R, parts of an epoch are written one after the other, so that an interruption loses little. One epoch
+epoch E and part R. Parts of an epoch are written one after the other, so that an interruption loses little. One epoch
 without augmentation is usual; augmentation is replayed for the student, as with soft targets.
 
 Letters: N chunks, M items, E embedding width.
@@ -17,7 +17,7 @@ import numpy as np
 from audio.dataset import Pack
 from common.errors import UserError, some
 from distill.sound_check import Check
-from distill.store import MatchedItems, TargetStore
+from distill.store import StoreItems, TargetStore
 
 
 class EmbeddingStore(TargetStore):
@@ -32,7 +32,7 @@ class EmbeddingStore(TargetStore):
         self._owner = os.getpid()
         widths = set()
         for epoch in self.epochs:
-            for part in self._parts[epoch]:
+            for part in self.parts[epoch]:
                 with self._open(epoch, part) as file:
                     widths.add(file["embedding"].shape[1:])
         if len(widths) > 1 or len(min(widths)) != 1:
@@ -44,7 +44,7 @@ class EmbeddingStore(TargetStore):
 
     def read(self, epoch: int) -> np.ndarray:
         """Return all embeddings of `epoch`, aligned with `rows`: float32 (N, E)."""
-        return self.arrays(epoch, "embedding")["embedding"].astype(np.float32)
+        return self.read_arrays(epoch, "embedding")["embedding"].astype(np.float32)
 
     def read_row(self, epoch: int, part: int, row: int) -> np.ndarray:
         """Return the embedding in `row` of a part, float32 (E,), in any process."""
@@ -54,52 +54,48 @@ class EmbeddingStore(TargetStore):
             self._files[epoch, part] = self._open(epoch, part)
         return np.asarray(self._files[epoch, part]["embedding"][row], np.float32)
 
-    def ends(self, epoch: int) -> np.ndarray:
+    def read_ends(self, epoch: int) -> np.ndarray:
         """Return the end of each part of `epoch` among its rows, int64."""
         lengths = []
-        for part in self._parts[epoch]:
+        for part in self.parts[epoch]:
             with self._open(epoch, part) as file:
                 lengths.append(len(file["seeds"]))
         return np.cumsum(lengths)
-
-    def parts(self, epoch: int) -> list[int]:
-        """Return the numbers of the parts of `epoch`, ascending."""
-        return self._parts[epoch]
 
     def __getstate__(self) -> dict[str, object]:
         """Return the state for a loader worker, without open files."""
         return self.__dict__ | {"_files": {}}
 
 
-class StoredEmbeddings(MatchedItems):
+class StoredEmbeddings(StoreItems):
     """The embeddings of a store that belong to a pack, as a `distill.sources.TargetSource`.
 
     Args:
         store: the embeddings.
         pack: the clips; matched by name.
-        max_epochs: use the first so many stored epochs; 0 for all.
+        max_epochs: number of stored epochs to use, from the first; 0 for all.
         check: which sounds to compare with those of the store.
 
     Raises:
-        UserError: see `distill.store.MatchedItems`.
+        UserError: see `distill.store.StoreItems`.
     """
 
     def __init__(self, store: EmbeddingStore, pack: Pack, max_epochs: int = 0, check: Check = "sample") -> None:
         super().__init__(store, pack, max_epochs, check)
         self.store: EmbeddingStore = store
         self.width = store.width
-        self._ends = {epoch: store.ends(epoch) for epoch in self.epochs}
+        self._ends = {epoch: store.read_ends(epoch) for epoch in self.epochs}
 
     def target(self, epoch: int, item: int) -> np.ndarray:
         """Return the stored embedding (E,) of `item` in `epoch`, float32."""
-        stored, rows = self.stored(epoch)
+        stored, rows = self.find_rows(epoch)
         ends = self._ends[stored]
         place = int(np.searchsorted(ends, rows[item], side="right"))
         within = rows[item] - (ends[place - 1] if place else 0)
-        return self.store.read_row(stored, self.store.parts(stored)[place], int(within))
+        return self.store.read_row(stored, self.store.parts[stored][place], int(within))
 
 
-def clip_embeddings(store: EmbeddingStore, pack: Pack) -> np.ndarray:
+def compute_clip_embeddings(store: EmbeddingStore, pack: Pack) -> np.ndarray:
     """Return an embedding for each clip of a pack: the mean of its chunks', weighted by their length, float32 (N, E).
 
     Args:
@@ -109,18 +105,20 @@ def clip_embeddings(store: EmbeddingStore, pack: Pack) -> np.ndarray:
     Raises:
         UserError: clips without an embedding.
     """
-    items = MatchedItems(store, pack, max_epochs=1)
-    epoch, rows = items.stored(1)
+    items = StoreItems(store, pack, max_epochs=1)
+    epoch, rows = items.find_rows(1)
     clips, seconds = items.chunks.clip, items.chunks.seconds
     total = np.bincount(clips, seconds, len(pack))
     if not total.all():
         if len(set(pack.names)) < len(pack):
-            twice = [name for name, count in Counter(pack.names).items() if count > 1]
-            raise UserError(f"{pack.manifest} lists {len(twice)} clips more than once: {some(twice)}; list each once")
-        lacking = [pack.names[clip] for clip in np.flatnonzero(total == 0)]
+            repeated = [name for name, count in Counter(pack.names).items() if count > 1]
+            raise UserError(
+                f"{pack.manifest} lists {len(repeated)} clips more than once: {some(repeated)}; list each once"
+            )
+        missing = [pack.names[clip] for clip in np.flatnonzero(total == 0)]
         raise UserError(
-            f"{store.folder} lacks the embeddings of {len(lacking)} of the {len(pack)} clips of {pack.manifest}: "
-            f"{some(lacking)}; make a store of that list, or remove these clips from it"
+            f"{store.folder} lacks the embeddings of {len(missing)} of the {len(pack)} clips of {pack.manifest}: "
+            f"{some(missing)}; make a store of that list, or remove these clips from it"
         )
     result = np.zeros((len(pack), store.width))
     np.add.at(result, clips, store.read(epoch)[rows] * seconds[:, None])

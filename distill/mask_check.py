@@ -10,7 +10,7 @@ from distill.replay import (
     FrequencyMasking,
     Replay,
     TimeMasking,
-    reference_frames,
+    count_reference_frames,
 )
 
 MAX_MASKED = 1 / 3  # of the frames: more on average is a fault, more of a single clip a warning
@@ -64,7 +64,7 @@ class MaskFindings:
 
 def compute_masked_shares(replay: Replay, n_reference: np.ndarray) -> MaskedShares:
     """Return the masked shares of clips of `n_reference` samples (M,) at the reference rate."""
-    n_frames = reference_frames(np.asarray(n_reference, np.int64))
+    n_frames = count_reference_frames(np.asarray(n_reference, np.int64))
     limits = np.zeros(len(n_frames))
     for mask in replay.masks:
         if isinstance(mask, TimeMasking):

@@ -1,21 +1,20 @@
 """Soft targets in the layout of CED's own code: base names, its columns, and a `meta.pt`.
 
-Its reader wants, in one folder,
+That code expects, in one folder,
 
 - `logits_ep{E}_{R}.h5` with `topk_values` float16 (N, K), `topk_indexes` int16 (N, K) and `seeds` int32 (N,), and
-  beside it a `.parquet` with `filename` (without folders: it knows clips of a pack by their base names), `start` and
+  beside it a `.parquet` with `filename` (without folders: clips of a pack are found by base name), `start` and
   `end` (float32 seconds), row by row; the pack has one dataset a clip at 16 kHz, under that base name
   (`scripts/wavlist_to_hdf5.py --layout published`);
-- `meta.pt`, a `torch.save` of {"wavtransforms", "spectransforms", "config"}: the transforms are modules that are
-  called, and so the pickle names their classes: `torch_audiomentations...Shift` inside `torch.nn.Sequential`,
+- `meta.pt`, a `torch.save` of {"wavtransforms", "spectransforms", "config"}: the transforms are modules, whose
+  classes the pickle names: `torch_audiomentations...Shift` inside `torch.nn.Sequential`,
   `TimeMasking` and `FrequencyMasking` of CED's module `augment` inside `KwargsSequential` of its module `utils`, and
   `utils.Config`.
 
-The pickle is written here opcode by opcode, so that none of these packages need be present, and nothing of them runs.
-To *read* it they must be: it can be used where CED's code runs (its folder on the path, torch_audiomentations
-installed), by a `torch.load` that builds any object, the default before PyTorch 2.6. Without
-torch_audiomentations there is no such `meta.pt` that works, published or ours. `distill.published_meta` reads either
-without any of them. Nothing in this layout can hold the hashes that `distill.sound_check` compares.
+The pickle is written opcode by opcode, without these packages. Reading it with CED's code requires them (its folder on
+the path, torch_audiomentations installed) and a `torch.load` that builds any object, the default before PyTorch 2.6.
+`distill.published_meta` reads it without them. The layout has no place for the hashes that `distill.sound_check`
+compares.
 """
 
 import pickle
@@ -45,28 +44,23 @@ PUBLISHED_KEYS = (
 def check_published(replay: Replay, pack: Pack, faults: Faults) -> None:
     """Add settings that the published layout cannot represent to `faults`."""
     if pack.sample_rate != REFERENCE_RATE:
-        faults.add(f"{pack.manifest} has {pack.sample_rate} Hz, where CED's code takes every pack for {REFERENCE_RATE}")
-    twice = [name for name, n in Counter(map(base_name, pack.names)).items() if n > 1]
-    if twice:
+        faults.add(f"{pack.manifest} has {pack.sample_rate} Hz; CED's code expects {REFERENCE_RATE} Hz")
+    repeated = [name for name, n in Counter(Path(name).name for name in pack.names).items() if n > 1]
+    if repeated:
         faults.add(
-            f"{len(twice)} base names of {pack.manifest} belong to several clips ({some(twice)}), and are all that "
-            "CED's code knows clips by; rename these files, and pack them anew"
+            f"{len(repeated)} base names of {pack.manifest} belong to several clips ({some(repeated)}), but CED's "
+            "code finds clips by base name; rename these files and pack them again"
         )
     if replay.mask_fill != "0dB":
-        faults.add(f"mask_fill {replay.mask_fill} is not among what CED's code does; expected 0dB")
+        faults.add(f"mask_fill {replay.mask_fill} is not supported by CED's code; expected 0dB")
     if any(getattr(mask, "max_share", None) is not None for mask in replay.masks):
-        faults.add("max_share of masks is not among what CED's code does; drop it from spectransforms")
+        faults.add("max_share of masks is not supported by CED's code; remove it from spectransforms")
 
 
-def base_name(name: str) -> str:
-    """Return the name of a clip without its folders."""
-    return Path(name).name
-
-
-def published_rows(rows: pd.DataFrame) -> pd.DataFrame:
+def convert_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of a store in the published layout."""
     seconds = {key: rows[key].to_numpy(np.float32) for key in ("start", "end")}
-    return pd.DataFrame({"filename": [base_name(name) for name in rows["filename"]], **seconds})
+    return pd.DataFrame({"filename": [Path(name).name for name in rows["filename"]], **seconds})
 
 
 def write_published_meta(path: Path, replay: Replay, config: Mapping[str, Any]) -> None:
@@ -75,15 +69,15 @@ def write_published_meta(path: Path, replay: Replay, config: Mapping[str, Any]) 
     Args:
         path: the file.
         replay: the augmentation.
-        config: the settings it was made with; those that CED knows are kept.
+        config: settings of the store; `PUBLISHED_KEYS` are written.
     """
     storages: list[float] = []
     meta = {
-        "wavtransforms": _sequential(
+        "wavtransforms": _build_sequential(
             _Global("torch.nn.modules.container", "Sequential"),
-            [_shift(Shift(**(arguments or {})), storages) for arguments in replay.wavtransforms.values()],
+            [_build_shift(Shift(**(arguments or {})), storages) for arguments in replay.wavtransforms.values()],
         ),
-        "spectransforms": _sequential(_Global("utils", "KwargsSequential"), list(map(_mask, replay.masks))),
+        "spectransforms": _build_sequential(_Global("utils", "KwargsSequential"), list(map(_build_mask, replay.masks))),
         "config": _Object(_Global("utils", "Config"), {key: config[key] for key in PUBLISHED_KEYS}),
     }
     with whole_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
@@ -94,28 +88,28 @@ def write_published_meta(path: Path, replay: Replay, config: Mapping[str, Any]) 
         archive.writestr("meta/version", "3\n")
 
 
-def _sequential(kind: "_Global", modules: list["_Object"]) -> "_Object":
+def _build_sequential(kind: "_Global", modules: list["_Object"]) -> "_Object":
     children = {str(number): module for number, module in enumerate(modules)}
-    return _Object(kind, _module_state() | {"_modules": children})
+    return _Object(kind, _get_module_state() | {"_modules": children})
 
 
-def _module_state() -> dict[str, Any]:
+def _get_module_state() -> dict[str, Any]:
     return dict(torch.nn.Module().__dict__)
 
 
-def _shift(shift: Shift, storages: list[float]) -> "_Object":
+def _build_shift(shift: Shift, storages: list[float]) -> "_Object":
     storages.append(shift.p)
     state = {
         **{"mode": "per_example", "_p": shift.p, "p_mode": "per_example", "sample_rate": None, "target_rate": None},
         **{"output_type": "tensor", "transform_parameters": {}, "are_parameters_frozen": False},
-        "bernoulli_distribution": _bernoulli(len(storages) - 1),
+        "bernoulli_distribution": _build_bernoulli(len(storages) - 1),
         **{"min_shift": shift.min_shift, "max_shift": shift.max_shift, "shift_unit": "fraction", "rollover": True},
     }
-    return _Object(_Global("torch_audiomentations.augmentations.shift", "Shift"), _module_state() | state)
+    return _Object(_Global("torch_audiomentations.augmentations.shift", "Shift"), _get_module_state() | state)
 
 
-def _bernoulli(number: int) -> "_Object":
-    """The distribution of whether a clip is shifted; its probability is the tensor in storage `number`."""
+def _build_bernoulli(number: int) -> "_Object":
+    """Return the distribution for `p`, whose value is the tensor in storage `number`."""
     rebuild = _Global("torch._utils", "_rebuild_tensor_v2")
     no_hooks = _Call(_Global("collections", "OrderedDict"), ())
     probability = _Call(rebuild, (_Storage(str(number), 1), 0, (), (), False, no_hooks))
@@ -124,14 +118,14 @@ def _bernoulli(number: int) -> "_Object":
     return _Object(_Global("torch.distributions.bernoulli", "Bernoulli"), state)
 
 
-def _mask(mask: Any) -> "_Object":
+def _build_mask(mask: Any) -> "_Object":
     kinds = {TimeMasking: ("TimeMasking", 2), FrequencyMasking: ("FrequencyMasking", 1)}
     name, axis = kinds[type(mask)]
     state = {"mask_param": mask.param, "axis": axis, "iid_masks": False, "p": 1.0}
-    return _Object(_Global("augment", name), _module_state() | state)
+    return _Object(_Global("augment", name), _get_module_state() | state)
 
 
-# --- A pickle of objects of absent classes (protocol 2, no memo) ---
+# --- Pickling of objects whose classes are not installed (protocol 2, no memo) ---
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Object:
-    """An object that is created without its constructor from its attributes."""
+    """An object built from its attributes, without its constructor."""
 
     kind: _Global
     state: Mapping[str, Any] = field(default_factory=dict)
@@ -156,22 +150,22 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Storage:
-    """The float32 values of a tensor, in a separate file beside the pickle."""
+    """The float32 values of a tensor, in a separate file of the archive."""
 
     key: str
     n_values: int
 
 
 def dump(value: Any) -> bytes:
-    """Return the pickle of plain values, objects of absent classes, calls and storages.
+    """Pickle plain values, `_Object`, `_Call` and `_Storage`.
 
     Raises:
-        TypeError: a value of another kind.
+        TypeError: any other type.
     """
-    return pickle.PROTO + b"\x02" + _opcodes(value) + pickle.STOP
+    return pickle.PROTO + b"\x02" + _encode(value) + pickle.STOP
 
 
-def _opcodes(value: Any) -> bytes:
+def _encode(value: Any) -> bytes:
     match value:
         case None:
             return pickle.NONE
@@ -185,21 +179,21 @@ def _opcodes(value: Any) -> bytes:
             encoded = value.encode("utf-8")
             return pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded
         case tuple():
-            return pickle.MARK + b"".join(map(_opcodes, value)) + pickle.TUPLE
+            return pickle.MARK + b"".join(map(_encode, value)) + pickle.TUPLE
         case list():
-            return pickle.EMPTY_LIST + pickle.MARK + b"".join(map(_opcodes, value)) + pickle.APPENDS
+            return pickle.EMPTY_LIST + pickle.MARK + b"".join(map(_encode, value)) + pickle.APPENDS
         case set():
-            return _opcodes(_Call(_Global("builtins", "set"), (list(value),)))
+            return _encode(_Call(_Global("builtins", "set"), (list(value),)))
         case _Global(module, name):
             return pickle.GLOBAL + f"{module}\n{name}\n".encode()
         case _Object(kind, state):
-            return _opcodes(kind) + pickle.EMPTY_TUPLE + pickle.NEWOBJ + _opcodes(dict(state)) + pickle.BUILD
+            return _encode(kind) + pickle.EMPTY_TUPLE + pickle.NEWOBJ + _encode(dict(state)) + pickle.BUILD
         case _Call(function, arguments):
-            return _opcodes(function) + _opcodes(arguments) + pickle.REDUCE
+            return _encode(function) + _encode(arguments) + pickle.REDUCE
         case _Storage(key, n_values):
             kind = _Global("torch", "FloatStorage")
-            return _opcodes(("storage", kind, key, "cpu", n_values)) + pickle.BINPERSID
-        case Mapping():  # ordered ones too: hooks of a module, always empty
-            pairs = b"".join(_opcodes(key) + _opcodes(item) for key, item in value.items())
+            return _encode(("storage", kind, key, "cpu", n_values)) + pickle.BINPERSID
+        case Mapping():  # also OrderedDict: the hooks of a module, always empty
+            pairs = b"".join(_encode(key) + _encode(item) for key, item in value.items())
             return pickle.EMPTY_DICT + pickle.MARK + pairs + pickle.SETITEMS
-    raise TypeError(f"{type(value).__name__} cannot be written")
+    raise TypeError(f"{type(value).__name__} cannot be pickled")

@@ -1,8 +1,8 @@
 """Read the pickled `meta.pt` of a published soft-target folder without executing it.
 
-The published file is a `torch.save` of pickled modules. A pickle can name any function and have it called, so this
-reader builds nothing: the class names known from published stores become plain records of their attributes, harmless
-containers become plain containers, and any other name is refused by that name.
+The published file is a `torch.save` of pickled modules. Unpickling can call any function, so this reader
+replaces the classes of published stores with records of their attributes, allows standard containers, and rejects any
+other name.
 """
 
 import io
@@ -15,7 +15,7 @@ from common.errors import UserError
 
 
 class _Record:
-    """A placeholder for an object of a known class: has its attributes and runs no code."""
+    """The attributes of an object of a known class."""
 
     def __init__(self, *_: Any) -> None:
         self.attributes: dict[str, Any] = {}
@@ -36,11 +36,11 @@ class _FrequencyMasking(_Record):
     pass
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """A placeholder for the tensors inside distributions, whose values replay does not need."""
+def _ignore(*_: Any, **__: Any) -> None:
+    """Replaces tensors inside distributions, whose values replay does not need."""
 
 
-_KNOWN: dict[tuple[str, str], Any] = {
+_REPLACEMENTS: dict[tuple[str, str], Any] = {
     ("torch.nn.modules.container", "Sequential"): _Record,
     ("torch_audiomentations.core.composition", "Compose"): _Record,
     ("torch_audiomentations.augmentations.shift", "Shift"): _Shift,
@@ -49,7 +49,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("utils", "KwargsSequential"): _Record,
     ("utils", "Config"): _Record,
     ("torch.distributions.bernoulli", "Bernoulli"): _Record,
-    ("torch._utils", "_rebuild_tensor_v2"): _nothing,
+    ("torch._utils", "_rebuild_tensor_v2"): _ignore,
     ("torch", "FloatStorage"): _Record,
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): dict,
@@ -61,7 +61,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _KNOWN[module, name]
+            return _REPLACEMENTS[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"{module}.{name}") from None
 
@@ -77,10 +77,10 @@ def read_published_meta(path: str | Path) -> dict[str, Any]:
 
     Returns:
         `wavtransforms` {name: arguments}, `spectransforms` [{name: arguments}], and `config`, the keys of the
-        `logitconfig/` file it was made from.
+        `logitconfig/` file of the store.
 
     Raises:
-        UserError: the file is not such an archive, or names a class that published stores do not use.
+        UserError: the file is not such an archive, or contains a class that published stores do not use.
     """
     path = Path(path)
     try:
@@ -88,38 +88,38 @@ def read_published_meta(path: str | Path) -> dict[str, Any]:
             [member] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             content = archive.read(member)
         meta = _PlainUnpickler(io.BytesIO(content)).load()
-        wave = [_shift_settings(m) for m in _modules(meta["wavtransforms"])]
-        spec = [_mask_settings(m) for m in _modules(meta["spectransforms"])]
+        wave = [_read_shift(m) for m in _list_modules(meta["wavtransforms"])]
+        spec = [_read_mask(m) for m in _list_modules(meta["spectransforms"])]
         config = dict(meta["config"].attributes)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} names {error}, which is not among the classes that published soft-target folders hold, so it was "
-            "not opened any further; write a meta.json with the transforms in its place, or save the targets anew"
+            f"{path} contains {error}, which is not a class of published soft-target folders, so it was not "
+            "read; replace it with a meta.json with the transforms, or save the targets again"
         ) from None
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError) as error:
         raise UserError(
-            f"{path} is not a meta.pt as published soft-target folders hold it ({type(error).__name__}: {error}); "
-            "download it again, or save the targets anew"
+            f"{path} is not a meta.pt of a published soft-target folder ({type(error).__name__}: {error}); "
+            "download it again, or save the targets again"
         ) from None
     return {"wavtransforms": dict(wave), "spectransforms": spec, "config": config}
 
 
-def _modules(container: _Record) -> list[_Record]:
+def _list_modules(container: _Record) -> list[_Record]:
     return list(container.attributes["_modules"].values())
 
 
-def _shift_settings(record: _Record) -> tuple[str, dict[str, Any]]:
+def _read_shift(record: _Record) -> tuple[str, dict[str, Any]]:
     if not isinstance(record, _Shift):
-        raise TypeError("a waveform transform that is not Shift")
-    saved = record.attributes
-    if saved.get("shift_unit", "fraction") != "fraction" or not saved.get("rollover", True):
-        raise ValueError("Shift in another unit than fractions, or without rollover")
-    return "Shift", {"min_shift": saved["min_shift"], "max_shift": saved["max_shift"], "p": saved["_p"]}
+        raise TypeError("expected Shift as waveform transform")
+    state = record.attributes
+    if state.get("shift_unit", "fraction") != "fraction" or not state.get("rollover", True):
+        raise ValueError("expected Shift in fractions, with rollover")
+    return "Shift", {"min_shift": state["min_shift"], "max_shift": state["max_shift"], "p": state["_p"]}
 
 
-def _mask_settings(record: _Record) -> dict[str, dict[str, Any]]:
+def _read_mask(record: _Record) -> dict[str, dict[str, Any]]:
     if isinstance(record, _TimeMasking):
         return {"TimeMasking": {"time_mask_param": record.attributes["mask_param"]}}
     if isinstance(record, _FrequencyMasking):
         return {"FrequencyMasking": {"freq_mask_param": record.attributes["mask_param"]}}
-    raise TypeError("a spectrogram transform that is neither TimeMasking nor FrequencyMasking")
+    raise TypeError("expected TimeMasking or FrequencyMasking as spectrogram transform")

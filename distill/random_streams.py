@@ -16,6 +16,6 @@ class Stream(IntEnum):
     CHANCE = 6  # the epoch: the permutations of `training.chance`
 
 
-def stream_seed(*key: int) -> int:
+def derive_seed(*key: int) -> int:
     """Return the seed for a key: the run's seed, a `Stream`, and what the stream depends on."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])

@@ -1,7 +1,7 @@
 """Seed → augmentation: the same shift and the same masks for teacher and student.
 
-Consistent teaching (Dinkel et al., "CED: Consistent ensemble distillation for audio tagging", ICASSP 2024) stores one
-seed per chunk and epoch beside the teacher's output. All random numbers of the augmentation of that chunk are a
+Consistent distillation (Dinkel et al., "CED: Consistent ensemble distillation for audio tagging", ICASSP 2024) stores
+one seed per chunk and epoch beside the teacher's output. All random numbers of the augmentation of that chunk are a
 function of this seed, drawn in the published order:
 
 1. each waveform transform in turn (`Shift`: one Bernoulli draw, then, if it applies, one integer);
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from common.errors import Faults, UserError, did_you_mean
 from distill.batch import Batch
+from models.frontends import FrontEnd
 
 REFERENCE_RATE = 16_000  # Hz
 REFERENCE_HOP_SECONDS = 0.01
@@ -46,13 +47,6 @@ class MelGrid(Protocol):
         """Return the value of a power of `db` dB in the scale of this front-end."""
 
 
-class SpectrogramFrontEnd(MelGrid, Protocol):
-    """A front-end: computes spectrograms of waveforms on its grid."""
-
-    def spectrogram(self, waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return (B, F, T) and frames (B,) or None of (B, S) and lengths in samples (B,) or None."""
-
-
 class WaveTransform(Protocol):
     """A change of the waveform with one random number."""
 
@@ -66,7 +60,7 @@ class WaveTransform(Protocol):
 class SpecTransform(Protocol):
     """A mask on the spectrogram, with the two random numbers that all masks of a chunk share."""
 
-    def masked(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
+    def compute_mask(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
         """Return which bins are masked.
 
         Args:
@@ -83,7 +77,7 @@ class SpecTransform(Protocol):
 class Shift:
     """Circular shift of the waveform by a random fraction of its length.
 
-    Draws as `torch_audiomentations.Shift` does (unit: fraction, with rollover), which is what published stores used.
+    Draws as `torch_audiomentations.Shift` does (unit: fraction, with rollover), as in published stores.
 
     Args:
         min_shift: smallest shift, a fraction of the chunk's length; negative is to the left.
@@ -111,7 +105,9 @@ class Shift:
         return np.roll(waveform, round(seconds * sample_rate))
 
 
-def _mask(value: Tensor, min_value: Tensor, size: Tensor | int, limit: Tensor | float) -> tuple[Tensor, Tensor]:
+def _compute_bounds(
+    value: Tensor, min_value: Tensor, size: Tensor | int, limit: Tensor | float
+) -> tuple[Tensor, Tensor]:
     """Return first and past-the-last masked index on the reference grid, in the published float32 arithmetic.
 
     Args:
@@ -125,18 +121,18 @@ def _mask(value: Tensor, min_value: Tensor, size: Tensor | int, limit: Tensor | 
     return start, start + width.long()
 
 
-def _inside(centers: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+def _is_between(centers: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     """Return (B, n) booleans: which of the `centers` (n,) are between each clip's `start` and `stop` (B,)."""
     return (centers >= start[:, None]) & (centers < stop[:, None])
 
 
-def _positive(name: str, value: int) -> int:
+def _check_size(name: str, value: int) -> int:
     if not isinstance(value, int) or value < 0:
         raise UserError(f"{name} is {value!r}; expected a whole number, at least 0")
     return value
 
 
-def _share(name: str, value: float | None) -> float | None:
+def _check_share(name: str, value: float | None) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
@@ -144,7 +140,7 @@ def _share(name: str, value: float | None) -> float | None:
     return float(value)
 
 
-def reference_frames(n_reference: Any) -> Any:
+def count_reference_frames(n_reference: Any) -> Any:
     """Return the frames (10 ms each) of clips of `n_reference` samples at the reference rate; a tensor or an array."""
     return n_reference // round(REFERENCE_HOP_SECONDS * REFERENCE_RATE) + 1
 
@@ -159,19 +155,19 @@ class TimeMasking:
     """
 
     def __init__(self, time_mask_param: int = 192, max_share: float | None = None) -> None:
-        self.param = _positive("TimeMasking: time_mask_param", time_mask_param)
-        self.max_share = _share("TimeMasking: max_share", max_share)
+        self.param = _check_size("TimeMasking: time_mask_param", time_mask_param)
+        self.max_share = _check_share("TimeMasking: max_share", max_share)
 
-    def masked(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
+    def compute_mask(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
         """Return (B, 1, T) booleans for frames centred on `seconds` (T,); see `SpecTransform`."""
-        n_frames = reference_frames(n_reference)
+        n_frames = count_reference_frames(n_reference)
         limit: Tensor | int = self.param
         if self.max_share is not None:
             limit = (n_frames * self.max_share).clamp(max=self.param)
-        start, stop = _mask(*draws, n_frames, limit)
+        start, stop = _compute_bounds(*draws, n_frames, limit)
         # A frame is masked if its centre is; the corners are half a frame before the centres.
         corners = ((index.double() - 0.5) * REFERENCE_HOP_SECONDS for index in (start, stop))
-        return _inside(seconds, *corners)[:, None, :]
+        return _is_between(seconds, *corners)[:, None, :]
 
 
 class FrequencyMasking:
@@ -183,17 +179,17 @@ class FrequencyMasking:
     """
 
     def __init__(self, freq_mask_param: int = 24, max_share: float | None = None) -> None:
-        self.param = _positive("FrequencyMasking: freq_mask_param", freq_mask_param)
-        self.max_share = _share("FrequencyMasking: max_share", max_share)
+        self.param = _check_size("FrequencyMasking: freq_mask_param", freq_mask_param)
+        self.max_share = _check_share("FrequencyMasking: max_share", max_share)
 
-    def masked(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
+    def compute_mask(self, seconds: Tensor, hertz: Tensor, draws: tuple[Tensor, Tensor], n_reference: Tensor) -> Tensor:
         """Return (B, F, 1) booleans for bands centred on `hertz` (F,); see `SpecTransform`."""
         limit = self.param if self.max_share is None else min(self.param, self.max_share * REFERENCE_BANDS)
-        start, stop = _mask(*draws, REFERENCE_BANDS, limit)
+        start, stop = _compute_bounds(*draws, REFERENCE_BANDS, limit)
         # Band b is centred on (b + 1) / 65 of the mel range; the corners are half a band below the centres.
         mel_step = _hz_to_mel(REFERENCE_F_MAX) / (REFERENCE_BANDS + 1)
         corners = (_mel_to_hz((index.double() + 0.5) * mel_step) for index in (start, stop))
-        return _inside(hertz, *corners)[:, :, None]
+        return _is_between(hertz, *corners)[:, :, None]
 
 
 def _hz_to_mel(hz: float) -> float:
@@ -228,7 +224,7 @@ class Replay:
     Args:
         wavtransforms: name → arguments, as in a `logitconfig/` file.
         spectransforms: list of {name: arguments}.
-        mask_fill: value of a masked bin: 0 dB as published, or the mean level of the clip.
+        mask_fill: value of masked bins: 0 dB as published, or the mean level of the clip.
     """
 
     wavtransforms: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
@@ -303,15 +299,15 @@ class Replay:
         seconds = torch.arange(mel.shape[-1], device=mel.device, dtype=torch.float64)
         seconds = seconds * (grid.hop_size / grid.sample_rate)
         hertz = grid.band_centers_hz.to(mel.device, torch.float64)
-        fill = self._fill(mel, grid, n_frames)
+        fill = self._compute_fill(mel, grid, n_frames)
         for transform in self._spec:
-            masked = transform.masked(seconds, hertz, (value, min_value), n_reference)
-            if n_frames is not None:  # padding stays silence
-                masked = masked & (torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None])[:, None, :]
-            mel = torch.where(masked, fill, mel)
+            is_masked = transform.compute_mask(seconds, hertz, (value, min_value), n_reference)
+            if n_frames is not None:  # padding stays silent
+                is_masked = is_masked & (torch.arange(mel.shape[-1], device=mel.device) < n_frames[:, None])[:, None, :]
+            mel = torch.where(is_masked, fill, mel)
         return mel
 
-    def spectrogram(self, front_end: SpectrogramFrontEnd, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def spectrogram(self, front_end: FrontEnd, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the masked input of a model.
 
         Args:
@@ -326,7 +322,7 @@ class Replay:
         draws = batch.value, batch.min_value, batch.n_reference
         return self.mask_spectrogram(mel, front_end, *draws, n_frames), n_frames
 
-    def _fill(self, mel: Tensor, grid: MelGrid, n_frames: Tensor | None) -> Tensor | float:
+    def _compute_fill(self, mel: Tensor, grid: MelGrid, n_frames: Tensor | None) -> Tensor | float:
         if self.mask_fill == "0dB":
             return grid.power_db_to_value(0.0)
         if n_frames is None:
@@ -349,7 +345,7 @@ def _build(known: Mapping[str, Any], name: str, arguments: Mapping[str, Any] | N
     return None
 
 
-def epoch_seeds(seed: int, epoch: int, n: int, first: int = 0) -> np.ndarray:
+def draw_epoch_seeds(seed: int, epoch: int, n: int, first: int = 0) -> np.ndarray:
     """Return one augmentation seed for each of the items `first` … `first + n` in `epoch`, int32 (n,).
 
     A function of its arguments for each item, so that items can be split over processes in any way.

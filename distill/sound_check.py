@@ -1,9 +1,9 @@
 """Check that a pack has the sounds of a store: a new pack may have other sounds under the same names.
 
-With the name of every chunk, a store has `clip_samples`, the length of its clip in the teacher's pack, and
+For each chunk, a store has `clip_samples`, the length of its clip in the teacher's pack, and
 `sound_hash`, eight bytes of BLAKE2b over the chunk's 16-bit samples there (as a signed integer). A reader
-compares all lengths, and the samples of all chunks of a store of up to `ALL_COMPARED`, of
-`COMPARED` chunks spread over a larger one, or of all of it.
+compares all lengths, and the samples of all chunks in a store of up to `ALL_COMPARED`, of
+`COMPARED` evenly spread chunks in a larger one, or of all.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ from common.errors import Faults, some
 logger = logging.getLogger(__name__)
 
 Check = Literal["sample", "all", "none"]
-COMPARED = 64  # clips or chunks, if there are more than
-ALL_COMPARED = 5000  # which takes a second
-_FINGERPRINT_SECONDS = 30  # of a clip: some last for hours
+COMPARED = 64  # clips or chunks of a larger store or pack
+ALL_COMPARED = 5000  # chunks are hashed in a second
+_FINGERPRINT_SECONDS = 30  # read of each clip: some last for hours
 
 COLUMNS = ("clip_samples", "sound_hash")
 
 
-def fingerprint(pack: Pack) -> str:
+def compute_fingerprint(pack: Pack) -> str:
     """Return a hash of a pack's sounds: the lengths of all clips, and the samples of `COMPARED` of them."""
     digest = hashlib.sha256(np.asarray(pack.n_samples, "<i8").tobytes())
-    for clip in _spread(len(pack), COMPARED).tolist():
+    for clip in _spread_evenly(len(pack), COMPARED).tolist():
         digest.update(
             pack.hash_sound(clip, 0, _FINGERPRINT_SECONDS * pack.sample_rate).to_bytes(8, "little", signed=True)
         )
@@ -59,9 +59,9 @@ def check_sounds(
         pack: the clips.
         rows: of the store, those whose clip is in the pack (n).
         chunks: n, of each of them.
-        faults: gets a message with clips, what was found and what was expected.
-        check: compare the samples of `COMPARED` chunks where there are many ("sample"), of "all", or nothing at all
-            ("none").
+        faults: of the pack and the store.
+        check: chunks whose samples are compared: `COMPARED` of a large store ("sample"), "all" or "none"; with "none",
+            lengths are not compared either.
     """
     if check == "none" or not len(rows):
         return
@@ -73,8 +73,8 @@ def check_sounds(
         return
     if "clip_samples" not in rows:
         logger.info(
-            "%s has no lengths and hashes of its sounds (published, or saved by an earlier version): it is not checked "
-            "whether %s has the same sounds",
+            "%s has no lengths and hashes of its sounds (published, or saved by an earlier version): the "
+            "sounds of %s are not compared with them",
             folder, pack.manifest,
         )  # fmt: skip
         return
@@ -84,13 +84,13 @@ def check_sounds(
     n_compared, compared = len(np.unique(chunks.clip)), "lengths"
     if not differing and "sound_hash" in rows:
         is_small = len(rows) <= ALL_COMPARED
-        chosen = np.arange(len(rows)) if check == "all" or is_small else _spread(len(rows), COMPARED)
+        chosen = np.arange(len(rows)) if check == "all" or is_small else _spread_evenly(len(rows), COMPARED)
         differing = _compare_samples(rows.iloc[chosen], chunks.select(chosen), pack)
         n_compared, compared = len(np.unique(chunks.clip[chosen])), "samples"
     if differing:
         faults.add(
             f"{pack.manifest} has other sounds than those of the {what} in {folder}, under the same names: "
-            f" of {n_compared} clips whose {compared} were compared, {len(differing)} differ: "
+            f"of {n_compared} clips whose {compared} were compared, {len(differing)} differ: "
             f"{some((f'{name} ({found})' for name, found in differing.items()), 3)}. Save the {what} again (delete the "
             "folder and run save_logits.py), give the pack that they were saved from, or skip this check with "
             "check_sounds: none"
@@ -112,8 +112,7 @@ def _compare_samples(rows: pd.DataFrame, chunks: Chunks, pack: Pack) -> dict[str
     """Return name → what was found and expected of each clip with another chunk."""
     differing = {}
     expected = rows["sound_hash"].to_numpy(np.int64)
-    long = len(chunks) > 10_000
-    for row, (clip, start, stop) in enumerate(tqdm(chunks, desc="comparing sounds", disable=not long)):
+    for row, (clip, start, stop) in enumerate(tqdm(chunks, desc="comparing sounds", disable=len(chunks) <= 10_000)):
         found = pack.hash_sound(clip, start, stop)
         if found != expected[row] and pack.names[clip] not in differing:  # the first of its chunks is named
             second = start / pack.sample_rate
@@ -127,6 +126,6 @@ def _hex(value: int) -> str:
     return value.to_bytes(8, "big", signed=True).hex()
 
 
-def _spread(n: int, expected: int) -> np.ndarray:
-    """Return at most `expected` of the positions 0 to n - 1, evenly spread, the first and the last among them."""
-    return np.unique(np.linspace(0, n - 1, min(n, expected)).round().astype(np.int64))
+def _spread_evenly(n: int, limit: int) -> np.ndarray:
+    """Return at most `limit` evenly spread positions from 0 to n - 1, including both."""
+    return np.unique(np.linspace(0, n - 1, min(n, limit)).round().astype(np.int64))

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from audio.cutting import Chunks
-from distill.replay import REFERENCE_RATE, Replay, epoch_seeds
+from distill.replay import REFERENCE_RATE, Replay, draw_epoch_seeds
 
 
 class TargetSource(Protocol):
@@ -32,7 +32,7 @@ class TargetSource(Protocol):
         """Return the target of `item` in `epoch`, float32."""
 
 
-def reference_lengths(chunks: Chunks) -> np.ndarray:
+def compute_reference_lengths(chunks: Chunks) -> np.ndarray:
     """Return the number of samples of each chunk at the reference rate, at least 1: int64 (M,)."""
     return np.maximum(1, np.round(chunks.n_samples * (REFERENCE_RATE / chunks.sample_rate))).astype(np.int64)
 
@@ -48,7 +48,7 @@ class SeededItems:
 
     def __init__(self, chunks: Chunks, replay: Replay, seed: int) -> None:
         self.chunks = chunks
-        self.n_reference = reference_lengths(chunks)
+        self.n_reference = compute_reference_lengths(chunks)
         self.replay = replay
         self.run_seed = seed
         self._epoch = -1
@@ -57,7 +57,7 @@ class SeededItems:
     def seeds(self, epoch: int) -> np.ndarray:
         """Return the seeds of every item in `epoch`, int32 (M,)."""
         if epoch != self._epoch:
-            self._epoch, self._seeds = epoch, epoch_seeds(self.run_seed, epoch, len(self.chunks))
+            self._epoch, self._seeds = epoch, draw_epoch_seeds(self.run_seed, epoch, len(self.chunks))
         return self._seeds
 
     def seed(self, epoch: int, item: int) -> int:

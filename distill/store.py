@@ -2,10 +2,10 @@
 
 `PREFIX_ep{E}_{R}.h5` has the outputs for N chunks in epoch E and the seeds of their augmentation. The rows of
 `PREFIX_ep{E}_{R}.parquet` name the chunks: `filename`, `start`, `end` in seconds, `n_reference` (length in samples at
-the reference rate, so that students of other sample rates replay the same draws) and columns of `distill.sound_check`.
-R counts the parts of an epoch. `meta.json` has all settings. This is CED's published layout of soft targets except for
-names and columns, see `distill.published_layout`; the values are described in `distill.targets` and
-`distill.embeddings`.
+the reference rate, so that students of other sample rates replay the same draws) and the columns of
+`distill.sound_check`. R counts the parts of an epoch. `meta.json` has all settings. This is CED's published layout of
+soft targets except for names and columns, see `distill.published_layout`; the values are described in
+`distill.targets` and `distill.embeddings`.
 """
 
 import json
@@ -30,7 +30,7 @@ from common.files import whole_file
 from distill.published_meta import read_published_meta
 from distill.replay import REFERENCE_RATE, Replay
 from distill.sound_check import Check, check_sounds
-from distill.sources import reference_lengths
+from distill.sources import compute_reference_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -46,37 +46,38 @@ class TargetStore:
     Attributes:
         epochs: the stored epoch numbers, ascending.
         meta: contents of `meta.json` (or of a published `meta.pt`).
-        replay: the augmentation that its seeds belong to.
+        parts: the numbers of the parts of each epoch, ascending.
+        replay: the augmentation of its seeds.
 
     Raises:
-        UserError: every fault of the folder at once.
+        UserError: the folder is no complete store; lists all faults.
     """
 
     prefix: ClassVar[str]  # of the file names
     types: ClassVar[dict[str, type]]  # dataset → type in the file; `seeds` is one of them
-    what: ClassVar[str]  # in messages
-    part_name: ClassVar[str] = "part"  # in messages
+    what: ClassVar[str]  # name of the outputs in messages
+    part_name: ClassVar[str] = "part"  # likewise of a part
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         faults = Faults(f"the folder of {self.what} {self.folder}")
-        self._parts: dict[int, list[int]] = defaultdict(list)
+        self.parts: dict[int, list[int]] = defaultdict(list)
         for path in self.folder.glob(f"{self.prefix}_ep*_*.h5"):
             if match := re.fullmatch(rf"{self.prefix}_ep(\d+)_(\d+)\.h5", path.name):
-                self._parts[int(match[1])].append(int(match[2]))
-        if not self._parts:
+                self.parts[int(match[1])].append(int(match[2]))
+        if not self.parts:
             found = "is not a folder" if not self.folder.is_dir() else f"has no files {self.prefix}_ep*_*.h5"
             raise UserError(
                 f"{self.folder} {found}; make {self.what} with `python save_logits.py CONFIG.yaml`, which prints the "
                 "folder it writes, and give that folder"
             )
-        self.epochs = sorted(self._parts)
+        self.epochs = sorted(self.parts)
         self.meta = self._read_meta(faults)
-        n_parts = self.meta.get("parts", self.meta.get("world_size", 1 + max(max(r) for r in self._parts.values())))
+        n_parts = self.meta.get("parts", self.meta.get("world_size", 1 + max(max(r) for r in self.parts.values())))
         for epoch in self.epochs:
-            missing = sorted(set(range(n_parts)) - set(self._parts[epoch]))
-            missing += [r for r in self._parts[epoch] if not self._path(epoch, r).with_suffix(".parquet").is_file()]
-            self._parts[epoch].sort()
+            missing = sorted(set(range(n_parts)) - set(self.parts[epoch]))
+            missing += [r for r in self.parts[epoch] if not self._path(epoch, r).with_suffix(".parquet").is_file()]
+            self.parts[epoch].sort()
             if not missing:
                 self._check_rows(epoch, faults)
             else:
@@ -85,19 +86,19 @@ class TargetStore:
                     "again with the same settings to complete it"
                 )
         faults.raise_if_any()
-        absent = sorted(set(range(self.epochs[0], self.epochs[-1])) - set(self.epochs))
-        if absent:
+        gaps = sorted(set(range(self.epochs[0], self.epochs[-1])) - set(self.epochs))
+        if gaps:
             raise UserError(
-                f"{self.folder} lacks epoch {some(map(str, absent))} between others; run save_logits.py again with the "
+                f"{self.folder} lacks epoch {some(map(str, gaps))} between others; run save_logits.py again with the "
                 "same settings to complete it"
             )
         planned = self.meta.get("config", {}).get("epochs")
         if planned and len(self.epochs) < planned:
             logger.warning("%s has %d of the %d epochs planned", self.folder, len(self.epochs), planned)
-        self.replay = Replay(**{k: self.meta[k] for k in ("wavtransforms", "spectransforms")} | self._fill_setting())
+        self.replay = Replay(**{k: self.meta[k] for k in ("wavtransforms", "spectransforms")} | self._get_mask_fill())
 
     @classmethod
-    def path_of(cls, folder: Path, epoch: int, part: int) -> Path:
+    def get_path(cls, folder: Path, epoch: int, part: int) -> Path:
         """Return the HDF5 file of `epoch` and `part`; its `.parquet` is beside it."""
         return folder / f"{cls.prefix}_ep{epoch}_{part}.h5"
 
@@ -112,7 +113,7 @@ class TargetStore:
             rows: `filename`, `start`, `end` (seconds), `n_reference` (samples) of the N chunks.
             **arrays: (N,...) the datasets of `types`, each under its name.
         """
-        target = cls.path_of(folder, epoch, part)
+        target = cls.get_path(folder, epoch, part)
         with whole_file(target.with_suffix(".parquet")) as partial:
             rows.to_parquet(partial, compression="brotli", index=False)
         # The HDF5 file is written last: if it exists, the part is complete.
@@ -122,7 +123,7 @@ class TargetStore:
 
     def _check_rows(self, epoch: int, faults: Faults) -> None:
         """Open every file of an epoch and check that values and names have the same number of rows."""
-        for part in self._parts[epoch]:
+        for part in self.parts[epoch]:
             path = self._path(epoch, part)
             try:
                 with self._open(epoch, part) as file:
@@ -132,17 +133,17 @@ class TargetStore:
                 faults.add(str(error))
             except (KeyError, OSError, pyarrow.ArrowException) as error:
                 faults.add(
-                    f"{path} and the .parquet beside it are no files of a store ({error}); save this epoch again"
+                    f"{path} and the .parquet beside it are not files of a store ({error}); save this epoch again"
                 )
             else:
                 if len(set(lengths.values())) > 1:
                     faults.add(f"{path} and the .parquet beside it differ in length ({lengths}); save this epoch again")
 
-    def _fill_setting(self) -> dict[str, Any]:
+    def _get_mask_fill(self) -> dict[str, Any]:
         return {"mask_fill": self.meta["mask_fill"]} if "mask_fill" in self.meta else {}
 
     def _path(self, epoch: int, part: int) -> Path:
-        return self.path_of(self.folder, epoch, part)
+        return self.get_path(self.folder, epoch, part)
 
     def _read_meta(self, faults: Faults) -> dict[str, Any]:
         empty: dict[str, Any] = {"wavtransforms": {}, "spectransforms": []}
@@ -150,7 +151,7 @@ class TargetStore:
             try:
                 meta = json.loads(path.read_text(encoding="utf-8"))
                 if not isinstance(meta, dict) or not isinstance(meta.get("config", {}), dict):
-                    raise ValueError("not the mapping that save_logits.py writes")
+                    raise ValueError("expected the mapping that save_logits.py writes")
                 return empty | meta
             except ValueError as error:
                 faults.add(f"{path} cannot be parsed ({error}); save the targets again")
@@ -180,23 +181,23 @@ class TargetStore:
         """Length of a chunk in seconds."""
         return float(self.meta.get("config", {}).get("chunk_length", 10.0))
 
-    def rows(self, epoch: int) -> pd.DataFrame:
+    def read_rows(self, epoch: int) -> pd.DataFrame:
         """Return the rows of `epoch`, part by part: `filename`, `start`, `end` and further columns."""
-        files = [self._path(epoch, r).with_suffix(".parquet") for r in self._parts[epoch]]
+        files = [self._path(epoch, r).with_suffix(".parquet") for r in self.parts[epoch]]
         # Parts of an earlier version may lack columns; the common ones are kept.
         return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True, join="inner")
 
-    def arrays(self, epoch: int, *names: str) -> dict[str, np.ndarray]:
+    def read_arrays(self, epoch: int, *names: str) -> dict[str, np.ndarray]:
         """Return the datasets of `epoch` with these names, or all of them, aligned with `rows`: (N,...) each."""
         blocks = defaultdict(list)
-        for part in self._parts[epoch]:
+        for part in self.parts[epoch]:
             with self._open(epoch, part) as file:
                 for name in names or self.types:
                     blocks[name].append(file[name][()])
         return {name: np.concatenate(arrays) for name, arrays in blocks.items()}
 
 
-class MatchedItems:
+class StoreItems:
     """The part of a store that belongs to a pack, as a `distill.sources.TargetSource` without `target`.
 
     Epoch e of training uses the stored epoch number (e - 1) modulo the number of stored ones.
@@ -204,7 +205,7 @@ class MatchedItems:
     Args:
         store: the teacher's outputs.
         pack: the clips; matched by name.
-        max_epochs: use the first so many stored epochs; 0 for all.
+        max_epochs: number of stored epochs to use, from the first; 0 for all.
         check: which sounds to compare with those of the store, see `distill.sound_check.check_sounds`.
 
     Raises:
@@ -220,27 +221,27 @@ class MatchedItems:
         self.epochs = store.epochs[: max_epochs or None]
         faults = Faults(f"the match of {store.folder} with {pack.manifest}")
         names = NameIndex(pack.names)
-        rows = store.rows(self.epochs[0])
+        rows = store.read_rows(self.epochs[0])
         clips, numbers = self._locate(names, rows)
         chunk_samples = round(store.chunk_seconds * pack.sample_rate)
         starts = numbers * chunk_samples
         stops = np.minimum(starts + chunk_samples, np.asarray(pack.n_samples)[clips])
         chunks = Chunks(clips, starts, stops, pack.sample_rate)
-        found = clips >= 0
+        is_found = clips >= 0
         stored_seconds = (rows["end"] - rows["start"]).to_numpy(np.float64)
         # Decoders differ by milliseconds; another clip of the same name differs by more.
         tolerance = min(0.5, 0.05 * store.chunk_seconds)
         fits = (chunks.n_samples > 0) & (np.abs(chunks.seconds - stored_seconds) < tolerance)
-        used = found & fits
-        self.n_unmatched = int((~found).sum())
-        self.n_misfits = int((found & ~fits).sum())
-        self.n_clips = len(np.unique(clips[used]))
-        self.chunks = chunks.select(used)
+        is_used = is_found & fits
+        self.n_unmatched = int((~is_found).sum())
+        self.n_misfits = int((is_found & ~fits).sum())
+        self.n_clips = len(np.unique(clips[is_used]))
+        self.chunks = chunks.select(is_used)
         if "n_reference" in rows:
-            self.n_reference = rows["n_reference"].to_numpy(np.int64)[used]
+            self.n_reference = rows["n_reference"].to_numpy(np.int64)[is_used]
         else:
-            self.n_reference = self._published_lengths(rows[used])
-        if not used.any():
+            self.n_reference = self._compute_published_lengths(rows[is_used])
+        if not is_used.any():
             faults.add(
                 f"none of its {len(rows)} chunks belongs to a clip of the pack: the store names "
                 f"{some(rows['filename'].unique(), 3)}, the pack names {some(pack.names, 3)}"
@@ -248,9 +249,9 @@ class MatchedItems:
                 + "; give the pack that the targets were saved from, or save targets for this pack"
             )
             faults.raise_if_any()
-        stored_rate, matched = store.meta.get("pack_rate"), chunks.select(found)
-        check_sounds(store.what, store.folder, stored_rate, pack, rows[found], matched, faults, check)
-        self._rows = self._rows_of_epochs(store, names, clips, numbers, np.flatnonzero(used), faults)
+        stored_rate, matched = store.meta.get("pack_rate"), chunks.select(is_found)
+        check_sounds(store.what, store.folder, stored_rate, pack, rows[is_found], matched, faults, check)
+        self._rows = self._find_epoch_rows(store, names, clips, numbers, np.flatnonzero(is_used), faults)
         faults.raise_if_any()
         if self.n_unmatched or self.n_misfits or self.n_clips < len(pack):
             logger.info(
@@ -264,17 +265,17 @@ class MatchedItems:
         clips = names.find_all([str(name) for name in unique])[codes]
         return clips, np.round(rows["start"].to_numpy(np.float64) / self.chunk_seconds).astype(np.int64)
 
-    def _published_lengths(self, rows: pd.DataFrame) -> np.ndarray:
+    def _compute_published_lengths(self, rows: pd.DataFrame) -> np.ndarray:
         """Return the lengths of the teacher's input: the stored seconds, which float32 rounds in long recordings.
 
         If the difference from the pack's chunk is within that rounding, the length is that of the chunk.
         """
         stored = np.round((rows["end"] - rows["start"]).to_numpy(np.float64) * REFERENCE_RATE).astype(np.int64)
-        in_pack = reference_lengths(self.chunks)
+        in_pack = compute_reference_lengths(self.chunks)
         step = np.spacing(rows["end"].to_numpy(np.float32)).astype(np.float64) * REFERENCE_RATE
         return np.where(np.abs(stored - in_pack) <= np.maximum(step, 0.5), in_pack, stored)
 
-    def _rows_of_epochs(
+    def _find_epoch_rows(
         self,
         store: TargetStore,
         names: NameIndex,
@@ -287,36 +288,36 @@ class MatchedItems:
         expected = (clips * _MAX_CHUNKS + numbers)[used]
         result = []
         for epoch in self.epochs:
-            rows = store.rows(epoch)
+            rows = store.read_rows(epoch)
             key_clips, key_numbers = self._locate(names, rows)
             keys = key_clips * _MAX_CHUNKS + key_numbers
             order = np.argsort(keys, kind="stable")
             place = np.searchsorted(keys, expected, sorter=order)
             row = order[np.minimum(place, len(order) - 1)]
-            lacking = int((keys[row] != expected).sum())
-            if lacking:
+            n_missing = int((keys[row] != expected).sum())
+            if n_missing:
                 faults.add(
-                    f"epoch {epoch} lacks {lacking} of the chunks that epoch {self.epochs[0]} has; its files were "
+                    f"epoch {epoch} lacks {n_missing} of the chunks that epoch {self.epochs[0]} has; its files were "
                     "made from another list or interrupted: delete them and run save_logits.py again"
                 )
             result.append(row)
         return result
 
-    def stored(self, epoch: int) -> tuple[int, np.ndarray]:
+    def find_rows(self, epoch: int) -> tuple[int, np.ndarray]:
         """Return the number of the stored epoch that `epoch` of training uses, and the row of every item in it (M,)."""
         index = (epoch - 1) % len(self.epochs)
         return self.epochs[index], self._rows[index]
 
-    def arrays(self, epoch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def load_epoch(self, epoch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return the row of every item in `epoch` of training (M,), and the datasets `cached` of the stored epoch."""
-        stored, rows = self.stored(epoch)
+        stored, rows = self.find_rows(epoch)
         if stored not in self._cache:
             # Two are kept: a loader that reads ahead needs the next epoch before it has finished this one.
             self._cache = dict(list(self._cache.items())[-1:])
-            self._cache[stored] = self.store.arrays(stored, *self.cached)
+            self._cache[stored] = self.store.read_arrays(stored, *self.cached)
         return rows, self._cache[stored]
 
     def seed(self, epoch: int, item: int) -> int:
         """Return the stored seed of `item` in `epoch`."""
-        rows, arrays = self.arrays(epoch)
+        rows, arrays = self.load_epoch(epoch)
         return int(arrays["seeds"][rows[item]])

@@ -10,7 +10,7 @@ import numpy as np
 from audio.dataset import Pack
 from common.errors import UserError
 from distill.sound_check import Check
-from distill.store import MatchedItems, TargetStore
+from distill.store import StoreItems, TargetStore
 
 LABEL_TYPES = ("last_mean", "last_half", "last_random", "527", "zero")
 
@@ -64,7 +64,7 @@ class SoftTargetStore(TargetStore):
         return self.meta.get("labels")
 
 
-class StoredTargets(MatchedItems):
+class StoredTargets(StoreItems):
     """The soft targets of a store that belong to a pack, as a `distill.sources.TargetSource`.
 
     Args:
@@ -72,11 +72,11 @@ class StoredTargets(MatchedItems):
         pack: the clips; matched by name.
         num_classes: C.
         label_type: see `rebuild_target`.
-        max_epochs: use the first so many stored epochs; 0 for all.
+        max_epochs: number of stored epochs to use, from the first; 0 for all.
         check: which sounds to compare with those of the store.
 
     Raises:
-        UserError: see `distill.store.MatchedItems`; or the store has classes beyond C.
+        UserError: see `distill.store.StoreItems`; or the store has classes beyond C.
     """
 
     cached = tuple(SoftTargetStore.types)
@@ -92,7 +92,7 @@ class StoredTargets(MatchedItems):
     ) -> None:
         super().__init__(store, pack, max_epochs, check)
         self.num_classes, self.label_type = num_classes, label_type
-        highest = int(store.arrays(self.epochs[0], "topk_indexes")["topk_indexes"].max())
+        highest = int(store.read_arrays(self.epochs[0], "topk_indexes")["topk_indexes"].max())
         if highest >= num_classes:
             raise UserError(
                 f"{store.folder} has targets of class {highest}, but there are {num_classes} classes; give "
@@ -101,7 +101,7 @@ class StoredTargets(MatchedItems):
 
     def target(self, epoch: int, item: int) -> np.ndarray:
         """Return the rebuilt soft target (C,) of `item` in `epoch`."""
-        rows, arrays = self.arrays(epoch)
+        rows, arrays = self.load_epoch(epoch)
         row = rows[item]
         return rebuild_target(
             arrays["topk_values"][row],

@@ -14,8 +14,8 @@ import numpy as np
 from audio.dataset import Pack
 from common.errors import Faults, UserError, some
 from common.files import sha256
-from distill.embeddings import EmbeddingStore, clip_embeddings
-from distill.sound_check import fingerprint
+from distill.embeddings import EmbeddingStore, compute_clip_embeddings
+from distill.sound_check import compute_fingerprint
 from models import AudioTagger, Ensemble, load_model
 from models.devices import choose_device
 from models.heads import weights_sha256
@@ -107,7 +107,7 @@ def embed(source: EmbeddingSource, pack: Pack, options: ProbeOptions) -> np.ndar
 
 def _compute_embeddings(model: AudioTagger, pack: Pack, options: ProbeOptions) -> np.ndarray:
     model_folder = f"{model.name}_{Ensemble([model]).fingerprint()[:12]}"
-    pack_folder = f"{pack.manifest.stem}_{sha256(pack.manifest)[:8]}_{fingerprint(pack)[:8]}"
+    pack_folder = f"{pack.manifest.stem}_{sha256(pack.manifest)[:8]}_{compute_fingerprint(pack)[:8]}"
     chunk = f"chunk_{options.chunk_length:g}" + ("" if options.mode == "fp32" else f"_{options.mode}")
     store = store_embeddings(
         model,
@@ -118,7 +118,7 @@ def _compute_embeddings(model: AudioTagger, pack: Pack, options: ProbeOptions) -
         device=options.device,
         mode=options.mode,
     )
-    return clip_embeddings(store, pack)
+    return compute_clip_embeddings(store, pack)
 
 
 def _read_embeddings(source: EmbeddingSource, pack: Pack) -> np.ndarray:
@@ -126,6 +126,6 @@ def _read_embeddings(source: EmbeddingSource, pack: Pack) -> np.ndarray:
     faults = Faults(f"the embeddings of {pack.manifest}")
     for store in source.stores:
         with faults.noted():
-            return clip_embeddings(store, pack)
+            return compute_clip_embeddings(store, pack)
     faults.raise_if_any()
     raise AssertionError("a source without a model has a store")

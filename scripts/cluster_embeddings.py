@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         quality = compute_quality(embeddings, cluster, options.seed)
         facts = {"k": k, "inertia": inertia} | quality | _describe_run(options, store, embeddings, sizes)
         path = store.folder / f"clusters_k{k}.parquet"
-        write_clusters(path, store.rows(store.epochs[0]), cluster, facts)
+        write_clusters(path, store.read_rows(store.epochs[0]), cluster, facts)
         scores = [
             "-" if value is None else f"{value:{form}}"
             for value, form in zip(quality.values(), (".3f", ",.1f", ".2f"), strict=True)
@@ -96,7 +96,7 @@ def _read_embeddings(store: EmbeddingStore, n_clusters: int) -> np.ndarray:
     Raises:
         UserError: there are fewer than `n_clusters`, or some are not finite.
     """
-    names = store.rows(store.epochs[0])["filename"]
+    names = store.read_rows(store.epochs[0])["filename"]
     if n_clusters > len(names):
         raise UserError(
             f"--k {n_clusters} is more than the number of embeddings in {store.folder}, {len(names)}; use a tenth of "

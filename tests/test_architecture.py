@@ -39,7 +39,7 @@ def test_entry_points_parse_build_and_call(name):
 
 def test_an_augmentation_is_added_in_one_place(monkeypatch):
     class Everything:
-        def masked(self, seconds, hertz, draws, n_reference):
+        def compute_mask(self, seconds, hertz, draws, n_reference):
             return torch.ones(1, 1, 1, dtype=torch.bool)
 
     class Grid:

@@ -146,7 +146,7 @@ def test_outputs_of_a_head_are_stored_and_belong_to_its_weights(lists, tmp_path,
     store = SoftTargetStore("logits/mn01_as+tones/head_train/chunk_10")
     assert (store.labels, store.meta["activation"]) == (LABELS, "softmax")
     pack, model, head = Pack.open(lists["train"]), load_model("embeds.pt"), load_head("tones")
-    arrays, rows = store.arrays(1), store.rows(1)
+    arrays, rows = store.read_arrays(1), store.read_rows(1)
     for row, name in enumerate(rows["filename"]):
         wave = torch.from_numpy(resample(pack.read(pack.names.index(name)), 16000, 32000))[None]
         expected = head(model.embed(wave)[0]).softmax(1)[0].numpy()

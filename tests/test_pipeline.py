@@ -84,7 +84,7 @@ def test_torchrun_splits_the_work_and_every_clip_is_there_once(store, tone_pack)
     assert sorted(p.name for p in store.glob("logits_ep*.h5")) == [
         f"logits_ep{e}_{r}.h5" for e in (1, 2) for r in (0, 1)
     ]
-    rows = SoftTargetStore(store).rows(1)
+    rows = SoftTargetStore(store).read_rows(1)
     assert sorted(rows["filename"]) == sorted(pd.read_csv(tone_pack, sep="\t")["filename"])
     with h5py.File(store / "logits_ep1_0.h5") as file:
         assert file["topk_values"].shape == (14, 7)

@@ -15,7 +15,7 @@ from distill.embeddings import EmbeddingStore, StoredEmbeddings
 from distill.objectives import Needs
 from distill.replay import Replay
 from distill.sources import LabelTargets, SeededItems, TargetSource
-from distill.store import MatchedItems
+from distill.store import StoreItems
 from distill.targets import SoftTargetStore, StoredTargets
 from models.labels import labels_for, read_labels
 from models.registry import AUDIOSET_CLASSES
@@ -143,7 +143,7 @@ def _complete(
         _describe_selection(config, on_eval, valid),
         weights,
         clusters,
-        source.chunk_seconds if isinstance(source, MatchedItems) else config.chunk_length,
+        source.chunk_seconds if isinstance(source, StoreItems) else config.chunk_length,
     )
 
 

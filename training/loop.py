@@ -21,7 +21,7 @@ from common.errors import UserError
 from distill.batch import Batch
 from distill.dataset import EpochBatches, ReplayDataset, collate
 from distill.objectives import Needs, Objective
-from distill.random_streams import Stream, stream_seed
+from distill.random_streams import Stream, derive_seed
 from models import AudioTagger, Ensemble
 from training.averaging import MovingAverage
 from training.chance import compute_chance_bounds
@@ -109,7 +109,7 @@ class Run:
         self.batches = EpochBatches(
             data.items,
             config.batch_size,
-            stream_seed(seed, Stream.ORDER),
+            derive_seed(seed, Stream.ORDER),
             weights=data.balance,
             cut_passes=config.epoch_length is None,
             split=self._split_for_rank,
@@ -317,7 +317,7 @@ class Run:
             with self.averaged():
                 if self.data.valid:
                     scores, targets = self.predict(self.data.valid), self.data.valid.multi_hot()
-                    chance_seed = stream_seed(self.seed, Stream.CHANCE, self.epoch)
+                    chance_seed = derive_seed(self.seed, Stream.CHANCE, self.epoch)
                     chance = compute_chance_bounds(scores, targets, chance_seed)
                     metrics = evaluate_scores(scores, targets, self.model.labels)
                     entry["valid_mAP"] = metrics.mAP

@@ -1,6 +1,6 @@
 """The forward pass of a batch: mixup, spectrograms, the online teacher, and the losses of the objective."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -73,7 +73,13 @@ class LossModule(nn.Module):
         self.targets.add(batch)
         mel, n_frames = self._spectrogram(self.model.front_end, batch)
         student = self.model if self._compiled is None else cast(AudioTagger, self._compiled)
-        return self.objective(student, replace(batch, mel=mel, n_frames=n_frames))
+        losses = self.objective(student, replace(batch, mel=mel, n_frames=n_frames))
+        if not isinstance(losses, Mapping) or "loss" not in losses:
+            found = f"the keys {list(losses)}" if isinstance(losses, Mapping) else type(losses).__name__
+            raise TypeError(
+                f"{type(self.objective).__name__}.forward: expected a dict with the key 'loss', got {found}"
+            )
+        return cast(dict[str, Tensor], losses)
 
     def spectrogram(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the student's input for a batch, augmented and mixed: (B, F, T), frames (B,) or None."""

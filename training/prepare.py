@@ -14,7 +14,7 @@ from common.files import sha256
 from distill.embeddings import StoredEmbeddings
 from distill.mask_check import MaskFindings, check_masks
 from distill.objectives import TrainingFacts
-from distill.store import MatchedItems
+from distill.store import StoreItems
 from models import Ensemble
 from models.devices import choose_device
 from training.automatic import Choice, fill_timed, list_automatic_keys, name_model, resolve
@@ -243,5 +243,5 @@ def _log_start(run: Run, is_resumed: bool, state: dict[str, Any] | None) -> None
         logger.info("online teacher: %s", run.teacher.name)
     on_eval = data.valid is not None and data.valid is data.evaluation
     logger.log(logging.WARNING if on_eval and config.select_on is None else logging.INFO, "%s", data.selection)
-    if isinstance(data.source, MatchedItems):
+    if isinstance(data.source, StoreItems):
         logger.info("%d stored epochs of targets, used in order and then repeated", len(data.source.epochs))

@@ -10,7 +10,7 @@ from common.errors import Faults
 from distill.mask_check import check_masks
 from distill.published_layout import check_published
 from distill.replay import Replay
-from distill.sources import reference_lengths
+from distill.sources import compute_reference_lengths
 from training.config import SoftTargetConfig
 from training.embedders import open_embedder
 from training.labelled import open_pack
@@ -67,7 +67,7 @@ def _open_content(config: SoftTargetConfig, pack: Pack | None) -> tuple[StoreCon
 def _check_lengths(config: SoftTargetConfig, replay: Replay, pack: Pack, faults: Faults, *, is_main: bool) -> None:
     """Add masks that hide too much of the pack's chunks to `faults`; log a warning about single chunks."""
     chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length, not config.keep_tails)
-    found = check_masks(replay, reference_lengths(chunks))
+    found = check_masks(replay, compute_reference_lengths(chunks))
     if found.fault:
         faults.add(found.fault)
     if found.warning and is_main:

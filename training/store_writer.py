@@ -21,9 +21,9 @@ from common.files import remove_dead_partials, sha256, write_json
 from distill.batch import Batch
 from distill.dataset import ReplayDataset, collate
 from distill.embeddings import EmbeddingStore
-from distill.published_layout import published_rows, write_published_meta
+from distill.published_layout import convert_rows, write_published_meta
 from distill.replay import REFERENCE_RATE, Replay
-from distill.sound_check import fingerprint
+from distill.sound_check import compute_fingerprint
 from distill.sources import SeededItems
 from distill.store import TargetStore
 from distill.targets import SoftTargetStore
@@ -231,7 +231,7 @@ class StoreWriter:
             "pack_rate": self.pack.sample_rate,
             "manifest": str(self.pack.manifest),
             "manifest_sha256": sha256(self.pack.manifest),
-            "sounds_sha256": fingerprint(self.pack),
+            "sounds_sha256": compute_fingerprint(self.pack),
             "seed": self.config.seed,
             "mode": self.config.mode,
             "world_size": self.world_size,
@@ -289,7 +289,7 @@ class StoreWriter:
             for number, items in enumerate(self.parts)
             if number % self.world_size == self.rank
         ]
-        missing = [part for part in of_rank if not store.path_of(self.folder, part.epoch, part.number).is_file()]
+        missing = [part for part in of_rank if not store.get_path(self.folder, part.epoch, part.number).is_file()]
         if len(missing) < len(of_rank):
             logger.info("%d of %d files exist already", len(of_rank) - len(missing), len(of_rank))
         loader = DataLoader(
@@ -354,7 +354,7 @@ class StoreWriter:
         )
         if hashes is not None:
             rows["sound_hash"] = hashes
-        return published_rows(rows) if self.config.layout == "published" else rows
+        return convert_rows(rows) if self.config.layout == "published" else rows
 
 
 def store_embeddings(model: AudioTagger, pack: Pack, folder: Path, **settings: Any) -> EmbeddingStore:

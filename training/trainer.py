@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.batch import Batch
-from distill.random_streams import Stream, stream_seed
+from distill.random_streams import Stream, derive_seed
 from training.averaging import MovingAverage
 from training.guarded_step import GuardedStep, find_updated_buffers
 from training.loss_module import LossModule
@@ -99,13 +99,13 @@ class Trainer:
 
     def _seed_step(self, number: int) -> None:
         """Set the random state of a step: patch-out is the same on all ranks, dropout is different."""
-        seed = stream_seed(self.seed, Stream.DROPOUT, number, self.ranks.rank)
+        seed = derive_seed(self.seed, Stream.DROPOUT, number, self.ranks.rank)
         # `torch.manual_seed` would take 0.3 ms: it formats a stack trace for every device that is not initialised.
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(seed)
         if self.loss_module.model.generator is not None:
-            self.loss_module.model.generator.manual_seed(stream_seed(self.seed, Stream.PATCH_OUT, number))
+            self.loss_module.model.generator.manual_seed(derive_seed(self.seed, Stream.PATCH_OUT, number))
 
     def _sync_gradients(self, last: bool) -> Any:
         """Return a context in which gradients are averaged over ranks only in the last part."""

@@ -9,7 +9,8 @@ Shapes: B batch · C classes · E embedding width of the student · W of the tea
 
 import keyword
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from inspect import getattr_static
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
@@ -52,8 +53,8 @@ class Needs:
     whole_student: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("targets", "teacher"):
-            valid = get_args(self.__annotations__[name])
+        choices = {name: get_args(self.__annotations__[name]) for name in ("targets", "teacher")}
+        for name, valid in (choices | {"output": (*get_args(Outputs), None)}).items():
             if getattr(self, name) not in valid:
                 raise ValueError(f"Needs: {name} is {getattr(self, name)!r}; expected {', '.join(map(repr, valid))}")
         if self.teacher_layers and self.teacher != "online":
@@ -173,11 +174,24 @@ _OBJECTIVES: dict[str, tuple[type[Objective], dict[str, Any]]] = {}
 
 
 def register_objective(name: str, **fixed: Any) -> Callable[[Kind], Kind]:
-    """Register an objective as `name`, with some of its settings fixed."""
+    """Register an objective as `name`, with some of its settings fixed.
+
+    Raises:
+        TypeError: the class is not a complete objective.
+    """
 
     def register(kind: Kind) -> Kind:
-        missing = [each for each in ("needs", "forward") if getattr(kind, each) is getattr(Objective, each)]
-        if not is_dataclass(getattr(kind, "Settings", None)):
+        if not (isinstance(kind, type) and issubclass(kind, Objective)):
+            raise TypeError(f"objective {name}: expected a subclass of Objective, got {kind!r}")
+        # Each access to a class method gives a new object: the definitions are compared.
+        missing = [
+            each for each in ("needs", "forward") if getattr_static(kind, each) is getattr_static(Objective, each)
+        ]
+        settings = getattr(kind, "Settings", None)
+        if is_dataclass(settings):
+            required = (each for each in fields(settings) if each.default is each.default_factory is MISSING)
+            missing += [f"a default of the setting {each.name}" for each in required]
+        else:
             missing.append("a dataclass Settings")
         if missing:
             raise TypeError(f"objective {name}: {kind.__name__} lacks {', '.join(missing)}")

@@ -61,26 +61,26 @@ class CrossModelDistillation(Objective):
 
     def __init__(self, settings: CmkdSettings, student: AudioTagger, facts: TrainingFacts) -> None:
         super().__init__(settings, student, facts)
-        self.label_loss, self.teacher_loss = settings.class_loss(), ClassLoss(settings.loss, {})
+        self.label_loss, self.teacher_loss = settings.build_class_loss(), ClassLoss(settings.loss, {})
         self.share, self.tau = settings.lambda_, settings.tau
 
     @classmethod
     def needs(cls, settings: CmkdSettings) -> Needs:
-        """A teacher's probabilities, and labels."""
-        loss = settings.class_loss()
+        """Return: a teacher's probabilities, and labels."""
+        loss = settings.build_class_loss()
         return Needs("classes", loss.outputs, loss.activation, labels=True, teacher="required")
 
     def forward(self, student: AudioTagger, batch: Batch) -> dict[str, Tensor]:
         """Return the losses.
 
         Returns:
-            `loss`, and its unweighted terms: `loss_labels`, and `loss_teacher`, which is 0 for equal outputs of student
-            and teacher.
+            `loss`, and its unweighted terms: `loss_labels`, and `loss_teacher`, which is 0 if student and teacher
+            agree.
         """
         assert batch.labels is not None
         output = student.forward_spectrogram(batch.mel, batch.n_frames)
         label_loss = self.label_loss(output, batch.labels)
-        # The difference of two similar numbers: computed in float32 at any precision.
+        # A difference of two similar numbers loses its digits in half precision.
         with torch.autocast(output.device.type, enabled=False):
             target = self._soften(batch.target.float())
             teacher_loss = self.teacher_loss(output.float(), target) - self._entropy(target)
@@ -91,13 +91,13 @@ class CrossModelDistillation(Objective):
         """Return the mean of labels and teacher, weighted as the losses, and the teacher's mean entropy."""
         assert batch.labels is not None
         teacher = self._soften(batch.target.float())
-        target = self.share * self.label_loss.mean_target(batch.labels) + (1 - self.share) * teacher.mean(dim=0)
+        target = self.share * self.label_loss.compute_mean_target(batch.labels) + (1 - self.share) * teacher.mean(dim=0)
         return {"target": target, "teacher_entropy": self._entropy(teacher)}
 
     def constant_loss(self, means: Mapping[str, Tensor]) -> float | None:
         """Return the loss of one output for all clips, the best one for labels and teacher together."""
-        both = self.label_loss.constant_loss(means["target"])
-        return None if both is None else both - (1 - self.share) * float(means["teacher_entropy"])
+        total = self.label_loss.constant_loss(means["target"])
+        return None if total is None else total - (1 - self.share) * float(means["teacher_entropy"])
 
     def _soften(self, target: Tensor) -> Tensor:
         """Return psi(Zt / tau) for psi(Zt), (B, C) each; stored softmax probabilities are scaled to sum to one."""

@@ -31,7 +31,7 @@ class _SoftCrossEntropy(nn.CrossEntropyLoss):
         return super().forward(output, to_distribution(target))
 
 
-# name in a configuration → loss, output of the model that it needs
+# name in a configuration → loss, required output of the model
 LOSSES: dict[str, tuple[type[nn.Module], Outputs]] = {
     "BCELoss": (_SoftBCE, "probabilities"),
     "BCEWithLogitsLoss": (nn.BCEWithLogitsLoss, "logits"),
@@ -49,11 +49,11 @@ class ClassLoss:
 
     Args:
         loss: its name.
-        loss_args: its arguments, as `torch.nn` spells them. `reduction: none` is averaged over everything.
+        loss_args: its arguments, as `torch.nn` spells them. `reduction: none` is averaged over clips and classes.
         label_smoothing: weight of the uniform target: 0.5, or 1/C under softmax.
 
     Attributes:
-        outputs: the output of the model that it needs.
+        outputs: the required output of the model.
         activation: from logits to probabilities.
 
     Raises:
@@ -79,13 +79,13 @@ class ClassLoss:
     def _smooth(self, target: Tensor) -> Tensor:
         if not self.label_smoothing:
             return target
-        if self.activation == "softmax":  # first to a distribution, of which a part is then spread evenly
+        if self.activation == "softmax":  # smoothing mixes two distributions, so the target must be one
             target = to_distribution(target)
-        even = 1 / target.shape[1] if self.activation == "softmax" else 0.5
-        return target + self.label_smoothing * (even - target)
+        uniform = 1 / target.shape[1] if self.activation == "softmax" else 0.5
+        return target + self.label_smoothing * (uniform - target)
 
-    def mean_target(self, target: Tensor) -> Tensor:
-        """Return the mean of `target` (B, C) over clips as the loss compares it with an output, (C,)."""
+    def compute_mean_target(self, target: Tensor) -> Tensor:
+        """Return the mean over clips of the smoothed and scaled `target` (B, C): (C,)."""
         target = self._smooth(target.float())
         return (to_distribution(target) if self.activation == "softmax" else target).mean(dim=0)
 
@@ -97,10 +97,10 @@ class ClassLoss:
         """
         if self.loss_args.get("reduction", "mean") == "sum" or self.loss_args.keys() - {"reduction"}:
             return None
-        return mean_entropy(mean_target.double(), self.activation)
+        return compute_mean_entropy(mean_target.double(), self.activation)
 
 
-def mean_entropy(target: Tensor, activation: str) -> float:
+def compute_mean_entropy(target: Tensor, activation: str) -> float:
     """Return the entropy of a mean target (C,): the mean over classes, or of the distribution under softmax.
 
     Under softmax a mean target sums to less than one if clips have no label; the best output is scaled to one.
@@ -126,9 +126,9 @@ class TargetSettings:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        self.class_loss()  # raises before data are opened
+        self.build_class_loss()  # raises before data are opened
 
-    def class_loss(self) -> ClassLoss:
+    def build_class_loss(self) -> ClassLoss:
         """Build the loss."""
         return ClassLoss(self.loss, self.loss_args, self.label_smoothing)
 
@@ -141,12 +141,12 @@ class TargetLoss(Objective):
 
     def __init__(self, settings: TargetSettings, student: AudioTagger, facts: TrainingFacts) -> None:
         super().__init__(settings, student, facts)
-        self.class_loss = settings.class_loss()
+        self.class_loss = settings.build_class_loss()
 
     @classmethod
     def needs(cls, settings: TargetSettings) -> Needs:
-        """Targets of classes, of labels or of a teacher."""
-        loss = settings.class_loss()
+        """Return: targets of classes, from labels or a teacher."""
+        loss = settings.build_class_loss()
         return Needs("classes", loss.outputs, loss.activation, teacher="optional")
 
     def forward(self, student: AudioTagger, batch: Batch) -> dict[str, Tensor]:
@@ -154,8 +154,8 @@ class TargetLoss(Objective):
         return {"loss": self.class_loss(student.forward_spectrogram(batch.mel, batch.n_frames), batch.target)}
 
     def target_statistics(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the mean target (C,) as the loss compares it with."""
-        return {"target": self.class_loss.mean_target(batch.target)}
+        """Return the mean target (C,), smoothed and scaled as in the loss."""
+        return {"target": self.class_loss.compute_mean_target(batch.target)}
 
     def constant_loss(self, means: Mapping[str, Tensor]) -> float | None:
         """Return the entropy of the mean target."""

@@ -9,7 +9,7 @@ import pytest
 from audio.dataset import Pack
 from audio.shards import ShardWriter
 from common.errors import UserError
-from distill.embeddings import EmbeddingStore, StoredEmbeddings, clip_embeddings
+from distill.embeddings import EmbeddingStore, StoredEmbeddings, compute_clip_embeddings
 
 RATE, WIDTH = 8000, 3
 
@@ -65,7 +65,7 @@ def test_every_item_gets_its_own_row_from_any_part_and_epoch(pack, tmp_path):
 
 def test_a_clip_is_the_mean_of_its_chunks_by_their_length(pack, tmp_path):
     store = make(tmp_path / "s")
-    found = clip_embeddings(store, pack)
+    found = compute_clip_embeddings(store, pack)
     b = (value(1, 1) + value(1, 2) + 0.5 * value(1, 3)) / 2.5
     np.testing.assert_allclose(found, np.stack([value(1, 0), b, value(1, 4)]), rtol=1e-6)
     assert found.dtype == np.float32
@@ -74,7 +74,7 @@ def test_a_clip_is_the_mean_of_its_chunks_by_their_length(pack, tmp_path):
 def test_clips_without_an_embedding_are_named(pack, tmp_path):
     store = make(tmp_path / "s", parts=((0, 1, 2, 3),), epochs=1)
     with pytest.raises(UserError, match=r"lacks the embeddings of 1 of the 3 clips of .*p\.tsv: c\.wav"):
-        clip_embeddings(store, pack)
+        compute_clip_embeddings(store, pack)
 
 
 def test_a_store_that_lacks_a_part_or_mixes_teachers_is_refused(tmp_path):
@@ -83,7 +83,7 @@ def test_a_store_that_lacks_a_part_or_mixes_teachers_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"epoch 2 lacks the file of part 1; run save_logits\.py again"):
         EmbeddingStore(tmp_path / "s")
     store = make(tmp_path / "t")
-    table = store.rows(1).iloc[3:]
+    table = store.read_rows(1).iloc[3:]
     EmbeddingStore.write(tmp_path / "t", 1, 1, table, embedding=np.zeros((2, 9)), seeds=np.zeros(2))
     with pytest.raises(UserError, match=r"shapes \(3,\), \(9,\); expected one width"):
         EmbeddingStore(tmp_path / "t")

@@ -1,7 +1,7 @@
 """Cross-model distillation: the published formula, written out with logits and plain sums."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -9,9 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import UserError
-from distill.objectives import Needs, Objective, register_objective
+from distill.objectives import Needs, Objective, list_objectives, plan_objective, register_objective
+from distill.replay import Replay
+from models import create_model
 from tests.batches import make_batch
 from tests.objectives import build_objective, define_objective, losses_of, needs_of
+from training.loss_module import LossModule
 
 LOSSES = ("BCEWithLogitsLoss", "BCELoss", "CrossEntropyLoss")
 
@@ -162,6 +165,7 @@ def test_an_objective_takes_what_it_has_settings_for_of_what_is_offered():
     ("needs", "sentence"),
     [
         ({"targets": "class"}, "targets is 'class'; expected 'classes', 'embeddings', 'none'"),
+        ({"targets": "none", "output": "logit"}, "output is 'logit'; expected 'logits', 'probabilities', None"),
         ({"targets": "none", "teacher": "yes"}, "teacher is 'yes'; expected 'no', 'optional', 'required', 'online'"),
         ({"targets": "none", "teacher": "required", "teacher_layers": (1,)}, 'set teacher="online"'),
     ],
@@ -179,3 +183,37 @@ def test_an_incomplete_objective_cannot_be_registered():
             @classmethod
             def needs(cls, settings):
                 return Needs("none")
+
+
+def test_an_objective_needs_a_base_class_needs_and_defaults():
+    with pytest.raises(TypeError, match="objective plain: expected a subclass of Objective, got <class 'object'>"):
+        register_objective("plain")(object)
+
+    @dataclass(frozen=True)
+    class Required:
+        decay: float
+        weights: list = field(default_factory=list)
+
+    class Unfinished(Objective):
+        Settings = Required
+
+        def forward(self, student, batch):
+            return {}
+
+    with pytest.raises(TypeError, match=r"Unfinished lacks needs, a default of the setting decay$"):
+        register_objective("unfinished")(Unfinished)
+    assert not {"plain", "unfinished"} & set(list_objectives())
+
+
+@pytest.mark.parametrize(
+    ("result", "found"),
+    [({"loss_labels": torch.zeros(())}, r"the keys \['loss_labels'\]"), (torch.zeros(()), "Tensor")],
+)
+def test_losses_without_loss_are_reported(result, found):
+    define_objective("without_loss", Needs("none"), lambda objective, student, batch: result)
+    model = create_model("audiotransformer_pico", num_classes=0, depth=1)
+    plan = plan_objective("without_loss")
+    losses = LossModule(model, plan.build(model), plan.needs, Replay(), None)
+    batch = make_batch(waveforms={model.sample_rate: torch.zeros(1, model.sample_rate)})
+    with pytest.raises(TypeError, match=rf"forward: expected a dict with the key 'loss', got {found}"):
+        losses(batch)

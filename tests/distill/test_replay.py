@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from distill.replay import FrequencyMasking, Replay, Shift, TimeMasking, epoch_seeds
+from distill.replay import FrequencyMasking, Replay, Shift, TimeMasking, draw_epoch_seeds
 from models import create_model
 
 CED = {
@@ -248,9 +248,9 @@ def test_a_share_is_a_number_from_0_to_1(share):
 
 
 def test_seeds_are_a_function_of_item_and_epoch_whatever_the_split():
-    whole = epoch_seeds(42, 3, 100)
-    assert np.array_equal(epoch_seeds(42, 3, 40, first=60), whole[60:])
-    assert not np.array_equal(epoch_seeds(42, 4, 100), whole)
+    whole = draw_epoch_seeds(42, 3, 100)
+    assert np.array_equal(draw_epoch_seeds(42, 3, 40, first=60), whole[60:])
+    assert not np.array_equal(draw_epoch_seeds(42, 4, 100), whole)
     assert whole.dtype == np.int32
     assert (whole >= 0).all()
     assert len(set(whole.tolist())) == 100

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill.clusters import compute_balance
-from distill.objectives.embedding import KINDS, contrast
+from distill.objectives.embedding import KINDS, compute_contrastive_loss
 from tests.batches import make_batch
 from tests.objectives import build_objective, losses_of
 
@@ -30,7 +30,7 @@ def test_clips_of_one_cluster_leave_the_denominator_altogether():
     p, t = (torch.randn(8, 5, generator=generator) for _ in range(2))
     cluster = torch.tensor([0, 0, 1, 1, 1, 2, 2, 0])
     for temperature in (0.07, 1.0):
-        found = contrast(p, t, temperature, cluster).item()
+        found = compute_contrastive_loss(p, t, temperature, cluster).item()
         assert found == pytest.approx(double_loop(p, t, cluster, temperature), rel=1e-5)
         assert abs(found - double_loop(p, t, cluster, temperature, leak=True)) > 5e-3
 
@@ -43,7 +43,7 @@ def test_a_masked_pair_pushes_nothing():
     gradients = []
     for other in (t, torch.cat([t[:1], 9 - t[1:2], t[2:]])):  # the teacher of clip 1, in clip 0's cluster, is another
         own = p.clone().requires_grad_()
-        contrast(own, other, 0.1, cluster).backward()
+        compute_contrastive_loss(own, other, 0.1, cluster).backward()
         gradients.append(own.grad)
     assert torch.equal(gradients[0][0], gradients[1][0])
     assert not torch.equal(gradients[0][2], gradients[1][2])
@@ -52,7 +52,7 @@ def test_a_masked_pair_pushes_nothing():
 def test_a_batch_of_one_cluster_or_of_one_clip_has_no_negatives_and_costs_nothing():
     p = torch.randn(4, 5).requires_grad_()
     for n in (4, 1):
-        loss = contrast(p[:n], torch.randn(n, 5), 0.07, torch.zeros(n, dtype=torch.int64))
+        loss = compute_contrastive_loss(p[:n], torch.randn(n, 5), 0.07, torch.zeros(n, dtype=torch.int64))
         loss.backward()
         assert loss.item() == 0
         assert p.grad.abs().max() == 0

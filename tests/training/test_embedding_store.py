@@ -120,7 +120,7 @@ def test_a_tail_without_a_row_is_left_out_of_the_store(pack, tmp_path):
     store = EmbeddingStore(
         StoreWriter(settings, pack, EmbeddingContent(open_embedder(settings, pack), 5), tmp_path / "s").save()
     )
-    assert store.rows(1)["start"].round(3).tolist() == [0.0, 0.4] * 28
+    assert store.read_rows(1)["start"].round(3).tolist() == [0.0, 0.4] * 28
     np.testing.assert_array_equal(store.read(1)[2:4], [[10, 11], [12, 13]])
 
 

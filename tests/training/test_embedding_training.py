@@ -50,7 +50,7 @@ def store(tone_pack, teacher, tmp_path_factory):
     """Its embeddings of the tones, and clusters of very unlike sizes: the pitch of clips 0 to 3, and all else."""
     folder = tmp_path_factory.mktemp("store")
     store = store_embeddings(load_model(teacher), Pack.open(tone_pack), folder, num_workers=0)
-    write_clusters(folder / "clusters_k2.parquet", store.rows(1), (np.arange(28) < 4).astype(int), {"k": 2})
+    write_clusters(folder / "clusters_k2.parquet", store.read_rows(1), (np.arange(28) < 4).astype(int), {"k": 2})
     return folder
 
 

@@ -262,7 +262,7 @@ def test_pickles_hold_what_they_were_given():
         "nested": ({"é": [None, True, False]}, (), [], {}, {"a", "b"}),
     }
     assert pickle.loads(dump(value)) == value
-    with pytest.raises(TypeError, match="bytes cannot be written"):
+    with pytest.raises(TypeError, match="bytes cannot be pickled"):
         dump([b"x"])
 
 

@@ -14,7 +14,7 @@ from audio.dataset import Pack
 from audio.shards import Shard, ShardWriter
 from common.errors import UserError
 from distill.embeddings import EmbeddingStore, StoredEmbeddings
-from distill.sound_check import COMPARED, fingerprint
+from distill.sound_check import COMPARED, compute_fingerprint
 from distill.targets import SoftTargetStore, StoredTargets
 from models import Ensemble, create_model
 from training.config import SoftTargetConfig
@@ -79,7 +79,7 @@ def match(folder: Path, pack: Pack, **options) -> StoredTargets:
 
 
 def test_a_store_keeps_length_and_hash_of_each_chunk(original):
-    rows = SoftTargetStore(original / "store").rows(1)
+    rows = SoftTargetStore(original / "store").read_rows(1)
     shard = Shard(original / "pack/hdf5/x_0.h5")
     assert len(rows) == 220  # 1.6 s to 2.35 s are two chunks of 1 s (tails below 0.5 s are left out), 2.6 s three
     for row in rows.iloc[[0, 1, 99, -1]].itertuples():
@@ -103,7 +103,7 @@ def test_another_length_is_refused_with_clip_found_and_requested(there):
         match(there, pack)
     text = str(caught.value)
     assert "of 100 clips whose lengths were compared, 1 differ" in text
-    assert "s/007.wav (found 2.100 s (33601 samples), wanted 2.100 s (33600))" in text
+    assert "s/007.wav (found 2.100 s (33601 samples), expected 2.100 s (33600))" in text
     assert "delete the folder and run save_logits.py" in text
     assert "check_sounds: none" in text
 
@@ -126,7 +126,7 @@ def test_one_bit_anywhere_is_seen_in_a_small_store_and_by_all_in_a_large_one(the
     store = SoftTargetStore(there / "store")
     chosen = np.unique(np.linspace(0, 219, COMPARED).round().astype(int))
     unseen = next(row for row in range(220) if row not in chosen)
-    row = store.rows(1).iloc[unseen]
+    row = store.read_rows(1).iloc[unseen]
     changed = altered(pack, int(row["filename"][2:5]), round(row["start"] * RATE))
     pack = write_pack(there / "pack", changed)
     with pytest.raises(UserError, match=rf"1 differ: {row['filename']}"):
@@ -157,7 +157,7 @@ def test_embeddings_are_checked_alike(there, teacher):
     save(pack, teacher, there / "embeddings", "embeddings")
     assert StoredEmbeddings(EmbeddingStore(there / "embeddings"), pack).n_clips == N
     changed = write_pack(there / "pack", altered(pack, 0, 5))
-    with pytest.raises(UserError, match="has other sounds than those that the embeddings"):
+    with pytest.raises(UserError, match="has other sounds than those of the embeddings"):
         StoredEmbeddings(EmbeddingStore(there / "embeddings"), changed)
 
 
@@ -171,7 +171,7 @@ def test_saving_goes_on_with_the_same_sounds_alone(tmp_path, teacher, layout):
         other = write_pack(tmp_path / "pack", changed, n=10)
         with pytest.raises(UserError, match="was started with other sounds than") as caught:
             save(other, teacher, tmp_path / "store", epochs=3, layout=layout)
-        assert "delete the folder to save the soft targets anew" in str(caught.value)
+        assert "delete the folder to save the soft targets again" in str(caught.value)
     assert (tmp_path / "store/logits_ep1_0.h5").read_bytes() == written
     assert not (tmp_path / "store/logits_ep3_0.h5").exists()
 
@@ -189,7 +189,7 @@ def test_a_folder_begun_by_an_earlier_version_goes_on(tmp_path, teacher):
 
 def test_a_fingerprint_is_of_lengths_and_samples(tmp_path):
     pack = write_pack(tmp_path / "a")
-    found = fingerprint(pack)
-    assert fingerprint(write_pack(tmp_path / "b")) == found
-    assert fingerprint(write_pack(tmp_path / "b", altered(pack, 99, 0))) != found
-    assert fingerprint(write_pack(tmp_path / "b", {50: np.zeros(5, np.int16)})) != found
+    found = compute_fingerprint(pack)
+    assert compute_fingerprint(write_pack(tmp_path / "b")) == found
+    assert compute_fingerprint(write_pack(tmp_path / "b", altered(pack, 99, 0))) != found
+    assert compute_fingerprint(write_pack(tmp_path / "b", {50: np.zeros(5, np.int16)})) != found

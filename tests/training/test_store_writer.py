@@ -85,7 +85,7 @@ def test_the_layout_is_the_published_one_with_a_readable_meta(tone_pack, pack, t
         "topk_indexes": (np.int16, (28, 5)),
         "seeds": (np.int32, (28,)),
     }
-    rows = SoftTargetStore(tmp_path).rows(1)
+    rows = SoftTargetStore(tmp_path).read_rows(1)
     assert rows["filename"].tolist() == pack.names
     assert rows["end"].tolist() == [1.0] * 28
     meta = json.loads((tmp_path / "meta.json").read_text())
