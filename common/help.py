@@ -8,8 +8,6 @@ from pydantic import BaseModel
 
 from common.keys import describe_keys
 
-_MAX_OPTIONAL = 3  # arguments with a default that a synopsis shows
-
 
 def describe_commands(group: type, program: str) -> str:
     """Return the help of a class whose methods are commands: the summary of each, and the class's docstring."""
@@ -46,11 +44,9 @@ def list_commands(group: type) -> Mapping[str, Callable[..., Any]]:
 
 
 def list_positional(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Return the positional arguments as a synopsis shows them; of many with defaults, only the others."""
-    positional = {name: each.default is each.empty for name, each in parameters.items() if is_positional(each)}
-    optional = [name for name, required in positional.items() if not required]
-    names = [name for name in positional if len(optional) <= _MAX_OPTIONAL or name not in optional]
-    return [f"[{name.upper()}]" if name in optional else name.upper() for name in names]
+    """Return the positional arguments as a synopsis shows them."""
+    positional = {name.upper(): each.default is each.empty for name, each in parameters.items() if is_positional(each)}
+    return [name if is_required else f"[{name}]" for name, is_required in positional.items()]
 
 
 def is_positional(parameter: inspect.Parameter) -> bool:

@@ -70,24 +70,6 @@ def describe_keys(model: type[BaseModel], width: int = 100) -> str:
     return "\n".join(lines[1:])
 
 
-def check_value_given(model: type[BaseModel], name: str, value: Any) -> Any:
-    """Return the value of a key, unless it is the true that Fire makes of `--epochs` without a value.
-
-    Raises:
-        ValueError: it is true, and the key does not take booleans.
-    """
-    if value is True and not takes_bool(model.model_fields[name].annotation):
-        raise ValueError(f"given without a value; write --{name} VALUE")
-    return value
-
-
-def takes_bool(annotation: Any) -> bool:
-    """Whether a type includes booleans."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return any(map(takes_bool, get_args(annotation)))
-    return annotation in (bool, Any)
-
-
 def _read_comments(model: type[BaseModel]) -> dict[str, tuple[str, str]]:
     """Return the group and the meaning of each key of a class, from the comments of its source and of its bases."""
     comments: dict[str, tuple[str, str]] = {}

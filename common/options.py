@@ -9,7 +9,7 @@ import itertools
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pydantic.fields import FieldInfo
 
 from common.errors import Faults, UserError, did_you_mean
-from common.keys import check_value_given, describe_field, list_keys
+from common.keys import describe_field, list_keys
 
 OptionsT = TypeVar("OptionsT", bound="Options")
 # r, [r, inflect], a number for each block, or {r: ..., proportional: false}: see models/token_merging.py
@@ -39,7 +39,10 @@ class Options(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _has_value(cls, value: Any, info: ValidationInfo) -> Any:
-        return check_value_given(cls, str(info.field_name), value)
+        field = cls.model_fields[str(info.field_name)]  # Fire reads `--epochs` without a value as true
+        if value is True and not (_takes(field, bool) or _takes(field, Any)):
+            raise ValueError(f"given without a value; write --{info.field_name} VALUE")
+        return value
 
     def conflicts(self) -> Iterator[str]:
         """Yield a sentence for each group of options that cannot be given together."""
@@ -87,7 +90,6 @@ def read_options(
         types_of = {name: field.annotation for name, field in kind.model_fields.items()}
         given = {name: parse_value(value, types_of.get(name, Any)) for name, value in given.items()}
     valid = dict(given)
-    options = None
     try:
         options = kind(**valid)
     except ValidationError as error:
@@ -135,7 +137,6 @@ def parse_arguments(
     kind: type[OptionsT],
     description: str,
     words: Sequence[str] | None = None,
-    check: Callable[[OptionsT], None] | None = None,
 ) -> OptionsT:
     """Read the options of a script from its command line.
 
@@ -147,7 +148,6 @@ def parse_arguments(
         kind: the class of options.
         description: what the command does.
         words: of the command line; `sys.argv[1:]` by default.
-        check: further checks, which raise `UserError`.
     """
     parser = _create_parser(kind, description)
     words = sys.argv[1:] if words is None else words
@@ -166,15 +166,11 @@ def parse_arguments(
         else:
             given[name.lstrip("-")] = True
     options = read_options(kind, given, faults)
-    if options is not None and check is not None and not faults.sentences:
-        with faults.noted():
-            check(options)
     try:
-        if len(faults.sentences) == 1:
-            raise UserError(faults.sentences[0])
         faults.raise_if_any()
     except UserError as error:
-        parser.exit(2, f"error: {error}; {parser.prog} --help lists all options\n")
+        message = faults.sentences[0] if len(faults.sentences) == 1 else error
+        parser.exit(2, f"error: {message}; {parser.prog} --help lists all options\n")
     assert options is not None
     return options
 

@@ -3,14 +3,15 @@
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError
 
-from common.keys import Key, check_value_given, describe_keys, list_keys
+from common.keys import Key, describe_keys, list_keys
+from common.options import Options
 from probing.options import ProbeOptions
 from training.config import SoftTargetConfig, TrainConfig
 
 
-class Small(BaseModel):
+class Small(Options):
     """A configuration."""
 
     # --- the first group; with words
@@ -24,11 +25,6 @@ class Small(BaseModel):
     share: float = Field(gt=0)  # of the whole
     args: dict[str, Any] = {}
     on: bool | str = True  # or text
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _has_value(cls, value: Any, info: Any) -> Any:
-        return check_value_given(cls, info.field_name, value)
 
 
 def test_keys_have_the_meaning_that_stands_beside_them():
