@@ -119,7 +119,8 @@ def test_an_exported_head_tags_as_the_model_with_it_does(lists, tone_pack, tmp_p
     words = ["--waveform", "--precision", "fp32", "--output", str(tmp_path / "tones.onnx")]
     export_onnx.main(["-m", "embeds.pt", "--head", "tones", *words, "--calibrate", lists["test"]])
     lines = capsys.readouterr().out.splitlines()
-    values = [float(line.split()[-3 - line.endswith("onnx")]) for line in lines if "fp32" in line]
+    rows = [line.removeprefix("PyTorch ").split() for line in lines if line.startswith(("PyTorch fp32", "fp32 "))]
+    values = [float(row[1]) for row in rows]
     found = []
     for number, model in enumerate((["-m", str(tmp_path / "tones.onnx")], ["-m", "embeds.pt", "--head", "tones"])):
         target = tmp_path / f"{number}.csv"
@@ -170,18 +171,21 @@ def test_wrong_use_ends_with_a_message(lists, tmp_path, capsys):
     test = {"test_data": lists["test"], "num_workers": 0, "device": "cpu"}
     for words, sentence in (
         ({"experiment": "embeds.pt", "head": "tone"}, "no head is called 'tone' (did you mean 'tones'?)"),
-        ({"experiment": "embeds.pt", "head": "wide"}, "the head reads embeddings of 961 numbers, 'mn01_as' gives"),
+        (
+            {"experiment": "embeds.pt", "head": "wide"},
+            "the head takes embeddings of width 961, those of 'mn01_as' have 96",
+        ),
         ({"experiment": "tagger.onnx", "head": "tones"}, "tagger.onnx has no embeddings for --head"),
         ({"experiment": "embeds.pt", "hed": "tones"}, "unknown option --hed (did you mean 'head'?)"),
     ):
         assert sentence in refused(capsys, Runner().evaluate, **words, **test)
     text = refused(capsys, export_onnx.main, ["-m", "embeds.pt", "--output", str(tmp_path / "x.onnx")])
-    assert "embeds.pt: mn01_as embeds sounds and has no classes" in text
+    assert "embeds.pt: mn01_as only embeds and has no classes" in text
     config = write_config(tmp_path / "targets.yaml", lists)
     text = refused(capsys, save_logits, config, model=["embeds.pt", "embeds.pt"], head="tones")
-    assert "found 1 heads for 2 models; give a list with a head for each model, in order, null" in text
+    assert "number of heads: 1, of models: 2; give a list with a head for each model, in order, null" in text
     text = refused(capsys, save_logits, config, m="embeds.pt", head=["tones", None])
-    assert "1 model and 2 heads are given" in text
+    assert "number of heads: 2, of models: 1" in text
     text = refused(capsys, save_logits, config, m="embeds.pt", head="tones", targets="embeddings")
     assert "head is for probabilities" in text
     train = tmp_path / "train.yaml"

@@ -34,7 +34,7 @@ def load_teacher(
     head_names: Sequence[str | None] = [heads] if isinstance(heads, str) else heads or [None] * len(names)
     if len(head_names) != len(names):
         raise UserError(
-            f"found {len(head_names)} heads for {len(names)} models; give a list with a head for each model, in "
+            f"number of heads: {len(head_names)}, of models: {len(names)}; give a list with a head for each model, in "
             "order, null for the model's own classes"
         )
     with torch.random.fork_rng(devices=[]):

@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_reported(configure, checkpoints, tone_pack, tmp_pa
 
 
 def test_members_with_other_labels_do_not_vote_together(checkpoints):
-    with pytest.raises(UserError, match="part at class 6"):
+    with pytest.raises(UserError, match="differ from class 6"):
         load_teacher([str(checkpoints / "ced.pt"), str(checkpoints / "others.pt")])
 
 

@@ -62,7 +62,7 @@ def test_of_a_list_each_model_has_its_own_head_or_none(work):
     assert teacher.describe()[1] == load_teacher("tags.pt").describe()[0]
     assert "head" not in teacher.describe()[1]
     assert teacher.activations == {"sigmoid"}
-    with pytest.raises(UserError, match="found 1 heads for 2 models; give a list with a head for each model"):
+    with pytest.raises(UserError, match="number of heads: 1, of models: 2; give a list with a head for each model"):
         load_teacher(["ced.pt", "tags.pt"], heads="sigmoid")
     with pytest.raises(UserError, match="found 3 heads for 2 models"):
         load_teacher(["ced.pt", "tags.pt"], heads=["sigmoid", None, None])
