@@ -64,7 +64,7 @@ def test_of_a_list_each_model_has_its_own_head_or_none(work):
     assert teacher.activations == {"sigmoid"}
     with pytest.raises(UserError, match="number of heads: 1, of models: 2; give a list with a head for each model"):
         load_teacher(["ced.pt", "tags.pt"], heads="sigmoid")
-    with pytest.raises(UserError, match="found 3 heads for 2 models"):
+    with pytest.raises(UserError, match="number of heads: 3, of models: 2"):
         load_teacher(["ced.pt", "tags.pt"], heads=["sigmoid", None, None])
 
 
@@ -101,9 +101,9 @@ def test_a_run_does_not_go_on_with_a_head_that_was_trained_anew(configure, work)
     ("changes", "sentences"),
     [
         ({}, ["has softmax outputs", "for sigmoid; set loss: CrossEntropyLoss"]),
-        ({"teacher_head": "cnn", "loss": "CrossEntropyLoss"}, ["the head reads embeddings of 96 numbers"]),
+        ({"teacher_head": "cnn", "loss": "CrossEntropyLoss"}, ["the head takes embeddings of width 96"]),
         ({"teacher_head": "cet"}, ["teacher: no head is called 'cet' (did you mean 'ced'?)"]),
-        ({"teacher": ["ced.pt", "ced.pt"]}, ["teacher: found 1 heads for 2 models"]),
+        ({"teacher": ["ced.pt", "ced.pt"]}, ["teacher: number of heads: 1, of models: 2"]),
         ({"teacher": None}, ["teacher_head is given without teacher, the model that it belongs to; add it"]),
         ({"objective": "cosine"}, ["teacher_head is for probabilities, but objective cosine learns"]),
         ({"head": "ced"}, ["unknown key 'head'", "teacher_head is the head of its teacher"]),
