@@ -215,7 +215,7 @@ COMMANDS = {
     "a list as a configuration": ("run.py train single.tsv", ["is a list of sounds", "trainconfig/own_teacher.yaml"]),
     "a folder as a configuration": (
         "run.py train ROOT/trainconfig",
-        ["a folder; wanted a file of it: ", "own_student.yaml"],
+        ["a folder; expected a file of it: ", "own_student.yaml"],
     ),
     "YAML with a hole": ("run.py train broken.yaml", ["it is no YAML: line ", "expected ',' or ']'"]),
     "YAML of another kind": ("run.py train list.yaml", ["holds list, not a mapping"]),

@@ -410,7 +410,7 @@ def test_what_is_no_waveform_is_reported(folder, sound, rate, sentence):
 
 def test_what_is_no_spectrogram_is_reported(folder):
     hf, _ = loaded(folder)
-    with pytest.raises(ValueError, match="wanted spectrograms"):
+    with pytest.raises(ValueError, match="expected spectrograms"):
         hf(torch.zeros(2, 16000))
     with pytest.raises(ValueError, match=r"\(2, 64, 101\); expected spectrograms \(batch, frames, 64 mel bands\)"):
         hf(torch.zeros(2, 64, 101))

@@ -241,7 +241,7 @@ def test_tensors_of_another_network_are_reported(folder, tmp_path):
     (tmp_path / "hf" / "config.json").write_text((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
     save_file({key: value for key, value in tensors.items() if "stem" not in key}, tmp_path / "hf/model.safetensors")
-    with pytest.raises(UserError, match="wanted those of ResNet-10"):
+    with pytest.raises(UserError, match="expected those of ResNet-10"):
         load_model(tmp_path / "hf")
     tensors.pop("encoder.blocks.0.first.conv.weight")
     save_file(tensors, tmp_path / "hf/model.safetensors")
@@ -249,5 +249,5 @@ def test_tensors_of_another_network_are_reported(folder, tmp_path):
         load_model(tmp_path / "hf")
     given = json.loads((folder / "config.json").read_text()) | {"head": {"hidden_sizes": [], "dropout": 0, "facts": {}}}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(given))
-    with pytest.raises(UserError, match="wanted those of a head as well"):
+    with pytest.raises(UserError, match="expected those of a head as well"):
         load_model(tmp_path / "hf")

@@ -68,7 +68,7 @@ def test_every_published_option_is_kept(sounds: Path, capsys: pytest.CaptureFixt
         (["list.tsv", "out", "--stereo"], "add --layout clips"),
         (["absent.tsv", "out"], "absent.tsv: there is no such file"),
         (["list.tsv", "out", "--sample_rate", "0"], "sample_rate 0"),
-        (["list.tsv", "out", "--filename_column", "path"], "wanted 'path'"),
+        (["list.tsv", "out", "--filename_column", "path"], "expected 'path'"),
         (["gone.tsv", "out", "-n", "0"], "none of its 1 clips could be packed"),
     ],
 )

@@ -184,7 +184,7 @@ def test_samples_that_are_no_numbers_and_formats_that_are_none_are_sentences():
     tagger.push(np.zeros(RATE))
     with pytest.raises(UserError, match=r"not finite numbers after 1\.00 s"):
         tagger.push(np.array([np.nan]))
-    with pytest.raises(UserError, match=r"'s8'.*wanted one of u8, s16le"):
+    with pytest.raises(UserError, match=r"'s8'.*expected one of u8, s16le"):
         StreamDecoder(io.BytesIO(b""), Encoding(RATE, 1, "s8"))
     meter = Meter()
     meter.max_samples = RATE
