@@ -258,19 +258,19 @@ COMMANDS = {
     # --- models
     "a run that is not finished": (
         "run.py evaluate runs/mine/latest single.tsv",
-        ["is there once a run is finished", "2026-01-01"],
+        ["is created when a run finishes", "2026-01-01"],
     ),
     "runs of a configuration": (
         "run.py evaluate runs/done single.tsv",
-        ["holds runs; give one of them", "runs/done/latest"],
+        ["contains runs; give one of them", "runs/done/latest"],
     ),
     "a run without a checkpoint": (
         "run.py evaluate runs/mine/resnet10_small/2026-01-01_00-00-00_0 single.tsv",
         ["is a run without a checkpoint"],
     ),
     "a run misspelt": ("run.py evaluate runs/mien/latest single.tsv", ["no such file or folder", "'mine'"]),
-    "a sound as a model": ("run.py evaluate sound.wav single.tsv", ["sound.wav is a sound file, and no checkpoint"]),
-    "a configuration as a model": ("run.py evaluate mine.yaml single.tsv", ["is a text file, and no checkpoint"]),
+    "a sound as a model": ("run.py evaluate sound.wav single.tsv", ["sound.wav is a sound file, not a checkpoint"]),
+    "a configuration as a model": ("run.py evaluate mine.yaml single.tsv", ["is a text file, not a checkpoint"]),
     "a pack as a model": ("run.py evaluate pack.h5 single.tsv", ["is an HDF5 file, of packed sounds"]),
     "a name misspelt": ("run.py evaluate ced_tny single.tsv", ["no model of that name (did you mean 'ced_tiny'?)"]),
     "a head that is none": (
@@ -282,7 +282,7 @@ COMMANDS = {
         "run.py train mine.yaml --pretrained model.onnx",
         ["is an exported model", "checkpoint"],
     ),
-    "weights that are a sound": ("run.py train mine.yaml --weights sound.wav", ["is a sound file, and no checkpoint"]),
+    "weights that are a sound": ("run.py train mine.yaml --weights sound.wav", ["is a sound file, not a checkpoint"]),
     "a teacher that is none": ("run.py train mine.yaml --teacher ced_bse", ["teacher: ced_bse", "'ced_base'"]),
     "a store that is none": (
         "run.py train mine.yaml --logitspath nowhere",
@@ -347,8 +347,8 @@ COMMANDS = {
     "an export of nothing": ("export_onnx.py -m nowhere.pt", ["no such file or folder"]),
     "an export of an export": ("export_onnx.py -m model.onnx", ["is an exported model"]),
     "a model without -m": ("export_onnx.py model.pt", ["'model.pt' belongs to no option; a model is given with -m"]),
-    "no frames": ("export_onnx.py -m model.pt --max-frames 0", ["--max-frames must be above 0, not 0"]),
-    "a precision too small": ("export_onnx.py -m model.pt --precision int4", ["fp32, fp16, int8, not int4"]),
+    "no frames": ("export_onnx.py -m model.pt --max-frames 0", ["--max_frames is 0; expected whole number"]),
+    "a precision too small": ("export_onnx.py -m model.pt --precision int4", ["--precision is 'int4'"]),
     "a folder to pack": (
         "scripts/wavlist_to_hdf5.py empty data",
         ["is a folder; expected a list of sounds", "make_lists.py"],

@@ -189,4 +189,4 @@ def test_a_model_without_classes_embeds_and_reports_why_it_does_not_tag(model, t
         np.testing.assert_allclose(file["window/embedding"][0], expected, rtol=1e-3, atol=1e-3)
     assert capsys.readouterr().out == ""
     text = refused(capsys, Runner().evaluate, str(model), str(tone_pack))
-    assert f"`python run.py probe {model} --data PACK.tsv --name NAME` trains a head" in text
+    assert f"`python run.py probe {model} --data PACK.tsv --name NAME`" in text

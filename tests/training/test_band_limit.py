@@ -88,9 +88,9 @@ def test_clips_that_end_early_among_others_are_reported_with_what_to_do(tmp_path
 
     assert message("wide", wide, full) is None
     assert message("narrow", narrow, limited) is None
-    assert "its clips hold nothing above 4000 Hz" in message("narrow_full", narrow, full)
+    assert "its clips have no content above 4000 Hz" in message("narrow_full", narrow, full)
     mixed = message("mixed", narrow + wide, full)
-    assert "33% of its clips hold nothing above 4000 Hz" in mixed
+    assert "33% of its clips have no content above 4000 Hz" in mixed
     assert "--model_args.band_limit 3600" in mixed
 
 
@@ -210,7 +210,7 @@ def test_without_the_limit_tags_would_follow_the_resampler(recordings, versions,
     """What the others test is there to be seen: tens of points between resamplers, ten between packs and files."""
     full = train(tmp_path, recordings[0], model_args={"auto": True, "width": 4, "f_max": 8000})
     (log,) = tmp_path.rglob("train.log")
-    assert "nothing above 4000 Hz, but resnet10 takes mel bands up to 8000 Hz" in log.read_text()
+    assert "no content above 4000 Hz, but resnet10 has mel bands up to 8000 Hz" in log.read_text()
     pack, files = (versions["soxr"][0], versions["soxr"][1])
     wanted = tag_pack(full, pack)
     assert accuracy(wanted) > 75
@@ -244,7 +244,7 @@ def test_a_pack_of_a_lower_rate_than_a_model_makes_use_of_is_reported(versions, 
         evaluate_command(given, open_engine)
         return caplog.text
 
-    assert "is at 16000 Hz, but mn01_as takes mel bands up to 15000 Hz" in message()
+    assert "is at 16000 Hz, but mn01_as has mel bands up to 15000 Hz" in message()
     assert "mel bands" not in message(band_limit=7000.0)
 
 
