@@ -38,7 +38,7 @@ def read_manifest(
 ) -> pd.DataFrame:
     r"""Read a table with one clip a row.
 
-    Encodings, line ends, quotation marks and rows of another length are read as `audio.tables` says. AudioSet's own
+    Encodings, line ends, quotation marks and rows of another length are read by `audio.tables`. AudioSet's own
     lists of segments are read as lists of sounds, whatever the delimiter (`audio.audioset`).
 
     Args:
@@ -157,7 +157,7 @@ class NameIndex:
     The same relative path always wins, then the same in Unicode's composed form. Else a name with the same loosest
     spelling (see `spellings`) is taken when it is the only one, or when the folders single it out. Where folders
     disagree ("a/x.wav" for "b/x.wav") the stem counts only if no two names share a stem; two candidates that nothing
-    tells apart are no match.
+    distinguishes do not match.
 
     Args:
         names: the names to find; of equal ones the first is found.

@@ -33,7 +33,7 @@ from common.errors import Faults, UserError, some
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 1 << 24  # PyArrow wants every line to fit into one
+_BLOCK_BYTES = 1 << 24  # every line must fit into one block of PyArrow
 _MAX_LISTED = 20
 _UTF16 = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _UTF32 = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}

@@ -10,6 +10,7 @@ import re
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
@@ -20,11 +21,9 @@ from common.errors import Faults, UserError, did_you_mean
 from common.keys import describe_field, list_keys
 
 OptionsT = TypeVar("OptionsT", bound="Options")
-# r, [r, inflect], a number for each block, or {r: ..., proportional: false}: see models/token_merging.py
-MergingOption = int | list[int | float] | dict[str, Any] | None
 
-_NO_DEFAULTS = ("null", "false", "[]", "{}", '""')  # not worth a word in a list of options
-_TEXT = {str, Literal, type(None)}
+_NO_DEFAULTS = ("null", "false", "[]", "{}", '""')  # omitted from help
+_TEXT = {str, Path, Literal, type(None)}
 
 
 class Options(BaseModel):
@@ -34,11 +33,11 @@ class Options(BaseModel):
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ()  # given without a name, in this order; a list takes all that follow
     SHORT: ClassVar[Mapping[str, str]] = {}  # name → letter
-    SPELLING: ClassVar[str] = "--{}"  # how messages write a name
+    SPELLING: ClassVar[str] = "--{}"  # format of a name in messages
 
     @field_validator("*", mode="before")
     @classmethod
-    def _has_value(cls, value: Any, info: ValidationInfo) -> Any:
+    def _reject_missing_value(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[str(info.field_name)]  # Fire reads `--epochs` without a value as true
         if value is True and not (_takes(field, bool) or _takes(field, Any)):
             raise ValueError(f"given without a value; write --{info.field_name} VALUE")
@@ -59,16 +58,6 @@ class Options(BaseModel):
         meaning = next((key.meaning for key in list_keys(cls) if key.name == name), "")
         spelt = name.upper() if name in cls.POSITIONAL else cls.SPELLING.format(name)
         return f"{spelt} is missing: {meaning}"
-
-
-class ModelOptions(Options):
-    """The options of commands that run a model."""
-
-    SHORT: ClassVar[Mapping[str, str]] = {"model": "m"}
-
-    model: str = "ced_mini"  # name, checkpoint, folder of a run or of Hugging Face, or .onnx file
-    weights: str | None = None  # file or URL of the weights of a model given by name
-    head: str | None = None  # a head on the model's embeddings: a name in heads/, a published one, or a file
 
 
 def read_options(
@@ -95,7 +84,7 @@ def read_options(
     except ValidationError as error:
         for fault in error.errors():
             name = str(fault["loc"][0])
-            if name in valid or fault["type"] == "missing":  # else it is one more of a union's members
+            if name in valid or fault["type"] == "missing":  # one of several of a union's members
                 faults.add(_describe_fault(kind, fault, given))
             valid.pop(name, None)
         try:

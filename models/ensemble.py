@@ -143,9 +143,7 @@ class Ensemble(nn.Module):
             UserError: several members, an unknown layer, or clips of several lengths where the member does not mask
                 padding.
         """
-        mel, n_frames = spectrogram(self.single.front_end, batch)
-        self.single.check_lengths(mel, n_frames)
-        return self.single.encode(mel, n_frames, layers=layers)
+        return self.single.encode(*spectrogram(self.single.front_end, batch), layers=layers)
 
     def forward(self, waveforms: Mapping[int, Tensor], lengths: Mapping[int, Tensor] | None = None) -> Tensor:
         """Call `predict`."""

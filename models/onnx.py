@@ -237,12 +237,12 @@ def _trace(module: nn.Module, example: Tensor, name_in: str, name_out: str) -> o
         except torch.onnx.errors.OnnxExporterError as error:
             cause = str(error.__cause__ or error).strip().splitlines()[0]
             raise UserError(
-                f"the model cannot be traced for ONNX ({cause}): what its `forward_export` does must not depend on "
-                "the values that pass through it"
+                f"the model cannot be traced for ONNX ({cause}): `forward_export` must depend on shapes alone. Usual "
+                "causes are nn.LSTM and nn.GRU, conditions on values, and `len(x)` in place of `x.shape[0]`"
             ) from error
     assert program is not None
     graph = program.model_proto
-    # What is known of shapes misleads the quantiser, and the rest names lines of this machine's files.
+    # Recorded shapes mislead the quantiser; metadata and documentation name files of this machine.
     del graph.graph.value_info[:]
     for part in (*graph.graph.node, *graph.graph.input, *graph.graph.output, *graph.graph.initializer, graph.graph):
         del part.metadata_props[:]

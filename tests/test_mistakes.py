@@ -125,6 +125,7 @@ def test_clips_that_are_in_two_sets_are_reported(packs, tmp_path, capsys):
     train(packs, tmp_path / "runs", baseline=False, **{"model_args.width": 4})
     message = capsys.readouterr().err
     assert "8 clips are both in" in message
+    assert "so metrics on the latter are too good" in message
 
 
 def run_lists(monkeypatch, *words: str) -> None:

@@ -47,7 +47,7 @@ def expected(path, pack, setting):
 def refused(capsys, function, *arguments, **options):
     with pytest.raises(SystemExit) as stopped:
         function(*arguments, **options)
-    assert stopped.value.code in (1, 2)
+    assert stopped.value.code == (2 if "x" in (arguments[0] if arguments else []) else 1)
     return capsys.readouterr().err
 
 

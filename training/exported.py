@@ -69,7 +69,8 @@ def compare_engines(engines: Mapping[str, tuple[ExportedTagger, int]], data: Lab
         for row in range(len(data.pack)):
             clip = resample(data.pack.read(row), data.pack.sample_rate, engine.sample_rate)
             start = time.perf_counter()
-            scores[row] = engine.predict(_cut(clip, engine.max_samples)).mean(0)
+            parts = _cut(clip, engine.max_samples)
+            scores[row] = np.average(engine.predict(parts), axis=0, weights=[len(part) for part in parts])
             seconds += time.perf_counter() - start
         value = evaluate_scores(scores, data.multi_hot()).mAP
         loss = "" if reference is None else f"{100 * (reference - value):.2f}"

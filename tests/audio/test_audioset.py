@@ -66,7 +66,7 @@ def test_the_usual_names_of_a_segment_are_known(tmp_path: Path, name: str, is_it
     assert find_segments(table, ["other.wav", name]) == [1 if is_it else -1, -1, -1]
 
 
-def test_of_several_sounds_the_name_that_states_most_is_taken(tmp_path: Path) -> None:
+def test_of_several_sounds_the_name_with_most_details_is_used(tmp_path: Path) -> None:
     table = read_segments(path := write(tmp_path), path.read_bytes())
     assert find_segments(table, ["--PJHxphWEs.wav", "--PJHxphWEs_30.000.wav", "b/--PJHxphWEs_30.000.wav"])[0] == 1
 

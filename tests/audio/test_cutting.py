@@ -23,7 +23,7 @@ def test_chunks_are_those_of_ced() -> None:
     ]
 
 
-def test_short_tails_are_kept_when_requested_for() -> None:
+def test_short_tails_are_kept_on_request() -> None:
     chunks = Chunks.cut(np.array([149]), 10, 10.0, drop_short_tail=False)
     assert list(chunks) == [(0, 0, 100), (0, 100, 149)]
 

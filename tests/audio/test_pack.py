@@ -188,7 +188,7 @@ def test_a_failure_midway_leaves_the_earlier_pack_as_it_was(tmp_path: Path, monk
     assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.*")} == before
 
 
-def test_nothing_to_pack_leaves_nothing_and_states_where_it_looked(tmp_path: Path) -> None:
+def test_nothing_to_pack_leaves_nothing_and_reports_where_it_looked(tmp_path: Path) -> None:
     table, path = make_list(tmp_path, ["absent.wav", "gone.wav"])
     with pytest.raises(UserError, match=r"none of its 2 clips could be packed.*no such file.*searched in") as caught:
         pack(table, path, tmp_path / "out", "x", n_workers=2, progress=False)

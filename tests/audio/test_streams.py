@@ -171,7 +171,7 @@ def test_samples_that_begin_like_a_frame_are_samples() -> None:
         assert warnings == {}
 
 
-def test_what_an_option_states_is_raw_is_raw_unless_it_has_a_header() -> None:
+def test_what_an_option_declares_raw_is_raw_unless_it_has_a_header() -> None:
     data = without_xing(written("MP3"))
     data = data[: len(data) // 2 * 2]
     assert sum(len(block) for block, _ in decode_stream(data, is_raw=True)[0]) == len(data) // 2

@@ -1,12 +1,14 @@
 """Typed options: what a command line or a configuration becomes, and what is said of mistakes."""
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from pydantic import Field
 
 from common.errors import Faults
-from common.options import MergingOption, Options, parse_arguments, parse_value, read_options
+from common.options import Options, parse_arguments, parse_value, read_options
+from models.token_merging import MergingOption
 
 
 class Small(Options):
@@ -24,6 +26,7 @@ class Small(Options):
     quick: bool = False  # leave something out
     names: str | list[str] | None = None  # one or several
     merging: MergingOption = None  # of tokens
+    folder: Path | None = None  # for output
 
     def conflicts(self):
         """Yield a sentence for what cannot be combined."""
@@ -45,6 +48,8 @@ class Small(Options):
         ("-m x --widths null --kind csv", {"model": "x", "widths": None, "kind": "csv"}),
         ("-m x --names a,b", {"model": "x", "names": ["a", "b"]}),
         ("-m x --names 01", {"model": "x", "names": "01"}),
+        ("-m x --folder 2024", {"model": "x", "folder": Path("2024")}),
+        ("-m x --folder 2024-01-01,b", {"model": "x", "folder": Path("2024-01-01,b")}),
         ("-m x --merging 16", {"model": "x", "merging": 16}),
         ("-m x --merging 16,-1", {"model": "x", "merging": [16, -1]}),
     ],

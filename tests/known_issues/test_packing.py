@@ -118,7 +118,7 @@ def test_no_hdf5_handle_crosses_into_a_loader_worker(
     assert len(owners) == (1 if layout == "clips" else 0)
 
 
-def test_a_list_without_hdf5path_states_how_to_pack_it(tmp_path: Path) -> None:
+def test_a_list_without_hdf5path_is_reported_with_how_to_pack_it(tmp_path: Path) -> None:
     (tmp_path / "mine.tsv").write_text("filename\tlabels\na.wav\t1\n")
     with pytest.raises(UserError) as caught:
         Pack.open(tmp_path / "mine.tsv")

@@ -43,3 +43,20 @@ def test_a_missing_rate_is_reported():
         ensemble.predict({16000: torch.zeros(1, 100)})
     with pytest.raises(UserError, match=r"lengths at .* \[16000, 32000\] are missing"):
         ensemble.predict({16000: torch.zeros(1, 100), 32000: torch.zeros(1, 200)}, {})
+
+
+@torch.inference_mode()
+def test_layers_of_a_network_that_does_not_mask_padding_are_of_clips_of_one_length():
+    """Padding would be in its layers; a network that masks it gives each clip what it has alone."""
+    masking, other = members()
+    spectrogram = lambda front_end, batch: front_end.spectrogram(*batch)  # noqa: E731
+    waves, lengths = noise(64000).reshape(2, -1), torch.tensor([32000, 16000])
+    teacher = Ensemble([other])
+    with pytest.raises(UserError, match="mn01_as does not mask padding, so it cannot encode clips of several lengths"):
+        teacher.encode((waves, lengths), spectrogram, layers=(1,))
+    with pytest.raises(UserError, match="does not mask padding"):
+        other.encode(*other.front_end.spectrogram(waves, lengths))
+    whole = teacher.encode((waves, None), spectrogram, layers=(1,)).layers[1]
+    alone = teacher.encode((waves[1:], None), spectrogram, layers=(1,)).layers[1]
+    torch.testing.assert_close(whole[1:], alone, atol=1e-5, rtol=1e-4)
+    assert len(Ensemble([masking]).encode((waves, lengths), spectrogram).valid) == 2

@@ -60,7 +60,7 @@ def test_bare_published_weights_need_a_name(shared):
         load_model(weights)
 
 
-def test_offline_the_sentence_states_what_to_fetch_and_where_to_put_it(hub, tmp_path):
+def test_offline_the_message_has_what_to_fetch_and_where_to_put_it(hub, tmp_path):
     with pytest.raises(UserError) as error:
         load_model("ced_tiny")
     url = "https://zenodo.org/record/8275347/files/audiotransformer_tiny_mAP_4814.pt?download=1"

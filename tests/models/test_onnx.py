@@ -139,7 +139,7 @@ def test_inputs_are_free_in_batch_and_length_and_outputs_have_a_static_number_of
     assert isinstance(found.shape[0], str)
 
 
-def test_metadata_states_what_a_program_must_know(ced, files):
+def test_metadata_has_what_a_program_needs(ced, files):
     facts = metadata(files["waveform"]["int8"])
     assert facts["model_type"] == "CED"
     assert facts["version"] == "1.0"

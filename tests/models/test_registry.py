@@ -1,4 +1,5 @@
 import logging
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from common.errors import UserError
 from models import AudioTagger, create_model, list_models, load_model, register_model, save_checkpoint
 from models.base import Encoded
 from models.ced_mel import CedMel
+from tests.conftest import ROOT, run_command
 from tests.models.sounds import noise
 
 # Seconds to build and up to 300 MB to store; each is the twin of a model that is tested, but for its width or name.
@@ -132,3 +134,16 @@ def test_importing_and_creating_proves_nothing(caplog):
     with caplog.at_level(logging.DEBUG):
         create_model("audiotransformer_pico")
     assert not caplog.records
+
+
+def test_a_file_in_the_folder_of_models_is_found(tmp_path):
+    shutil.copytree(ROOT / "models", tmp_path / "models")
+    for name in ("common", "resources"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "models" / "tiny_resnet.py").write_text(
+        "from models.registry import register_model\nfrom models.resnet import ResNet10\n\n"
+        "@register_model()\ndef tiny_resnet(**arguments):\n    return ResNet10(width=4, **arguments)\n"
+    )
+    code = "from models import create_model; print(create_model('tiny_resnet', num_classes=3).num_classes)"
+    done = run_command("-c", code, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("3\n", "")

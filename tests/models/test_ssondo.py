@@ -199,7 +199,7 @@ def test_heads_old_and_new(student, tmp_path):
 
 
 @torch.inference_mode()
-def test_the_projection_of_a_published_checkpoint_is_kept_where_it_is_requested_for(student, tmp_path):
+def test_the_projection_of_a_published_checkpoint_is_kept_on_request(student, tmp_path):
     path = published(tmp_path / "student.ckpt", student, training_config("mn10_im", 6, width_mult=0.1))
     wave = noise(15 * RATE)
     segments, projected = get_ssondo(path, return_logits=True)(wave)

@@ -149,7 +149,7 @@ def test_schedules(setting, schedule):
 @pytest.mark.parametrize(
     "setting", [-1, 1.5, "8", [8, 2], [8, -1, 0], [1] * 11, [True], {"r": 8}, math.nan, [8, math.inf]]
 )
-def test_other_schedules_are_refused_with_what_is_requested(setting):
+def test_other_schedules_are_refused_with_what_is_expected(setting):
     with pytest.raises(UserError, match=r"token_merging is .*expected .*whole number.*inflect.*12 whole numbers"):
         merging_schedule(setting, 12)
 
@@ -229,7 +229,7 @@ def test_a_clip_is_tagged_and_embedded_alike_alone_and_among_others(name):
 
 
 @every_network
-@pytest.mark.parametrize("merging", [0, 5, 40, [6, -1], {"r": 5, "proportional": False}])
+@pytest.mark.parametrize("merging", [0, 5, 40, [6, -1], *({"r": r, "proportional": False} for r in (5, [6, -1]))])
 @torch.inference_mode()
 def test_chunks_of_long_clips_merge_alike_alone_among_others_and_in_graphs(name, merging):
     model = small(name, token_merging=merging, target_length=100)
@@ -338,7 +338,7 @@ def test_attention_that_is_not_proportional_is_kept_with_the_weights(tmp_path):
 
 
 @every_network
-def test_training_merges_too_unless_it_is_reported_not_to(name):
+def test_training_merges_too_unless_it_is_switched_off(name):
     x = sounds(small(name))
     plain, both, judged = small(name), small(name, token_merging=6), small(name, token_merging=6)
     judged.merges_in_training = False

@@ -293,7 +293,7 @@ def test_nothing_on_the_page_comes_from_elsewhere(page):
     assert [url for url in asked if not url.startswith((page.url, "data:", f"blob:{page.url}"))] == []
 
 
-def test_without_gradio_a_sentence_states_what_to_install(checkpoint, command, tmp_path):
+def test_without_gradio_a_message_has_what_to_install(checkpoint, command, tmp_path):
     (tmp_path / "gradio.py").write_text("raise ImportError('no gradio here')\n")
     result = command("scripts/demo_page.py", "-m", checkpoint, env={"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 1
@@ -366,7 +366,7 @@ def test_windows_that_overlap_too_much_are_refused_before_anything_is_computed(t
     assert engine.n_calls == 1
 
 
-def test_a_sound_deleted_meanwhile_is_requested_for_again(tmp_path):
+def test_a_sound_deleted_meanwhile_is_requested_again(tmp_path):
     page = demo_page.Page(Counting(), 10.0)
     with pytest.raises(UserError, match=r"a\.wav was deleted, .* once more"):
         page.tag(tmp_path / "a.wav", 1.0, 1.0, TagOptions(1), lambda share: None)

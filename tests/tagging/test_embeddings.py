@@ -177,7 +177,7 @@ def test_those_of_another_run_and_files_of_another_kind_are_left_alone(tmp_path,
             EmbeddingFile(path, SETTINGS, SINGLE_PROCESS)
 
 
-def test_what_is_held_is_written_when_requested_for_and_after_a_while(tmp_path, tagged, monkeypatch):
+def test_what_is_held_is_written_on_request_and_after_a_while(tmp_path, tagged, monkeypatch):
     output = EmbeddingFile(tmp_path / "e.h5", SETTINGS, SINGLE_PROCESS)
     output.write(tagged[0])
     assert all(window.frames.dtype == np.float16 for window in tagged[0].windows)

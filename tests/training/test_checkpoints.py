@@ -100,7 +100,7 @@ def test_one_checkpoint_or_equal_ones_are_kept_without_another_validation(tmp_pa
     assert weights.compared == {}
 
 
-def test_without_validation_data_the_last_weights_are_kept_and_the_log_says_so(tmp_path, caplog):
+def test_without_validation_data_the_last_weights_are_kept_and_the_log_reports_it(tmp_path, caplog):
     model, best = tagger(), BestCheckpoints(tmp_path, 4)
     last = tagger(5.0).state_dict()
     with caplog.at_level("INFO"):

@@ -205,7 +205,7 @@ def test_a_function_gets_waveforms_at_its_rate_and_lengths(pack, tmp_path, monke
         ({"npz": "x", "sample_rate": 8000}, "sample_rate can only be given with callable"),
     ],
 )
-def test_one_is_requested(pack, changes, sentence):
+def test_one_source_is_required(pack, changes, sentence):
     assert any(sentence in conflict for conflict in config(pack, **changes).conflicts())
 
 
@@ -242,7 +242,7 @@ def test_a_checkpoint_that_a_function_reads_is_part_of_what_it_is(tmp_path, monk
     assert message[0] != message[1]
 
 
-def test_a_model_without_classes_is_not_requested_for_any():
+def test_a_model_without_classes_is_not_used_for_any():
     embeds = create_model("audiotransformer_pico", num_classes=0, depth=1)
     with pytest.raises(UserError, match="embeds and has no classes"):
         SoftTargetContent(open_of(embeds), 5)

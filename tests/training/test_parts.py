@@ -87,7 +87,7 @@ def test_schedule_warms_up_and_ends_at_its_fraction(shape, quarter, end):
     assert rates[:11] == sorted(rates[:11])
 
 
-def test_adam8bit_without_a_gpu_is_adam_and_states_so(caplog):
+def test_adam8bit_without_a_gpu_is_adam_and_logs_it(caplog):
     with caplog.at_level(logging.INFO):
         optimizer = create_optimizer("Adam8bit", [nn.Parameter(torch.zeros(1))], {"lr": 0.1}, torch.device("cpu"))
     assert type(optimizer) is torch.optim.Adam
@@ -99,7 +99,7 @@ def test_a_wrong_optimizer_argument_is_a_sentence():
         create_optimizer("AdamW", [nn.Parameter(torch.zeros(1))], {"lr": 0.1, "moment": 1}, torch.device("cpu"))
 
 
-def test_amp_without_a_gpu_computes_in_float32_and_states_so(caplog):
+def test_amp_without_a_gpu_computes_in_float32_and_logs_it(caplog):
     with caplog.at_level(logging.INFO):
         precision = Precision("amp", torch.device("cpu"))
     assert precision.dtype is None

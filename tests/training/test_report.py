@@ -249,7 +249,7 @@ def test_a_multi_label_set_has_no_confusions(tmp_path):
     assert not any(row[0] == "top-1" for row in page.rows)
 
 
-def test_a_report_without_evaluation_data_or_steps_states_so(tmp_path):
+def test_a_report_without_evaluation_data_or_steps_reports_it(tmp_path):
     page = page_of(tmp_path, None, entries=[])
     assert "there is no evaluation data" in page.text
     assert "No steps were recorded" in page.text

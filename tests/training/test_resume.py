@@ -189,7 +189,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "zeroed", "one bit", "half written"])
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_states_so(stopped, how, caplog):
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_logs_it(stopped, how, caplog):
     path, output, folder = stopped
     damage(folder / "states" / "step=000000012.pt", how)
     Runner(7).train(str(path), outputpath=str(output))
@@ -239,7 +239,7 @@ def test_what_may_change_changes_nothing_and_what_may_not_is_named(stopped, caps
     assert_same(the_run(output.parent / "whole"), the_run(output))
 
 
-def test_a_new_run_beside_an_unfinished_one_states_why(stopped, capsys):
+def test_a_new_run_beside_an_unfinished_one_logs_why(stopped, capsys):
     path, output, folder = stopped
     Runner(7).train(str(path), outputpath=str(output), mixup=0.3)
     assert f"{folder} is unfinished and is not resumed: it has another mixup" in capsys.readouterr().err

@@ -97,7 +97,7 @@ def test_the_same_sounds_in_another_pack_are_taken(there, tmp_path, caplog):
     assert "not checked" not in caplog.text
 
 
-def test_another_length_is_refused_with_clip_found_and_requested(there):
+def test_another_length_is_refused_with_clip_found_and_expected(there):
     pack = write_pack(there / "pack", {7: np.zeros(33_600 + 1, np.int16)})
     with pytest.raises(UserError) as caught:
         match(there, pack)
