@@ -17,11 +17,10 @@ import torch
 from pydantic import Field
 
 from common.errors import Faults, print_user_errors
-from common.options import parse_arguments
+from common.options import MergingOption, ModelOptions, parse_arguments
 from models import load_tagger
-from models.heads import ModelOptions, check_classes
+from models.heads import check_classes
 from models.onnx import Precision, check_label_table, export_onnx, name_files, resize_chunks, write_label_table
-from models.token_merging import MergingOption
 from tagging.base import Engine
 from tagging.engines import TorchEngine
 from tagging.onnx_engine import OnnxEngine

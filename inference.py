@@ -26,9 +26,7 @@ from pydantic import Field
 
 from audio.io import find_audio_files
 from common.errors import print_user_errors
-from common.options import parse_arguments
-from models.heads import ModelOptions
-from models.token_merging import MergingOption
+from common.options import MergingOption, ModelOptions, parse_arguments
 from tagging.engines import open_engine
 from tagging.files import TagOptions
 from tagging.parts import Share

@@ -21,6 +21,8 @@ from common.errors import Faults, UserError, did_you_mean
 from common.keys import describe_field, list_keys
 
 OptionsT = TypeVar("OptionsT", bound="Options")
+# Token merging, see models/token_merging.py; here, as `ModelOptions`, so that `--help` does not import PyTorch.
+MergingOption = int | list[int | float] | dict[str, Any] | None
 
 _NO_DEFAULTS = ("null", "false", "[]", "{}", '""')  # omitted from help
 _TEXT = {str, Path, Literal, type(None)}
@@ -58,6 +60,16 @@ class Options(BaseModel):
         meaning = next((key.meaning for key in list_keys(cls) if key.name == name), "")
         spelt = name.upper() if name in cls.POSITIONAL else cls.SPELLING.format(name)
         return f"{spelt} is missing: {meaning}"
+
+
+class ModelOptions(Options):
+    """The options of commands that run a model, arguments of `load_tagger`."""
+
+    SHORT: ClassVar[Mapping[str, str]] = {"model": "m"}
+
+    model: str = "ced_mini"  # name, checkpoint, folder of a run or of Hugging Face, or .onnx file
+    weights: str | None = None  # file or URL of the weights of a model given by name
+    head: str | None = None  # a head on the model's embeddings: a name in heads/, a published one, or a file
 
 
 def read_options(

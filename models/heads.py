@@ -4,16 +4,14 @@ A head's file is a `torch.save` of {"head": state dict, "config": dict} that con
 """
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from common.errors import UserError, did_you_mean, some
 from common.files import whole_file
-from common.options import Options
 from models.base import Activation, AudioTagger
 from models.headed import Head, HeadedTagger, restore_head
 from models.loading import fetch, load_model, read_tensors, weights_hash
@@ -36,16 +34,6 @@ PUBLISHED: dict[str, tuple[str, int, Activation]] = {
     "nsynth": ("instrument families", 11, "softmax"),
     "magna-tag-a-tune": ("music tags", 50, "sigmoid"),
 }
-
-
-class ModelOptions(Options):
-    """The options of commands that run a model, arguments of `load_tagger`."""
-
-    SHORT: ClassVar[Mapping[str, str]] = {"model": "m"}
-
-    model: str = "ced_mini"  # name, checkpoint, folder of a run or of Hugging Face, or .onnx file
-    weights: str | None = None  # file or URL of the weights of a model given by name
-    head: str | None = None  # a head on the model's embeddings: a name in heads/, a published one, or a file
 
 
 def weights_sha256(model: AudioTagger) -> str:

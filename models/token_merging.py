@@ -22,8 +22,6 @@ from common.errors import UserError, did_you_mean
 
 Schedule = int | Sequence[float] | None
 MergingSetting = Schedule | Mapping[str, Any]
-# As an option of commands: r, [r, inflect], a number for each block, or {r: ..., proportional: false}.
-MergingOption = int | list[int | float] | dict[str, Any] | None
 
 
 def split_setting(setting: MergingSetting) -> tuple[Schedule, bool]:

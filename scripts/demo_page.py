@@ -30,8 +30,7 @@ from pydantic import Field
 
 from audio.io import AudioBlocks, AudioReadError
 from common.errors import UserError, print_user_errors
-from common.options import parse_arguments
-from models.heads import ModelOptions
+from common.options import ModelOptions, parse_arguments
 from tagging.base import Engine
 from tagging.engines import open_engine
 from tagging.events import merge_events

@@ -21,9 +21,9 @@ from typing import ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
 from common.errors import print_user_errors
-from common.options import parse_arguments
+from common.options import ModelOptions, parse_arguments
 from models import load_tagger
-from models.heads import ModelOptions, check_classes
+from models.heads import check_classes
 from scripts.hf.folder import export
 
 

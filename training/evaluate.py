@@ -16,14 +16,14 @@ from audio.cutting import Chunks
 from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
 from common.errors import Faults
 from common.files import whole_file, write_json
-from common.options import Options, read_options
+from common.options import MergingOption, Options, read_options
 from common.progress import create_progress
 from models import AudioTagger, load_tagger
 from models.devices import choose_device
 from models.headed import HeadedTagger
 from models.heads import check_classes
 from models.source_errors import ONNX
-from models.token_merging import MergingOption, split_setting
+from models.token_merging import split_setting
 from training.config import Mode
 from training.exported import ExportedTagger, predict_exported
 from training.label_numbers import check_label_numbers

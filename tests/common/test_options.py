@@ -7,8 +7,7 @@ import pytest
 from pydantic import Field
 
 from common.errors import Faults
-from common.options import Options, parse_arguments, parse_value, read_options
-from models.token_merging import MergingOption
+from common.options import MergingOption, Options, parse_arguments, parse_value, read_options
 
 
 class Small(Options):
