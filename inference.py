@@ -13,6 +13,9 @@ warnings are listed at the end; the exit status is 1 where some could not be rea
 or damaged).
 """
 
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import print_user_errors  # isort: split
+
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,7 +28,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from pydantic import Field
 
 from audio.io import find_audio_files
-from common.errors import print_user_errors
 from common.options import MergingOption, ModelOptions, parse_arguments
 from tagging.engines import open_engine
 from tagging.files import TagOptions

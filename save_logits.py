@@ -8,6 +8,9 @@ Any key of the configuration can be overridden. The folder is printed at the end
 that was interrupted.
 """
 
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import print_user_errors  # isort: split
+
 import logging
 import os
 from typing import Any
@@ -16,7 +19,6 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from common.commands import run_commands
-from common.errors import print_user_errors
 from training.config import SoftTargetConfig
 from training.prepare_store import prepare_store
 

@@ -15,15 +15,18 @@ packed incompletely (truncated, damaged).
 """
 
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import print_user_errors  # isort: split
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
 from audio.manifest import read_manifest
 from audio.pack import pack
-from common.errors import print_user_errors
 from common.options import Options, parse_arguments
 
 
@@ -81,7 +84,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written")
+    main()

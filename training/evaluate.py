@@ -16,6 +16,7 @@ from audio.cutting import Chunks
 from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
 from common.errors import Faults
 from common.files import whole_file, write_json
+from common.interrupts import start_worker
 from common.options import MergingOption, Options, read_options
 from common.progress import create_progress
 from models import AudioTagger, load_tagger
@@ -105,6 +106,7 @@ def predict_pack(
         ClipDataset(pack, [model.sample_rate], chunks),
         batch_sampler=batches,
         num_workers=loader_workers(num_workers),
+        worker_init_fn=start_worker,
         collate_fn=partial(_collate, sample_rate=model.sample_rate),
     )
     model.eval()

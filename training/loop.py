@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from audio.dataset import loader_workers
 from common.errors import UserError
+from common.interrupts import start_worker
 from distill.batch import Batch
 from distill.dataset import EpochBatches, ReplayDataset, collate
 from distill.objectives import Needs, Objective
@@ -261,6 +262,7 @@ class Run:
             self.dataset,
             batch_sampler=batches,
             num_workers=loader_workers(self.config.num_workers),
+            worker_init_fn=start_worker,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
         )
