@@ -55,6 +55,11 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def wait(self) -> None:
+        """Wait until all ranks are here, and no transfer is under way."""
+        if self.world_size > 1:
+            dist.barrier()
+
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
