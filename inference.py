@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from pydantic import Field
 
 from audio.io import find_audio_files
+from common.interrupts import note_when_stopped
 from common.options import MergingOption, ModelOptions, parse_arguments
 from tagging.engines import open_engine
 from tagging.files import TagOptions
@@ -109,7 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
             plot=options.plot,
             overwrite=options.overwrite,
         )
-        is_complete = session.run(paths, outputs, options.quiet)
+        kept = "the outputs hold all finished files, and the same command tags the others" if outputs else "no output"
+        with note_when_stopped(kept):
+            is_complete = session.run(paths, outputs, options.quiet)
     if not is_complete:
         sys.exit(1)
 
