@@ -217,8 +217,8 @@ def pack(
 
 
 def _write_index(manifest: Path, packed: pd.DataFrame, report: Report) -> None:
-    with whole_file(manifest) as partial_file:
-        packed.to_csv(partial_file, sep="\t", index=False)
+    with whole_file(manifest) as file:
+        packed.to_csv(file, sep="\t", index=False)
     report_path = manifest.with_suffix(".report.json")
     report.files += [str(manifest), str(report_path)]
     write_json(report_path, report.as_json())

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from common.columns import format_markdown_table
-from common.files import whole_file, write_text
+from common.files import write_bytes, write_text
 from common.options import Options, parse_arguments
 from scripts.sweeps.results import format_csv
 from scripts.sweeps.token_merging import Spread
@@ -157,8 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = format_rows(rows, teacher)
     write_text(folder / "probes.md", text + "\n")
     write_text(folder / "probes.csv", format_rows_csv([*rows, *([teacher] if teacher else [])]))
-    with whole_file(folder / "probes.png") as partial:
-        partial.write_bytes(render_png(draw_rows(rows, teacher)))
+    write_bytes(folder / "probes.png", render_png(draw_rows(rows, teacher)))
     print(f"{text}\n\nwritten: {folder / 'probes.md'}, probes.csv, probes.png")
 
 
