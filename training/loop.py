@@ -134,6 +134,9 @@ class Run:
         self.step, self.validations_without_improvement, self.seconds = 0, 0, 0.0
         self.epoch_is_open = False  # the last step ended an epoch, which is not validated yet
         self.saved_step = 0
+        if self.ranks.heartbeat is not None:
+            self.ranks.heartbeat.timeout = config.rank_timeout
+            self.ranks.heartbeat.hint = f"the same command resumes from the last state in {folder}"
         self.stop = StopRequest(self.ranks, enabled=config.checkpoint_on_stop)
         self.journal: Journal | None = None
         self._next_drawing = 0.0
@@ -226,7 +229,8 @@ class Run:
 
     def _save_and_stop(self, number: int) -> None:
         """Save a state and raise `StopSignal`, on all ranks."""
-        save_state(self)
+        if self.saved_step != self.step:
+            save_state(self)
         self.ranks.wait()
         raise StopSignal(number)
 

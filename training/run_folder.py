@@ -38,6 +38,7 @@ FREE_KEYS = (
     "debug",
     "checkpoint_every",
     "checkpoint_on_stop",
+    "rank_timeout",
     "log_every",
     "compile",
     "baseline",
