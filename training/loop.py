@@ -41,16 +41,14 @@ from training.optim import count_warmup, create_optimizer, create_schedule, free
 from training.parallel import Ranks, split_mirrored
 from training.precision import Precision
 from training.report import draw_curves
-from training.run_state import load_state, save_state
+from training.run_state import initialise_from_data, load_state, save_state
 from training.states import States
 from training.stopping import StopRequest
-from training.student import check_lengths, start_from_data
+from training.student import check_lengths
 from training.tally import Tally, TargetTally
 from training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-START_BATCHES = 16  # for init_from_data
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ class Run:
         """
         config, state = self.config, self.ranks.broadcast(state)
         if state is None and config.init_from_data:
-            self._start_from_data()
+            initialise_from_data(self)
         self.trainer = self.create_trainer()
         if state is not None:
             load_state(self, state)
@@ -233,16 +231,6 @@ class Run:
             save_state(self)
         self.ranks.wait()
         raise StopSignal(number)
-
-    def _start_from_data(self) -> None:
-        """Initialise batch-norm statistics and the bias of the last layer from the first batches."""
-        first = [self.batches.batch(i) for i in range(min(START_BATCHES, self.epoch_steps))]
-        batches = (batch.to(self.device) for batch in self.loader(first))
-        of_classes = self.needs.targets == "classes"
-        if self.teacher is not None and of_classes:
-            add = partial(add_teacher_output, self.teacher, self.needs)
-            batches = (add(batch, self.data.source.replay.spectrogram) for batch in batches)
-        start_from_data(self.model, batches, "target" if of_classes else "labels" if self.needs.labels else None)
 
     def create_trainer(self) -> Trainer:
         """Return the trainer: losses, optimiser, schedule and moving average."""

@@ -1,14 +1,30 @@
-"""The state of a run: everything that changes from step to step, for `training.states`."""
+"""The state of a run: everything that changes from step to step, for `training.states`; and how it starts from data."""
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
+from training.loss_module import add_teacher_output
+from training.student import start_from_data
 
 if TYPE_CHECKING:
     from training.loop import Run
 
 logger = logging.getLogger(__name__)
+
+START_BATCHES = 16  # for init_from_data
+
+
+def initialise_from_data(run: "Run") -> None:
+    """Initialise batch-norm statistics and the bias of the last layer from the first batches."""
+    first = [run.batches.batch(i) for i in range(min(START_BATCHES, run.epoch_steps))]
+    batches = (batch.to(run.device) for batch in run.loader(first))
+    of_classes = run.needs.targets == "classes"
+    if run.teacher is not None and of_classes:
+        add = partial(add_teacher_output, run.teacher, run.needs)
+        batches = (add(batch, run.data.source.replay.spectrogram) for batch in batches)
+    start_from_data(run.model, batches, "target" if of_classes else "labels" if run.needs.labels else None)
 
 
 def save_state(run: "Run") -> None:
