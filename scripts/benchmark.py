@@ -27,7 +27,6 @@ from common.errors import UserError, print_user_errors  # isort: split
 
 import copy
 import os
-import tempfile
 from typing import Any, get_args
 
 # Before torch loads OpenMP, as in run.py.
@@ -36,6 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from common.commands import run_commands
+from common.temporary import temporary_folder
 from models.devices import choose_device
 from scripts.benchmarks.tag import benchmark_tagging
 from scripts.benchmarks.timing import compute_tflops, describe_device, format_table, time_steps
@@ -117,8 +117,8 @@ class Benchmark:
             chunk_length: of a window, in seconds.
             rounds: runs of each candidate.
         """
-        with tempfile.TemporaryDirectory() as work:
-            print(benchmark_tagging(sounds and str(Path(sounds).resolve()), model, chunk_length, rounds, Path(work)))
+        with temporary_folder() as work:
+            print(benchmark_tagging(sounds and str(Path(sounds).resolve()), model, chunk_length, rounds, work))
 
     @print_user_errors
     def tome(
