@@ -65,6 +65,11 @@ class WholeFile(io.RawIOBase, BinaryIO):
         self._position = self._size = 0
         self._unwritten: list[tuple[int, bytes]] = []
 
+    @property
+    def name(self) -> str:
+        """Path of the file, which some libraries ask for."""
+        return str(self.path)
+
     def writable(self) -> bool:
         """Return True."""
         return True
@@ -122,7 +127,7 @@ class WholeFile(io.RawIOBase, BinaryIO):
             UserError: the disk is full or has failed; names the target, the space needed so far, and what to do.
         """
         if isinstance(self.error, OSError):
-            raise UserError(describe_write_error(self.target, self.error, self._size)) from self.error
+            raise UserError(describe_write_error(self.target, self.error, self._size, self.path)) from self.error
         if self.error is not None:
             raise self.error
 
@@ -159,23 +164,29 @@ def _write_all(descriptor: int, view: memoryview, position: int) -> int:
     return done
 
 
-def describe_write_error(target: Path, error: OSError, n_bytes: int | None = None) -> str:
+def describe_write_error(target: Path, error: OSError, n_bytes: int | None = None, partial: Path | None = None) -> str:
     """Return a sentence on a file that could not be written.
 
     Args:
         target: its path.
         error: of the disk.
         n_bytes: size that was to be written, as far as it is known.
+        partial: what has been written, which will be removed.
     """
     reason = error.strerror or str(error)
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"{target} cannot be written ({reason}): check the disk and the permissions, and repeat the command"
-    free = f"{shutil.disk_usage(_find_existing(target)).free / 1e6:.1f} MB free"
-    needed = f"at least {n_bytes / 1e6:.1f} MB needed, " if n_bytes else ""
+    n_free = shutil.disk_usage(_find_existing(target)).free
+    with suppress(OSError):
+        n_free += partial.stat().st_blocks * 512 if partial else 0
+    needed = f"at least {_format_size(n_bytes)} needed, " if n_bytes else ""
     return (
-        f"{target} cannot be written ({reason}: {needed}{free}): make space and repeat the command; what was finished "
-        "before is kept"
+        f"{target} cannot be written ({reason}: {needed}{_format_size(n_free)} free): make space and repeat the command"
     )
+
+
+def _format_size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.1f} kB"
 
 
 @contextmanager

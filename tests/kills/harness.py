@@ -138,7 +138,7 @@ COMMANDS: dict[str, Callable[[Path], Any]] = {
     "inference to embeddings": _tag("--embeddings", "embeddings.h5"),
     "inference to pictures": _tag("--plot", "pictures"),
     "export_onnx": lambda inputs: export_onnx.main(["-m", str(inputs / "teacher.pt"), "--output", "model.onnx"]),
-    "export_hf": lambda inputs: export_hf.main(["-m", str(inputs / "teacher.pt"), "--output", "hf"]),
+    "export_hf": lambda inputs: export_hf.main(["hf", "-m", str(inputs / "teacher.pt"), "--overwrite"]),
     "baseline": _baseline,
     "cluster_embeddings": _cluster,
     "sweep_token_merging": _sweep,
