@@ -144,5 +144,11 @@ def _watch_parent(parent: int) -> None:
     os._exit(0)
 
 
-if _is_entry_point():
+def act_as_entry_point() -> None:
+    """Handle signals from here on; a forked process calls this, programs of the project need not."""
+    _HANDLER.process = os.getpid()
     _HANDLER.install()
+
+
+if _is_entry_point():
+    act_as_entry_point()

@@ -1,12 +1,13 @@
 """Kill every command of the project at random moments, run it again, and compare with an undisturbed run.
 
-    python tests/kills/harness.py FOLDER KILLS SEED [NAME ...]
+    python tests/kills/harness.py FOLDER SIGNAL TIMES SEED [NAME ...]
 
-FOLDER gets the inputs and outputs. Each of the commands, or of those named (see `COMMANDS`), is killed KILLS times with
-SIGKILL: by turns the process alone, whose workers must end by themselves, and its process group. Prints JSON, a line a
-command: the number of kills, and the rounds in which something was wrong: outputs that differ from those of the
-undisturbed run, files that stay (also temporary ones and shared memory), processes that live on. Nothing is
-computed before the fork, so the children inherit loaded modules and no threads.
+FOLDER gets the inputs and outputs. Each of the commands, or of those named (see `COMMANDS`), gets the signal (KILL,
+TERM, INT, HUP) TIMES times: by turns the process alone, whose workers must end by themselves, and its process group.
+Prints JSON, a line a command: the number of signals, and the rounds in which something was wrong: outputs that differ
+from those of the undisturbed run, files that stay (also temporary ones and shared memory), processes that live on;
+after signals other than KILL also the status, a traceback, and temporary files before the command is run again. Nothing
+is computed before the fork, so the children inherit loaded modules and no threads.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ import yaml
 
 import export_onnx
 import inference
+from common import interrupts
 from models import create_model, save_checkpoint
 from run import Runner
 from save_logits import save_logits
@@ -153,6 +155,7 @@ def start(function: Callable[[Path], Any], inputs: Path, folder: Path, log: Path
     status = 70
     try:
         os.setsid()
+        interrupts.act_as_entry_point()
         with open(log, "a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -184,6 +187,7 @@ def find_processes(session: int) -> list[int]:
     return found
 
 
+WORKER_SECONDS = 5.0  # in which workers notice that their parent has ended
 RUN = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_[0-9a-f]{8}")
 # Files with times, speeds, names of runs or, in Ogg, a random number; only their names are compared.
 VARYING = re.compile(
@@ -261,45 +265,62 @@ class Harness:
         if status:
             raise RuntimeError(f"ended with status {status}: {self.log.read_text()[-2000:]}")
 
-    def kill(self, moment: float, *, group: bool) -> bool:
-        """Start the command and kill it after some seconds; return whether it was still running."""
+    def interrupt(self, moment: float, number: int, *, group: bool) -> list[str] | None:
+        """Start the command and send it a signal after some seconds.
+
+        Returns:
+            What is wrong then; None if the command had ended before.
+        """
+        self.log.write_text("")
         child = start(self.function, self.inputs, self.folder, self.log)
         time.sleep(moment)
         is_running = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         if is_running:
             self.pids |= set(find_processes(child))
-            (os.killpg if group else os.kill)(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        deadline = time.monotonic() + 5
+            (os.killpg if group else os.kill)(child, number)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        deadline = time.monotonic() + WORKER_SECONDS
         while (left := find_processes(child)) and time.monotonic() < deadline:
             time.sleep(0.05)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
-        self.left = [f"lives on: {pid}" for pid in left]
-        return is_running
+        faults = [f"lives on: {pid}" for pid in left]
+        if number != signal.SIGKILL and is_running and status:
+            faults += self._check_stop(status, number)
+        return faults if is_running else None
 
-    def round(self, draw: random.Random, *, group: bool) -> list[str]:
-        """Kill the command once and run it again; return what is wrong then."""
-        share = draw.uniform(0, 1)
-        while True:
+    def _check_stop(self, status: int, number: int) -> list[str]:
+        """Return what is wrong after a signal that the command handles."""
+        printed = self.log.read_text()
+        faults = [f"{path} after a stop" for path in self.folder.rglob("*.partial*")]
+        faults += [f"temporary after a stop: {path}" for path in self._find_temporary()]
+        if status != 128 + number or "stopped" not in printed or "Traceback" in printed:
+            faults.append(f"status {status} after signal {number}: {printed[-2000:]}")
+        return faults
+
+    def _find_temporary(self) -> list[Path]:
+        found = [path for path in (self.work / "tmp").iterdir() if path.name not in self.temporary]
+        return found + [path for pid in self.pids for path in Path("/dev/shm").glob(f"torch_{pid}_*")]
+
+    def round(self, draw: random.Random, number: int, *, group: bool) -> list[str]:
+        """Send the command a signal once, and run it again; return what is wrong."""
+        share, faults = draw.uniform(0, 1), None
+        while faults is None:
             self.fresh_folder()
-            if self.kill(share * self.seconds, group=group):
-                break
+            faults = self.interrupt(share * self.seconds, number, group=group)
             share *= 0.9
-        left = self.left
         try:
             self.finish()
         except RuntimeError as error:
-            return [*left, str(error)]
-        faults = left + compare(self.expected, take_stock(self.folder))
-        faults += [f"temporary: {path}" for path in (self.work / "tmp").iterdir() if path.name not in self.temporary]
-        memory = [path for pid in self.pids for path in Path("/dev/shm").glob(f"torch_{pid}_*")]
-        return faults + [f"shared memory: {path}" for path in memory]
+            return [*faults, str(error)]
+        faults += compare(self.expected, take_stock(self.folder))
+        return faults + [f"temporary: {path}" for path in self._find_temporary()]
 
 
 def main() -> None:
     """See above."""
-    work, kills, seed = Path(sys.argv[1]).resolve(), int(sys.argv[2]), int(sys.argv[3])
+    work, number = Path(sys.argv[1]).resolve(), signal.Signals[f"SIG{sys.argv[2]}"]
+    times, seed = map(int, sys.argv[3:5])
     draw = random.Random(seed)
     inputs = work / "inputs"
     if not (inputs / "ready").exists():
@@ -309,11 +330,11 @@ def main() -> None:
         if os.waitpid(child, 0)[1]:
             raise RuntimeError((work / "log.txt").read_text())
         (inputs / "ready").touch()
-    for name in sys.argv[4:] or COMMANDS:
+    for name in sys.argv[5:] or COMMANDS:
         harness = Harness(name, inputs, work / name.replace(" ", "_"))
-        rounds = [harness.round(draw, group=number % 2 == 1) for number in range(kills)]
-        faults = [fault for fault in rounds if fault]
-        print(json.dumps({"command": name, "kills": kills, "faults": faults, "seconds": harness.seconds}), flush=True)
+        rounds = [harness.round(draw, number, group=n % 2 == 1) for n in range(times)]
+        faults = [found for found in rounds if found]
+        print(json.dumps({"command": name, "signals": times, "faults": faults, "seconds": harness.seconds}), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
-from tests.conftest import ROOT
 from training import run_folder
 from training.config import TrainConfig
 from training.run_folder import RunFolder, choose_folder
@@ -18,17 +19,29 @@ from training.states import States
 
 IDENTITY = {"seed": 1}
 
-ENDING = """
-import sys, time
-from pathlib import Path
-from training.run_folder import RunFolder
-folder = RunFolder(Path(sys.argv[1]))
-assert folder.lock()
-print("locked", flush=True)
-input()
-time.sleep(0.3)  # the other process waits for the lock meanwhile
-folder.finish({})
-"""
+
+@contextmanager
+def other_process(path: Path, then: Callable[[RunFolder], None]) -> Iterator[None]:
+    """A process that locks a run's folder, and then does something and ends."""
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if not child:
+        folder = RunFolder(path)
+        os.write(sender, b"1" if folder.lock() else b"0")
+        then(folder)
+        os._exit(0)
+    assert os.read(receiver, 1) == b"1"
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def finish_soon(folder: RunFolder) -> None:
+    """Finish while the other process waits for the lock."""
+    time.sleep(0.3)
+    folder.finish({})
 
 
 def make(parent, name="2026-01-01_00-00-00_aaaaaaaa"):
@@ -43,15 +56,7 @@ def make(parent, name="2026-01-01_00-00-00_aaaaaaaa"):
 @pytest.mark.parametrize("resume", ["auto", "the folder"])
 def test_a_start_beside_a_run_that_is_ending_sees_that_it_has_finished(tmp_path, resume):
     run = make(tmp_path)
-    with subprocess.Popen(
-        [sys.executable, "-c", ENDING, str(run.path)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as ending:
-        assert ending.stdout.readline() == "locked\n"
-        print(file=ending.stdin, flush=True)
+    with other_process(run.path, finish_soon):
         if resume == "auto":
             folder, _, is_resumed = choose_folder(tmp_path, IDENTITY, resume)
             assert (is_resumed, folder.path.name > run.path.name) == (False, True)
@@ -78,15 +83,9 @@ def test_what_a_process_killed_at_the_end_has_left_is_completed_by_the_next_star
 
 def test_a_folder_that_another_process_is_making_is_left_alone(tmp_path):
     path = tmp_path / "2026-01-01_00-00-02_c"
-    code = f"from training.run_folder import RunFolder; from pathlib import Path; f = RunFolder(Path({str(path)!r}))"
-    code += "; assert f.lock(); print('locked', flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as maker:
-        assert maker.stdout.readline() == "locked\n"
+    with other_process(path, lambda folder: time.sleep(60)):
         choose_folder(tmp_path, IDENTITY, "auto")
         assert (path / ".lock").is_file()
-        maker.kill()
 
 
 def test_the_newest_run_is_resumed_also_after_the_clock_was_set_back(tmp_path, monkeypatch):
