@@ -1,8 +1,10 @@
 """Temporary folders that do not stay for ever when a process is killed."""
 
+import atexit
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 from common.files import reserve_partial
@@ -14,3 +16,11 @@ def temporary_folder() -> Iterator[Path]:
     with reserve_partial(Path(tempfile.gettempdir(), "ced")) as folder:
         folder.mkdir(mode=0o700)
         yield folder
+
+
+@cache
+def process_folder() -> Path:
+    """Return a `temporary_folder` for the rest of this process, and for processes that it forks from now on."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(temporary_folder())
