@@ -65,6 +65,11 @@ class WholeFile(io.RawIOBase, BinaryIO):
         self._position = self._size = 0
         self._unwritten: list[tuple[int, bytes]] = []
 
+    @property
+    def name(self) -> str:
+        """Path of the file, which some libraries ask for."""
+        return str(self.path)
+
     def writable(self) -> bool:
         """Return True."""
         return True
