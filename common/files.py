@@ -198,6 +198,18 @@ def explain_write_errors(target: Path) -> Iterator[None]:
         raise UserError(describe_write_error(target, error)) from error
 
 
+def append_bytes(file: io.FileIO, data: bytes) -> None:
+    """Append to an unbuffered file.
+
+    Raises:
+        UserError: the disk is full or has failed; then a part of `data` may have been written.
+    """
+    with explain_write_errors(Path(os.fsdecode(file.name))):
+        done = 0
+        while done < len(data):
+            done += file.write(data[done:])
+
+
 def _find_existing(path: Path) -> Path:
     return next(folder for folder in path.absolute().parents if folder.is_dir())
 

@@ -291,11 +291,23 @@ class _TqdmHandler(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    """Writes log lines to a file; on a full disk they are lost, and what must not be lost raises."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name in `logging`
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 def log_to(path: Path | None, *, debug: bool = False, quiet: bool = False) -> None:
     """Log to the terminal, and to a file if `path` is given; with `quiet` only warnings."""
     handlers: list[logging.Handler] = [_TqdmHandler()]
     if path is not None:
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        handlers.append(_LogFile(path, encoding="utf-8"))
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # verbose at debug level
     level = logging.WARNING if quiet else logging.DEBUG if debug else logging.INFO
