@@ -10,7 +10,6 @@ after signals other than KILL also the status, a traceback, and temporary files 
 is computed before the fork, so the children inherit loaded modules and no threads.
 """
 
-import atexit
 import hashlib
 import json
 import os
@@ -21,7 +20,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +50,7 @@ from scripts import (
     wavlist_to_hdf5,
 )
 from tests.conftest import write_tones
-from tests.processes import find_processes
+from tests.processes import find_processes, fork
 
 CPU = {"device": "cpu", "num_workers": 1}
 STORE = CPU | {"epochs": 2, "batch_size": 4, "topk": 3, "spectransforms": [{"FrequencyMasking": {}}]}
@@ -151,30 +149,16 @@ COMMANDS: dict[str, Callable[[Path], Any]] = {
 
 def start(function: Callable[[Path], Any], inputs: Path, folder: Path, log: Path, temporary: Path) -> int:
     """Fork a child in a session of its own that runs a command in `folder`; return its number."""
-    child = os.fork()
-    if child:
-        return child
-    status = 70
-    try:
+
+    def run() -> None:
         os.setsid()
         interrupts.act_as_entry_point()
-        with open(log, "a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
         torch.set_num_threads(1)
         os.chdir(folder)
         tempfile.tempdir = str(temporary)
         function(inputs)
-        status = 0
-    except SystemExit as error:
-        status = int(error.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+
+    return fork(run, log)
 
 
 WORKER_SECONDS = 5.0  # in which workers notice that their parent has ended
