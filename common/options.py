@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from common.errors import Faults, UserError, did_you_mean
 from common.keys import describe_field, list_keys
+from common.parsing import parse_yaml, shorten
 
 OptionsT = TypeVar("OptionsT", bound="Options")
 # Token merging, see models/token_merging.py; here, as `ModelOptions`, so that `--help` does not import PyTorch.
@@ -128,7 +129,7 @@ def parse_value(value: Any, annotation: Any = Any) -> Any:
         item = next(get_args(each)[0] for each in members if get_origin(each) is list)
         return [parse_value(part.strip(), item) for part in text.split(",") if part.strip()]
     try:
-        parsed = yaml.safe_load(value)
+        parsed = parse_yaml(value)
     except yaml.YAMLError:
         return value
     return value if isinstance(parsed, str) or (str in kinds and type(parsed) not in kinds) else parsed
@@ -239,9 +240,10 @@ def _describe_fault(kind: type[Options], fault: Any, given: Mapping[str, Any]) -
     if fault["type"] == "missing":
         return kind.describe_missing(name)
     spelt, found = kind.SPELLING.format(name), fault["input"]
+    shown = shorten(repr(found))
     if fault["type"] == "value_error":
-        return f"{spelt} is {found!r}: {fault['msg'].removeprefix('Value error, ')}"
+        return f"{spelt} is {shown}: {fault['msg'].removeprefix('Value error, ')}"
     hint = ""
     if fault["type"] == "literal_error" and isinstance(found, str):
         hint = did_you_mean(found, re.findall("'([^']+)'", fault["ctx"]["expected"]))
-    return f"{spelt} is {found!r}; expected {describe_field(kind.model_fields[name])}{hint}"
+    return f"{spelt} is {shown}; expected {describe_field(kind.model_fields[name])}{hint}"

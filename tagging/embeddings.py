@@ -21,6 +21,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import remove_dead_partials, whole_file
+from common.parsing import parse_json
 from tagging.files import TaggedFile
 from tagging.parts import Output, Share, check_provenance
 from tagging.rows import escape_name, unescape_name
@@ -164,7 +165,7 @@ def is_part(path: Path) -> bool:
 def _open_source(path: Path, settings: Mapping[str, Any]) -> h5py.File:
     try:
         file = h5py.File(path, "r")
-        provenance = json.loads(file.attrs["made_with"])
+        provenance = parse_json(file.attrs["made_with"])
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} cannot be added to ({error}): write elsewhere, or remove it") from error
     check_provenance(path, provenance, settings)
