@@ -12,12 +12,15 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
+from common.errors import some
+
 MAX_COLUMNS = 1000
 MAX_TEXT = 4096  # characters of a name: the limit of paths on Linux
 _FREE_ROWS, _ROWS_PER_BYTE = 1_000_000, 100  # rows that a file may have: names that count up compress to little
 _FREE_BYTES, _EXPANSION = 1 << 26, 1000
 READ_ERRORS = (OSError, ValueError, pyarrow.ArrowException, OverflowError, MemoryError)
 
+_NAMES = {"text": "text", "integer": "whole numbers", "number": "numbers"}
 _TESTS = {"text": ("is_string", "is_large_string"), "integer": ("is_integer",), "number": ("is_floating", "is_integer")}
 
 
@@ -43,7 +46,7 @@ def read_parquet(
         _check_size(file.metadata, Path(path).stat().st_size)
         schema = file.schema_arrow
         if missing := [name for name in required if name not in schema.names]:
-            raise ValueError(f"it has no column {', '.join(map(repr, missing))}")
+            raise ValueError(f"found the columns {some(schema.names, 20)}, missing {', '.join(missing)}")
         names = [name for name in expected if name in schema.names]
         for name in names:
             _check_type(schema, name, expected[name])
@@ -84,7 +87,7 @@ def _check_type(schema: pyarrow.Schema, name: str, expected: str) -> None:
     kind = schema.field(name).type
     value: Any = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if not any(getattr(pyarrow.types, test)(value) for test in _TESTS[expected]):
-        raise ValueError(f"its column {name!r} has the type {value}, expected {expected}")
+        raise ValueError(f"its column {name!r} has the type {value}, expected {_NAMES[expected]}")
 
 
 def _decode_texts(column: pyarrow.ChunkedArray, name: str) -> pyarrow.ChunkedArray:
