@@ -24,7 +24,9 @@ def embeddings_of(groups, width=6, noise=0.05, seed=0):
 def store_of(folder, embeddings):
     folder.mkdir(parents=True)
     n, cut = len(embeddings), len(embeddings) // 3
-    rows = pd.DataFrame({"filename": [f"clip_{i}.wav" for i in range(n)], "start": 0.0, "end": 10.0, "n_reference": 1})
+    rows = pd.DataFrame(
+        {"filename": [f"clip_{i}.wav" for i in range(n)], "start": 0.0, "end": 10.0, "n_reference": 160000}
+    )
     for part, own in enumerate((slice(0, cut), slice(cut, n))):
         EmbeddingStore.write(folder, 1, part, rows[own], embedding=embeddings[own], seeds=np.zeros(n)[own])
     (folder / "meta.json").write_text(json.dumps({"parts": 2}))
