@@ -50,7 +50,9 @@ def read_parquet(
         names = [name for name in expected if name in schema.names]
         for name in names:
             _check_type(schema, name, expected[name])
-        table = file.read(columns=names)
+        table = file.read(columns=names, use_pandas_metadata=False)
+    # What pandas noted of its types may be damaged, too, and none of these columns needs it.
+    table = table.replace_schema_metadata({k: v for k, v in (table.schema.metadata or {}).items() if k != b"pandas"})
     if table.num_rows != file.metadata.num_rows:
         raise ValueError(f"it declares {file.metadata.num_rows} rows and has {table.num_rows}")
     for name in names:

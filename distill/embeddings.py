@@ -18,7 +18,7 @@ from audio.dataset import Pack
 from common.errors import UserError, some
 from distill.sound_check import Check
 from distill.store import StoreItems, TargetStore
-from distill.store_checks import find_non_finite
+from distill.store_checks import RowFault, find_non_finite
 
 
 class EmbeddingStore(TargetStore):
@@ -47,10 +47,9 @@ class EmbeddingStore(TargetStore):
         if not shapes["embedding"][1]:
             raise ValueError(f"embedding has shape {shapes['embedding']}; expected (N,E)")
 
-    def _describe_fault(self, arrays: dict[str, np.ndarray]) -> str:
-        return super()._describe_fault(arrays) or (
-            find_non_finite(arrays["embedding"]) if "embedding" in arrays else ""
-        )
+    def _find_fault(self, arrays: dict[str, np.ndarray]) -> RowFault | None:
+        fault = super()._find_fault(arrays)
+        return find_non_finite(arrays["embedding"]) if not fault and "embedding" in arrays else fault
 
     def read(self, epoch: int) -> np.ndarray:
         """Return all embeddings of `epoch`, aligned with `rows`: float32 (N, E)."""

@@ -32,7 +32,7 @@ from distill.published_meta import read_published_meta
 from distill.replay import REFERENCE_RATE, Replay
 from distill.sound_check import Check, check_sounds
 from distill.sources import compute_reference_lengths
-from distill.store_checks import MAX_CHUNKS, StoreMeta, find_faulty_row, find_faulty_seed
+from distill.store_checks import MAX_CHUNKS, RowFault, StoreMeta, find_faulty_row, find_faulty_seed
 
 logger = logging.getLogger(__name__)
 
@@ -152,9 +152,9 @@ class TargetStore:
     def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise `ValueError` where the shapes of a part's datasets do not go together."""
 
-    def _describe_fault(self, arrays: dict[str, np.ndarray]) -> str:
-        """Return what is wrong with the values of a part, in a clause; "" where nothing is."""
-        return find_faulty_seed(arrays["seeds"]) if "seeds" in arrays else ""
+    def _find_fault(self, arrays: dict[str, np.ndarray]) -> RowFault | None:
+        """Return what is wrong with the values of a part, those of `arrays`."""
+        return find_faulty_seed(arrays["seeds"]) if "seeds" in arrays else None
 
     def _get_mask_fill(self) -> dict[str, Any]:
         return {"mask_fill": self.meta["mask_fill"]} if "mask_fill" in self.meta else {}
@@ -205,11 +205,11 @@ class TargetStore:
     def _read_part_rows(self, path: Path) -> pd.DataFrame:
         try:
             rows = read_parquet(path, _COLUMNS, _MORE_COLUMNS).to_pandas()
-            fault = find_faulty_row(rows, self.chunk_seconds)
         except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
-            fault = str(error)
-        if fault:
-            raise UserError(f"{path}: {fault}; save this epoch again")
+            raise UserError(f"{path}: {error}; save this epoch again") from None
+        if fault := find_faulty_row(rows, self.chunk_seconds):
+            name = rows["filename"].iloc[fault.row]
+            raise UserError(f"{path}: row {fault.row} ({name}) {fault.what}; save this epoch again")
         return rows
 
     def read_arrays(self, epoch: int, *names: str) -> dict[str, np.ndarray]:
@@ -229,13 +229,16 @@ class TargetStore:
         try:
             with self._open(epoch, part) as file:
                 arrays = {name: self._get_dataset(file, name)[()] for name in names}
-            # Comparing the classes of a row takes as long as reading: once for each file.
-            fault = "" if (epoch, part, names) in self._checked else self._describe_fault(arrays)
         except READ_ERRORS as error:
-            fault = str(error)
-        if fault:
-            raise UserError(f"{path}: {fault}; delete it and run save_logits.py again")
-        self._checked.add((epoch, part, names))
+            raise UserError(f"{path}: {error}; delete it and run save_logits.py again") from None
+        # Comparing the classes of a row takes as long as reading: once for each file.
+        if (epoch, part, names) not in self._checked:
+            if fault := self._find_fault(arrays):
+                name = self._read_part_rows(path.with_suffix(".parquet"))["filename"].iloc[fault.row]
+                raise UserError(
+                    f"{path}: row {fault.row} ({name}) {fault.what}; delete it and run save_logits.py again"
+                )
+            self._checked.add((epoch, part, names))
         return arrays
 
 

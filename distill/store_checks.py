@@ -6,7 +6,7 @@ student without a word. Metadata are checked when a store is opened, values when
 Letters: N chunks, K stored targets per chunk.
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -58,64 +58,86 @@ class StoreMeta(BaseModel):
         return self
 
 
-def find_faulty_row(rows: pd.DataFrame, chunk_seconds: float) -> str:
-    """Return what is wrong with the rows of a part, in a clause; "" where nothing is.
+class RowFault(NamedTuple):
+    """What is wrong with a row, in a clause that follows its name."""
+
+    row: int
+    what: str
+
+
+def find_faulty_row(rows: pd.DataFrame, chunk_seconds: float) -> RowFault | None:
+    """Find the first fault in the rows of a part.
 
     Args:
         rows: `filename`, `start`, `end`, and `n_reference` where the store has it.
         chunk_seconds: length of a chunk.
     """
     start, end = (rows[key].to_numpy(np.float64) for key in ("start", "end"))
-    invalid = ~(np.isfinite(end) & (start >= 0) & (end > start) & (start < chunk_seconds * MAX_CHUNKS))
-    if invalid.any():
-        row = int(np.argmax(invalid))
-        return f"row {row} is from {start[row]:g} to {end[row]:g} s; expected seconds from 0, the end after the start"
+    is_valid = np.isfinite(end) & (start >= 0) & (end > start) & (start < chunk_seconds * MAX_CHUNKS)
+    if (row := _find_first(~is_valid)) >= 0:
+        found = f"{start[row]:g} to {end[row]:g} s"
+        return RowFault(row, f"is from {found}; expected seconds from 0, the end after the start")
     seconds = end - start
     step = np.spacing(rows["end"].to_numpy(np.float32))  # published seconds are single precision
-    if (longer := seconds > chunk_seconds * 1.01 + step).any():
-        row = int(np.argmax(longer))
-        return f"row {row} has {seconds[row]:g} s; expected chunks of at most {chunk_seconds:g} s"
+    if (row := _find_first(seconds > chunk_seconds * 1.01 + step)) >= 0:
+        return RowFault(row, f"has {seconds[row]:g} s; expected chunks of at most {chunk_seconds:g} s")
     if "n_reference" in rows:
         n_reference = rows["n_reference"].to_numpy(np.float64)
-        wrong = (n_reference < 1) | (np.abs(n_reference - seconds * REFERENCE_RATE) > 2 + step * REFERENCE_RATE)
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            return (
-                f"row {row} has n_reference {n_reference[row]:.0f}; expected {seconds[row] * REFERENCE_RATE:.0f}, its "
-                f"{seconds[row]:g} s at {REFERENCE_RATE} Hz"
-            )
-    return ""
+        is_wrong = (n_reference < 1) | (np.abs(n_reference - seconds * REFERENCE_RATE) > 2 + step * REFERENCE_RATE)
+        if (row := _find_first(is_wrong)) >= 0:
+            expected = f"{seconds[row] * REFERENCE_RATE:.0f}, its {seconds[row]:g} s at {REFERENCE_RATE} Hz"
+            return RowFault(row, f"has n_reference {n_reference[row]:.0f}; expected {expected}")
+    return None
 
 
-def find_faulty_seed(seeds: np.ndarray) -> str:
-    """Return what is wrong with seeds (N,), in a clause; "" where nothing is."""
-    lowest = int(seeds.min(initial=0))
-    return f"a seed is {lowest}; expected whole numbers from 0" if lowest < 0 else ""
+def find_faulty_seed(seeds: np.ndarray) -> RowFault | None:
+    """Find a seed of (N,) that no generator takes."""
+    if int(seeds.min(initial=0)) >= 0 and int(seeds.max(initial=0)) < 1 << 63:
+        return None
+    row = _find_first((seeds < 0) | (seeds >= 1 << 63))
+    return RowFault(row, f"has the seed {seeds[row]}; expected a whole number from 0")
 
 
-def find_faulty_probability(values: np.ndarray) -> str:
-    """Return what is wrong with probabilities (N,K), in a clause; "" where nothing is."""
-    if values.dtype == np.float16:
-        if int(values.view(np.uint16).max(initial=0)) <= _HALF_ONE:  # the order of bits is that of positive numbers
-            return ""
-        values = values.astype(np.float32)
-    invalid = ~((values >= 0) & (values <= 1))
-    if not invalid.any():
-        return ""
-    row, column = np.argwhere(invalid)[0]
-    return f"row {row} has the value {values[row, column]:g}; expected probabilities from 0 to 1"
+def find_faulty_probability(values: np.ndarray) -> RowFault | None:
+    """Find a value of (N,K) that is no probability."""
+    # In half precision, the order of the bits is that of positive numbers, and negative ones and NaN come after 1.
+    if values.dtype == np.float16 and int(values.view(np.uint16).max(initial=0)) <= _HALF_ONE:
+        return None
+    values = values.astype(np.promote_types(values.dtype, np.float32))
+    is_valid = (values >= 0) & (values <= 1)
+    if (row := _find_first(~is_valid.all(axis=1))) < 0:
+        return None
+    return RowFault(row, f"has the value {values[row][~is_valid[row]][0]:g}; expected probabilities from 0 to 1")
 
 
-def find_faulty_class(indexes: np.ndarray, num_classes: int | None) -> str:
-    """Return what is wrong with the classes (N,K) of stored values, in a clause; "" where nothing is."""
+def find_faulty_class(indexes: np.ndarray, num_classes: int | None) -> RowFault | None:
+    """Find a class of (N,K) that there is not, or that a row has twice."""
     lowest, highest = int(indexes.min(initial=0)), int(indexes.max(initial=0))
     if lowest < 0 or (num_classes is not None and highest >= num_classes):
         found = lowest if lowest < 0 else highest
-        row = int(np.argmax((indexes == found).any(axis=1)))
         expected = "numbers from 0" if num_classes is None else f"0 to {num_classes - 1}"
-        return f"row {row} has the class {found}; expected {expected}"
+        row = _find_first(np.equal(indexes, found).any(axis=1))
+        return RowFault(row, f"has the class {found}; expected {expected}")
     row = _find_repetition(indexes)
-    return f"row {row} has a class twice: {indexes[row].tolist()[:40]}" if row >= 0 else ""
+    return RowFault(row, f"has a class twice: {indexes[row].tolist()[:40]}") if row >= 0 else None
+
+
+def find_non_finite(values: np.ndarray) -> RowFault | None:
+    """Find an embedding of (N,E) with a value that is infinite or NaN."""
+    if values.dtype == np.float16:
+        # As unsigned numbers, the bits of negative infinity and NaN are the highest; as signed ones, of positive ones.
+        negative, positive = int(values.view(np.uint16).max(initial=0)), int(values.view(np.int16).max(initial=0))
+        if negative < 0x8000 + _HALF_INF and positive < _HALF_INF:
+            return None
+    row = _find_first(~np.isfinite(values).all(axis=1))
+    return (
+        RowFault(row, "has values that are not finite (the largest in half precision is 65504)") if row >= 0 else None
+    )
+
+
+def _find_first(found: Any) -> int:
+    """Return the first position of (N,) that is true, or -1."""
+    return int(np.argmax(found)) if found.any() else -1
 
 
 def _find_repetition(indexes: np.ndarray) -> int:
@@ -130,14 +152,3 @@ def _find_repetition(indexes: np.ndarray) -> int:
             if equal.any():
                 return first + int(np.argmax(equal.any(axis=0)))
     return -1
-
-
-def find_non_finite(values: np.ndarray) -> str:
-    """Return which row of embeddings (N,E) has a value that is no number, in a clause; "" where none has."""
-    if values.dtype == np.float16:
-        # As unsigned numbers, the bits of negative infinity and NaN are the highest; as signed ones, of positive ones.
-        negative, positive = int(values.view(np.uint16).max(initial=0)), int(values.view(np.int16).max(initial=0))
-        if negative < 0x8000 + _HALF_INF and positive < _HALF_INF:
-            return ""
-    invalid = ~np.isfinite(values).all(axis=1)
-    return f"row {int(np.argmax(invalid))} has values that are not finite" if invalid.any() else ""

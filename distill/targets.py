@@ -11,7 +11,7 @@ from audio.dataset import Pack
 from common.errors import UserError
 from distill.sound_check import Check
 from distill.store import StoreItems, TargetStore
-from distill.store_checks import MAX_CLASSES, find_faulty_class, find_faulty_probability
+from distill.store_checks import MAX_CLASSES, RowFault, find_faulty_class, find_faulty_probability
 
 LABEL_TYPES = ("last_mean", "last_half", "last_random", "527", "zero")
 
@@ -63,13 +63,9 @@ class SoftTargetStore(TargetStore):
                 "values a row"
             )
 
-    def _describe_fault(self, arrays: dict[str, np.ndarray]) -> str:
-        return (
-            super()._describe_fault(arrays)
-            or find_faulty_class(arrays["topk_indexes"], self.num_classes)
-            or ("topk_values" in arrays and find_faulty_probability(arrays["topk_values"]))
-            or ""
-        )
+    def _find_fault(self, arrays: dict[str, np.ndarray]) -> RowFault | None:
+        fault = super()._find_fault(arrays) or find_faulty_class(arrays["topk_indexes"], self.num_classes)
+        return find_faulty_probability(arrays["topk_values"]) if not fault and "topk_values" in arrays else fault
 
     @property
     def num_classes(self) -> int | None:
