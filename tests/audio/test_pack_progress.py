@@ -212,7 +212,7 @@ def test_a_full_disk_is_a_sentence_and_packing_goes_on_after_it(tmp_path, listed
         return pwrite(descriptor, data, position)
 
     monkeypatch.setattr(common.files.os, "pwrite", write_within)
-    with pytest.raises(UserError, match=r"x_1\.h5 cannot be written \(No space left on device: at least .* MB needed"):
+    with pytest.raises(UserError, match=r"x_1\.h5 cannot be written \(No space left on device: at least .* needed"):
         pack_list(listed)
     after = read_files(tmp_path / "out")
     assert {name: data for name, data in after.items() if ".packing" not in name} == before
