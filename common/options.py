@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from common.errors import Faults, UserError, did_you_mean
 from common.keys import describe_field, list_keys
 from common.parsing import parse_yaml, shorten
+from common.places import describe_unusable_name
 
 OptionsT = TypeVar("OptionsT", bound="Options")
 # Token merging, see models/token_merging.py; here, as `ModelOptions`, so that `--help` does not import PyTorch.
@@ -27,6 +28,22 @@ MergingOption = int | list[int | float] | dict[str, Any] | None
 
 _NO_DEFAULTS = ("null", "false", "[]", "{}", '""')  # omitted from help
 _TEXT = {str, Path, Literal, type(None)}
+
+
+def _check_name(name: str) -> str:
+    if fault := describe_unusable_name(name):
+        raise ValueError(fault)
+    return name
+
+
+def _check_folder(path: str) -> str:
+    if fault := describe_unusable_name(path, folders=True):
+        raise ValueError(fault)
+    return path
+
+
+FileName = Annotated[str, AfterValidator(_check_name)]  # of a file or a folder that is written
+FolderName = Annotated[str, AfterValidator(_check_folder)]  # likewise; may be a path below the folder it is for
 
 
 class Options(BaseModel):
