@@ -18,7 +18,7 @@ MAX_COLUMNS = 1000
 MAX_TEXT = 4096  # characters of a name: the limit of paths on Linux
 _FREE_ROWS, _ROWS_PER_BYTE = 1_000_000, 100  # rows that a file may have: names that count up compress to little
 _FREE_BYTES, _EXPANSION = 1 << 26, 1000
-READ_ERRORS = (OSError, ValueError, pyarrow.ArrowException, OverflowError, MemoryError)
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError, pyarrow.ArrowException)
 
 _NAMES = {"text": "text", "integer": "whole numbers", "number": "numbers"}
 _TESTS = {"text": ("is_string", "is_large_string"), "integer": ("is_integer",), "number": ("is_floating", "is_integer")}
@@ -41,20 +41,21 @@ def read_parquet(
     """
     expected = {**required, **(optional or {})}
     texts = [name for name, kind in expected.items() if kind == "text"]
+    metadata = _read_metadata(path)
+    schema = metadata.schema.to_arrow_schema()
+    if missing := [name for name in required if name not in schema.names]:
+        raise ValueError(f"found the columns {some(schema.names, 20)}, missing {', '.join(missing)}")
+    names = [name for name in expected if name in schema.names]
+    for name in names:
+        _check_type(schema, name, expected[name])
     # A dictionary has each text once; as plain text, one that every row refers to would be copied for each of them.
-    with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
-        _check_size(file.metadata, Path(path).stat().st_size)
-        schema = file.schema_arrow
-        if missing := [name for name in required if name not in schema.names]:
-            raise ValueError(f"found the columns {some(schema.names, 20)}, missing {', '.join(missing)}")
-        names = [name for name in expected if name in schema.names]
-        for name in names:
-            _check_type(schema, name, expected[name])
+    dictionaries = [name for name in texts if name in names]
+    with pyarrow.parquet.ParquetFile(path, metadata=metadata, read_dictionary=dictionaries) as file:
         table = file.read(columns=names, use_pandas_metadata=False)
     # What pandas noted of its types may be damaged, too, and none of these columns needs it.
     table = table.replace_schema_metadata({k: v for k, v in (table.schema.metadata or {}).items() if k != b"pandas"})
-    if table.num_rows != file.metadata.num_rows:
-        raise ValueError(f"it declares {file.metadata.num_rows} rows and has {table.num_rows}")
+    if table.num_rows != metadata.num_rows:
+        raise ValueError(f"it declares {metadata.num_rows} rows and has {table.num_rows}")
     for name in names:
         if table[name].null_count:
             raise ValueError(f"its column {name!r} lacks {table[name].null_count} values")
@@ -65,12 +66,11 @@ def read_parquet(
 
 def read_row_count(path: str | Path) -> int:
     """Return the number of rows that a parquet file declares; raise as `read_parquet` does where it is too large."""
-    metadata = pyarrow.parquet.read_metadata(path)
-    _check_size(metadata, Path(path).stat().st_size)
-    return int(metadata.num_rows)
+    return int(_read_metadata(path).num_rows)
 
 
-def _check_size(metadata: pyarrow.parquet.FileMetaData, n_bytes: int) -> None:
+def _read_metadata(path: str | Path) -> pyarrow.parquet.FileMetaData:
+    metadata, n_bytes = pyarrow.parquet.read_metadata(path), Path(path).stat().st_size
     if not 0 <= metadata.num_rows <= _FREE_ROWS + _ROWS_PER_BYTE * n_bytes:
         raise ValueError(f"it declares {metadata.num_rows:,} rows in {n_bytes:,} bytes")
     if metadata.num_columns > MAX_COLUMNS:
@@ -81,6 +81,7 @@ def _check_size(metadata: pyarrow.parquet.FileMetaData, n_bytes: int) -> None:
     expanded = sum(max(group.total_byte_size, 0) for group in groups)
     if expanded > _FREE_BYTES + _EXPANSION * n_bytes:
         raise ValueError(f"it declares {expanded:,} bytes of values in {n_bytes:,} bytes")
+    return metadata
 
 
 def _check_type(schema: pyarrow.Schema, name: str, expected: str) -> None:

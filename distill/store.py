@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import h5py
 import numpy as np
 import pandas as pd
-import pyarrow
 from pydantic import ValidationError
 
 from audio.cutting import Chunks
@@ -26,6 +25,7 @@ from audio.hdf5 import READ_ERRORS, describe_lock, get_dataset
 from audio.manifest import NameIndex
 from common.errors import Faults, UserError, some
 from common.files import create_hdf5, whole_file
+from common.parquet import READ_ERRORS as PARQUET_ERRORS
 from common.parquet import read_parquet, read_row_count
 from common.parsing import describe_invalid, read_json
 from distill.published_meta import read_published_meta
@@ -137,7 +137,7 @@ class TargetStore:
                 lengths["names"] = read_row_count(path.with_suffix(".parquet"))
             except UserError as error:
                 faults.add(str(error))
-            except (*READ_ERRORS, pyarrow.ArrowException) as error:
+            except (*READ_ERRORS, *PARQUET_ERRORS) as error:
                 faults.add(
                     f"{path} and the .parquet beside it are not files of a store ({error}); save this epoch again"
                 )
@@ -205,7 +205,7 @@ class TargetStore:
     def _read_part_rows(self, path: Path) -> pd.DataFrame:
         try:
             rows = read_parquet(path, _COLUMNS, _MORE_COLUMNS).to_pandas()
-        except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
+        except PARQUET_ERRORS as error:
             raise UserError(f"{path}: {error}; save this epoch again") from None
         if fault := find_faulty_row(rows, self.chunk_seconds):
             name = rows["filename"].iloc[fault.row]

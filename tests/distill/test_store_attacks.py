@@ -190,6 +190,7 @@ ROW_ATTACKS = {
     "n_reference -1": (make_rows(n_reference=np.full(N, -1)), r"row 0 \(clip_0.wav\) has n_reference -1; expected 160"),
     "another n_reference": (make_rows(n_reference=np.full(N, 8000)), "n_reference 8000"),
     "text as n_reference": (make_rows(n_reference=["x"] * N), "'n_reference' has the type .*string.*whole numbers"),
+    "no names": (make_rows().drop(columns="filename"), "missing filename"),
     "no start": (make_rows().drop(columns="start"), "missing start"),
     "start as text": (make_rows(start=["0"] * N), "'start' has the type"),
     "a negative start": (make_rows(start=np.full(N, -1.0)), "expected seconds from 0"),
