@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, ParamSpec, TypeVar
 
+from common.closed_output import end_with_reader
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -81,6 +83,7 @@ def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
 
     The exit status is 1 for an error and 130 for Ctrl-C.
     """
+    function = end_with_reader(function)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
