@@ -15,8 +15,8 @@ R = TypeVar("R")
 def end_with_reader(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate an entry point: where the reader of its output has ended, it ends without a message.
 
-    The exit status is that of a program that SIGPIPE ends, 141. The signal itself is of no use: Python ignores it, since
-    it would end a process that writes to a worker which has died.
+    The exit status is that of a program that SIGPIPE ends, 141. Python itself ignores the signal, for good reason: it
+    would end a process that writes to a worker which has died.
     """
 
     @functools.wraps(function)

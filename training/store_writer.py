@@ -19,6 +19,7 @@ from audio.dataset import Pack, loader_workers
 from common.errors import UserError
 from common.files import remove_dead_partials, sha256, write_json
 from common.parsing import read_json
+from common.shares import lock_shares
 from distill.batch import Batch
 from distill.dataset import ReplayDataset, collate
 from distill.embeddings import EmbeddingStore
@@ -282,7 +283,14 @@ class StoreWriter:
             )
 
     def save(self) -> Path:
-        """Write all parts that do not exist yet; return the folder."""
+        """Write all parts that do not exist yet; return the folder.
+
+        Where another process writes parts of this rank, they are awaited, and only what is missing then is written.
+        """
+        with lock_shares(self.folder, range(self.rank, len(self.parts), self.world_size), self.content.store.what):
+            return self._save()
+
+    def _save(self) -> Path:
         store = self.content.store
         of_rank = [
             _Part(epoch, number, items)
