@@ -5,7 +5,6 @@ What is AST's own is in `models.huggingface_ast`, what is ResNet-10's in `models
 """
 
 import copy
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from common.errors import UserError, some
 from common.files import write_bytes, write_json
+from common.parsing import load_json
 from models import huggingface_ast, huggingface_resnet
 from models.audiotransformer import ARGUMENTS, SIZES, AudioTransformer
 from models.base import Activation, AudioTagger
@@ -61,7 +61,7 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: the folder holds another kind of model, or cannot be read.
     """
     try:
-        given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        given = load_json(folder / "config.json")
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read as a Hugging Face folder ({error})") from error

@@ -3,7 +3,6 @@
 Their state dict has queries, keys and values apart; how the spectrogram is normalised stands in the third file.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import Faults, UserError
+from common.parsing import load_json
 from models.audio_spectrogram_transformer import SIZES
 
 MODEL_TYPE = "audio-spectrogram-transformer"
@@ -127,7 +127,7 @@ def _normalisation(folder: Path, n_mels: int, faults: Faults) -> dict[str, float
     if not path.is_file():
         return {}
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = load_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     for key, expected in (("sampling_rate", 16000), ("num_mel_bins", n_mels)):

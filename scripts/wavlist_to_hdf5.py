@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 from audio.manifest import read_manifest
 from audio.pack import pack
 from common.interrupts import note_when_stopped
-from common.options import Options, parse_arguments
+from common.options import FileName, FolderName, Options, parse_arguments
 
 
 class PackOptions(Options):
@@ -40,12 +40,12 @@ class PackOptions(Options):
     list: str  # table of sound files, tab-separated, with a header
     outdir: str  # folder to write to
     sample_rate: int = 16000  # of the pack, in Hz
-    name: str | None = None  # of the pack; null = the list's, without extension
+    name: FileName | None = None  # of the pack; null = the list's, without extension
     size_per_file: int = 50_000  # clips a shard
     n_workers: int = 4  # decoding processes
     duration: bool = False  # add a column `duration`, in seconds
-    hdf5_dirname: str = "hdf5"  # folder of the shards in OUTDIR
-    index_dirname: str = "labels"  # folder of the manifest in OUTDIR
+    hdf5_dirname: FolderName = "hdf5"  # folder of the shards in OUTDIR
+    index_dirname: FolderName = "labels"  # folder of the manifest in OUTDIR
     filename_column: str = "filename"  # column of names in LIST
     # with --layout published: keys are paths as listed, in place of base names (other layouts do so always)
     fullname: bool = False
