@@ -120,11 +120,14 @@ def _check_size(
     if not stored:
         return
     plain = {key: value for key, value in stored.items() if key != "parametrize"}
-    faults = Faults(f"{origin}: the description of {name!r}")
-    for sentence in find_argument_faults(get_model_entry(name).factory, plain):
+    entry, faults = get_model_entry(name), Faults(f"{origin}: the description of {name!r}")
+    for key in stored:
+        if key not in entry.arguments:
+            faults.add(f"unknown argument {key!r:.80}; it takes {some(entry.arguments, 99)}")
+    for sentence in find_argument_faults(entry.factory, plain):
         faults.add(sentence)
     faults.raise_if_any()
-    n_expected = count_weights(name, 1, **plain)
+    n_expected = count_weights(name, 1, plain)
     if n_expected > 2 * n_found + _SPARE_WEIGHTS:
         raise UserError(
             f"{origin}: it describes a network of {n_expected} weights, and has {n_found}; its config is damaged, or "

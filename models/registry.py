@@ -146,13 +146,13 @@ class _WithoutMemory(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def count_weights(name: str, num_classes: int, **arguments: Any) -> int:
+def count_weights(name: str, num_classes: int, arguments: Mapping[str, Any]) -> int:
     """Return the number of weights of a model without those of its last layer; none of them is allocated.
 
     Args:
         name: see `list_models`.
         num_classes: see `create_model`.
-        **arguments: settings of the architecture, of the right types.
+        arguments: settings of the architecture, of the right types.
 
     Raises:
         UserError: values that contradict each other.
