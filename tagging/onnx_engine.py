@@ -37,6 +37,9 @@ _PUBLISHED = {
 }
 
 
+_Value = tuple[str, list[Any]]  # name and shape of an input or output
+
+
 class OnnxEngine:
     """Runs a file of export_onnx.py, or a published export of CED. Safe to call from several threads at once.
 
@@ -77,13 +80,17 @@ class OnnxEngine:
             "session.intra_op.allow_spinning", "0"
         )  # it would take the cores from the decoders
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
             facts = self.session.get_modelmeta().custom_metadata_map
+            inputs = [(each.name, each.shape) for each in self.session.get_inputs()]
+            outputs = [(each.name, each.shape) for each in self.session.get_outputs()]
         except Exception as error:  # the runtime's exceptions have no common base class
             raise UserError(
                 f"{path}: ONNX Runtime cannot read it ({_first_line(error)}); is the file whole?"
             ) from error
-        self._read_facts(facts)
+        self._read_facts(facts, inputs, outputs)
         # Published files do not have their precision; they are as fast one by one.
         self._one_by_one = facts.get("precision") not in ("fp32", "fp16")
         self.batch_size = 1 if self._one_by_one else 8
@@ -178,11 +185,10 @@ class OnnxEngine:
                 "of other programs may support fewer frames only: give shorter clips, or export the model again"
             ) from error
 
-    def _read_facts(self, facts: dict[str, str]) -> None:
+    def _read_facts(self, facts: dict[str, str], inputs: list[_Value], outputs: list[_Value]) -> None:
         """Read the metadata of the file; that of published exports of CED is completed from `_PUBLISHED`."""
-        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        self._input, self._output = (each[0].name if each else "" for each in (inputs, outputs))
-        shape = outputs[0].shape if outputs else []
+        self._input, self._output = (each[0][0] if each else "" for each in (inputs, outputs))
+        shape = outputs[0][1] if outputs else []
         n_classes = shape[-1] if len(shape) == 2 else None
         published = "labels" not in facts and facts.get("model_type") == "CED" and self._input == "feats"
         if published and isinstance(n_classes, int):
@@ -191,10 +197,10 @@ class OnnxEngine:
             facts = {"labels": json.dumps(labels_for(n_classes, None))} | _PUBLISHED
         missing = [key for key in ("labels", "sample_rate", "input", "front_end") if key not in facts]
         takes = {"feats": 3, "waveform": 2}.get(self._input)
-        if missing or len(inputs) != 1 or facts["input"] != self._input or takes != len(inputs[0].shape):
+        if missing or len(inputs) != 1 or facts["input"] != self._input or takes != len(inputs[0][1]):
             raise UserError(
                 f"{self.path} is an ONNX model that export_onnx.py has not written: found inputs "
-                f"{some(each.name for each in inputs)} and no {some(missing)} in its metadata; export its checkpoint"
+                f"{some(name for name, _ in inputs)} and no {some(missing)} in its metadata; export its checkpoint"
             )
         origin = f"{self.path}: its metadata"
         self.labels: list[str] = parse_json(facts["labels"], f"{origin}, labels")
