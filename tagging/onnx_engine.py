@@ -207,9 +207,7 @@ class OnnxEngine:
             self.labels: list[str] = parse_json(facts["labels"], list)
             self.front_end: dict[str, Any] = parse_json(facts["front_end"])
         except ValueError as error:
-            raise UserError(
-                f"{origin}: labels or front_end cannot be read ({error}); export it again"
-            ) from None
+            raise UserError(f"{origin}: labels or front_end cannot be read ({error}); export it again") from None
         if not isinstance(self.front_end.get("class"), str):
             raise UserError(f"{origin}: its front_end has no class; export it again")
         self.sample_rate = _read_number(facts["sample_rate"], SAMPLE_RATES, f"{origin}, sample_rate")
