@@ -66,7 +66,7 @@ class PageOptions(ModelOptions):
     hop: float | None = Field(None, gt=0)  # initial seconds from window to window; null = the chunk length
     host: str = "127.0.0.1"  # 0.0.0.0 allows other machines
     port: int = Field(7860, ge=1, le=65535)  # of the page
-    allowed_hosts: list[str] = []  # further names the page may be opened by, such as that of a proxy
+    allowed_hosts: list[str] = Field([])  # further names the page may be opened by, such as that of a proxy
     max_seconds: float = Field(600.0, gt=0)  # length of the longest sound
     max_mb: float = Field(100.0, gt=0)  # size of the largest file, in MiB
     engine: Literal["torch", "onnx"] | None = None  # null = onnx for .onnx files, else torch
