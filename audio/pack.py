@@ -7,10 +7,6 @@ shard that was finished; see `audio.pack_progress`.
 
 import hashlib
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -31,6 +27,7 @@ from audio.pack_report import Report
 from audio.shards import ShardWriter
 from common.errors import UserError, some
 from common.files import whole_file, write_json
+from common.interrupts import start_worker
 
 logger = logging.getLogger(__name__)
 
@@ -126,19 +123,7 @@ def load_clips(paths: Sequence[Path], load: Callable[[Path], Clip], n_workers: i
 
 
 def _start_pool(n: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(n, initializer=_start_worker)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the process that writes stops the workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)  # the parent was killed, and the workers would wait for work for ever
+    return ProcessPoolExecutor(n, initializer=start_worker)
 
 
 def _load_window(

@@ -8,20 +8,23 @@ task; several files for one task (seeds, folds) give a mean and a standard devia
 each seed, with the files of a task in the order of their names. FOLDER gets probes.md, probes.csv and probes.png.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import Faults, print_user_errors  # isort: split
+
 import glob
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from common.columns import format_markdown_table
-from common.errors import Faults, print_user_errors
 from common.files import write_bytes, write_text
 from common.options import Options, parse_arguments
 from common.parsing import load_json

@@ -18,6 +18,7 @@ from audio.cutting import Chunks
 from audio.dataset import Pack, loader_workers
 from common.errors import UserError
 from common.files import remove_dead_partials, sha256, write_json
+from common.interrupts import start_worker
 from common.parsing import read_json
 from common.shares import lock_shares
 from distill.batch import Batch
@@ -305,6 +306,7 @@ class StoreWriter:
             self.dataset,
             batch_sampler=_PartBatches(missing, self.items.chunks.n_samples, self.config.batch_size),
             num_workers=loader_workers(self.config.num_workers),
+            worker_init_fn=start_worker,
             collate_fn=collate,
         )
         batches = iter(loader)
