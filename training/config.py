@@ -13,7 +13,7 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from common.errors import did_you_mean
-from common.options import Options
+from common.options import FileName, Options
 from distill.objectives.target import LOSSES
 from distill.targets import LABEL_TYPES
 from models.registry import get_model_entry, list_models
@@ -298,7 +298,7 @@ class SoftTargetConfig(Config):
     # ours: a head on each of them (`run.py probe`), whose classes are stored; null = the model's own classes
     head: str | list[str | None] | None = None
     model_args: dict[str, Any] = {}  # arguments of the network
-    name: str | None = None  # ours: the folder's name; null = the models' names joined by "_"
+    name: FileName | None = None  # ours: the folder's name; null = the models' names joined by "_"
     outputpath: str = "logits/"  # targets are written to OUTPUTPATH/NAME/LIST/chunk_SECONDS
     chunk_length: float = Field(10.0, gt=0)  # seconds
     epochs: int = Field(40, ge=1)  # passes, each with its own augmentation
