@@ -86,7 +86,7 @@ class Heartbeat:
         ended = [rank for rank in self._others if self._counts[rank] >= ENDED and silent[rank] > ENDED_SECONDS]
         if ended:
             return f"{self._name(ended)} ended before this one: see its message"
-        missing = [rank for rank in self._others if silent[rank] > seconds]
+        missing = [rank for rank in self._others if silent[rank] > seconds and self._counts[rank] < ENDED]
         reason = f"for {seconds:g} s (rank_timeout): frozen, killed or unreachable"
         return f"{self._name(missing)} does not respond {reason}" if missing else ""
 
