@@ -16,7 +16,7 @@ from tests.conftest import ROOT, run_command
 
 ENTRY_POINTS = [path for folder in (ROOT, ROOT / "scripts") for path in sorted(folder.glob("*.py"))]
 ENTRY_POINTS = [path for path in ENTRY_POINTS if path.stem not in ("hubconf", "configuration_reference")]
-QUICK = ("wavlist_to_hdf5", "save_logits", "evaluate", "inference to csv", "inference to embeddings")
+QUICK = ("wavlist_to_hdf5", "save_logits", "inference to csv")
 
 
 def count(folder: Path, name: str, times: int, seed: int, *commands: str) -> dict[str, int]:
