@@ -71,7 +71,12 @@ class Heartbeat:
 
     def _watch(self) -> None:
         """End this process, whose main thread may wait in a transfer, when a rank is missing."""
+        last = time.monotonic()
         while not self._stopped.wait(self.interval):
+            now = time.monotonic()
+            if now - last > MISSED_BEATS * self.interval:  # this process was suspended, and perhaps all are
+                self._store_time, self._times = now, dict.fromkeys(self._others, now)
+            last = now
             found = self.describe_missing(self.timeout)
             if found and not self._stopped.is_set():
                 os.write(2, f"\nerror: {found}; {self.hint}\n".encode())

@@ -47,3 +47,13 @@ def test_a_rank_that_ends_with_an_error_is_the_cause_of_a_failed_transfer(pair, 
     found = first.explain()
     assert found.startswith("rank 1 (process ")
     assert found.endswith("ended before this one: see its message")
+
+
+def test_a_rank_that_was_suspended_itself_does_not_blame_the_others(pair, monkeypatch):
+    _, second, ends = pair
+    second.start()
+    time.sleep(0.3)
+    clock = time.monotonic
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock() + 1000)
+    time.sleep(0.5)
+    assert not ends
