@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from common import interrupts
 from tests.conftest import ROOT, run_command
 
 ENTRY_POINTS = [path for folder in (ROOT, ROOT / "scripts") for path in sorted(folder.glob("*.py"))]
@@ -50,6 +51,7 @@ def test_signals_are_handled_before_anything_slow_is_imported(path):
     modules = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
     before = modules[: modules.index("common.errors")]
     assert set(before) <= {"sys", "pathlib"}
+    assert path.parent.name == "scripts" or path.name in interrupts._PROGRAMS
 
 
 @pytest.mark.long
