@@ -9,7 +9,6 @@ A launcher passes on what the terminal has already sent to every process, so a s
 the same one. A later one ends the process at once.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -136,6 +135,8 @@ def start_worker(_: int = 0) -> None:
     Signals to the whole process group are for the parent, which stops its workers. SIGTERM of the parent itself
     ends the worker, and so does the end of the parent, however it came.
     """
+    import multiprocessing  # here, since entry points import this module first
+
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS, where SIGTERM ends a worker

@@ -10,10 +10,9 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 from pydantic import Field
-from torch.utils.data import DataLoader
 
 from audio.cutting import Chunks
-from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch, start_loader_worker
+from audio.dataset import ClipDataset, ClipLoader, Pack, pad_batch
 from common.errors import Faults
 from common.files import whole_file, write_json
 from common.interrupts import StopSignal
@@ -105,11 +104,10 @@ def predict_pack(
     order = np.argsort(lengths, kind="stable")
     batches = group_by_length(order, lengths, batch_size, round(LONG_SECONDS * pack.sample_rate))
     batches = batches[ranks.rank :: ranks.world_size]
-    loader = DataLoader(
+    loader = ClipLoader(
         ClipDataset(pack, [model.sample_rate], chunks),
+        num_workers,
         batch_sampler=batches,
-        num_workers=loader_workers(num_workers),
-        worker_init_fn=start_loader_worker,
         collate_fn=partial(_collate, sample_rate=model.sample_rate),
     )
     model.eval()

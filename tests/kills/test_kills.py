@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,9 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from common import interrupts
+from models import create_model, save_checkpoint
 from tests.conftest import ROOT, run_command
+from tests.training.test_resume import LABELS_ONLY, SETTINGS
 
 ENTRY_POINTS = [path for folder in (ROOT, ROOT / "scripts") for path in sorted(folder.glob("*.py"))]
 ENTRY_POINTS = [path for path in ENTRY_POINTS if path.stem not in ("hubconf", "configuration_reference")]
@@ -70,12 +72,13 @@ def test_a_signal_during_the_imports_prints_no_traceback(path, number):
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_loader_process_that_is_killed_is_one_sentence(tone_pack, checkpoint, tmp_path, command):
+def test_a_loader_process_that_is_killed_is_one_sentence(tone_pack, tmp_path, command):
+    checkpoint = tmp_path / "model.pt"
+    labels = [f"tone {i}" for i in range(7)]
+    save_checkpoint(checkpoint, create_model("audiotransformer_pico", num_classes=7, labels=labels))
     config = tmp_path / "config.yaml"
-    config.write_text(
-        f"{{train_data: {tone_pack}, model: audiotransformer_pico, pretrained: false, batch_size: 2, epochs: 1000, "
-        "loss: BCEWithLogitsLoss, num_workers: 1, device: cpu}"
-    )
+    settings = SETTINGS | LABELS_ONLY | {"train_data": str(tone_pack), "epochs": 1000, "num_workers": 1}
+    config.write_text(yaml.safe_dump(settings))
     evaluation = ["--test_data", tone_pack, "--batch_size", "1", "--device", "cpu", "--num_workers", "1"]
     words = {
         "train": ["run.py", "train", config, "--outputpath", tmp_path],
@@ -85,12 +88,15 @@ def test_a_loader_process_that_is_killed_is_one_sentence(tone_pack, checkpoint, 
     with subprocess.Popen(
         [sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
-        while not (workers := subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()):
-            assert process.poll() is None
+        workers: list[bytes] = []
+        while not workers:
+            assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
+            if command == "evaluate" or list(tmp_path.rglob("step=000000003.json")):
+                workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()
         os.kill(int(workers[0]), signal.SIGKILL)
         errors = process.communicate()[1]
     assert process.returncode == 1
-    assert re.search(r"error: a process that loads clips \(pid \d+\) died \(signal: Killed\)", errors)
+    assert "error: a process that loads clips has died" in errors
     assert "Traceback" not in errors
     assert command == "evaluate" or "the same command resumes from it" in errors
