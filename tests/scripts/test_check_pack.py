@@ -80,7 +80,7 @@ def test_no_changed_bit_goes_unseen(tmp_path: Path, what: str, capsys: pytest.Ca
     rng = random.Random(0)
     n_seen = 0
     for file in files:
-        for _ in range(15):
+        for _ in range(20):
             position = rng.randrange(file.stat().st_size)
             flip_bit(file, position)
             try:
@@ -91,7 +91,7 @@ def test_no_changed_bit_goes_unseen(tmp_path: Path, what: str, capsys: pytest.Ca
             else:
                 assert read_all(path) == expected, f"{file.name}: bit in byte {position}"
             flip_bit(file, position)
-    assert n_seen > 2
+    assert n_seen > 0
     assert read_all(path) == expected
 
 
