@@ -193,9 +193,10 @@ def save_checkpoint(path: str | Path, model: AudioTagger, extra: Mapping[str, An
     reserved = [key for key in extra_config if key in config] + [key for key in extra if key == "model"]
     if reserved:
         raise UserError(f"{path}: the entries {some(reserved)} describe the model and cannot be given")
-    with whole_file(path) as partial:
-        torch.save({"model": state, "config": {**extra_config, **config}, **extra}, partial)
-        read_tensors(partial)  # raises where an entry of `extra` could not be loaded again
+    with whole_file(path) as file:
+        torch.save({"model": state, "config": {**extra_config, **config}, **extra}, file)
+        file.finish()
+        read_tensors(file.path)  # raises where an entry of `extra` could not be loaded again
 
 
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import operator
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import whole_file, write_text
+from common.temporary import temporary_folder
 from models.audiotransformer import AudioTransformer
 from models.base import AudioTagger
 from models.fourier import PortableFrontEnd
@@ -96,9 +96,10 @@ def export_onnx(
                 graph = merge_models(front_end, graph, [("mel", "feats")])
             _describe(graph, model, takes, precision)
             onnx.checker.check_model(graph)
-            partial = files.enter_context(whole_file(target))
-            onnx.save(graph, str(partial))
-            differences[precision] = _compare(partial, model, takes, precision, str(target))
+            file = files.enter_context(whole_file(target))
+            onnx.save_model(graph, file)
+            file.finish()
+            differences[precision] = _compare(file.path, model, takes, precision, str(target))
     return differences
 
 
@@ -275,8 +276,8 @@ def _to_int8(graph: onnx.ModelProto) -> onnx.ModelProto:
     """
     # Else it recommends a preparation that fails on such graphs.
     graph.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "int8.onnx"
+    with temporary_folder() as folder:
+        path = folder / "int8.onnx"
         quantize_dynamic(
             graph,
             path,

@@ -8,11 +8,17 @@ writes beside the store's files, for each k, clusters_kK.parquet (the cluster of
 k are compared in a table. k-means with the settings of S-SONDO, over the store's first epoch.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
+
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import UserError, print_user_errors  # isort: split
+
 import logging
 import os
 import shlex
-import sys
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 # Before torch loads OpenMP, as in run.py.
@@ -21,11 +27,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 from pydantic import Field
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
-
 from common.columns import align_columns
-from common.errors import UserError, print_user_errors
-from common.files import sha256, whole_file
+from common.files import sha256, write_bytes
 from common.options import Options, parse_arguments
 from distill.clusters import write_clusters
 from distill.embeddings import EmbeddingStore
@@ -75,8 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         title = f"{k} clusters of {len(cluster):,} embeddings\n" + "   ".join(
             map(" ".join, zip(("silhouette", "Calinski-Harabasz", "Davies-Bouldin"), scores, strict=True))
         )
-        with whole_file(path.with_suffix(".png")) as partial:
-            partial.write_bytes(render_png(draw_clusters(positions, cluster[on_map], sizes, title)))
+        write_bytes(path.with_suffix(".png"), render_png(draw_clusters(positions, cluster[on_map], sizes, title)))
         counts = [f"{n:,.0f}" for n in (sizes.min(), np.median(sizes), sizes.max(), (sizes == 0).sum())]
         lines.append([str(k), *counts, *scores, f"{inertia:.5g}"])
         written.append(path)

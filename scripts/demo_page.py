@@ -7,29 +7,32 @@ It requires `pip install -r requirements-demo.txt`, and no network: the page loa
 sounds never leave the machine that serves it. Sounds and results are deleted after an hour, and when the page stops.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import UserError, print_user_errors  # isort: split
+
 import contextvars
 import html
 import itertools
 import logging
 import os
-import signal
 import socket
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in inference.py
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from pydantic import Field
 
 from audio.io import AudioBlocks, AudioReadError
-from common.errors import UserError, print_user_errors
 from common.options import ModelOptions, parse_arguments
 from tagging.base import Engine
 from tagging.engines import open_engine
@@ -360,7 +363,6 @@ def main(arguments: list[str] | None = None) -> None:
         engine = open_engine(options.model, **chosen)
         page = Page(engine, options.max_seconds)
         blocks = build(page, options, Path(folder))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files are removed
         # The default fonts would be loaded from another server.
         theme = gr.themes.Default(
             primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]

@@ -15,15 +15,19 @@ packed incompletely (truncated, damaged).
 """
 
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import print_user_errors  # isort: split
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
 from audio.manifest import read_manifest
 from audio.pack import pack
-from common.errors import print_user_errors
+from common.interrupts import note_when_stopped
 from common.options import Options, parse_arguments
 
 
@@ -59,21 +63,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(PackOptions, __doc__, arguments)
     delimiter = {"\\t": "\t", "tab": "\t", "TAB": "\t"}.get(options.delim, options.delim)
     table = read_manifest(options.list, delimiter=delimiter, filename_column=options.filename_column)
-    report = pack(
-        table,
-        options.list,
-        options.outdir,
-        options.name or Path(options.list).stem,
-        sample_rate=options.sample_rate,
-        layout=options.layout,
-        fullname=options.fullname,
-        stereo=options.stereo,
-        size_per_file=options.size_per_file,
-        n_workers=options.n_workers,
-        add_duration=options.duration,
-        hdf5_folder=options.hdf5_dirname,
-        index_folder=options.index_dirname,
-    )
+    with note_when_stopped("finished shards are kept, and the same command goes on behind them"):
+        report = pack(
+            table,
+            options.list,
+            options.outdir,
+            options.name or Path(options.list).stem,
+            sample_rate=options.sample_rate,
+            layout=options.layout,
+            fullname=options.fullname,
+            stereo=options.stereo,
+            size_per_file=options.size_per_file,
+            n_workers=options.n_workers,
+            add_duration=options.duration,
+            hdf5_folder=options.hdf5_dirname,
+            index_folder=options.index_dirname,
+        )
     print(report.summary())
     print("written     " + "\n            ".join(report.files))
     if not report.is_complete:
@@ -81,7 +86,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written")
+    main()

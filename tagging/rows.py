@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple
 
 from audio.io import LOSSES
 from common.errors import UserError
-from common.files import whole_file, write_json
+from common.files import append_bytes, explain_write_errors, whole_file, write_json
 from tagging.files import TaggedFile, TaggedWindow
 from tagging.parts import Output, Share, check_provenance
 
@@ -188,7 +188,7 @@ class RowFile:
         self.format = get_format(path)
         if n_whole:
             self._write_meta()  # before the file is cut: it must not count more bytes than there are
-        self.file = open(path, "ab")  # noqa: SIM115 - open as long as the output
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the output
         self.file.truncate(n_whole)
         if not n_whole:
             self._append(self.format.header)
@@ -200,20 +200,23 @@ class RowFile:
     def close(self) -> None:
         """Flush to disk and close."""
         if not self.file.closed:
-            os.fsync(self.file.fileno())
+            with explain_write_errors(self.path):
+                os.fsync(self.file.fileno())
             self.file.close()
 
     def _append(self, text: str) -> None:
-        self.n_whole += self.file.write(_encode(text))
-        self.file.flush()
+        data = _encode(text)
+        append_bytes(self.file, data)
+        self.n_whole += len(data)
         self._write_meta()
 
     def _write_meta(self) -> None:
         # Renamed but not flushed to disk, for speed: after a power cut the file may be shorter than recorded.
         meta = meta_path(self.path)
         partial = meta.with_name(f".{meta.name}.partial")
-        partial.write_text(json.dumps({"bytes": self.n_whole, "made_with": self.settings}), encoding="utf-8")
-        os.replace(partial, meta)
+        with explain_write_errors(meta):
+            partial.write_text(json.dumps({"bytes": self.n_whole, "made_with": self.settings}), encoding="utf-8")
+            os.replace(partial, meta)
 
 
 class TagTable(Output):
@@ -326,7 +329,7 @@ def _append_parquet(path: Path, settings: Mapping[str, Any], files: Iterable[Tag
     schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in COLUMNS])
     rows = ((escape_name(name), *rest) for file in files for name, *rest in _table_rows(file))
     write_json(meta_path(path), settings)  # first: a table without it could not be added to
-    with whole_file(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+    with whole_file(path) as target, pq.ParquetWriter(target, schema) as writer:
         if path.exists():
             with pq.ParquetFile(path) as held:
                 for number in range(held.num_row_groups):

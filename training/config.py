@@ -186,6 +186,11 @@ class TrainConfig(Config):
     average: bool = True  # average the weights of the best checkpoints, where that improves the validation
     n_saved: int = Field(4, ge=1)  # best checkpoints that are kept
     checkpoint_every: int | None = Field(None, ge=1)  # ours: steps between resumable states; null = an epoch
+    # ours: on SIGTERM, SIGHUP or Ctrl-C, finish the step and save a state; a second signal, 2 s later, ends the run at
+    # once. false = stop within the step and resume from the last state
+    checkpoint_on_stop: bool = True
+    # ours: with several processes, seconds after which the others end if one of them is frozen or unreachable
+    rank_timeout: float = Field(120.0, ge=5)
     log_every: int = Field(10, ge=1)  # ours: steps between readings of the loss, which synchronise with the device
     # ours: add the figures of scikit-learn with simple features on the same clips at the end, where that takes seconds
     baseline: bool = True

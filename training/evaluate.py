@@ -16,6 +16,7 @@ from audio.cutting import Chunks
 from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
 from common.errors import Faults
 from common.files import whole_file, write_json
+from common.interrupts import StopSignal, start_worker
 from common.options import MergingOption, Options, read_options
 from common.progress import create_progress
 from models import AudioTagger, load_tagger
@@ -31,6 +32,7 @@ from training.labelled import LabelledPack, open_labelled, open_pack
 from training.metrics import Metrics, evaluate_scores
 from training.parallel import Ranks
 from training.precision import Precision
+from training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +82,15 @@ def predict_pack(
     precision: Precision,
     description: str = "evaluate",
     ranks: Ranks | None = None,
+    stop: StopRequest | None = None,
 ) -> np.ndarray:
     """Return the probabilities (N, C) of every clip of `pack`, whole clips, in its order.
 
     The input of a head is the same as in `run.py probe`: the mean embedding of the chunks of a clip, cut as for the
     training of the head, weighted by their lengths, in the precision of stored embeddings.
 
-    Each rank computes a part of the batches, and all get all results.
+    Each rank computes a part of the batches, and all get all results. A run that is told to stop (`stop`) does not
+    compute the rest: all ranks raise `StopSignal`.
     """
     ranks = ranks or Ranks()
     compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -105,6 +109,7 @@ def predict_pack(
         ClipDataset(pack, [model.sample_rate], chunks),
         batch_sampler=batches,
         num_workers=loader_workers(num_workers),
+        worker_init_fn=start_worker,
         collate_fn=partial(_collate, sample_rate=model.sample_rate),
     )
     model.eval()
@@ -119,6 +124,10 @@ def predict_pack(
                 outputs = compute(waveform.to(precision.device), n_samples.to(precision.device))
             np.add.at(means, chunks.clip[rows], outputs.float().cpu().numpy() * share[rows, None])
             progress.update(len(rows))
+            if stop is not None and stop.number:
+                break
+    if stop is not None and (number := stop.find_now()):
+        raise StopSignal(number)
     results = torch.from_numpy(means.astype(np.float32))
     if ranks.world_size > 1:  # each chunk was computed by one rank, and is zero on the others
         results = ranks.sum(results.to(precision.device)).cpu()
@@ -186,8 +195,8 @@ def write_results(folder: Path, name: str, metrics: Metrics, data: LabelledPack)
         "chance_mAP": float(prevalence[prevalence > 0].mean()),  # of random scores
     }
     target = folder / f"{name}.json"
-    with whole_file(folder / f"{name}_per_class.csv") as partial:
-        metrics.per_class.to_csv(partial, index=False)
+    with whole_file(folder / f"{name}_per_class.csv") as file:
+        metrics.per_class.to_csv(file, index=False)
     write_json(target, counts | metrics.as_dict())
     return target
 

@@ -52,7 +52,6 @@ class PreparedRun:
         result = self.run.fit(self.state)
         if self.run.ranks.is_main:
             self.folder.finish(result)
-            self.run.states.clear()
         return result
 
 

@@ -6,10 +6,12 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import uuid
-from datetime import datetime
+from contextlib import ExitStack, suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,10 +22,12 @@ from common.errors import UserError, some
 from common.files import remove_dead_partials, reserve_partial, sha256, write_json, write_text
 from training.automatic import Choice
 from training.config import TrainConfig
+from training.states import States
 
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
+_TIME = "%Y-%m-%d_%H-%M-%S"
 LOCK_SECONDS = 10.0  # to wait for a process that has locked a run
 # Keys that may change when a run is resumed, since they have no effect on the weights.
 FREE_KEYS = (
@@ -33,6 +37,8 @@ FREE_KEYS = (
     "logfile",
     "debug",
     "checkpoint_every",
+    "checkpoint_on_stop",
+    "rank_timeout",
     "log_every",
     "compile",
     "baseline",
@@ -54,25 +60,40 @@ class RunFolder:
         self.path = path
         self._lock: IO[str] | None = None
 
-    def lock(self) -> bool:
-        """Lock the folder until the process ends; return False if another process keeps it locked."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = open(self.path / ".lock", "w")  # noqa: SIM115 - open as long as the folder is locked
-        deadline = time.monotonic() + LOCK_SECONDS  # a process that is being killed takes a moment
-        while True:
-            try:
-                # Not flock: loader workers inherit it and keep it for seconds after the trainer was killed.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    lock.close()
-                    return False
-                time.sleep(0.1)
-        self._lock = lock
+    def lock(self, seconds: float | None = None) -> bool:
+        """Lock the folder, which is created if it is missing, until the process ends.
+
+        Args:
+            seconds: to wait for another process that has locked it; None for `LOCK_SECONDS`.
+
+        Returns:
+            False if another process keeps it locked.
+        """
+        deadline = time.monotonic() + (LOCK_SECONDS if seconds is None else seconds)
+        while not self._try_lock():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
         for folder in (self.path, self.path / "states"):
             remove_dead_partials(folder)
         return True
+
+    def _try_lock(self) -> bool:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError), ExitStack() as opened:  # locked, or removed meanwhile as an unfinished folder
+            lock = opened.enter_context(open(self.path / ".lock", "a"))
+            # Not flock: loader workers inherit it and keep it for seconds after the trainer was killed.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), (self.path / ".lock").stat()):
+                self._lock = lock
+                opened.pop_all()  # open as long as the folder is locked
+        return self._lock is not None
+
+    def unlock(self) -> None:
+        """Release the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     @property
     def finished(self) -> bool:
@@ -115,11 +136,16 @@ class RunFolder:
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, and update two links to this folder: MODEL/latest, and `latest` beside MODEL."""
         write_json(self.path / FINISHED, result)
+        self.complete()
+
+    def complete(self) -> None:
+        """Do what remains once the result is written: update the links, and remove the states last."""
         run, parent = self.path.name, self.path.parent
         for link, target in ((parent / "latest", run), (parent.parent / "latest", f"{parent.name}/{run}")):
             with reserve_partial(link) as partial:
                 partial.symlink_to(target)
                 os.replace(partial, link)
+        States(self.path / "states").clear()
 
 
 def run_identity(config: TrainConfig, seed: int, data: dict[str, Any]) -> dict[str, Any]:
@@ -178,6 +204,7 @@ def choose_folder(parent: Path, identity: dict[str, Any], resume: str) -> tuple[
     Raises:
         UserError: the run is in use; the path is not a run, or one that has finished or has another identity.
     """
+    _clean_up(parent)
     if resume not in ("auto", "never"):
         return _open_given(Path(resume), identity)
     for path in sorted((found.parent for found in parent.glob("*/run.json")), reverse=True) if resume == "auto" else []:
@@ -193,10 +220,43 @@ def choose_folder(parent: Path, identity: dict[str, Any], resume: str) -> tuple[
             )
         elif not folder.lock():
             raise UserError(f"{path} is the same run, and another process is training it; --resume never starts a copy")
+        elif folder.finished:  # by the process that had locked it
+            logger.info("%s is the same run, and has just finished", path)
         else:
             return folder, None, True
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:8]}"
-    return RunFolder(parent / name), None, False
+    return RunFolder(parent / _name_run(parent)), None, False
+
+
+def _name_run(parent: Path) -> str:
+    """Return a name that sorts behind those of all runs so far, also if the clock was set back."""
+    second = max([datetime.now().replace(microsecond=0), *map(_read_time, parent.glob("*/"))])
+    return f"{second:{_TIME}}_{uuid.uuid4().hex[:8]}"
+
+
+def _read_time(run: Path) -> datetime:
+    """Return the second after the one that a run's folder is named after."""
+    with suppress(ValueError):
+        return datetime.strptime(run.name.rpartition("_")[0], _TIME) + timedelta(seconds=1)
+    return datetime.min
+
+
+def _clean_up(parent: Path) -> None:
+    """Complete what killed processes have left: runs with a result and states, and folders that are not yet runs."""
+    folders = [path for path in sorted(parent.glob("*/")) if not path.is_symlink() and (path / ".lock").exists()]
+    finished = [path for path in folders if (path / FINISHED).is_file()]
+    for path in folders:
+        is_run = (path / "run.json").is_file()
+        is_complete = is_run and not (path in finished and (path / "states").is_dir())
+        folder = RunFolder(path)
+        if is_complete or not folder.lock(0):
+            continue
+        if is_run and path == finished[-1]:
+            folder.complete()
+        elif is_run:
+            States(path / "states").clear()
+        elif set(os.listdir(path)) <= {".lock", "config.yaml", "class_labels_indices.csv"}:
+            shutil.rmtree(path)
+        folder.unlock()
 
 
 def _open_given(given: Path, identity: dict[str, Any]) -> tuple[RunFolder, Path | None, bool]:
@@ -217,6 +277,8 @@ def _open_given(given: Path, identity: dict[str, Any]) -> tuple[RunFolder, Path 
         )
     if not folder.lock():
         raise UserError(f"--resume {given}: another process is training it")
+    if folder.finished:
+        raise UserError(f"--resume {given}: that run has just finished; its weights are in {path}")
     return folder, state, True
 
 
@@ -227,11 +289,23 @@ class _TqdmHandler(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    """Writes log lines to a file; on a full disk they are lost, and what must not be lost raises."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name in `logging`
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 def log_to(path: Path | None, *, debug: bool = False, quiet: bool = False) -> None:
     """Log to the terminal, and to a file if `path` is given; with `quiet` only warnings."""
     handlers: list[logging.Handler] = [_TqdmHandler()]
     if path is not None:
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        handlers.append(_LogFile(path, encoding="utf-8"))
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # verbose at debug level
     level = logging.WARNING if quiet else logging.DEBUG if debug else logging.INFO

@@ -18,6 +18,7 @@ from audio.cutting import Chunks
 from audio.dataset import Pack, loader_workers
 from common.errors import UserError
 from common.files import remove_dead_partials, sha256, write_json
+from common.interrupts import start_worker
 from distill.batch import Batch
 from distill.dataset import ReplayDataset, collate
 from distill.embeddings import EmbeddingStore
@@ -296,6 +297,7 @@ class StoreWriter:
             self.dataset,
             batch_sampler=_PartBatches(missing, self.items.chunks.n_samples, self.config.batch_size),
             num_workers=loader_workers(self.config.num_workers),
+            worker_init_fn=start_worker,
             collate_fn=collate,
         )
         batches = iter(loader)
