@@ -18,7 +18,7 @@ from common.errors import Faults, UserError, did_you_mean, some
 from common.files import whole_file
 from models.base import Activation, AudioTagger
 from models.description import FORMAT_VERSION, ModelDescription, check_description, show
-from models.downloads import download, file_name
+from models.downloads import download, file_name, find_copy
 from models.headed import HEAD, Head, HeadedTagger, restore_head
 from models.huggingface import is_huggingface_folder, read_huggingface
 from models.parametrizations import fit_plain_weights
@@ -264,9 +264,29 @@ def weights_hash(module: nn.Module, excluded: tuple[str, ...] = ()) -> str:
 
 def fetch(url: str) -> Path:
     """Return the copy of a URL in torch.hub's cache, see `models.downloads.download`."""
+    return download(url, _find_published_file(url))
+
+
+def needs_download(source: str | Path | None) -> bool:
+    """Whether weights are to be fetched first, which may take long: other faults are reported before.
+
+    Args:
+        source: see `read_weights`, or the name of a model with published weights; None for no weights.
+
+    Raises:
+        UserError: a URL that names no file.
+    """
+    origin = str(source or "")
+    if origin in list_models():
+        origin = get_model_entry(origin).weights or ""
+    return _is_remote(origin) and (origin.startswith(_TIMM) or find_copy(origin, _find_published_file(origin)) is None)
+
+
+def _find_published_file(url: str) -> str | None:
+    """Return the name of a file that the project publishes or links to, None for any other address."""
     entries = map(get_model_entry, list_models())
     published = {address for entry in entries for address in (entry.weights, entry.initialisation)}
-    return download(url, file_name(url) if url in published else None)
+    return file_name(url) if url in published else None
 
 
 def _is_remote(origin: str) -> bool:
