@@ -1,7 +1,8 @@
-"""Input that may come from a stranger: files that can be read to their end, JSON of bounded size and depth."""
+"""Input that may come from a stranger: files that can be read to their end, bounded JSON, names of classes."""
 
 import json
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,24 @@ def parse_json(text: str | bytes, origin: str) -> Any:
         raise UserError(f"{origin}: its JSON is nested too deeply") from None
     except ValueError as error:  # also a number of thousands of digits, and text that is not UTF-8
         raise UserError(f"{origin}: is no JSON ({error})") from error
+
+
+def is_writable(text: str) -> bool:
+    """Whether text can be written as UTF-8: pickles and JSON may contain halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def find_label_fault(num_classes: int, labels: Sequence[Any]) -> str | None:
+    """Return why these are not the names of `num_classes` classes: another number, equal or empty ones; or None."""
+    if len(labels) != num_classes:
+        return f"{len(labels)} labels were given for {num_classes} classes: give one name per class"
+    seen: set[str] = set()
+    for index, label in enumerate(labels):
+        if not isinstance(label, str) or not label.strip():
+            return f"label {index} is {label!r:.80}: expected a name for every class"
+        if label in seen:
+            return f"two classes have the label {label!r:.80}: expected a different name for each"
+        if not is_writable(label):
+            return f"label {index} is {label!r:.80}: expected characters that can be written as UTF-8"
+        seen.add(label)
+    return None

@@ -69,41 +69,57 @@ def load_model(
     is_name = str(source) in list_models()
     origin = weights or (_find_published_weights(str(source)) if is_name else source)
     state, config = read_weights(origin)
+    given = {"activation": activation} if activation else {}
     head = None
     if config.get("head"):
         tensors, state = _split_head(state)
         if num_classes is None and labels is None:  # else the last layer is initialised anew and replaces the head
-            given = {"activation": activation} if activation else {}
             head = restore_head(config["head"] | given, tensors, str(origin))
     name = str(source) if is_name else config.get("model") or _find_model_by_url(str(origin))
     if name not in list_models():
         what = f"names {name!r}, which is no model here" if name else "does not name its model"
         raise UserError(f"{origin} {what}: give `-m NAME --weights {origin}`, NAME one of {some(list_models(), 99)}")
 
-    stored = _stored_settings(config, name)
-    settings: dict[str, Any] = stored | arguments
-    if activation or config.get("activation"):
-        settings["activation"] = activation or config["activation"]
-    n_stored = config.get("num_classes")
-    if n_stored is None and config.get("labels"):
-        n_stored = len(config["labels"])
-    n_wanted = num_classes if num_classes is not None else len(labels) if labels else n_stored
-    if labels is None and config.get("labels") and n_wanted == len(config["labels"]):
-        labels = list(config["labels"])
-    _check_size(name, stored, n_stored, state, str(origin))
-    model = create_model(name, num_classes=n_wanted, labels=labels, **settings)
-    last = state.get(f"{model.last_layer}.weight")
-    n_rows = len(last) if last is not None and last.ndim else None
-    if n_wanted is None and n_rows is not None and n_rows != model.num_classes:
-        model = create_model(name, num_classes=n_rows, **settings)
-    if n_rows is not None and n_stored and n_stored == n_wanted != n_rows and num_classes is None:
-        raise UserError(
-            f"{origin}: it describes {n_stored} classes, and its last layer has {n_rows}; give `num_classes` to start "
-            "the last layer anew"
-        )
+    model = _build(name, state, config, num_classes, labels, arguments | given, str(origin))
     _fit(model, state, str(origin))
     tagger = model if head is None else HeadedTagger(model, head)
     return tagger.to(device).eval()
+
+
+def _build(
+    name: str,
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    num_classes: int | None,
+    labels: list[str] | None,
+    given: Mapping[str, Any],
+    origin: str,
+) -> AudioTagger:
+    """Build the model that a config describes, with fresh weights; arguments as in `load_model` override it.
+
+    Raises:
+        UserError: the description and the tensors contradict each other.
+    """
+    stored, own_labels = _stored_settings(config, name), config.get("labels")
+    settings = stored | ({"activation": config["activation"]} if config.get("activation") else {}) | dict(given)
+    n_stored = len(own_labels) if config.get("num_classes") is None and own_labels else config.get("num_classes")
+    _check_size(name, stored, n_stored, state, origin)
+    is_given = num_classes is not None or labels is not None
+    n_wanted = num_classes if num_classes is not None else len(labels) if labels else n_stored
+    if labels is None and own_labels and n_wanted == len(own_labels):
+        labels = list(own_labels)
+    model = create_model(name, num_classes=n_wanted, labels=labels, **settings)
+    last = state.get(f"{model.last_layer}.weight")
+    if last is None or not last.ndim or len(last) == model.num_classes:
+        return model
+    if n_wanted is None:
+        return create_model(name, num_classes=len(last), **settings)
+    if n_stored and not is_given:
+        raise UserError(
+            f"{origin}: it describes {n_stored} classes, and its last layer has {len(last)}; give `num_classes` to "
+            "start the last layer anew"
+        )
+    return model
 
 
 def _check_size(

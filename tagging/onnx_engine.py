@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 
 from common.errors import UserError, some
-from common.inputs import parse_json, parse_json_object
+from common.inputs import find_label_fault, parse_json, parse_json_object
 from common.samples import as_clips
 from tagging.base import MAX_THREADS
 
@@ -211,13 +211,10 @@ class OnnxEngine:
         self._max_frames = None
         if facts.get("max_frames"):
             self._max_frames = _read_number(facts["max_frames"], FRAMES, f"{origin}, max_frames")
-        if not isinstance(self.labels, list) or not all(isinstance(each, str) and each for each in self.labels):
-            raise UserError(f"{origin}: its labels are no list of names; export it again")
-        if len(self.labels) != n_classes or len(set(self.labels)) != n_classes:
-            raise UserError(
-                f"{self.path} has {len(self.labels)} labels, {len(set(self.labels))} of them different, for "
-                f"{n_classes} classes; export it again"
-            )
+        if not isinstance(self.labels, list) or not isinstance(n_classes, int):
+            raise UserError(f"{origin}: its labels are no list, or its classes are not counted; export it again")
+        if fault := find_label_fault(n_classes, self.labels):
+            raise UserError(f"{origin}: {fault}; export it again")
         self.takes, self.precision = facts["input"], facts.get("precision", "fp32")
         self.name = facts.get("name") or self.path.stem
 
