@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _TIMM = "timm:"  # prefix of the name of a timm model
 _SPARE_WEIGHTS = 16 << 20  # that a network may have beyond those of its file: positions are stretched
+_LOSS = re.compile(r"best_epoch=\d+_-?\w+=(-?\d+\.?\d*(?:e[+-]?\d+)?)")  # in the name of a checkpoint
 _PRE_TRAINING_PARTS = ("decoder", "mask_token")  # of a masked auto-encoder, unused in tagging
 
 
@@ -351,7 +352,9 @@ def _choose_checkpoint(folder: Path) -> Path:
     for file in files:
         if match := re.search(r"mAP=(\d*\.\d+)$", file.stem):
             scored.append((float(match[1]), file))
-        elif match := re.fullmatch(r"best_epoch=\d+_-?\w+=(-?\d[\d.e+-]*)", file.stem):  # a loss: smallest is best
+        elif match := re.fullmatch(
+            r"best_epoch=\d+_-?\w+=(-?\d+\.?\d*(?:e[+-]?\d+)?)", file.stem
+        ):  # a loss: smallest is best
             scored.append((-float(match[1]), file))
     if scored:
         return max(scored)[1]

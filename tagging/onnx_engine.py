@@ -75,7 +75,7 @@ class OnnxEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = max(n_cores // self.n_threads, 1)
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are in the exceptions
         options.add_session_config_entry(
             "session.intra_op.allow_spinning", "0"
         )  # it would take the cores from the decoders

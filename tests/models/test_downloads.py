@@ -24,7 +24,7 @@ from probing.probe import probe
 from run import Runner
 from save_logits import save_logits
 from tests.conftest import ROOT
-from tests.models.test_strange_checkpoints import small
+from tests.models.strange import small
 from training.evaluate import evaluate_command
 
 
