@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, ParamSpec, TypeVar
 
+from common.closed_output import end_with_reader
 from common.interrupts import print_stop, respond_to_signals
 
 P = ParamSpec("P")
@@ -83,6 +84,7 @@ def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
 
     The exit status is 1 for an error, and 128 and the number of the signal for a stop: 130 for Ctrl-C, 143 for SIGTERM.
     """
+    function = end_with_reader(function)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -90,7 +92,7 @@ def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
             with respond_to_signals():
                 return function(*args, **kwargs)
         except UserError as error:
-            fail(_strip_traceback(str(error)))
+            fail("; ".join([_strip_traceback(str(error)), *getattr(error, "__notes__", [])]))
         except KeyboardInterrupt as error:
             sys.exit(print_stop(error))
         except OSError as error:  # a full disk, missing permissions: for the user to correct as well

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.archives import StoredArchive
 from common.errors import UserError
-from common.inputs import check_regular_file
+from common.parsing import check_regular_file
 from common.pickles import ForeignObjectError, PlainUnpickler, Record, build_dict, build_set, check_expansion
 
 

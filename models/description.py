@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from common.errors import Faults
-from common.inputs import find_label_fault, is_writable
+from common.labels import find_label_fault, is_writable
 from models.base import Activation
 from models.labels import MAX_CLASSES
 from models.settings import Width

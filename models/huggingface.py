@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.errors import UserError, some
 from common.files import write_bytes, write_json
-from common.inputs import read_json_object
+from common.parsing import read_json
 from models import huggingface_ast, huggingface_resnet
 from models.audiotransformer import ARGUMENTS, SIZES, AudioTransformer
 from models.base import Activation, AudioTagger
@@ -70,7 +70,7 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: the folder holds another kind of model, or cannot be read.
     """
-    given = read_json_object(folder / "config.json")
+    given = read_json(folder / "config.json", "download the folder again, or export it again")
     check_description(_Config, given, f"{folder / 'config.json'}")
     state = read_tensors(folder / "model.safetensors")
     readers = {

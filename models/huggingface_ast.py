@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import Faults
-from common.inputs import read_json_object
+from common.parsing import read_json
 from models.audio_spectrogram_transformer import SIZES
 
 MODEL_TYPE = "audio-spectrogram-transformer"
@@ -126,7 +126,7 @@ def _normalisation(folder: Path, n_mels: int, faults: Faults) -> dict[str, float
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return {}
-    given = read_json_object(path)
+    given = read_json(path, "download the folder again")
     for key, expected in (("sampling_rate", 16000), ("num_mel_bins", n_mels)):
         if given.get(key, expected) != expected:
             faults.add(f"preprocessor_config.json has {key} {given[key]}; expected {expected}")

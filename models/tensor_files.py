@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.archives import StoredArchive
 from common.errors import UserError
-from common.inputs import check_regular_file
+from common.parsing import check_regular_file
 from common.pickles import ForeignObjectError, PlainUnpickler, build_set, check_expansion, check_key
 from models.source_errors import describe_kind
 

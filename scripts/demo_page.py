@@ -34,6 +34,7 @@ from pydantic import Field
 
 from audio.io import AudioBlocks, AudioReadError
 from common.options import ModelOptions, parse_arguments
+from scripts.page.hosts import HostCheck, list_names
 from tagging.base import Engine
 from tagging.engines import open_engine
 from tagging.events import merge_events
@@ -68,6 +69,7 @@ class PageOptions(ModelOptions):
     hop: float | None = Field(None, gt=0)  # initial seconds from window to window; null = the chunk length
     host: str = "127.0.0.1"  # 0.0.0.0 allows other machines
     port: int = Field(7860, ge=1, le=65535)  # of the page
+    allowed_hosts: list[str] = Field([])  # further names the page may be opened by, such as that of a proxy
     max_seconds: float = Field(600.0, gt=0)  # length of the longest sound
     max_mb: float = Field(100.0, gt=0)  # size of the largest file, in MiB
     engine: Literal["torch", "onnx"] | None = None  # null = onnx for .onnx files, else torch
@@ -355,6 +357,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ |= {"GRADIO_TEMP_DIR": f"{folder}/cache", "GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": local}
         try:
             import gradio as gr
+            from starlette.middleware import Middleware
         except ImportError:
             raise UserError("the page requires gradio: pip install -r requirements-demo.txt") from None
         check_port(options.host, options.port)
@@ -367,6 +370,7 @@ def main(arguments: list[str] | None = None) -> None:
         theme = gr.themes.Default(
             primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
         )
+        names, any_address = list_names(options.host, options.allowed_hosts)
         print(f"Open http://{options.host}:{options.port} in a browser; Ctrl-C stops the page", flush=True)
         blocks.launch(
             server_name=options.host,
@@ -378,6 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
             run_history=False,
             footer_links=[],
             max_file_size=round(options.max_mb * 2**20),
+            app_kwargs={"middleware": [Middleware(HostCheck, names, any_address)]},
             theme=theme,
             css=CSS,
         )

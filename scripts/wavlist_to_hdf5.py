@@ -27,8 +27,7 @@ from typing import ClassVar, Literal
 
 from audio.manifest import read_manifest
 from audio.pack import pack
-from common.interrupts import note_when_stopped
-from common.options import Options, parse_arguments
+from common.options import FileName, FolderName, Options, parse_arguments
 
 
 class PackOptions(Options):
@@ -40,12 +39,12 @@ class PackOptions(Options):
     list: str  # table of sound files, tab-separated, with a header
     outdir: str  # folder to write to
     sample_rate: int = 16000  # of the pack, in Hz
-    name: str | None = None  # of the pack; null = the list's, without extension
+    name: FileName | None = None  # of the pack; null = the list's, without extension
     size_per_file: int = 50_000  # clips a shard
     n_workers: int = 4  # decoding processes
     duration: bool = False  # add a column `duration`, in seconds
-    hdf5_dirname: str = "hdf5"  # folder of the shards in OUTDIR
-    index_dirname: str = "labels"  # folder of the manifest in OUTDIR
+    hdf5_dirname: FolderName = "hdf5"  # folder of the shards in OUTDIR
+    index_dirname: FolderName = "labels"  # folder of the manifest in OUTDIR
     filename_column: str = "filename"  # column of names in LIST
     # with --layout published: keys are paths as listed, in place of base names (other layouts do so always)
     fullname: bool = False
@@ -63,22 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(PackOptions, __doc__, arguments)
     delimiter = {"\\t": "\t", "tab": "\t", "TAB": "\t"}.get(options.delim, options.delim)
     table = read_manifest(options.list, delimiter=delimiter, filename_column=options.filename_column)
-    with note_when_stopped("finished shards are kept, and the same command goes on behind them"):
-        report = pack(
-            table,
-            options.list,
-            options.outdir,
-            options.name or Path(options.list).stem,
-            sample_rate=options.sample_rate,
-            layout=options.layout,
-            fullname=options.fullname,
-            stereo=options.stereo,
-            size_per_file=options.size_per_file,
-            n_workers=options.n_workers,
-            add_duration=options.duration,
-            hdf5_folder=options.hdf5_dirname,
-            index_folder=options.index_dirname,
-        )
+    report = pack(
+        table,
+        options.list,
+        options.outdir,
+        options.name or Path(options.list).stem,
+        sample_rate=options.sample_rate,
+        layout=options.layout,
+        fullname=options.fullname,
+        stereo=options.stereo,
+        size_per_file=options.size_per_file,
+        n_workers=options.n_workers,
+        add_duration=options.duration,
+        hdf5_folder=options.hdf5_dirname,
+        index_folder=options.index_dirname,
+    )
     print(report.summary())
     print("written     " + "\n            ".join(report.files))
     if not report.is_complete:

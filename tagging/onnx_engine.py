@@ -18,7 +18,8 @@ import numpy as np
 import onnxruntime
 
 from common.errors import UserError, some
-from common.inputs import find_label_fault, parse_json, parse_json_object
+from common.labels import find_label_fault
+from common.parsing import parse_json
 from common.samples import as_clips
 from tagging.base import MAX_THREADS
 
@@ -203,16 +204,19 @@ class OnnxEngine:
                 f"{some(name for name, _ in inputs)} and no {some(missing)} in its metadata; export its checkpoint"
             )
         origin = f"{self.path}: its metadata"
-        self.labels: list[str] = parse_json(facts["labels"], f"{origin}, labels")
-        self.front_end: dict[str, Any] = parse_json_object(facts["front_end"], f"{origin}, front_end")
+        try:
+            self.labels: list[str] = parse_json(facts["labels"], list)
+            self.front_end: dict[str, Any] = parse_json(facts["front_end"])
+        except ValueError as error:
+            raise UserError(f"{origin}: labels or front_end cannot be read ({error}); export it again") from None
         if not isinstance(self.front_end.get("class"), str):
             raise UserError(f"{origin}: its front_end has no class; export it again")
         self.sample_rate = _read_number(facts["sample_rate"], SAMPLE_RATES, f"{origin}, sample_rate")
         self._max_frames = None
         if facts.get("max_frames"):
             self._max_frames = _read_number(facts["max_frames"], FRAMES, f"{origin}, max_frames")
-        if not isinstance(self.labels, list) or not isinstance(n_classes, int):
-            raise UserError(f"{origin}: its labels are no list, or its classes are not counted; export it again")
+        if not isinstance(n_classes, int):
+            raise UserError(f"{origin}: the number of classes is not fixed; export it again")
         if fault := find_label_fault(n_classes, self.labels):
             raise UserError(f"{origin}: {fault}; export it again")
         self.takes, self.precision = facts["input"], facts.get("precision", "fp32")
@@ -227,9 +231,11 @@ def _read_number(text: str, limits: tuple[int, int], origin: str) -> int:
 
 
 def _longest(front_end: FrontEnd, max_frames: int) -> int:
-    """Return the samples of the longest clip that has `max_frames` frames."""
+    """Return the samples of the longest clip that has `max_frames` frames; 0 where none has so few."""
+    if front_end.n_frames(1) > max_frames:  # every clip is padded to more
+        return 0
     n_samples = max_frames * front_end.hop_size + front_end.n_fft
-    while n_samples > 0 and front_end.n_frames(n_samples) > max_frames:
+    while front_end.n_frames(n_samples) > max_frames:
         n_samples -= 1
     return n_samples
 

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 from audio.io import LOSSES
 from common.errors import UserError
 from common.files import append_bytes, explain_write_errors, whole_file, write_json
+from common.parsing import load_json
 from tagging.files import TaggedFile, TaggedWindow
 from tagging.parts import Output, Share, check_provenance
 
@@ -128,7 +129,7 @@ def find_rows(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Place]
         return {}, 0
     meta, row_format = meta_path(path), get_format(path)
     try:
-        content = json.loads(meta.read_text(encoding="utf-8"))
+        content = load_json(meta)
         n_whole, provenance = int(content["bytes"]), dict(content["made_with"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
@@ -149,7 +150,7 @@ def find_rows(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Place]
                 before = places.get(name, Place(stop, stop, None, None))
                 stop = file.tell()
                 places[name] = Place(before.first, stop, fault, warning or before.warning)
-        except (csv.Error, LookupError, TypeError, ValueError):
+        except (csv.Error, LookupError, TypeError, ValueError, AttributeError, RecursionError):
             if not is_short:
                 raise UserError(
                     f"{path} was changed by another program: write elsewhere, or give --overwrite"
@@ -306,7 +307,7 @@ def _read_parquet(path: Path, settings: Mapping[str, Any]) -> dict[str, Place]:
     if not path.exists():
         return places
     try:
-        check_provenance(path, json.loads(meta_path(path).read_text(encoding="utf-8")), settings)
+        check_provenance(path, load_json(meta_path(path)), settings)
         with pyarrow.parquet.ParquetFile(path) as file:
             if missing := set(COLUMNS) - set(file.schema_arrow.names):
                 raise ValueError(f"it has no column {', '.join(sorted(missing))}")

@@ -13,10 +13,10 @@ from pydantic import Field
 from torch.utils.data import DataLoader
 
 from audio.cutting import Chunks
-from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
+from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch, start_loader_worker
 from common.errors import Faults
 from common.files import whole_file, write_json
-from common.interrupts import StopSignal, start_worker
+from common.interrupts import StopSignal
 from common.options import MergingOption, Options, read_options
 from common.progress import create_progress
 from models import AudioTagger, load_tagger
@@ -110,7 +110,7 @@ def predict_pack(
         ClipDataset(pack, [model.sample_rate], chunks),
         batch_sampler=batches,
         num_workers=loader_workers(num_workers),
-        worker_init_fn=start_worker,
+        worker_init_fn=start_loader_worker,
         collate_fn=partial(_collate, sample_rate=model.sample_rate),
     )
     model.eval()
@@ -153,7 +153,9 @@ def evaluate(
     return evaluate_scores(scores, data.multi_hot(), model.labels)
 
 
-def _open_evaluation(load: Callable[[], Tagger], test_data: str, origin: str) -> tuple[Tagger, LabelledPack]:
+def _open_evaluation(
+    load: Callable[[], Tagger], test_data: str, origin: str, verify: bool
+) -> tuple[Tagger, LabelledPack]:
     """Load a model and open the labelled pack for its evaluation; raises all errors of both at once.
 
     Where the weights are to be downloaded from `origin`, errors of the pack are raised before.
@@ -165,7 +167,7 @@ def _open_evaluation(load: Callable[[], Tagger], test_data: str, origin: str) ->
         faults.raise_if_any()
     with faults.noted():
         tagger = load()
-        data = open_labelled(test_data, tagger.labels, faults)
+        data = open_labelled(test_data, tagger.labels, faults, verify=verify)
         if data is not None:
             check_label_numbers(data.pack, tagger.labels, faults)
     if tagger is None:
@@ -220,6 +222,7 @@ class EvaluateOptions(Options):
     mode: Mode = "fp32"  # precision; noamp = fp32, amp = fp16, amp_bf16 = bf16
     batch_size: int = Field(32, ge=1)  # clips at once
     num_workers: int = Field(4, ge=0)  # processes that read clips
+    verify: bool = False  # compare every clip with its checksum
     # tokens merged in each block, in place of the model's own setting: a number, [r, inflect], or a number a block
     token_merging: MergingOption = None
     device: str = "auto"  # auto, cpu or cuda
@@ -249,7 +252,9 @@ def evaluate_command(given: Mapping[str, Any], open_exported: Callable[..., Expo
     is_exported = source.lower().endswith(ONNX)
     if is_exported:
         chosen = options.model_dump(include={"weights", "head", "token_merging", "device"})
-        exported, data = _open_evaluation(lambda: open_exported(source, **chosen), options.test_data, source)
+        exported, data = _open_evaluation(
+            lambda: open_exported(source, **chosen), options.test_data, source, options.verify
+        )
         metrics = evaluate_scores(predict_exported(exported, data.pack), data.multi_hot(), exported.labels)
     else:
         chosen = options.model_dump(include={"weights", "head", "token_merging"})
@@ -259,7 +264,7 @@ def evaluate_command(given: Mapping[str, Any], open_exported: Callable[..., Expo
             check_classes(tagger, source)
             return tagger
 
-        model, data = _open_evaluation(load, options.test_data, options.weights or source)
+        model, data = _open_evaluation(load, options.test_data, options.weights or source, options.verify)
         _warn_of_missing_band(model, data.pack)
         metrics = evaluate(
             model, data, batch_size=options.batch_size, num_workers=options.num_workers, precision=precision

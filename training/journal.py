@@ -106,7 +106,7 @@ def _parse(path: Path, content: bytes) -> list[dict[str, Any]]:
             entry = json.loads(line)
             if not (line.endswith(b"\n") and isinstance(entry, dict) and {"kind", "step", "epoch"} <= entry.keys()):
                 raise ValueError
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: {line[:80]!r} is not a whole entry (JSON with kind, step and epoch). "
                 "Restore the file as the run wrote it, or start a new run"

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from pydantic import BaseModel
 from tqdm import tqdm
 
 from common.errors import UserError, some
 from common.files import remove_dead_partials, reserve_partial, sha256, write_json, write_text
+from common.parsing import read_record
 from training.automatic import Choice
 from training.config import TrainConfig
 from training.states import States
@@ -27,11 +29,13 @@ from training.states import States
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
+SOUNDS = "train_sounds_sha256"  # in the identity of a run; runs of earlier versions lack it
 _TIME = "%Y-%m-%d_%H-%M-%S"
 LOCK_SECONDS = 10.0  # to wait for a process that has locked a run
 # Keys that may change when a run is resumed, since they have no effect on the weights.
 FREE_KEYS = (
     "num_workers",
+    "verify",
     "device",
     "outputpath",
     "logfile",
@@ -102,8 +106,9 @@ class RunFolder:
 
     def differences(self, identity: dict[str, Any]) -> list[str]:
         """Return the keys in which the identity of the run differs from `identity`."""
-        stored = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["identity"]
-        return [key for key in dict.fromkeys([*stored, *identity]) if stored.get(key) != identity.get(key)]
+        stored = _read_run(self.path).identity
+        expected = {SOUNDS: identity.get(SOUNDS)} | stored
+        return [key for key in dict.fromkeys([*stored, *identity]) if expected.get(key) != identity.get(key)]
 
     def make(
         self,
@@ -155,6 +160,18 @@ def run_identity(config: TrainConfig, seed: int, data: dict[str, Any]) -> dict[s
     return identity
 
 
+class _Run(BaseModel):
+    """What run.json holds; versions before automatic choices lack these."""
+
+    identity: dict[str, Any]
+    given: dict[str, Any] | None = None
+    automatic: dict[str, Choice] = {}
+
+
+def _read_run(folder: Path) -> _Run:
+    return read_record(folder / "run.json", _Run, "restore it, or start a new run with --resume never")
+
+
 def recall_choices(parent: Path, given: dict[str, Any], seed: int, resume: str) -> dict[str, Choice] | None:
     """Return the automatic choices of an unfinished run with the same settings, clips, soft targets and seed.
 
@@ -180,12 +197,18 @@ def recall_choices(parent: Path, given: dict[str, Any], seed: int, resume: str) 
     for folder in reversed(folders):
         if folder.is_symlink() or not (folder / "run.json").is_file() or (folder / FINISHED).is_file():
             continue
-        stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if not stored.get("automatic") or any(stored["identity"].get(key) != value for key, value in expected.items()):
+        try:
+            stored = _read_run(folder)
+        except UserError as error:
+            if resume != "auto":
+                raise
+            logger.warning("%s", error)
             continue
-        former, current = ({k: v for k, v in s.items() if k not in FREE_KEYS} for s in (stored["given"], given))
+        if not stored.automatic or any(stored.identity.get(key) != value for key, value in expected.items()):
+            continue
+        former, current = ({k: v for k, v in s.items() if k not in FREE_KEYS} for s in (stored.given or {}, given))
         if json.loads(json.dumps(current)) == former:
-            return {key: Choice(entry["value"], entry["reason"]) for key, entry in stored["automatic"].items()}
+            return stored.automatic
     return None
 
 
@@ -211,7 +234,11 @@ def choose_folder(parent: Path, identity: dict[str, Any], resume: str) -> tuple[
         folder = RunFolder(path)
         if path.is_symlink() or folder.finished:
             continue
-        different = folder.differences(identity)
+        try:
+            different = folder.differences(identity)
+        except UserError as error:  # a run of other settings must not keep this one from starting
+            logger.warning("%s", error)
+            continue
         if different:
             logger.warning(
                 "%s is unfinished and is not resumed: it has another %s. To finish it, give the same settings",
