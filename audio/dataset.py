@@ -6,6 +6,7 @@ B batch, S samples, N clips.
 import hashlib
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,8 @@ from audio.io import from_int16, resample
 from audio.manifest import read_manifest, resolve
 from audio.shards import Shard
 from common.errors import Faults, UserError, some
+from common.interrupts import start_worker
+from common.temporary import process_folder
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +235,16 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
 def loader_workers(requested: int) -> int:
     """Return the number of loader processes to start: at most one a core, since more are no faster."""
-    return min(requested, os.cpu_count() or 1)
+    n = min(requested, os.cpu_count() or 1)
+    if n:
+        process_folder()  # before they are forked
+    return n
+
+
+def start_loader_worker(_: int) -> None:
+    """Prepare a loader process: `worker_init_fn` of every DataLoader."""
+    start_worker()
+    tempfile.tempdir = str(process_folder())  # of the parent: Python's sockets would stay when it is killed
 
 
 def pad_batch(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ A line is a row. What surrounds the fields is read by these rules:
   so do those of a row that has all its columns only then.
   Fields that hold line breaks are read where every row then has all its columns, and fewer have so line by line.
 - Columns: a shorter row has empty values at its end; a longer one is a fault unless what is too much is empty, or is
-  left out and noted where the caller asks for it. A column without name and values is left out; two columns of one name are a fault.
+  left out and noted where the caller asks for it. A column without name and values is left out; two columns of one
+  name are a fault.
 
 Tables without oddities are read by PyArrow and compared in their number of lines; all others line by line.
 """

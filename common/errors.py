@@ -92,7 +92,7 @@ def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
             with respond_to_signals():
                 return function(*args, **kwargs)
         except UserError as error:
-            fail(_strip_traceback(str(error)))
+            fail("; ".join([_strip_traceback(str(error)), *getattr(error, "__notes__", [])]))
         except KeyboardInterrupt as error:
             sys.exit(print_stop(error))
         except OSError as error:  # a full disk, missing permissions: for the user to correct as well

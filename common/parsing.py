@@ -7,6 +7,7 @@ refused in every file and on every command line, with the place and the reason.
 
 import json
 import math
+import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,21 @@ MAX_VALUES = 100_000  # of a YAML document, where an alias counts as what it sta
 MAX_DIGITS = 64  # of a whole number
 
 _KINDS = {dict: "a mapping", list: "a list", str: "text", int: "a number", float: "a number", type(None): "nothing"}
+
+
+def check_regular_file(path: str | Path) -> None:
+    """Check that a path is a file that can be read to its end: no folder, device or pipe.
+
+    Raises:
+        UserError: it is something else, or may not be read.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise UserError(f"{path} is {kind}; expected a file")
 
 
 def read_bounded(path: str | Path, limit: int) -> str:
@@ -79,6 +95,8 @@ def parse_json(text: str | bytes, kind: type = dict) -> Any:
 
 def load_json(path: str | Path, kind: type = dict) -> Any:
     """Return the value in a JSON file; `OSError`, and `ValueError` of `parse_json`, are for the caller to explain."""
+    Path(path).stat()  # raises where it is missing
+    check_regular_file(path)
     return parse_json(read_bounded(path, MAX_JSON_BYTES), kind)
 
 

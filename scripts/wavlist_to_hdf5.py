@@ -27,7 +27,6 @@ from typing import ClassVar, Literal
 
 from audio.manifest import read_manifest
 from audio.pack import pack
-from common.interrupts import note_when_stopped
 from common.options import FileName, FolderName, Options, parse_arguments
 
 
@@ -64,23 +63,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     delimiter = {"\\t": "\t", "tab": "\t", "TAB": "\t"}.get(options.delim, options.delim)
     left_out: list[tuple[str, str]] = []
     table = read_manifest(options.list, delimiter=delimiter, filename_column=options.filename_column, left_out=left_out)
-    with note_when_stopped("finished shards are kept, and the same command goes on behind them"):
-        report = pack(
-            table,
-            options.list,
-            options.outdir,
-            options.name or Path(options.list).stem,
-            sample_rate=options.sample_rate,
-            layout=options.layout,
-            fullname=options.fullname,
-            stereo=options.stereo,
-            size_per_file=options.size_per_file,
-            n_workers=options.n_workers,
-            add_duration=options.duration,
-            hdf5_folder=options.hdf5_dirname,
-            index_folder=options.index_dirname,
-            left_out=left_out,
-        )
+    report = pack(
+        table,
+        options.list,
+        options.outdir,
+        options.name or Path(options.list).stem,
+        sample_rate=options.sample_rate,
+        layout=options.layout,
+        fullname=options.fullname,
+        stereo=options.stereo,
+        size_per_file=options.size_per_file,
+        n_workers=options.n_workers,
+        add_duration=options.duration,
+        hdf5_folder=options.hdf5_dirname,
+        index_folder=options.index_dirname,
+        left_out=left_out,
+    )
     print(report.summary())
     print("written     " + "\n            ".join(report.files))
     if not report.is_complete:

@@ -13,10 +13,10 @@ from pydantic import Field
 from torch.utils.data import DataLoader
 
 from audio.cutting import Chunks
-from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
+from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch, start_loader_worker
 from common.errors import Faults
 from common.files import whole_file, write_json
-from common.interrupts import StopSignal, start_worker
+from common.interrupts import StopSignal
 from common.options import MergingOption, Options, read_options
 from common.progress import create_progress
 from models import AudioTagger, load_tagger
@@ -109,7 +109,7 @@ def predict_pack(
         ClipDataset(pack, [model.sample_rate], chunks),
         batch_sampler=batches,
         num_workers=loader_workers(num_workers),
-        worker_init_fn=start_worker,
+        worker_init_fn=start_loader_worker,
         collate_fn=partial(_collate, sample_rate=model.sample_rate),
     )
     model.eval()

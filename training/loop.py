@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from audio.dataset import loader_workers
-from common.interrupts import StopSignal, start_worker
+from audio.dataset import loader_workers, start_loader_worker
+from common.interrupts import StopSignal
 from distill.batch import Batch
 from distill.dataset import EpochBatches, ReplayDataset, collate
 from distill.objectives import Needs, Objective
@@ -295,7 +295,7 @@ class Run:
             self.dataset,
             batch_sampler=batches,
             num_workers=loader_workers(self.config.num_workers),
-            worker_init_fn=start_worker,
+            worker_init_fn=start_loader_worker,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
         )

@@ -29,6 +29,7 @@ from training.states import States
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
+SOUNDS = "train_sounds_sha256"  # in the identity of a run; runs of earlier versions lack it
 _TIME = "%Y-%m-%d_%H-%M-%S"
 LOCK_SECONDS = 10.0  # to wait for a process that has locked a run
 # Keys that may change when a run is resumed, since they have no effect on the weights.
@@ -105,7 +106,8 @@ class RunFolder:
     def differences(self, identity: dict[str, Any]) -> list[str]:
         """Return the keys in which the identity of the run differs from `identity`."""
         stored = _read_run(self.path).identity
-        return [key for key in dict.fromkeys([*stored, *identity]) if stored.get(key) != identity.get(key)]
+        expected = {SOUNDS: identity.get(SOUNDS)} | stored
+        return [key for key in dict.fromkeys([*stored, *identity]) if expected.get(key) != identity.get(key)]
 
     def make(
         self,

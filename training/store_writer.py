@@ -15,10 +15,9 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from audio.cutting import Chunks
-from audio.dataset import Pack, loader_workers
+from audio.dataset import Pack, loader_workers, start_loader_worker
 from common.errors import UserError
 from common.files import remove_dead_partials, sha256, write_json
-from common.interrupts import start_worker
 from common.parsing import read_json
 from common.shares import lock_shares
 from distill.batch import Batch
@@ -306,7 +305,7 @@ class StoreWriter:
             self.dataset,
             batch_sampler=_PartBatches(missing, self.items.chunks.n_samples, self.config.batch_size),
             num_workers=loader_workers(self.config.num_workers),
-            worker_init_fn=start_worker,
+            worker_init_fn=start_loader_worker,
             collate_fn=collate,
         )
         batches = iter(loader)

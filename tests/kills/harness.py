@@ -20,7 +20,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,7 @@ from scripts import (
     wavlist_to_hdf5,
 )
 from tests.conftest import write_tones
+from tests.processes import find_processes, fork
 
 CPU = {"device": "cpu", "num_workers": 1}
 STORE = CPU | {"epochs": 2, "batch_size": 4, "topk": 3, "spectransforms": [{"FrequencyMasking": {}}]}
@@ -147,44 +147,18 @@ COMMANDS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def start(function: Callable[[Path], Any], inputs: Path, folder: Path, log: Path) -> int:
+def start(function: Callable[[Path], Any], inputs: Path, folder: Path, log: Path, temporary: Path) -> int:
     """Fork a child in a session of its own that runs a command in `folder`; return its number."""
-    child = os.fork()
-    if child:
-        return child
-    status = 70
-    try:
+
+    def run() -> None:
         os.setsid()
         interrupts.act_as_entry_point()
-        with open(log, "a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
         torch.set_num_threads(1)
         os.chdir(folder)
-        tempfile.tempdir = str(folder.parent / "tmp")
+        tempfile.tempdir = str(temporary)
         function(inputs)
-        status = 0
-    except SystemExit as error:
-        status = int(error.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
-
-def find_processes(session: int) -> list[int]:
-    """Return the processes of a session that have not ended."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
-        except (OSError, ValueError):
-            continue
-        if int(its_session) == session and state != "Z":
-            found.append(int(path.parent.name))
-    return found
+    return fork(run, log)
 
 
 WORKER_SECONDS = 5.0  # in which workers notice that their parent has ended
@@ -234,18 +208,19 @@ class Harness:
         name: a key of `COMMANDS`.
         inputs: see `prepare`.
         work: a folder for its outputs.
+        temporary: its TMPDIR; a short path, since that of a socket may have 107 characters.
     """
 
-    def __init__(self, name: str, inputs: Path, work: Path) -> None:
+    def __init__(self, name: str, inputs: Path, work: Path, temporary: Path) -> None:
         self.function, self.inputs, self.work = COMMANDS[name], inputs, work
-        self.log = work / "log.txt"
+        self.log, self.temporary = work / "log.txt", temporary
         self.pids: set[int] = set()
         began = time.monotonic()
         self.fresh_folder()
         self.finish()
         self.seconds = time.monotonic() - began
         self.expected = take_stock(self.folder)
-        self.temporary = {path.name for path in (work / "tmp").iterdir()}  # PyTorch's cache of compiled code
+        self.cached = {path.name for path in self.temporary.iterdir()}  # PyTorch's cache of compiled code
 
     @property
     def folder(self) -> Path:
@@ -254,13 +229,13 @@ class Harness:
 
     def fresh_folder(self) -> None:
         """Empty the folders of outputs and temporary files."""
-        for folder in (self.folder, self.work / "tmp"):
+        for folder in (self.folder, self.temporary):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
 
     def finish(self) -> None:
         """Run the command to its end."""
-        child = start(self.function, self.inputs, self.folder, self.log)
+        child = start(self.function, self.inputs, self.folder, self.log, self.temporary)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status:
             raise RuntimeError(f"ended with status {status}: {self.log.read_text()[-2000:]}")
@@ -272,7 +247,7 @@ class Harness:
             What is wrong then; None if the command had ended before.
         """
         self.log.write_text("")
-        child = start(self.function, self.inputs, self.folder, self.log)
+        child = start(self.function, self.inputs, self.folder, self.log, self.temporary)
         time.sleep(moment)
         is_running = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         if is_running:
@@ -299,7 +274,7 @@ class Harness:
         return faults
 
     def _find_temporary(self) -> list[Path]:
-        found = [path for path in (self.work / "tmp").iterdir() if path.name not in self.temporary]
+        found = [path for path in self.temporary.iterdir() if path.name not in self.cached]
         return found + [path for pid in self.pids for path in Path("/dev/shm").glob(f"torch_{pid}_*")]
 
     def round(self, draw: random.Random, number: int, *, group: bool) -> list[str]:
@@ -322,19 +297,19 @@ def main() -> None:
     work, number = Path(sys.argv[1]).resolve(), signal.Signals[f"SIG{sys.argv[2]}"]
     times, seed = map(int, sys.argv[3:5])
     draw = random.Random(seed)
-    inputs = work / "inputs"
+    inputs, temporary = work / "inputs", Path(tempfile.mkdtemp(prefix="ced-kills-"))
     if not (inputs / "ready").exists():
         inputs.mkdir(parents=True)
-        (work / "tmp").mkdir()
-        child = start(prepare, inputs, inputs, work / "log.txt")
+        child = start(prepare, inputs, inputs, work / "log.txt", temporary)
         if os.waitpid(child, 0)[1]:
             raise RuntimeError((work / "log.txt").read_text())
         (inputs / "ready").touch()
     for name in sys.argv[5:] or COMMANDS:
-        harness = Harness(name, inputs, work / name.replace(" ", "_"))
+        harness = Harness(name, inputs, work / name.replace(" ", "_"), temporary)
         rounds = [harness.round(draw, number, group=n % 2 == 1) for n in range(times)]
         faults = [found for found in rounds if found]
         print(json.dumps({"command": name, "signals": times, "faults": faults, "seconds": harness.seconds}), flush=True)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

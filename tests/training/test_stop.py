@@ -1,11 +1,13 @@
 """A run that is told to stop finishes its step, saves a state and ends; resumed, it ends as if nothing had happened."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import h5py
 import pytest
 import torch
 import yaml
@@ -82,6 +84,24 @@ def test_without_checkpoint_on_stop_the_run_ends_within_the_step(config, tmp_pat
     assert stopped.value.code == 143
     assert "stopped: the state after step 3 of 12 is in" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.rglob("step=*.pt")) == ["step=000000000.pt", "step=000000003.pt"]
+
+
+def test_a_stopped_run_is_not_resumed_over_other_sounds_under_the_same_names(tone_pack, tmp_path, monkeypatch, capsys):
+    shutil.copytree(tone_pack.parent.parent, tmp_path / "pack")
+    pack = tmp_path / "pack" / "labels" / tone_pack.name
+    pack.write_text(pack.read_text().replace(str(tone_pack.parent.parent), str(tmp_path / "pack")))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS | LABELS_ONLY | SMALL | {"train_data": str(pack)}))
+    signal_at(monkeypatch, Trainer, "step", 1, signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        Runner(7).train(str(path), outputpath=str(tmp_path / "runs"))
+    (shard,) = (tmp_path / "pack").rglob("*.h5")
+    with h5py.File(shard, "r+") as file:
+        file["waveform"][4000] += 1
+    (folder,) = (path.parent for path in tmp_path.glob("runs/*/*/*/run.json"))
+    with pytest.raises(SystemExit):
+        Runner(7).train(str(path), outputpath=str(tmp_path / "runs"), resume=str(folder))
+    assert "that run has another train_sounds_sha256" in capsys.readouterr().err
 
 
 @pytest.mark.long
