@@ -25,7 +25,7 @@ RecordT = TypeVar("RecordT", bound=BaseModel)
 MAX_YAML_BYTES = 1 << 20
 MAX_JSON_BYTES = 1 << 24
 MAX_DEPTH = 64  # of lists and mappings in each other
-MAX_VALUES = 100_000  # of a YAML document, where an alias counts as what it stands for
+MAX_VALUES = 20_000  # of a YAML document, where an alias counts as what it stands for
 MAX_DIGITS = 64  # of a whole number
 
 _KINDS = {dict: "a mapping", list: "a list", str: "text", int: "a number", float: "a number", type(None): "nothing"}
