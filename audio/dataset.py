@@ -63,12 +63,14 @@ class Pack:
         manifest_path: str | Path,
         *,
         required: Sequence[str] = ("filename", "hdf5path"),
+        verify: bool = False,
     ) -> "Pack":
         """Open the clips that a manifest lists.
 
         Args:
             manifest_path: a tab-separated table with at least `filename` and `hdf5path`.
             required: columns that must be present.
+            verify: compare every clip that is read with its checksum, see `audio.shards.Shard`.
 
         Raises:
             UserError: with all faults: a missing column, absent or damaged shards, sample rates that differ, or no clip
@@ -77,7 +79,7 @@ class Pack:
         manifest = Path(manifest_path)
         table = _read_packed_manifest(manifest, required)
         paths = table["hdf5path"].unique().tolist()
-        shards = _open_shards(paths, manifest)
+        shards = _open_shards(paths, manifest, verify)
         shard_of = pd.Index(paths).get_indexer(pd.Index(table["hdf5path"]))
         position_of = np.full(len(table), -1, dtype=np.int64)
         for number, shard in enumerate(shards):
@@ -167,7 +169,7 @@ def _suggest_fix(fault: str, manifest: Path) -> str:
     return ""
 
 
-def _open_shards(paths: Sequence[str], manifest: Path) -> list[Shard]:
+def _open_shards(paths: Sequence[str], manifest: Path, verify: bool) -> list[Shard]:
     """Open every shard; all faults are raised at once."""
     faults = Faults(str(manifest))
     shards = []
@@ -181,7 +183,7 @@ def _open_shards(paths: Sequence[str], manifest: Path) -> list[Shard]:
             searched = ", ".join(dict.fromkeys(map(str, [places[0], manifest.parent / path, places[2]])))
             faults.add(f"the shard {path!r} does not exist (searched {searched})")
             continue
-        shard = Shard(place)
+        shard = Shard(place, verify)
         try:
             len(shard)
         except UserError as error:

@@ -50,7 +50,8 @@ def read_parquet(
         _check_type(schema, name, expected[name])
     # A dictionary has each text once; as plain text, one that every row refers to would be copied for each of them.
     dictionaries = [name for name in texts if name in names]
-    with pyarrow.parquet.ParquetFile(path, metadata=metadata, read_dictionary=dictionaries) as file:
+    options: dict[str, Any] = {"read_dictionary": dictionaries, "page_checksum_verification": True}
+    with pyarrow.parquet.ParquetFile(path, metadata=metadata, **options) as file:
         table = file.read(columns=names, use_pandas_metadata=False)
     # What pandas noted of its types may be damaged, too, and none of these columns needs it.
     table = table.replace_schema_metadata({k: v for k, v in (table.schema.metadata or {}).items() if k != b"pandas"})

@@ -10,6 +10,7 @@ soft targets except for names and columns, see `distill.published_layout`; the v
 
 import logging
 import re
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +39,10 @@ logger = logging.getLogger(__name__)
 
 _COLUMNS = {"filename": "text", "start": "number", "end": "number"}
 _MORE_COLUMNS = {"n_reference": "integer", "clip_samples": "integer", "sound_hash": "integer"}
+
+
+def _compute_checksum(values: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(values).data)
 
 
 class TargetStore:
@@ -119,11 +124,12 @@ class TargetStore:
         """
         target = cls.get_path(folder, epoch, part)
         with whole_file(target.with_suffix(".parquet")) as file:
-            rows.to_parquet(file, compression="brotli", index=False)
+            rows.to_parquet(file, compression="brotli", index=False, write_page_checksum=True)
         # The HDF5 file is written last: if it exists, the part is complete.
         with create_hdf5(target) as file:
             for name, kind in cls.types.items():
-                file.create_dataset(name, data=arrays[name].astype(kind))
+                values: np.ndarray = arrays[name].astype(kind)
+                file.create_dataset(name, data=values).attrs["checksum"] = _compute_checksum(values)
 
     def _check_rows(self, epoch: int, faults: Faults) -> None:
         """Open every file of an epoch, and check types and shapes, and that values and names have as many rows."""
@@ -228,11 +234,21 @@ class TargetStore:
         path = self._path(epoch, part)
         try:
             with self._open(epoch, part) as file:
-                arrays = {name: self._get_dataset(file, name)[()] for name in names}
+                datasets = {name: self._get_dataset(file, name) for name in names}
+                arrays = {name: dataset[()] for name, dataset in datasets.items()}
+                checksums = {name: dataset.attrs.get("checksum") for name, dataset in datasets.items()}
         except READ_ERRORS as error:
             raise UserError(f"{path}: {error}; delete it and run save_logits.py again") from None
         # Comparing the classes of a row takes as long as reading: once for each file.
         if (epoch, part, names) not in self._checked:
+            damaged = [
+                name for name, value in checksums.items() if value not in (None, _compute_checksum(arrays[name]))
+            ]
+            if damaged:
+                raise UserError(
+                    f"{path}: {some(damaged)} are damaged (their checksum differs); delete it and run save_logits.py "
+                    "again"
+                )
             if fault := self._find_fault(arrays):
                 name = self._read_part_rows(path.with_suffix(".parquet"))["filename"].iloc[fault.row]
                 raise UserError(

@@ -25,6 +25,7 @@ class ProbeOptions(Options):
     chunk_length: float = Field(10.0, gt=0)  # seconds that are embedded at once; a clip is the mean over its chunks
     cache: str = "embeddings/"  # where the model's embeddings are kept
     num_workers: int = Field(4, ge=0)  # processes that read clips
+    verify: bool = False  # compare every clip that is embedded with its checksum
     device: str = "auto"  # auto, cpu or cuda
     mode: Mode = "fp32"  # precision of the embeddings; noamp = fp32, amp = fp16, amp_bf16 = bf16
 

@@ -107,6 +107,7 @@ class TrainConfig(Config):
     labels_csv: str | None = None  # ours: table index,mid,display_name; null = from the store or the column
     num_classes: int | None = Field(None, ge=1)  # null = as many as the targets have
     num_workers: int = Field(4, ge=0)  # processes that read clips; 0 = the training process itself
+    verify: bool = False  # ours: compare every clip that is read with its checksum
     chunk_length: float = Field(10.0, gt=0)  # ours: seconds an item has at most, when training on labels
     # ours: pad shorter items to that length, for networks that need one: true = with silence, repeat = with the clip
     # itself, repeated, which does not change the statistics of batch norm
@@ -304,6 +305,7 @@ class SoftTargetConfig(Config):
     epochs: int = Field(40, ge=1)  # passes, each with its own augmentation
     batch_size: int = Field(128, ge=1)  # chunks at once
     num_workers: int = Field(8, ge=0)  # processes that read clips
+    verify: bool = False  # ours: compare every clip that is read with its checksum
     topk: int = Field(20, ge=1)  # largest probabilities of a chunk, which are stored
     mode: Mode | None = None  # precision; null = fp32
     device: str = "auto"  # ours: auto, cpu or cuda

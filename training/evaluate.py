@@ -152,13 +152,13 @@ def evaluate(
     return evaluate_scores(scores, data.multi_hot(), model.labels)
 
 
-def _open_evaluation(load: Callable[[], Tagger], test_data: str) -> tuple[Tagger, LabelledPack]:
+def _open_evaluation(load: Callable[[], Tagger], test_data: str, verify: bool) -> tuple[Tagger, LabelledPack]:
     """Load a model and open the labelled pack for its evaluation; raises all errors of both at once."""
     faults = Faults("the evaluation")
     tagger = data = None
     with faults.noted():
         tagger = load()
-        data = open_labelled(test_data, tagger.labels, faults)
+        data = open_labelled(test_data, tagger.labels, faults, verify=verify)
         if data is not None:
             check_label_numbers(data.pack, tagger.labels, faults)
     if tagger is None:
@@ -213,6 +213,7 @@ class EvaluateOptions(Options):
     mode: Mode = "fp32"  # precision; noamp = fp32, amp = fp16, amp_bf16 = bf16
     batch_size: int = Field(32, ge=1)  # clips at once
     num_workers: int = Field(4, ge=0)  # processes that read clips
+    verify: bool = False  # compare every clip with its checksum
     # tokens merged in each block, in place of the model's own setting: a number, [r, inflect], or a number a block
     token_merging: MergingOption = None
     device: str = "auto"  # auto, cpu or cuda
@@ -242,7 +243,7 @@ def evaluate_command(given: Mapping[str, Any], open_exported: Callable[..., Expo
     is_exported = source.lower().endswith(ONNX)
     if is_exported:
         chosen = options.model_dump(include={"weights", "head", "token_merging", "device"})
-        exported, data = _open_evaluation(lambda: open_exported(source, **chosen), options.test_data)
+        exported, data = _open_evaluation(lambda: open_exported(source, **chosen), options.test_data, options.verify)
         metrics = evaluate_scores(predict_exported(exported, data.pack), data.multi_hot(), exported.labels)
     else:
         chosen = options.model_dump(include={"weights", "head", "token_merging"})
@@ -252,7 +253,7 @@ def evaluate_command(given: Mapping[str, Any], open_exported: Callable[..., Expo
             check_classes(tagger, source)
             return tagger
 
-        model, data = _open_evaluation(load, options.test_data)
+        model, data = _open_evaluation(load, options.test_data, options.verify)
         _warn_of_missing_band(model, data.pack)
         metrics = evaluate(
             model, data, batch_size=options.batch_size, num_workers=options.num_workers, precision=precision

@@ -35,6 +35,7 @@ LOCK_SECONDS = 10.0  # to wait for a process that has locked a run
 # Keys that may change when a run is resumed, since they have no effect on the weights.
 FREE_KEYS = (
     "num_workers",
+    "verify",
     "device",
     "outputpath",
     "logfile",

@@ -68,6 +68,11 @@ class States:
             "start a new run with --resume never"
         )
 
+    def check(self, path: Path) -> None:
+        """Raise `UserError` if a state is not valid."""
+        if fault := _find_fault(path):
+            raise UserError(f"{path}: {fault}")
+
     def clear(self) -> None:
         """Remove all states, after the run has finished."""
         for path in self._paths():
