@@ -133,14 +133,14 @@ def _check_chunks(dataset: h5py.Dataset) -> None:
         raise ValueError(f"the dataset {dataset.name!r} has only {found} of its {expected} chunks")
 
 
-def describe_lock(error: OSError) -> str:
+def describe_lock(error: Exception) -> str:
     """Return a sentence on a file that HDF5 could not lock; "" for any other error of `h5py.File`.
 
     HDF5 locks a file while it is open: exclusively for writing, shared for reading.
     """
     if "unable to lock file" not in str(error):
         return ""
-    if error.errno in _LOCKED or "errno = 11," in str(error):
+    if getattr(error, "errno", None) in _LOCKED or "errno = 11," in str(error):
         return (
             "is locked by another process that has it open for writing; wait until that process has ended, or end it, "
             "and start again (`lsof` or `fuser` lists it)"
