@@ -77,14 +77,14 @@ class Heartbeat:
             if now - last > MISSED_BEATS * self.interval:  # this process was suspended, and perhaps all are
                 self._store_time, self._times = now, dict.fromkeys(self._others, now)
             last = now
-            found = self.describe_missing(self.timeout)
+            found = self.describe_missing(self.timeout, now)
             if found and not self._stopped.is_set():
                 os.write(2, f"\nerror: {found}; {self.hint}\n".encode())
                 os._exit(1)
 
-    def describe_missing(self, seconds: float) -> str:
+    def describe_missing(self, seconds: float, now: float | None = None) -> str:
         """Return a sentence on ranks that have ended, or have been missing for some seconds; "" if there are none."""
-        now = time.monotonic()
+        now = time.monotonic() if now is None else now
         if now - self._store_time > seconds:
             return f"the process that connects the ranks (torchrun, or rank 0) does not respond for {seconds:g} s"
         silent = {other: now - self._times[other] for other in self._others}
