@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from pydantic import Field
 
-from audio.io import AudioBlocks, AudioReadError
+from audio.errors import AudioReadError
+from audio.isolation import IsolatedBlocks
 from common.errors import UserError, print_user_errors
 from common.options import ModelOptions, parse_arguments
 from tagging.base import Engine
@@ -148,7 +149,7 @@ class Page:
             raise UserError(f"{path.name} was deleted, as all sounds are after an hour: drop or record it once more.")
         blocks, n_samples = [], 0
         try:
-            for block in AudioBlocks(path, self.engine.sample_rate):
+            for block in IsolatedBlocks(path, self.engine.sample_rate):
                 blocks.append(block)
                 n_samples += len(block)
                 if n_samples > self.max_seconds * self.engine.sample_rate:

@@ -19,8 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
+from audio.limits import SoundLimits
 from audio.manifest import read_manifest
 from audio.pack import pack
 from common.errors import print_user_errors
@@ -39,6 +42,7 @@ class PackOptions(Options):
     name: str | None = None  # of the pack; null = the list's, without extension
     size_per_file: int = 50_000  # clips a shard
     n_workers: int = 4  # decoding processes
+    limits: dict[str, float] = Field({})  # of a sound file, see audio/limits.py: {clip_mb: 4000}
     duration: bool = False  # add a column `duration`, in seconds
     hdf5_dirname: str = "hdf5"  # folder of the shards in OUTDIR
     index_dirname: str = "labels"  # folder of the manifest in OUTDIR
@@ -70,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stereo=options.stereo,
         size_per_file=options.size_per_file,
         n_workers=options.n_workers,
+        limits=SoundLimits.from_mapping(options.limits),
         add_duration=options.duration,
         hdf5_folder=options.hdf5_dirname,
         index_folder=options.index_dirname,
