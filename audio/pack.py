@@ -1,26 +1,30 @@
 """Pack a list of sound files into HDF5 shards, a manifest and a report.
 
 Worker processes decode; one process writes, in the order of the list. Only a window of clips is in memory at a time.
-All files appear together at the end, or none does.
+All files appear together at the end, or none does. A start that was stopped is continued by the next one, from the last
+shard that was finished; see `audio.pack_progress`.
 """
 
-from collections.abc import Sequence
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from audio.clips import Clip, load_clip, load_clips
 from audio.limits import DEFAULT_LIMITS, SoundLimits
 from audio.manifest import name_fault, normalise, resolve
+from audio.pack_progress import PackProgress, lock_pack
 from audio.pack_report import Report
 from audio.shards import ShardWriter
 from common.errors import UserError, some
 from common.files import whole_file, write_json
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED = "published"  # the clips layout with base names as keys, the only one that CED's own tools read
 PUBLISHED_RATE = 16000  # Hz, which these tools assume
@@ -67,7 +71,8 @@ def pack(
         The result of every row. A clip that cannot be read is left out and listed.
 
     Raises:
-        UserError: arguments are not valid, or nothing could be packed; then nothing is written.
+        UserError: arguments are not valid, another process is making this pack, nothing could be packed, or the disk is
+            full; an earlier pack of this name is then unchanged.
     """
     output = Path(output)
     manifest = output / index_folder / f"{name}.tsv"
@@ -78,67 +83,84 @@ def pack(
     keys = _use_base_names(names, list_path) if layout == PUBLISHED and not fullname else names
     paths = [resolve(clip_name, list_path) for clip_name in names]
     load = partial(load_clip, sample_rate=sample_rate, stereo=stereo, limits=limits, isolated=n_workers > 0)
-    clips = load_clips(paths, load, min(n_workers, len(paths)))
-    clips = tqdm(clips, total=len(rows), desc=name, unit="clip", disable=not progress)
-    lengths: dict[int, int] = {}  # row → samples
-    with ExitStack() as stack:
-        shard_layout = "clips" if layout == PUBLISHED else layout
-        shards = _ShardSeries(stack, output / hdf5_folder / name, sample_rate, shard_layout, size_per_file)
-        for row, clip_name, key, clip in zip(rows, names, keys, clips, strict=True):
-            n_samples = _add_clip(shards, key, clip, clip_name, report)
-            if n_samples is not None:
-                lengths[row] = n_samples
+    settings = {"sample_rate": sample_rate, "layout": layout, "stereo": stereo, "size_per_file": size_per_file}
+    settings |= {"fullname": fullname, "list": str(Path(list_path).absolute()), "clips": _hash_table(table)}
+    settings["limits"] = vars(limits)
+    with lock_pack(output / hdf5_folder, name):
+        packing = PackProgress(output / hdf5_folder, name, settings, paths)
+        first = packing.n_done
+        if first:
+            report = packing.finished[-1].report
+            logger.warning("%s: continued after %d of %d clips", name, first, len(rows))
+        clips = load_clips(paths[first:], load, min(n_workers, len(paths)))
+        clips = tqdm(clips, desc=name, unit="clip", total=len(rows), initial=first, disable=not progress)
+        decoded = zip(rows[first:], names[first:], keys[first:], clips, strict=True)
+        try:
+            _write_shards(packing, decoded, report, sample_rate, layout, size_per_file)
+        except BaseException:
+            _log_what_is_kept(packing, len(rows))
+            raise
+        lengths = {row: n for shard in packing.finished for row, n in shard.lengths.items()}
         if not lengths:
+            packing.remove()
             raise UserError(_describe_failure(list_path, report))
-    packed = table.iloc[list(lengths)].drop(columns="hdf5path", errors="ignore")
-    packed["hdf5path"] = [str(shards.paths[i // size_per_file]) for i in range(len(packed))]
-    if add_duration:
-        packed["duration"] = [f"{n_samples / sample_rate:.6g}" for n_samples in lengths.values()]
-    report.files = [*map(str, shards.paths)]
-    _write_index(manifest, packed, report)
-    _remove_old_shards(output / hdf5_folder, name, len(shards.paths))
+        packed = table.iloc[list(lengths)].drop(columns="hdf5path", errors="ignore").assign(hdf5path="")
+        if add_duration:
+            packed["duration"] = [f"{n_samples / sample_rate:.6g}" for n_samples in lengths.values()]
+        report_path = manifest.with_suffix(".report.json")
+        report.files = [str(packing.final_path(number)) for number in range(len(packing.finished))]
+        report.files += [str(manifest), str(report_path)]
+        packing.publish(partial(_write_manifest, manifest, packed, size_per_file))
+        write_json(report_path, report.as_json())
     return report
 
 
-def _write_index(manifest: Path, packed: pd.DataFrame, report: Report) -> None:
-    with whole_file(manifest) as partial_file:
-        packed.to_csv(partial_file, sep="\t", index=False)
-    report_path = manifest.with_suffix(".report.json")
-    report.files += [str(manifest), str(report_path)]
-    write_json(report_path, report.as_json())
+def _hash_table(table: pd.DataFrame) -> str:
+    return hashlib.sha256(table.to_csv(index=False).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-@dataclass
-class _ShardSeries:
-    """Writes clips to shards of `size` clips each, which appear under their names when `stack` is closed.
+def _log_what_is_kept(packing: PackProgress, n_clips: int) -> None:
+    if packing.finished:
+        what = "%d of %d clips are kept in %s; the same command goes on from there"
+        logger.warning(what, packing.n_done, n_clips, packing.folder)
+    else:
+        packing.remove()
+        logger.warning("nothing is kept: no shard was finished (--size_per_file makes shards smaller)")
 
-    Attributes:
-        stack: closes the shards.
-        stem: path of the shards without "_0.h5" and so on.
-        sample_rate: of the clips, in Hz.
-        layout: of the shards.
-        size: clips a shard.
-        paths: of the shards so far.
-    """
 
-    stack: ExitStack
-    stem: Path
-    sample_rate: int
-    layout: str
-    size: int
-    paths: list[Path] = field(default_factory=list)
-    _n_clips: int = 0
-    _writer: ShardWriter | None = None
+def _write_manifest(manifest: Path, packed: pd.DataFrame, size_per_file: int, shards: Sequence[Path]) -> None:
+    """Write the manifest, which names the shard of each clip."""
+    packed["hdf5path"] = [str(shards[i // size_per_file]) for i in range(len(packed))]
+    with whole_file(manifest) as file:
+        packed.to_csv(file, sep="\t", index=False)
 
-    def append(self, name: str, samples: np.ndarray) -> None:
-        """Add a clip, see `ShardWriter.append`."""
-        if self._writer is None or self._n_clips == len(self.paths) * self.size:
-            if self._writer is not None:
-                self._writer.finish()
-            self.paths.append(self.stem.with_name(f"{self.stem.name}_{len(self.paths)}.h5"))
-            self._writer = self.stack.enter_context(ShardWriter(self.paths[-1], self.sample_rate, self.layout))
-        self._writer.append(name, samples)
-        self._n_clips += 1
+
+def _write_shards(
+    packing: PackProgress,
+    clips: Iterator[tuple[int, str, str, Clip]],
+    report: Report,
+    sample_rate: int,
+    layout: str,
+    size: int,
+) -> None:
+    """Write and record shards of `size` clips; clips are given as row, name, key and content."""
+    layout = "clips" if layout == PUBLISHED else layout
+    lengths: dict[int, int] = {}
+    position = n_before = packing.n_done
+    with ExitStack() as stack:
+        shard: ShardWriter | None = None  # opened for its first clip, since all others may be unreadable
+        for position, (row, name, key, clip) in enumerate(clips, n_before + 1):
+            if shard is None and clip.samples is not None:
+                shard = stack.enter_context(ShardWriter(packing.next_path, sample_rate, layout))
+            n_samples = _add_clip(shard, key, clip, name, report)
+            if n_samples is not None:
+                lengths[row] = n_samples
+            if len(lengths) == size:
+                stack.close()  # finishes the shard
+                packing.record(position, lengths, report)
+                shard, lengths = None, {}
+    if lengths:
+        packing.record(position, lengths, report)
 
 
 def _check_arguments(
@@ -202,13 +224,13 @@ def _use_base_names(names: Sequence[str], list_path: str | Path) -> list[str]:
     return [Path(name).name for name in names]
 
 
-def _add_clip(shards: _ShardSeries, key: str, clip: Clip, name: str, report: Report) -> int | None:
+def _add_clip(shard: ShardWriter | None, key: str, clip: Clip, name: str, report: Report) -> int | None:
     """Write a clip and its result; returns its number of samples, None where it is left out."""
-    if clip.samples is None:
+    if clip.samples is None or shard is None:
         report.left_out[clip.fault].append((name, clip.reason))
         return None
     try:
-        shards.append(key, clip.samples)
+        shard.append(key, clip.samples)
     except ValueError as error:
         reason = f"the name cannot be stored beside the others in the clips layout ({error})"
         report.left_out["duplicate"].append((name, reason))
@@ -234,11 +256,3 @@ def _describe_failure(list_path: str | Path, report: Report) -> str:
         f"{'; '.join(faults[:3])}. Relative names are searched in {folder}, then in the working directory "
         f"{Path.cwd()}"
     )
-
-
-def _remove_old_shards(folder: Path, name: str, n_shards: int) -> None:
-    """Remove the further shards of an earlier, larger pack of this name."""
-    number = n_shards
-    while (old := folder / f"{name}_{number}.h5").exists():
-        old.unlink()
-        number += 1

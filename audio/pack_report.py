@@ -37,6 +37,16 @@ class Report:
     warnings: list[tuple[str, str, str]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
+    def as_state(self) -> dict[str, Any]:
+        """Return everything as JSON values, from which `from_state` restores it."""
+        return vars(self) | {"source_rates": {str(rate): n for rate, n in self.source_rates.items()}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Report":
+        """Restore what `as_state` returned."""
+        rates = Counter({int(rate): n for rate, n in state["source_rates"].items()})
+        return cls(**state | {"source_rates": rates})
+
     @property
     def hours(self) -> float:
         """Total length of the packed clips."""

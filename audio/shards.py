@@ -1,18 +1,22 @@
 """HDF5 shards: many clips in one file, read at random.
 
 Two layouts. "flat" (ours): `samples` int16, all clips end to end; `offsets` int64 (N + 1); `names` UTF-8 (N,);
-attributes `layout`, `version`, `sample_rate` (Hz). "clips" (as CED published it): one dataset a clip, keyed by name,
-int16 or float, (S,) or (channels, S), with or without a `sample_rate` attribute. A look-up by name costs more than the
-reading, so the flat layout is the faster one: its reader gets the file offset of each block of samples from HDF5 once,
-and then reads the file directly.
+`checksums` uint32 (N,), see `compute_checksum`; attributes `layout`, `version`, `sample_rate` (Hz), and `index_hash` of
+offsets, names and checksums. "clips" (as CED published it): one dataset a clip, keyed by name, int16 or float, (S,) or
+(channels, S), with or without a `sample_rate` attribute; ours have an attribute `checksum` each. Files without
+checksums are read, too.
+
+A look-up by name costs more than the reading, so the flat layout is the faster one: its reader gets the file offset of
+each block of samples from HDF5 once, and then reads the file directly.
 """
 
+import hashlib
 import os
+import zlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import h5py
@@ -34,6 +38,19 @@ _PACK_AGAIN = "pack it again with scripts/wavlist_to_hdf5.py"
 _MAX_FLOAT = 16.0
 
 
+def compute_checksum(samples: np.ndarray) -> int:
+    """Return the CRC-32 of int16 samples, which costs a tenth of a cryptographic hash."""
+    return zlib.crc32(np.ascontiguousarray(samples, "<i2").data)
+
+
+def _hash_index(offsets: np.ndarray, names: Sequence[str], checksums: np.ndarray) -> str:
+    """Return the SHA-256 of all that a flat shard has beside its samples."""
+    digest = hashlib.sha256(np.ascontiguousarray(offsets, "<i8").data)
+    digest.update("\0".join(names).encode())
+    digest.update(np.ascontiguousarray(checksums, "<u4").data)
+    return digest.hexdigest()
+
+
 class ShardWriter(AbstractContextManager["ShardWriter"]):
     """Writes a shard, which appears under its name when the `with` block ends without an error, or not at all.
 
@@ -51,12 +68,16 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self.layout = layout
         self._names: list[str] = []
         self._ends = [0]
+        self._checksums: list[int] = []
         self._pending: list[np.ndarray] = []
         self._n_pending = 0
 
     def __enter__(self) -> Self:
-        self._whole = whole_file(self.path)
-        self._file = h5py.File(self._whole.__enter__(), "w")
+        with ExitStack() as stack:
+            self._target = stack.enter_context(whole_file(self.path, keep=True))
+            self._file = stack.enter_context(h5py.File(self._target, "w"))
+            stack.push(self._finish)
+            self._stack = stack.pop_all()
         self._file.attrs["sample_rate"] = self.sample_rate
         if self.layout == "flat":
             self._samples = self._file.create_dataset(
@@ -64,15 +85,8 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.finish()
-        finally:
-            self._file.close()
-            self._whole.__exit__(kind, error, trace)
+    def __exit__(self, *reason: Any) -> None:
+        self._stack.__exit__(*reason)
 
     def append(self, name: str, samples: np.ndarray) -> None:
         """Add a clip.
@@ -84,31 +98,35 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         Raises:
             ValueError: samples of another type or shape, or (clips layout) a name that HDF5 cannot store beside the
                 others.
+            UserError: the disk is full or has failed.
         """
         n_dimensions = (1,) if self.layout == "flat" else (1, 2)
         if samples.dtype != np.int16 or samples.ndim not in n_dimensions:
             raise ValueError(f"found {samples.dtype} samples of shape {samples.shape}, expected int16 (S,)")
         if self.layout == "clips":
-            self._file.create_dataset(name, data=samples)
+            self._file.create_dataset(name, data=samples).attrs["checksum"] = compute_checksum(samples)
+            self._target.check()
             return
         self._names.append(name)
         self._ends.append(self._ends[-1] + len(samples))
+        self._checksums.append(compute_checksum(samples))
         self._pending.append(samples)
         self._n_pending += len(samples)
         if self._n_pending >= _BLOCK_SAMPLES:
             self._write_pending()
 
-    def finish(self) -> None:
-        """Write what is pending and close the HDF5 file; it is renamed at the end of the `with` block."""
-        if not self._file:
+    def _finish(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Write what is pending, unless there was an error."""
+        if kind is not None:
             return
         if self.layout == "flat":
             self._write_pending()
-            self._file["offsets"] = np.array(self._ends, dtype=np.int64)
+            offsets, checksums = np.array(self._ends, dtype="<i8"), np.array(self._checksums, dtype="<u4")
+            self._file["offsets"], self._file["checksums"] = offsets, checksums
             self._file.create_dataset("names", data=self._names, shape=(len(self._names),), dtype=h5py.string_dtype())
+            self._file.attrs["index_hash"] = _hash_index(offsets, self._names, checksums)
             self._file.attrs["layout"] = "flat"
             self._file.attrs["version"] = VERSION
-        self._file.close()
 
     def _write_pending(self) -> None:
         if self._pending:
@@ -116,6 +134,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             self._samples.resize((end,))
             self._samples[end - self._n_pending :] = np.concatenate(self._pending)
             self._pending, self._n_pending = [], 0
+            self._target.check()
 
 
 class Shard:
@@ -126,10 +145,11 @@ class Shard:
 
     Args:
         path: the HDF5 file.
+        verify: compare every clip that is read with its checksum; each is then read as a whole.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, verify: bool = False) -> None:
+        self.path, self.verify = Path(path), verify
         self._hdf5: h5py.File | None = None  # for the clips layout
         self._bytes: BinaryIO | None = None  # for the flat layout
         self._owner = -1
@@ -193,8 +213,12 @@ class Shard:
             int16 (S,); several channels are averaged.
 
         Raises:
-            UserError: the clip's type or values are not supported.
+            UserError: the clip's type or values are not supported, or (with `verify`) it is damaged.
         """
+        if self.verify and not self.is_intact(position):
+            raise UserError(
+                f"{self.path}: the clip {self.names[position]!r} is damaged (its checksum differs); {_PACK_AGAIN}"
+            )
         offsets = self._contents.offsets
         if offsets is None:
             return self._read_dataset(position, start, stop)
@@ -202,6 +226,22 @@ class Shard:
         stop = end if stop is None else min(begin + stop, end)
         start = min(begin + start, stop)
         return self._read_flat(start, stop - start)
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the file has the checksums of its clips; those of other programs and earlier versions do not."""
+        if self.layout == "flat":
+            return self._contents.checksums is not None
+        return "checksum" in self._dataset(0).attrs
+
+    def is_intact(self, position: int) -> bool:
+        """Return whether a clip has the samples that were packed; True where the file has no checksums."""
+        offsets, checksums = self._contents.offsets, self._contents.checksums
+        if offsets is None:
+            dataset = self._dataset(position)
+            return "checksum" not in dataset.attrs or compute_checksum(dataset[()]) == dataset.attrs["checksum"]
+        begin, end = int(offsets[position]), int(offsets[position + 1])
+        return checksums is None or compute_checksum(self._read_flat(begin, end - begin)) == checksums[position]
 
     def _read_dataset(self, position: int, start: int, stop: int | None) -> np.ndarray:
         samples = self._dataset(position)[..., start:stop]  # (S,) or (channels, S)
@@ -269,6 +309,7 @@ class _Contents:
         self.sample_rate = None if rate is None else int(rate)
         self.stamp = _get_stamp(path)
         self.offsets: np.ndarray | None = None
+        self.checksums: np.ndarray | None = None
         self.block_starts: np.ndarray | None = None
         self.block_samples = 1
         if isinstance(file.get("samples"), h5py.Dataset) and isinstance(file.get("offsets"), h5py.Dataset):
@@ -297,6 +338,10 @@ class _Contents:
             or self.offsets[-1] != len(samples)
         ):
             raise UserError(f"{path}: the datasets of the flat layout do not match (found {found}); {_PACK_AGAIN}")
+        if "index_hash" in file.attrs:
+            self.checksums = file["checksums"][:].astype("<u4")
+            if _hash_index(self.offsets, self.names, self.checksums) != file.attrs["index_hash"]:
+                raise UserError(f"{path}: its names or offsets are damaged (their hash differs); {_PACK_AGAIN}")
         self.block_samples, self.block_starts = _locate_blocks(samples)
 
 

@@ -41,8 +41,8 @@ def write_clusters(path: str | Path, rows: pd.DataFrame, cluster: np.ndarray, fa
     metadata = {**(table.schema.metadata or {}), _KEY: json.dumps(facts).encode()}
     path = Path(path)
     write_json(path.with_suffix(".json"), dict(facts))
-    with whole_file(path) as partial:  # with the facts, so that they always belong to the rows
-        pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), partial, compression="brotli")
+    with whole_file(path) as file:  # with the facts, so that they always belong to the rows
+        pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), file, compression="brotli")
 
 
 @dataclass(frozen=True)

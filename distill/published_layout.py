@@ -80,7 +80,7 @@ def write_published_meta(path: Path, replay: Replay, config: Mapping[str, Any]) 
         "spectransforms": _build_sequential(_Global("utils", "KwargsSequential"), list(map(_build_mask, replay.masks))),
         "config": _Object(_Global("utils", "Config"), {key: config[key] for key in PUBLISHED_KEYS}),
     }
-    with whole_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("meta/data.pkl", dump(meta))
         archive.writestr("meta/byteorder", "little")
         for number, value in enumerate(storages):

@@ -26,7 +26,7 @@ from audio.dataset import Pack
 from audio.hdf5 import describe_lock
 from audio.manifest import NameIndex
 from common.errors import Faults, UserError, some
-from common.files import whole_file
+from common.files import create_hdf5, whole_file
 from distill.published_meta import read_published_meta
 from distill.replay import REFERENCE_RATE, Replay
 from distill.sound_check import Check, check_sounds
@@ -114,10 +114,10 @@ class TargetStore:
             **arrays: (N,...) the datasets of `types`, each under its name.
         """
         target = cls.get_path(folder, epoch, part)
-        with whole_file(target.with_suffix(".parquet")) as partial:
-            rows.to_parquet(partial, compression="brotli", index=False)
+        with whole_file(target.with_suffix(".parquet")) as file:
+            rows.to_parquet(file, compression="brotli", index=False)
         # The HDF5 file is written last: if it exists, the part is complete.
-        with whole_file(target) as partial, h5py.File(partial, "w") as file:
+        with create_hdf5(target) as file:
             for name, kind in cls.types.items():
                 file.create_dataset(name, data=arrays[name].astype(kind))
 

@@ -53,9 +53,10 @@ def save_head(path: str | Path, head: Head) -> None:
         UserError: its facts contain values that cannot be read back safely.
     """
     config = {"format_version": FORMAT_VERSION, **head.config()}
-    with whole_file(path) as partial:
-        torch.save({"head": head.state_dict(), "config": config}, partial)
-        read_tensors(partial)  # raises where a fact could not be loaded again
+    with whole_file(path) as file:
+        torch.save({"head": head.state_dict(), "config": config}, file)
+        file.finish()
+        read_tensors(file.path)  # raises where a fact could not be loaded again
 
 
 def load_head(name_or_path: str | Path, folder: str | Path = FOLDER) -> Head:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from common.errors import UserError, some
-from common.files import whole_file, write_json
+from common.files import write_bytes, write_json
 from models import huggingface_ast, huggingface_resnet
 from models.audiotransformer import ARGUMENTS, SIZES, AudioTransformer
 from models.base import Activation, AudioTagger
@@ -137,8 +137,8 @@ def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str
         state = {key: value for key, value in state.items() if not key.startswith("outputlayer.")}
         state |= {f"outputlayer.{key}": value for key, value in model.head.state_dict().items()}
     state = {key: value.contiguous() for key, value in state.items()}
-    with whole_file(folder / "model.safetensors") as partial:
-        partial.write_bytes(save(state, metadata={"format": "pt"}))  # `save_file` would let only its owner read it
+    # Not `save_file`, which would let only its owner read the file.
+    write_bytes(folder / "model.safetensors", save(state, metadata={"format": "pt"}))
     write_json(folder / "config.json", config)
 
 

@@ -6,6 +6,7 @@ keys "model" and "model_args" of its config are those of published configuration
 
 import hashlib
 import logging
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.errors import Faults, UserError, did_you_mean, some
-from common.files import whole_file
+from common.files import reserve_partial, whole_file
 from models.base import Activation, AudioTagger
 from models.headed import HEAD, Head, HeadedTagger, restore_head
 from models.huggingface import is_huggingface_folder, read_huggingface
@@ -152,9 +153,10 @@ def save_checkpoint(path: str | Path, model: AudioTagger, extra: Mapping[str, An
     reserved = [key for key in extra_config if key in config] + [key for key in extra if key == "model"]
     if reserved:
         raise UserError(f"{path}: the entries {some(reserved)} describe the model and cannot be given")
-    with whole_file(path) as partial:
-        torch.save({"model": state, "config": {**extra_config, **config}, **extra}, partial)
-        read_tensors(partial)  # raises where an entry of `extra` could not be loaded again
+    with whole_file(path) as file:
+        torch.save({"model": state, "config": {**extra_config, **config}, **extra}, file)
+        file.finish()
+        read_tensors(file.path)  # raises where an entry of `extra` could not be loaded again
 
 
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -231,9 +233,10 @@ def fetch(url: str, name: str | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     logger.info("downloading %s to %s", url, path)
     try:
-        with whole_file(path) as partial:
+        with reserve_partial(path) as partial:
             torch.hub.download_url_to_file(url, str(partial))
             read_tensors(partial)  # raises for a truncated download, which is then not cached
+            os.replace(partial, path)
     except (OSError, RuntimeError, UserError) as error:
         raise UserError(
             f"the weights {url} cannot be downloaded ({error}): download the file to {path}, or give a file with "

@@ -96,9 +96,10 @@ def export_onnx(
                 graph = merge_models(front_end, graph, [("mel", "feats")])
             _describe(graph, model, takes, precision)
             onnx.checker.check_model(graph)
-            partial = files.enter_context(whole_file(target))
-            onnx.save(graph, str(partial))
-            differences[precision] = _compare(partial, model, takes, precision, str(target))
+            file = files.enter_context(whole_file(target))
+            onnx.save_model(graph, file)
+            file.finish()
+            differences[precision] = _compare(file.path, model, takes, precision, str(target))
     return differences
 
 

@@ -19,7 +19,7 @@ import torch
 from audio.dataset import Pack
 from common.columns import align_columns
 from common.errors import Faults, UserError
-from common.files import sha256, whole_file, write_json
+from common.files import sha256, write_bytes, write_json
 from common.options import read_options
 from models.devices import choose_device
 from models.headed import Head
@@ -230,8 +230,7 @@ def _write(options: ProbeOptions, head: Head, record: dict[str, Any], result: Sc
     write_json(target.with_suffix(".json"), record)
     low, high = result.interval
     title = f"{options.name}: {result.metric} {result.value:.3f} ({low:.3f} to {high:.3f}), {record['data']}"
-    with whole_file(target.with_suffix(".png")) as partial:
-        partial.write_bytes(render_png(draw_probe(result, record["labels"], title)))
+    write_bytes(target.with_suffix(".png"), render_png(draw_probe(result, record["labels"], title)))
     save_head(target, head)
     return target
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project i
 
 from common.columns import align_columns
 from common.errors import UserError, print_user_errors
-from common.files import sha256, whole_file
+from common.files import sha256, write_bytes
 from common.options import Options, parse_arguments
 from distill.clusters import write_clusters
 from distill.embeddings import EmbeddingStore
@@ -75,8 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         title = f"{k} clusters of {len(cluster):,} embeddings\n" + "   ".join(
             map(" ".join, zip(("silhouette", "Calinski-Harabasz", "Davies-Bouldin"), scores, strict=True))
         )
-        with whole_file(path.with_suffix(".png")) as partial:
-            partial.write_bytes(render_png(draw_clusters(positions, cluster[on_map], sizes, title)))
+        write_bytes(path.with_suffix(".png"), render_png(draw_clusters(positions, cluster[on_map], sizes, title)))
         counts = [f"{n:,.0f}" for n in (sizes.min(), np.median(sizes), sizes.max(), (sizes == 0).sum())]
         lines.append([str(k), *counts, *scores, f"{inertia:.5g}"])
         written.append(path)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.columns import format_markdown_table
 from common.errors import Faults, print_user_errors
-from common.files import whole_file, write_text
+from common.files import write_bytes, write_text
 from common.options import Options, parse_arguments
 from scripts.sweeps.results import format_csv
 from scripts.sweeps.token_merging import Spread
@@ -154,8 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = format_rows(rows, teacher)
     write_text(folder / "probes.md", text + "\n")
     write_text(folder / "probes.csv", format_rows_csv([*rows, *([teacher] if teacher else [])]))
-    with whole_file(folder / "probes.png") as partial:
-        partial.write_bytes(render_png(draw_rows(rows, teacher)))
+    write_bytes(folder / "probes.png", render_png(draw_rows(rows, teacher)))
     print(f"{text}\n\nwritten: {folder / 'probes.md'}, probes.csv, probes.png")
 
 

@@ -32,7 +32,7 @@ from pydantic import ConfigDict, Field
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import print_user_errors
-from common.files import whole_file, write_text
+from common.files import write_bytes, write_text
 from common.options import Options, parse_arguments, parse_value
 from models.devices import choose_device
 from scripts.benchmarks.timing import describe_device
@@ -101,8 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_text(folder / "sweep.csv", format_rows_csv(rows, sweep.metric))
     write_text(folder / "sweep_checkpoints.csv", format_points_csv(sweep.points, values, sweep.metric))
     write_text(folder / "sweep.md", text)
-    with whole_file(folder / "sweep.png") as partial:
-        partial.write_bytes(render_png(draw_sweep(rows, sweep.metric)))
+    write_bytes(folder / "sweep.png", render_png(draw_sweep(rows, sweep.metric)))
     print(f"{text}\nresults: {folder}/sweep.csv, sweep_checkpoints.csv, sweep.md, sweep.png")
 
 

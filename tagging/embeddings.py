@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from common.errors import UserError
-from common.files import remove_dead_partials, whole_file
+from common.files import create_hdf5, remove_dead_partials
 from tagging.files import TaggedFile
 from tagging.parts import Output, Share, check_provenance
 from tagging.rows import escape_name, unescape_name
@@ -72,7 +72,7 @@ class EmbeddingFile(Output):
         if not self._held:
             return
         number = len(list(self.folder.glob(f"{self.share}.*.h5")))
-        with whole_file(self.folder / f"{self.share}.{number:06}.h5") as partial, h5py.File(partial, "w") as file:
+        with create_hdf5(self.folder / f"{self.share}.{number:06}.h5") as file:
             writer = _Writer(file, self.settings)
             for tagged in self._held:
                 times = np.array([(window.start, window.end) for window in tagged.windows])
@@ -93,7 +93,7 @@ class EmbeddingFile(Output):
                 places |= {name: (source, *edges[i : i + 2]) for i, name in enumerate(names)}
             # There may be more parts than a process can open; one that drops out of the cache is closed.
             open_cached = lru_cache(MAX_OPEN)(lambda source: _open_source(source, self.settings))
-            with whole_file(self.path) as partial, h5py.File(partial, "w") as target:
+            with create_hdf5(self.path) as target:
                 writer = _Writer(target, self.settings)
                 for name in dict.fromkeys([*(escape_name(str(path)) for path in paths), *places]):
                     if name in places:

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def compute_spectrogram(path: Path, n_columns: int = MAX_COLUMNS) -> tuple[np.nd
     return 10 * np.log10(np.maximum(np.array(columns).T, 1e-10)), n_samples / _RATE
 
 
-def draw(file: TaggedFile, target: str | Path, waveform: np.ndarray | None = None) -> None:
+def draw(file: TaggedFile, target: str | Path | BinaryIO, waveform: np.ndarray | None = None) -> None:
     """Draw a tagged file.
 
     Args:

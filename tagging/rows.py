@@ -326,7 +326,7 @@ def _append_parquet(path: Path, settings: Mapping[str, Any], files: Iterable[Tag
     schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in COLUMNS])
     rows = ((escape_name(name), *rest) for file in files for name, *rest in _table_rows(file))
     write_json(meta_path(path), settings)  # first: a table without it could not be added to
-    with whole_file(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+    with whole_file(path) as target, pq.ParquetWriter(target, schema) as writer:
         if path.exists():
             with pq.ParquetFile(path) as held:
                 for number in range(held.num_row_groups):

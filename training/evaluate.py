@@ -186,8 +186,8 @@ def write_results(folder: Path, name: str, metrics: Metrics, data: LabelledPack)
         "chance_mAP": float(prevalence[prevalence > 0].mean()),  # of random scores
     }
     target = folder / f"{name}.json"
-    with whole_file(folder / f"{name}_per_class.csv") as partial:
-        metrics.per_class.to_csv(partial, index=False)
+    with whole_file(folder / f"{name}_per_class.csv") as file:
+        metrics.per_class.to_csv(file, index=False)
     write_json(target, counts | metrics.as_dict())
     return target
 

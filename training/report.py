@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from common.files import whole_file, write_text
+from common.files import write_bytes, write_text
 from training.baseline import Baseline, compare_with_baseline
 from training.figures import confusion_figure, curves_figure, render_png
 from training.metrics import Metrics
@@ -36,8 +36,7 @@ DEFINITIONS = {
 
 def draw_curves(folder: Path, entries: list[dict[str, Any]]) -> None:
     """Write `curves.png`: losses, validation mAP, learning rate and speed over the steps of `entries`."""
-    with whole_file(Path(folder) / "curves.png") as partial:
-        partial.write_bytes(render_png(curves_figure(entries)))
+    write_bytes(Path(folder) / "curves.png", render_png(curves_figure(entries)))
 
 
 def write_report(

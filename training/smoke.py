@@ -174,8 +174,8 @@ def _cut(path: str, folder: Path, name: str) -> str:
     table["hdf5path"] = [str(pack.shard_path(row).resolve()) for row in rows]  # relative ones start from the old list
     logger.info("smoke: %d of the %d clips of %s are used", CLIPS, len(pack), path)
     target = folder / "labels" / f"{name}.tsv"
-    with whole_file(target) as partial:
-        table.to_csv(partial, sep="\t", index=False)
+    with whole_file(target) as file:
+        table.to_csv(file, sep="\t", index=False)
     return str(target)
 
 

@@ -34,9 +34,10 @@ class States:
         path = self.folder / f"step={step:09d}.pt"
         seal = path.with_suffix(".json")
         seal.unlink(missing_ok=True)
-        with whole_file(path) as partial:
-            torch.save(state, partial)
-            facts = {"step": step, "bytes": partial.stat().st_size, "sha256": sha256(partial)}
+        with whole_file(path) as file:
+            torch.save(state, file)
+            file.finish()
+            facts = {"step": step, "bytes": file.path.stat().st_size, "sha256": sha256(file.path)}
         write_json(seal, facts)
         later = [p for p in self._paths() if p.name > path.name]
         for old in later + [p for p in self._paths() if p.name <= path.name][self.n :]:

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def test_blocks_are_written_as_they_fill_up(tmp_path: Path, monkeypatch: pytest.
 def test_the_flat_layout_is_plain_hdf5_for_other_programs(tmp_path: Path) -> None:
     write(tmp_path / "x.h5", "flat")
     with h5py.File(tmp_path / "x.h5") as file:
-        assert dict(file.attrs) == {"sample_rate": 32000, "layout": "flat", "version": 1}
+        attributes = {key: file.attrs[key] for key in ("sample_rate", "layout", "version")}
+        assert attributes == {"sample_rate": 32000, "layout": "flat", "version": 1}
         offsets = file["offsets"][:]
         assert (file["samples"].dtype, offsets.dtype) == (np.dtype("<i2"), np.int64)
         for i, (name, samples) in enumerate(clips().items()):
@@ -244,3 +246,32 @@ def test_a_file_system_without_locks_has_another_way_out() -> None:
     )
     assert "HDF5_USE_FILE_LOCKING=FALSE" in describe_lock(error)
     assert describe_lock(OSError(11, "something else")) == ""
+
+
+@pytest.mark.parametrize("layout", ["flat", "clips"])
+def test_a_reader_that_verifies_names_the_damaged_clip_and_others_can_be_read(tmp_path: Path, layout: str) -> None:
+    path = tmp_path / "x.h5"
+    write(path, layout)
+    sound = next(samples for samples in clips().values() if len(samples) > 50)
+    data = bytearray(path.read_bytes())
+    place = data.index(sound.tobytes())
+    data[place + 60] ^= 4
+    path.write_bytes(data)
+    shard = Shard(path, verify=True)
+    damaged = [i for i in range(len(shard)) if not shard.is_intact(i)]
+    assert len(damaged) == 1
+    assert shard.has_checksums
+    with pytest.raises(UserError, match=f"{re.escape(shard.names[damaged[0]])}.*is damaged"):
+        shard.read(damaged[0], 0, 10)
+    for i in set(range(len(shard))) - set(damaged):
+        shard.read(i)
+    assert Shard(path).read(damaged[0]).tolist() != sound.tolist()  # what goes unseen without it
+
+
+def test_damaged_names_and_offsets_are_seen_without_being_told_to_verify(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    write(path, "flat")
+    with h5py.File(path, "r+") as file:
+        file["offsets"][1] -= 1
+    with pytest.raises(UserError, match="names or offsets are damaged"):
+        len(Shard(path))

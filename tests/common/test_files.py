@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 HOLD = (
     "import sys, pathlib; from common.files import whole_file\n"
     "with whole_file(sys.argv[1]) as partial:\n"
-    "    partial.write_text('theirs'); print(partial.name, flush=True); input()"
+    "    partial.write(b'theirs'); print(partial.path.name, flush=True); input()"
 )
 
 
@@ -78,8 +78,8 @@ def test_the_next_process_that_writes_into_a_folder_removes_what_is_dead(tmp_pat
 
 def test_what_this_process_is_writing_stays_in_whatever_thread(tmp_path):
     with whole_file(tmp_path / "a.txt") as one, whole_file(tmp_path / "a.txt") as other:
-        one.write_text("one")
-        other.write_text("other")
+        one.write(b"one")
+        other.write(b"other")
         thread = threading.Thread(target=remove_dead_partials, args=(tmp_path,))
         thread.start()
         thread.join()
@@ -93,7 +93,7 @@ def test_a_child_that_was_forked_meanwhile_and_lives_on_holds_nothing_back(tmp_p
     code = (
         "import os, sys, time; from common.files import whole_file\n"
         "with whole_file(sys.argv[1]) as partial:\n"
-        "    partial.write_text('half'); child = os.fork()\n"
+        "    partial.write(b'half'); child = os.fork()\n"
         "    if child == 0: time.sleep(60)\n"
         "    print(child, flush=True); os.kill(os.getpid(), 9)"
     )
@@ -114,15 +114,13 @@ def age(path, seconds):
     os.utime(path, (moment, moment))
 
 
-@pytest.mark.parametrize("why", ["another machine", "no locks", "not locked yet"])
+@pytest.mark.parametrize("why", ["another machine", "no locks"])
 def test_where_a_lock_proves_nothing_only_what_is_old_goes(tmp_path, writer, monkeypatch, why):
     process, partial = writer()
     process.kill()
     process.wait()
     if why == "another machine":
         lock_of(partial).write_bytes(b"boot of another machine")
-    elif why == "not locked yet":
-        lock_of(partial).write_bytes(b"")
     else:
 
         def refuse(*unused):
@@ -137,6 +135,29 @@ def test_where_a_lock_proves_nothing_only_what_is_old_goes(tmp_path, writer, mon
     age(lock_of(partial), 2 * DEAD_AFTER)
     remove_dead_partials(tmp_path)
     assert names(tmp_path) == []
+
+
+def test_a_lock_of_a_process_that_was_killed_before_it_wrote_it_goes(tmp_path):
+    (tmp_path / ".01234567.partial.lock").touch()
+    remove_dead_partials(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_writer_whose_lock_was_removed_before_it_was_locked_takes_another(tmp_path, monkeypatch):
+    lock, removed = fcntl.lockf, []
+
+    def remove_then_lock(file, *how):
+        if not removed:
+            removed.append(file.name)
+            os.unlink(file.name)
+        lock(file, *how)
+
+    monkeypatch.setattr(fcntl, "lockf", remove_then_lock)
+    with whole_file(tmp_path / "a.txt") as file:
+        file.write(b"whole")
+        assert names(tmp_path) == sorted([file.path.name, lock_of(file.path).name])
+        assert lock_of(file.path).name != removed[0]
+    assert names(tmp_path) == ["a.txt"]
 
 
 def test_a_writer_that_ends_meanwhile_is_no_fault_where_there_are_no_locks(tmp_path, writer, monkeypatch):
@@ -167,10 +188,10 @@ def test_where_there_are_no_locks_files_are_written_all_the_same(tmp_path, monke
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with whole_file(tmp_path / "a.txt") as partial:
-        partial.write_text("whole")
+        partial.write(b"whole")
         monkeypatch.setattr(common.files, "_WRITING", set())  # as another process sees it
         remove_dead_partials(tmp_path)
-        assert partial.exists()
+        assert partial.path.exists()
     assert names(tmp_path) == ["a.txt"]
 
 
