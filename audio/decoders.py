@@ -29,6 +29,7 @@ from audio.parts import PLAIN_FLAC, Contents, Part, Slice, describe_cut
 from audio.scale import LARGEST_SAMPLE, ScaleError, ScaleRestorer
 
 MIN_LOSS = 0.1  # seconds; smaller differences from the announced length come from encoder padding
+_MPEG_PADDING = 2304  # samples that encoders add, announce, and decoders leave out: two frames
 # Limits of one read: frames, seconds (headers may announce any rate), samples of all channels.
 _BLOCK_FRAMES, _BLOCK_SECONDS, _BLOCK_SAMPLES = 1 << 18, 10, 1 << 22
 # Containers whose length FFmpeg does not estimate from the size of the file.
@@ -145,7 +146,7 @@ class FileDecoder:
             if contents.kind == "mp4" and error.is_unknown:
                 raise FFmpegError("its index is missing: it is truncated, or was not finished") from None
             raise
-        if contents is PLAIN_FLAC:
+        if contents.kind == "flac" and contents.parts == PLAIN_FLAC.parts:
             for part in find_rest(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR), size):
                 yield from self._decode_part(descriptor, size, part, contents.kind)
 
@@ -185,7 +186,8 @@ class FileDecoder:
                 yield from self._decode_rest(open_slice(), n_read, rate, error)
                 return
             if part.seconds is not None:
-                if n_read < (part.seconds - MIN_LOSS) * rate:
+                n_allowed = max(MIN_LOSS * rate, _MPEG_PADDING if kind == "mp3" else 0)
+                if n_read < part.seconds * rate - n_allowed:
                     self._note_loss(n_read / rate, part.seconds, is_cut=False)
             elif n_read < file.frames or (not kind and _is_cut(file.extra_info, n_read)):
                 self._note_loss(n_read / rate, None, is_cut=True)

@@ -16,6 +16,8 @@ _READ_SIZE = 1 << 16  # bytes
 _MAX_GATHERED = 1 << 22  # samples of all channels that are joined to a block
 _MIN_GAP = 0.02  # seconds between frames; times are rounded to milliseconds in some containers
 _MAX_READ_ERRORS = 100  # of the container, not of a packet, one after the other
+# Codecs with checksums, which FFmpeg ignores by default; packets whose checksum is wrong are then left out.
+_CHECKED = {"flac", "wavpack", "tta", "tak", "ape", "truehd", "mlp"}
 _FULL_SCALES = {"u8": 128.0, "s16": 32768.0, "s32": 2147483648.0}
 _SILENCE = {"u8": 128}  # where it is not 0
 # Allowed formats. FFmpeg supports hundreds of others (playlists, pictures, raw formats that text is taken for).
@@ -112,6 +114,8 @@ class FFmpegBlocks:
             if stream.codec_context is None:
                 raise FFmpegError("its codec is not supported")
             stream.codec_context.thread_count = 1  # files are decoded in parallel
+            if stream.codec_context.name in _CHECKED:
+                stream.codec_context.options = {"err_detect": "crccheck+explode"}
             self.codec = stream.codec_context.name
             if stream.duration is not None and stream.time_base is not None:
                 self.announced_seconds = float(stream.duration * stream.time_base)

@@ -50,7 +50,7 @@ FOREIGN_EXTENSIONS = frozenset((".mid", ".midi", ".m4p", ".aax", ".aa"))
 
 # Kinds of warnings that mean missing sound.
 LOSSES = frozenset(("truncated", "damaged"))
-WARNINGS = ("truncated", "damaged", "repaired", "joined", "rescaled", "out_of_phase", "short")
+WARNINGS = ("truncated", "damaged", "repaired", "joined", "rescaled", "out_of_phase", "short", "inconsistent")
 SHORT_SECONDS = 0.1  # of a whole sound, below which tags say little
 _MAX_RESAMPLED = 1 << 22  # samples of all channels that one step of resampling may yield
 
@@ -93,7 +93,8 @@ class AudioBlocks:
         warnings: kind → a sentence without its subject; complete at the end. Kinds: "truncated" (it ends early),
             "damaged" (something in it cannot be decoded), "repaired" (its header is wrong, no sound is lost), "joined"
             (its rate or channels change), "rescaled" (integers stored as floating-point values), "out_of_phase"
-            (channels of opposite polarity), "short" (less than `SHORT_SECONDS`).
+            (channels of opposite polarity), "short" (less than `SHORT_SECONDS`), "inconsistent" (numbers in its header
+            contradict each other).
 
     Raises:
         AudioReadError: while iterating: missing, unreadable, empty, or with samples that are not finite.

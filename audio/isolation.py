@@ -247,6 +247,7 @@ def serve(descriptor: int) -> NoReturn:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection = Connection(descriptor)
     connection.send_bytes(b"{}")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders print notes there, without the name of the file
     try:
         while True:
             _serve_file(connection, json.loads(connection.recv_bytes()))
