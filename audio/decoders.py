@@ -23,7 +23,7 @@ from audio.chunks import UNKNOWN_LENGTHS, has_header, read_header
 from audio.containers import inspect
 from audio.errors import AudioReadError
 from audio.ffmpeg import FFmpegBlocks, FFmpegError
-from audio.flac import find_rest
+from audio.flac import describe_contradiction, find_rest
 from audio.limits import DEFAULT_LIMITS, SoundLimits
 from audio.parts import PLAIN_FLAC, Contents, Part, Slice, describe_cut
 from audio.scale import LARGEST_SAMPLE, ScaleError, ScaleRestorer
@@ -146,9 +146,13 @@ class FileDecoder:
             if contents.kind == "mp4" and error.is_unknown:
                 raise FFmpegError("its index is missing: it is truncated, or was not finished") from None
             raise
-        if contents.kind == "flac" and contents.parts == PLAIN_FLAC.parts:
-            for part in find_rest(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR), size):
+        if contents is PLAIN_FLAC:
+            rest = find_rest(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR), size)
+            for part in rest:
                 yield from self._decode_part(descriptor, size, part, contents.kind)
+            text = None if rest else describe_contradiction(descriptor, size)
+            if text:
+                self.warnings["inconsistent"] = text
 
     def _decode_part(self, descriptor: int, size: int, part: Part, kind: str) -> Blocks:
         """Decode a part with the decoder that reads all of it."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from audio.byte_stream import ByteStream, Piece, StreamPieces
 from audio.parts import PLAIN_FLAC, Contents, Part, Slice
 
+_MAX_TOTAL = (1 << 36) - 1  # samples that a header can announce
 _TAIL = 1 << 16  # bytes at the end in which the last frame is searched
 _BLOCK_SIZES = {1: 192, **{i: 576 << (i - 2) for i in range(2, 6)}, **{i: 256 << (i - 8) for i in range(8, 16)}}
 _FRAME_RATES = dict(enumerate((88200, 176400, 192000, 8000, 16000, 22050, 24000, 32000, 44100, 48000, 96000), 1))
@@ -23,10 +24,8 @@ def find_flac(descriptor: int, size: int, head: bytes) -> Contents:
     """Find the streams of a FLAC file without a length; of others, `find_rest` finds them after decoding."""
     if len(head) < 26 or head[4] & 0x7F:
         return Contents()
-    total = int.from_bytes(head[18:26], "big") & ((1 << 36) - 1)
-    if total:
-        text = _describe_contradiction(descriptor, size, int.from_bytes(head[18:21], "big") >> 4, total, head)
-        return Contents(kind="flac", warnings={"inconsistent": text}) if text else PLAIN_FLAC
+    if int.from_bytes(head[18:26], "big") & _MAX_TOTAL:
+        return PLAIN_FLAC
     return Contents(find_streams(descriptor, 0, size), "flac")
 
 
@@ -79,17 +78,20 @@ def _checksum(data: bytes) -> int:
     return value
 
 
-def _describe_contradiction(descriptor: int, size: int, rate: int, total: int, head: bytes) -> str | None:
-    """Return a sentence where the last frame does not have the rate, or not the samples, that the header announces."""
+def describe_contradiction(descriptor: int, size: int) -> str | None:
+    """Return a sentence where the frames of a single stream have another rate, or more samples, than its header."""
+    head = os.pread(descriptor, 26, 0)
+    if head[:4] != b"fLaC":  # behind a tag
+        return None
+    rate, total = int.from_bytes(head[18:21], "big") >> 4, int.from_bytes(head[18:26], "big") & _MAX_TOTAL
     first = max(size - _TAIL, len(MARKER))
-    tail = os.pread(descriptor, size - first, first)
-    last = _find_last_frame(tail, int.from_bytes(head[8:10], "big"))
+    last = _find_last_frame(os.pread(descriptor, size - first, first), int.from_bytes(head[8:10], "big"))
     if last is None:
         return None
     if last.rate not in (0, rate):
         return f"has a header that contradicts its sound: it announces {rate} Hz, and its frames {last.rate} Hz"
     end = last.start + last.n_samples
-    if end > total and head.find(MARKER, 1) < 0 and tail.find(MARKER, 1) < 0:
+    if end > total:
         return f"has a header that contradicts its sound: it announces {total} samples, and its frames {end}"
     return None
 

@@ -74,7 +74,7 @@ DAMAGE = st.lists(CHANGES, min_size=1, max_size=3)
 
 
 def test_a_damaged_file_gives_its_samples_or_a_sentence(tmp_path, whole) -> None:
-    @short(300)
+    @short(200)
     @given(NAMES, DAMAGE)
     def check(name: str, changes: list[Change]) -> None:
         check_damaged(name, changes, tmp_path, whole)
@@ -93,17 +93,17 @@ def test_each_kind_of_file_damaged_hundreds_of_times_gives_its_samples_or_a_sent
     check()
 
 
-@pytest.mark.parametrize("name", ["16.wav", "x.flac", "x.w64", "x.aiff"])
+@pytest.mark.parametrize("name", ["16.wav", "x.flac"])
 def test_every_bit_of_a_header_may_be_wrong(tmp_path: Path, whole: dict[str, Result], name: str) -> None:
     """Sample rate, channels and bits are in WAV and FLAC twice."""
     data = CONTAINERS[name].data
     before = whole[name]
     assert before.samples is not None
-    for at, bit in ((at, bit) for at in range(60) for bit in range(0, 8, 1 if name == "x.flac" else 3)):
+    for at, bit in ((at, bit) for at in range(44) for bit in range(0, 8, 2)):
         path = tmp_path / name
         path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
         result = decode(path)
-        if result.samples is not None and not result.warnings and name in ("16.wav", "x.flac") and at < 44:
+        if result.samples is not None and not result.warnings:
             is_equal = result.rate == before.rate and np.array_equal(result.samples, before.samples)
             assert is_equal or (name, at) == ("16.wav", 20), (at, bit)  # the code of the format
 
@@ -152,7 +152,7 @@ SOUNDS = st.tuples(
 
 
 def test_a_sound_of_any_length_rate_and_channels_is_whole(tmp_path: Path) -> None:
-    @short(150)
+    @short(80)
     @given(SOUNDS)
     def check(sound) -> None:
         check_whole(tmp_path, *sound)
@@ -171,7 +171,7 @@ def test_thousands_of_sounds_of_any_length_rate_and_channels_are_whole(tmp_path:
 
 
 def test_text_and_noise_are_no_sound(tmp_path: Path) -> None:
-    @short(100)
+    @short(50)
     @given(
         st.one_of(st.binary(max_size=4000), st.text(max_size=2000).map(str.encode)),
         st.sampled_from(("", "RIFF", "fLaC", "OggS", "FORM", "caff", "ID3", "riff")),
