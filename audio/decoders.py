@@ -235,6 +235,8 @@ class FileDecoder:
             if not n_read:
                 raise error from None
             self.warnings["damaged"] = f"is damaged: the sound after {n_read / rate:.2f} s cannot be decoded"
+        if "truncated" not in self.warnings:
+            self.warnings.setdefault("damaged", "is damaged: a small part of it cannot be decoded")
 
     def _decode_with_ffmpeg(self, blocks: FFmpegBlocks, n_skipped: int, seconds: float | None) -> Blocks:
         """Decode with FFmpeg, and note lost sound in `warnings`.

@@ -117,6 +117,8 @@ def check_whole(
         rate, n_channels = (8000, 16000, 22050, 44100, 48000)[rate % 5], min(n_channels, 2)
     if format in ("FLAC", "OGG"):
         n_channels, rate = min(n_channels, 8), min(rate, 192_000 if format == "OGG" else 655_350)
+    if format == "FLAC" and rate > 65535:
+        rate -= rate % 10  # others cannot be stored
     wave = 0.5 * np.sin(np.arange(n_samples) * 0.05 + seed)
     path = folder / "sound"
     with soundfile.SoundFile(path, "w", rate, n_channels, subtype, format=format) as file:
