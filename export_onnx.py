@@ -9,6 +9,9 @@ themselves; the output are probabilities. Files are compared with PyTorch before
 --calibrate evaluates them on a labelled pack.
 """
 
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import Faults, print_user_errors  # isort: split
+
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +19,6 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from common.errors import Faults, print_user_errors
 from common.options import MergingOption, ModelOptions, parse_arguments
 from models import load_tagger
 from models.heads import check_classes

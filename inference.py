@@ -13,6 +13,9 @@ warnings are listed at the end; the exit status is 1 where some could not be rea
 or damaged).
 """
 
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import print_user_errors  # isort: split
+
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -27,7 +30,7 @@ from pydantic import Field
 from audio.io import find_audio_files
 from audio.isolation import start_processes
 from audio.limits import SoundLimits
-from common.errors import print_user_errors
+from common.interrupts import note_when_stopped
 from common.options import MergingOption, ModelOptions, parse_arguments
 from tagging.engines import open_engine
 from tagging.files import TagOptions
@@ -112,7 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
             plot=options.plot,
             overwrite=options.overwrite,
         )
-        is_complete = session.run(paths, outputs, options.quiet)
+        kept = "the outputs hold all finished files, and the same command tags the others" if outputs else "no output"
+        with note_when_stopped(kept):
+            is_complete = session.run(paths, outputs, options.quiet)
     if not is_complete:
         sys.exit(1)
 

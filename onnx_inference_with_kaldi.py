@@ -6,13 +6,15 @@ Kaldi's bands are triangles on the mel axis, and it pads the edges in another wa
 by at most 0.03 with clips of 5 s and more, and by more with shorter ones.
 """
 
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import print_user_errors  # isort: split
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import kaldi_native_fbank
 import numpy as np
 
-from common.errors import print_user_errors
 from models.ced_mel import CedMel
 from tagging.mel_files import run
 

@@ -3,6 +3,9 @@
 python3 onnx_inference_with_torchaudio.py SOUND.wav -m ced_tiny.onnx --chunk 5
 """
 
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import print_user_errors  # isort: split
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +13,6 @@ import numpy as np
 import torch
 from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 
-from common.errors import print_user_errors
 from models.ced_mel import CedMel
 from tagging.mel_files import run
 

@@ -9,6 +9,9 @@
 Any key of a configuration can be overridden on the command line, nested ones with a dot: `--optimizer_args.lr 3e-4`.
 """
 
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import fail, print_user_errors  # isort: split
+
 import os
 from typing import Any
 
@@ -18,7 +21,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from common.commands import run_commands
-from common.errors import fail, print_user_errors
 from common.options import Options
 from probing.options import ProbeOptions
 from probing.probe import probe

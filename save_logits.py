@@ -8,6 +8,9 @@ Any key of the configuration can be overridden. The folder is printed at the end
 that was interrupted.
 """
 
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import print_user_errors  # isort: split
+
 import logging
 import os
 from typing import Any
@@ -16,7 +19,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from common.commands import run_commands
-from common.errors import print_user_errors
+from common.interrupts import note_when_stopped
 from training.config import SoftTargetConfig
 from training.prepare_store import prepare_store
 
@@ -34,7 +37,8 @@ def save_logits(config_file: str, *, m: str | None = None, **overrides: Any) -> 
     overrides |= {} if m is None else {"model": m}
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     writer = prepare_store(config_file, overrides, rank, world_size)
-    folder = writer.save()
+    with note_when_stopped("finished files of the store are kept, and the same command writes the others"):
+        folder = writer.save()
     if rank == 0:
         key = "embeddingspath" if writer.config.targets == "embeddings" else "logitspath"
         print(f"{writer.content.store.what}: {folder}\nnext: python run.py train CONFIG.yaml --{key} {folder}")

@@ -6,6 +6,7 @@ B batch, S samples, N clips.
 import hashlib
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,8 @@ from audio.io import from_int16, resample
 from audio.manifest import read_manifest, resolve
 from audio.shards import Shard
 from common.errors import Faults, UserError, some
+from common.interrupts import start_worker
+from common.temporary import process_folder
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +63,14 @@ class Pack:
         manifest_path: str | Path,
         *,
         required: Sequence[str] = ("filename", "hdf5path"),
+        verify: bool = False,
     ) -> "Pack":
         """Open the clips that a manifest lists.
 
         Args:
             manifest_path: a tab-separated table with at least `filename` and `hdf5path`.
             required: columns that must be present.
+            verify: compare every clip that is read with its checksum, see `audio.shards.Shard`.
 
         Raises:
             UserError: with all faults: a missing column, absent or damaged shards, sample rates that differ, or no clip
@@ -74,7 +79,7 @@ class Pack:
         manifest = Path(manifest_path)
         table = _read_packed_manifest(manifest, required)
         paths = table["hdf5path"].unique().tolist()
-        shards = _open_shards(paths, manifest)
+        shards = _open_shards(paths, manifest, verify)
         shard_of = pd.Index(paths).get_indexer(pd.Index(table["hdf5path"]))
         position_of = np.full(len(table), -1, dtype=np.int64)
         for number, shard in enumerate(shards):
@@ -164,7 +169,7 @@ def _suggest_fix(fault: str, manifest: Path) -> str:
     return ""
 
 
-def _open_shards(paths: Sequence[str], manifest: Path) -> list[Shard]:
+def _open_shards(paths: Sequence[str], manifest: Path, verify: bool) -> list[Shard]:
     """Open every shard; all faults are raised at once."""
     faults = Faults(str(manifest))
     shards = []
@@ -178,7 +183,7 @@ def _open_shards(paths: Sequence[str], manifest: Path) -> list[Shard]:
             searched = ", ".join(dict.fromkeys(map(str, [places[0], manifest.parent / path, places[2]])))
             faults.add(f"the shard {path!r} does not exist (searched {searched})")
             continue
-        shard = Shard(place)
+        shard = Shard(place, verify)
         try:
             len(shard)
         except UserError as error:
@@ -232,7 +237,16 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
 def loader_workers(requested: int) -> int:
     """Return the number of loader processes to start: at most one a core, since more are no faster."""
-    return min(requested, os.cpu_count() or 1)
+    n = min(requested, os.cpu_count() or 1)
+    if n:
+        process_folder()  # before they are forked
+    return n
+
+
+def start_loader_worker(_: int) -> None:
+    """Prepare a loader process: `worker_init_fn` of every DataLoader."""
+    start_worker()
+    tempfile.tempdir = str(process_folder())  # of the parent: Python's sockets would stay when it is killed
 
 
 def pad_batch(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from audio.errors import AudioReadError
 from audio.io import AudioBlocks
 from audio.limits import DEFAULT_LIMITS, SoundLimits
 from common.errors import UserError
+from common.interrupts import start_worker
 
 _ROOT = str(Path(__file__).resolve().parents[1])
 _CODE = f"import sys; sys.path.insert(0, {_ROOT!r}); from audio.isolation import serve; serve(int(sys.argv[1]))"
@@ -243,7 +244,7 @@ os.register_at_fork(after_in_child=_forget_all)
 
 def serve(descriptor: int) -> NoReturn:
     """Decode the files that are requested, until the process that requests them ends."""
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    start_worker()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection = Connection(descriptor)
     connection.send_bytes(b"{}")
@@ -291,9 +292,3 @@ def describe_failure(error: Exception, limits: SoundLimits) -> str:
         mb = limits.decoder_mb
         return f"cannot be decoded (it needs more than {mb:.0f} MB of memory; --limits '{{decoder_mb: N}}' allows more)"
     return f"cannot be decoded (decoding failed with {type(error).__name__}: {error})"
-
-
-def _exit_with_parent(parent: int) -> NoReturn:
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)

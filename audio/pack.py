@@ -97,8 +97,8 @@ def pack(
         decoded = zip(rows[first:], names[first:], keys[first:], clips, strict=True)
         try:
             _write_shards(packing, decoded, report, sample_rate, layout, size_per_file)
-        except BaseException:
-            _log_what_is_kept(packing, len(rows))
+        except BaseException as error:
+            error.add_note(_describe_kept(packing, len(rows)))
             raise
         lengths = {row: n for shard in packing.finished for row, n in shard.lengths.items()}
         if not lengths:
@@ -119,13 +119,13 @@ def _hash_table(table: pd.DataFrame) -> str:
     return hashlib.sha256(table.to_csv(index=False).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _log_what_is_kept(packing: PackProgress, n_clips: int) -> None:
+def _describe_kept(packing: PackProgress, n_clips: int) -> str:
+    """Return what is kept of a pack that is not finished; without a finished shard everything is removed."""
     if packing.finished:
-        what = "%d of %d clips are kept in %s; the same command goes on from there"
-        logger.warning(what, packing.n_done, n_clips, packing.folder)
-    else:
-        packing.remove()
-        logger.warning("nothing is kept: no shard was finished (--size_per_file makes shards smaller)")
+        kept = f"{packing.n_done} of {n_clips} clips are kept in {packing.folder}"
+        return f"{kept}, and the same command goes on behind them"
+    packing.remove()
+    return "nothing is kept, since no shard was finished (--size_per_file makes shards smaller)"
 
 
 def _write_manifest(manifest: Path, packed: pd.DataFrame, size_per_file: int, shards: Sequence[Path]) -> None:

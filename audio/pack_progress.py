@@ -23,6 +23,7 @@ from typing import Any
 from audio.pack_report import Report
 from common.files import remove_dead_partials, write_json
 from common.locks import lock_folder
+from common.parsing import load_json
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,11 @@ class PackProgress:
         self.folder, self.name, self.sources = get_progress_folder(folder, name), name, sources
         remove_dead_partials(self.folder)
         path = self.folder / "settings.json"
-        if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != settings:
+        try:
+            is_same = load_json(path) == settings
+        except (OSError, ValueError):
+            is_same = False
+        if not is_same:
             self._remove_from(0)
             write_json(path, settings)
         self.finished = list(self._restore())
@@ -144,7 +149,7 @@ class PackProgress:
                 shard = FinishedShard.from_json(json.loads(record))
                 if self._find(number).stat().st_size != shard.n_bytes:
                     return
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 return
             if _hash_status(self.sources[first : shard.stop]) != shard.sources:
                 return

@@ -22,7 +22,15 @@ from typing import Any, BinaryIO, Self
 import h5py
 import numpy as np
 
-from audio.hdf5 import describe_lock
+from audio.hdf5 import (
+    MAX_EXPANSION_OF_SOUND,
+    READ_ERRORS,
+    check_dataset,
+    describe_lock,
+    find_dataset,
+    get_dataset,
+    read_texts,
+)
 from audio.io import to_int16
 from audio.manifest import NameIndex
 from common.errors import UserError
@@ -36,6 +44,7 @@ _BLOCK_SAMPLES = 1 << 22  # held in memory before they are appended
 _PACK_AGAIN = "pack it again with scripts/wavlist_to_hdf5.py"
 # Float datasets have full scale 1.0 and may exceed it a little; far beyond it, they are 16-bit values stored as floats.
 _MAX_FLOAT = 16.0
+_MAX_RATE = 10_000_000  # Hz
 
 
 def compute_checksum(samples: np.ndarray) -> int:
@@ -165,7 +174,7 @@ class Shard:
         with _open(self.path) as file:
             try:
                 return _Contents(file, self.path)
-            except (OSError, KeyError, RuntimeError, ValueError) as error:
+            except READ_ERRORS as error:
                 raise UserError(f"{self.path}: the file is damaged ({error}); {_PACK_AGAIN}") from None
 
     @property
@@ -244,10 +253,14 @@ class Shard:
         return checksums is None or compute_checksum(self._read_flat(begin, end - begin)) == checksums[position]
 
     def _read_dataset(self, position: int, start: int, stop: int | None) -> np.ndarray:
-        samples = self._dataset(position)[..., start:stop]  # (S,) or (channels, S)
+        dataset = self._dataset(position)
+        where = f"{self.path}: the clip {self.names[position]!r}"
+        try:
+            samples = dataset[..., start:stop]  # (S,) or (channels, S)
+        except READ_ERRORS as error:
+            raise UserError(f"{where} cannot be read ({error}); {_PACK_AGAIN}") from None
         if samples.dtype == np.int16 and samples.ndim == 1:
             return samples
-        where = f"{self.path}: the clip {self.names[position]!r}"
         if samples.dtype.kind == "f":
             samples = samples.astype(np.float64)
             highest = float(np.abs(samples).max(initial=0))
@@ -262,7 +275,15 @@ class Shard:
         return to_int16(samples.mean(axis=0) if samples.ndim == 2 else samples)
 
     def _dataset(self, position: int) -> h5py.Dataset:
-        return self._open_hdf5()[self.names[position]]
+        name = self.names[position]
+        try:
+            dataset = self._open_hdf5()[name]
+            check_dataset(dataset)
+            if len(dataset.shape) not in (1, 2):
+                raise ValueError(f"its shape is {dataset.shape}, expected (S,) or (channels, S)")
+        except READ_ERRORS as error:
+            raise UserError(f"{self.path}: the clip {name!r} cannot be read ({error}); {_PACK_AGAIN}") from None
+        return dataset
 
     def _open_hdf5(self) -> h5py.File:
         self._close_inherited()
@@ -273,7 +294,10 @@ class Shard:
     def _read_flat(self, begin: int, n_samples: int) -> np.ndarray:
         contents = self._contents
         if contents.block_starts is None:  # stored with a filter, by another program
-            return self._open_hdf5()["samples"][begin : begin + n_samples]
+            try:
+                return self._open_hdf5()["samples"][begin : begin + n_samples]
+            except READ_ERRORS as error:
+                raise UserError(f"{self.path}: its samples cannot be read ({error}); {_PACK_AGAIN}") from None
         self._close_inherited()
         if self._bytes is None:
             self._bytes = open(self.path, "rb", buffering=0)  # noqa: SIM115 - kept open between reads
@@ -307,12 +331,14 @@ class _Contents:
     def __init__(self, file: h5py.File, path: Path) -> None:
         rate = file.attrs.get("sample_rate")
         self.sample_rate = None if rate is None else int(rate)
+        if self.sample_rate is not None and not 0 < self.sample_rate <= _MAX_RATE:
+            raise ValueError(f"its sample_rate is {self.sample_rate} Hz, expected 1 to {_MAX_RATE:,}")
         self.stamp = _get_stamp(path)
         self.offsets: np.ndarray | None = None
         self.checksums: np.ndarray | None = None
         self.block_starts: np.ndarray | None = None
         self.block_samples = 1
-        if isinstance(file.get("samples"), h5py.Dataset) and isinstance(file.get("offsets"), h5py.Dataset):
+        if find_dataset(file, "samples") is not None and find_dataset(file, "offsets") is not None:
             self.layout = "flat"
             self._read_flat(file, path)
         else:
@@ -324,16 +350,16 @@ class _Contents:
         version = int(file.attrs.get("version", VERSION))
         if version > VERSION:
             raise UserError(f"{path}: has version {version} of the flat layout; versions up to {VERSION} are supported")
-        samples = file["samples"]
-        self.offsets = file["offsets"][:].astype(np.int64)
-        self.names = file["names"].asstr()[:].tolist()
+        samples = get_dataset(file, "samples", "i", max_expansion=MAX_EXPANSION_OF_SOUND)
+        self.offsets = get_dataset(file, "offsets", "iu")[:].astype(np.int64)
+        self.names = read_texts(get_dataset(file, "names", "OS"))
         found = (
             f"{len(self.names)} names, {len(self.offsets)} offsets, {samples.dtype} samples of shape {samples.shape}"
         )
         is_valid = samples.dtype == np.dtype("<i2") and samples.ndim == 1 and len(self.offsets) == len(self.names) + 1
         if (
             not is_valid
-            or (np.diff(self.offsets) < 0).any()
+            or (self.offsets[1:] < self.offsets[:-1]).any()
             or self.offsets[0] != 0
             or self.offsets[-1] != len(samples)
         ):

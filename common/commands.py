@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin
 import fire
 from fire.parser import DefaultParseValue
 
+from common.closed_output import end_with_reader
 from common.errors import did_you_mean, fail
 from common.help import describe_command, describe_commands, is_positional, list_commands, list_positional
 from common.options import Options
@@ -20,6 +21,7 @@ _HELP = ("--help", "-h")
 _NUMBERS = {int: "a whole number", float: "a number"}
 
 
+@end_with_reader
 def run_commands(component: Callable[..., Any], *, keys: Mapping[str, type[Options]] | None = None) -> None:
     """Check the command line and run it with Fire, which alone would run a command first and complain afterwards.
 

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, ParamSpec, TypeVar
 
+from common.closed_output import end_with_reader
+from common.interrupts import print_stop, respond_to_signals
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -79,22 +82,40 @@ def some(names: Iterable[str], limit: int = 5) -> str:
 def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate an entry point: print user errors and interruptions as one message, without a traceback.
 
-    The exit status is 1 for an error and 130 for Ctrl-C.
+    The exit status is 1 for an error, and 128 and the number of the signal for a stop: 130 for Ctrl-C, 143 for SIGTERM.
     """
+    function = end_with_reader(function)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(*args, **kwargs)
+            with respond_to_signals():
+                return function(*args, **kwargs)
         except UserError as error:
-            fail(_strip_traceback(str(error)))
-        except KeyboardInterrupt:
-            print("\nstopped; finished work is kept", file=sys.stderr)
-            sys.exit(130)
+            fail("; ".join([_strip_traceback(str(error)), *getattr(error, "__notes__", [])]))
+        except KeyboardInterrupt as error:
+            sys.exit(print_stop(error))
         except OSError as error:  # a full disk, missing permissions: for the user to correct as well
-            fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+            named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            fail("; ".join([named, *getattr(error, "__notes__", [])]))
+        except RuntimeError as error:
+            if dead := describe_dead_worker(error):
+                fail("; ".join([dead, *getattr(error, "__notes__", [])]))
+            raise
 
     return wrapper
+
+
+def describe_dead_worker(error: RuntimeError) -> str | None:
+    """Return the message for an error of PyTorch about a loader process that has died; None for any other error."""
+    found = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\) (?:is killed by signal: (.*?)\.|exited)", str(error))
+    if found is None:
+        return None
+    cause = f"signal: {found[2]}" if found[2] else "see the messages above"
+    return (
+        f"a process that loads clips (pid {found[1]}) died ({cause}): as a rule, memory has run out (or shared "
+        "memory, /dev/shm); lower num_workers or batch_size"
+    )
 
 
 def _strip_traceback(message: str) -> str:

@@ -65,6 +65,11 @@ class WholeFile(io.RawIOBase, BinaryIO):
         self._position = self._size = 0
         self._unwritten: list[tuple[int, bytes]] = []
 
+    @property
+    def name(self) -> str:
+        """Path of the file, which some libraries ask for."""
+        return str(self.path)
+
     def writable(self) -> bool:
         """Return True."""
         return True
@@ -191,6 +196,18 @@ def explain_write_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(describe_write_error(target, error)) from error
+
+
+def append_bytes(file: io.FileIO, data: bytes) -> None:
+    """Append to an unbuffered file.
+
+    Raises:
+        UserError: the disk is full or has failed; then a part of `data` may have been written.
+    """
+    with explain_write_errors(Path(os.fsdecode(file.name))):
+        done = 0
+        while done < len(data):
+            done += file.write(data[done:])
 
 
 def _find_existing(path: Path) -> Path:

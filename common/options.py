@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from common.errors import Faults, UserError, did_you_mean
 from common.keys import describe_field, list_keys
+from common.parsing import parse_yaml, shorten
+from common.places import describe_unusable_name
 
 OptionsT = TypeVar("OptionsT", bound="Options")
 # Token merging, see models/token_merging.py; here, as `ModelOptions`, so that `--help` does not import PyTorch.
@@ -26,6 +28,22 @@ MergingOption = int | list[int | float] | dict[str, Any] | None
 
 _NO_DEFAULTS = ("null", "false", "[]", "{}", '""')  # omitted from help
 _TEXT = {str, Path, Literal, type(None)}
+
+
+def _check_name(name: str) -> str:
+    if fault := describe_unusable_name(name):
+        raise ValueError(fault)
+    return name
+
+
+def _check_folder(path: str) -> str:
+    if fault := describe_unusable_name(path, folders=True):
+        raise ValueError(fault)
+    return path
+
+
+FileName = Annotated[str, AfterValidator(_check_name)]  # of a file or a folder that is written
+FolderName = Annotated[str, AfterValidator(_check_folder)]  # likewise; may be a path below the folder it is for
 
 
 class Options(BaseModel):
@@ -128,7 +146,7 @@ def parse_value(value: Any, annotation: Any = Any) -> Any:
         item = next(get_args(each)[0] for each in members if get_origin(each) is list)
         return [parse_value(part.strip(), item) for part in text.split(",") if part.strip()]
     try:
-        parsed = yaml.safe_load(value)
+        parsed = parse_yaml(value)
     except yaml.YAMLError:
         return value
     return value if isinstance(parsed, str) or (str in kinds and type(parsed) not in kinds) else parsed
@@ -239,9 +257,10 @@ def _describe_fault(kind: type[Options], fault: Any, given: Mapping[str, Any]) -
     if fault["type"] == "missing":
         return kind.describe_missing(name)
     spelt, found = kind.SPELLING.format(name), fault["input"]
+    shown = shorten(repr(found))
     if fault["type"] == "value_error":
-        return f"{spelt} is {found!r}: {fault['msg'].removeprefix('Value error, ')}"
+        return f"{spelt} is {shown}: {fault['msg'].removeprefix('Value error, ')}"
     hint = ""
     if fault["type"] == "literal_error" and isinstance(found, str):
         hint = did_you_mean(found, re.findall("'([^']+)'", fault["ctx"]["expected"]))
-    return f"{spelt} is {found!r}; expected {describe_field(kind.model_fields[name])}{hint}"
+    return f"{spelt} is {shown}; expected {describe_field(kind.model_fields[name])}{hint}"

@@ -19,8 +19,10 @@ import pyarrow.parquet
 from audio.manifest import NameIndex
 from common.errors import UserError, some
 from common.files import whole_file, write_json
+from common.parquet import READ_ERRORS, read_parquet
+from common.parsing import parse_json
 
-_COLUMNS = ("filename", "start", "end", "cluster")
+_COLUMNS = {"filename": "text", "start": "number", "end": "number", "cluster": "integer"}
 _KEY = b"clusters"  # of the facts in the parquet file's metadata
 _MAX_LENGTH = 2**40  # milliseconds of a clip; combines clip and start in one number
 _TOLERANCE = 10  # milliseconds: stores have float32 seconds, packs have samples
@@ -75,19 +77,19 @@ class Clusters:
         if not path.is_file():
             raise UserError(f"{path}: there is no such file; {make}")
         try:
-            table = pyarrow.parquet.read_table(path)
-            facts = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            table = read_parquet(path, _COLUMNS)
+            facts = parse_json((table.schema.metadata or {}).get(_KEY, b"{}"))
+            k = int(facts.get("k", 0))
+        except READ_ERRORS as error:
             raise UserError(f"{path}: cannot be read as a parquet file of clusters ({error}); {make}") from None
         frame = table.to_pandas()
-        missing = [name for name in _COLUMNS if name not in frame]
-        if missing:
-            raise UserError(f"{path}: found the columns {some(frame.columns)}, missing {', '.join(missing)}; {make}")
         cluster = frame["cluster"]
-        if not len(cluster) or not pd.api.types.is_integer_dtype(cluster) or cluster.isna().any() or cluster.min() < 0:
+        if not len(cluster) or cluster.min() < 0:
             raise UserError(f"{path}: expected one row or more, and in `cluster` whole numbers from 0; {make}")
-        k = max(int(facts.get("k", 0)), int(cluster.max()) + 1)
-        return cls(path, frame[list(_COLUMNS[:3])], cluster.to_numpy(np.int64), k, facts)
+        seconds = frame[["start", "end"]].to_numpy(np.float64)
+        if not ((seconds >= 0) & (seconds < _MAX_LENGTH / 1000)).all():  # also where one is NaN
+            raise UserError(f"{path}: expected in `start` and `end` seconds from the start of a clip; {make}")
+        return cls(path, frame[list(_COLUMNS)[:3]], cluster.to_numpy(np.int64), max(k, int(cluster.max()) + 1), facts)
 
     def assign_items(self, names: Sequence[str], starts: np.ndarray) -> np.ndarray:
         """Return the cluster of each item: that of the stored chunk that contains its start.

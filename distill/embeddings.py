@@ -18,6 +18,7 @@ from audio.dataset import Pack
 from common.errors import UserError, some
 from distill.sound_check import Check
 from distill.store import StoreItems, TargetStore
+from distill.store_checks import RowFault, find_non_finite
 
 
 class EmbeddingStore(TargetStore):
@@ -42,6 +43,14 @@ class EmbeddingStore(TargetStore):
             )
         self.width: int = min(widths)[0]
 
+    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        if not shapes["embedding"][1]:
+            raise ValueError(f"embedding has shape {shapes['embedding']}; expected (N,E)")
+
+    def _find_fault(self, arrays: dict[str, np.ndarray]) -> RowFault | None:
+        fault = super()._find_fault(arrays)
+        return find_non_finite(arrays["embedding"]) if not fault and "embedding" in arrays else fault
+
     def read(self, epoch: int) -> np.ndarray:
         """Return all embeddings of `epoch`, aligned with `rows`: float32 (N, E)."""
         return self.read_arrays(epoch, "embedding")["embedding"].astype(np.float32)
@@ -52,7 +61,11 @@ class EmbeddingStore(TargetStore):
             self._files, self._owner = {}, os.getpid()
         if (epoch, part) not in self._files:
             self._files[epoch, part] = self._open(epoch, part)
-        return np.asarray(self._files[epoch, part]["embedding"][row], np.float32)
+        values = np.asarray(self._files[epoch, part]["embedding"][row], np.float32)
+        if not np.isfinite(values).all():
+            path = self._path(epoch, part)
+            raise UserError(f"{path}: row {row} has values that are not finite; delete it and run save_logits.py again")
+        return values
 
     def read_ends(self, epoch: int) -> np.ndarray:
         """Return the end of each part of `epoch` among its rows, int64."""

@@ -6,33 +6,25 @@ other name.
 """
 
 import io
-import pickle
-import zipfile
+import math
 from pathlib import Path
 from typing import Any
 
+from common.archives import StoredArchive
 from common.errors import UserError
+from common.parsing import check_regular_file
+from common.pickles import ForeignObjectError, PlainUnpickler, Record, build_dict, build_set, check_expansion
 
 
-class _Record:
-    """The attributes of an object of a known class."""
-
-    def __init__(self, *_: Any) -> None:
-        self.attributes: dict[str, Any] = {}
-
-    def __setstate__(self, state: Any) -> None:
-        self.attributes = state if isinstance(state, dict) else {}
-
-
-class _Shift(_Record):
+class _Shift(Record):
     pass
 
 
-class _TimeMasking(_Record):
+class _TimeMasking(Record):
     pass
 
 
-class _FrequencyMasking(_Record):
+class _FrequencyMasking(Record):
     pass
 
 
@@ -40,33 +32,22 @@ def _ignore(*_: Any, **__: Any) -> None:
     """Replaces tensors inside distributions, whose values replay does not need."""
 
 
-_REPLACEMENTS: dict[tuple[str, str], Any] = {
-    ("torch.nn.modules.container", "Sequential"): _Record,
-    ("torch_audiomentations.core.composition", "Compose"): _Record,
+_FUNCTIONS: dict[tuple[str, str], Any] = {
+    ("torch.nn.modules.container", "Sequential"): Record,
+    ("torch_audiomentations.core.composition", "Compose"): Record,
     ("torch_audiomentations.augmentations.shift", "Shift"): _Shift,
     ("augment", "TimeMasking"): _TimeMasking,
     ("augment", "FrequencyMasking"): _FrequencyMasking,
-    ("utils", "KwargsSequential"): _Record,
-    ("utils", "Config"): _Record,
-    ("torch.distributions.bernoulli", "Bernoulli"): _Record,
+    ("utils", "KwargsSequential"): Record,
+    ("utils", "Config"): Record,
+    ("torch.distributions.bernoulli", "Bernoulli"): Record,
     ("torch._utils", "_rebuild_tensor_v2"): _ignore,
-    ("torch", "FloatStorage"): _Record,
+    ("torch", "FloatStorage"): Record,
     ("torch", "Size"): tuple,
-    ("collections", "OrderedDict"): dict,
-    ("__builtin__", "set"): set,
-    ("builtins", "set"): set,
+    ("collections", "OrderedDict"): build_dict,
+    ("__builtin__", "set"): build_set,
+    ("builtins", "set"): build_set,
 }
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _REPLACEMENTS[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name}") from None
-
-    def persistent_load(self, pid: Any) -> None:
-        return None
 
 
 def read_published_meta(path: str | Path) -> dict[str, Any]:
@@ -83,43 +64,52 @@ def read_published_meta(path: str | Path) -> dict[str, Any]:
         UserError: the file is not such an archive, or contains a class that published stores do not use.
     """
     path = Path(path)
+    check_regular_file(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            [member] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            content = archive.read(member)
-        meta = _PlainUnpickler(io.BytesIO(content)).load()
+        with open(path, "rb") as file:
+            archive = StoredArchive(file, path.stat().st_size)
+            content = archive.read(archive.find("/data.pkl") or "data.pkl")
+        meta = PlainUnpickler(io.BytesIO(content), _FUNCTIONS).load()
+        check_expansion(meta, len(content))
         wave = [_read_shift(m) for m in _list_modules(meta["wavtransforms"])]
         spec = [_read_mask(m) for m in _list_modules(meta["spectransforms"])]
-        config = dict(meta["config"].attributes)
-    except pickle.UnpicklingError as error:
+        config = {str(key): value for key, value in meta["config"].attributes.items()}
+    except ForeignObjectError as error:
         raise UserError(
             f"{path} contains {error}, which is not a class of published soft-target folders, so it was not "
             "read; replace it with a meta.json with the transforms, or save the targets again"
         ) from None
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError) as error:
+    except Exception as error:  # of any type, for what is no such pickle
         raise UserError(
-            f"{path} is not a meta.pt of a published soft-target folder ({type(error).__name__}: {error}); "
+            f"{path} is not a meta.pt of a published soft-target folder ({type(error).__name__}: {error!s:.200}); "
             "download it again, or save the targets again"
         ) from None
     return {"wavtransforms": dict(wave), "spectransforms": spec, "config": config}
 
 
-def _list_modules(container: _Record) -> list[_Record]:
+def _list_modules(container: Record) -> list[Record]:
     return list(container.attributes["_modules"].values())
 
 
-def _read_shift(record: _Record) -> tuple[str, dict[str, Any]]:
+def _check_number(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"expected a number, found a {type(value).__name__}")
+    return value
+
+
+def _read_shift(record: Record) -> tuple[str, dict[str, Any]]:
     if not isinstance(record, _Shift):
         raise TypeError("expected Shift as waveform transform")
     state = record.attributes
     if state.get("shift_unit", "fraction") != "fraction" or not state.get("rollover", True):
         raise ValueError("expected Shift in fractions, with rollover")
-    return "Shift", {"min_shift": state["min_shift"], "max_shift": state["max_shift"], "p": state["_p"]}
+    names = {"min_shift": "min_shift", "max_shift": "max_shift", "p": "_p"}
+    return "Shift", {name: _check_number(state[key]) for name, key in names.items()}
 
 
-def _read_mask(record: _Record) -> dict[str, dict[str, Any]]:
+def _read_mask(record: Record) -> dict[str, dict[str, Any]]:
     if isinstance(record, _TimeMasking):
-        return {"TimeMasking": {"time_mask_param": record.attributes["mask_param"]}}
+        return {"TimeMasking": {"time_mask_param": _check_number(record.attributes["mask_param"])}}
     if isinstance(record, _FrequencyMasking):
-        return {"FrequencyMasking": {"freq_mask_param": record.attributes["mask_param"]}}
+        return {"FrequencyMasking": {"freq_mask_param": _check_number(record.attributes["mask_param"])}}
     raise TypeError("expected TimeMasking or FrequencyMasking as spectrogram transform")

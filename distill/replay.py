@@ -28,6 +28,8 @@ from distill.batch import Batch
 from models.frontends import FrontEnd
 
 REFERENCE_RATE = 16_000  # Hz
+_MAX_SHIFT = 1000.0  # chunk lengths
+_MAX_WIDTH = 1_000_000  # of a mask, in frames or bands
 REFERENCE_HOP_SECONDS = 0.01
 REFERENCE_BANDS = 64
 REFERENCE_F_MAX = 8_000.0  # Hz
@@ -86,6 +88,8 @@ class Shift:
     """
 
     def __init__(self, min_shift: float = -0.5, max_shift: float = 0.5, p: float = 0.5) -> None:
+        if not all(-_MAX_SHIFT <= shift <= _MAX_SHIFT for shift in (min_shift, max_shift)):  # also where one is NaN
+            raise UserError(f"Shift: {min_shift} to {max_shift}; expected fractions of the chunk, -0.5 to 0.5")
         if min_shift > max_shift:
             raise UserError(f"Shift: min_shift {min_shift} is larger than max_shift {max_shift}; exchange them")
         if not 0 <= p <= 1:
@@ -127,7 +131,7 @@ def _is_between(centers: Tensor, start: Tensor, stop: Tensor) -> Tensor:
 
 
 def _check_size(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 0:
+    if not isinstance(value, int) or not 0 <= value <= _MAX_WIDTH:
         raise UserError(f"{name} is {value!r}; expected a whole number, at least 0")
     return value
 

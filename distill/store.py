@@ -8,9 +8,9 @@ soft targets except for names and columns, see `distill.published_layout`; the v
 `distill.targets` and `distill.embeddings`.
 """
 
-import json
 import logging
 import re
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,23 +18,31 @@ from typing import Any, ClassVar
 import h5py
 import numpy as np
 import pandas as pd
-import pyarrow
-import pyarrow.parquet
+from pydantic import ValidationError
 
 from audio.cutting import Chunks
 from audio.dataset import Pack
-from audio.hdf5 import describe_lock
+from audio.hdf5 import READ_ERRORS, describe_lock, get_dataset
 from audio.manifest import NameIndex
 from common.errors import Faults, UserError, some
 from common.files import create_hdf5, whole_file
+from common.parquet import READ_ERRORS as PARQUET_ERRORS
+from common.parquet import read_parquet, read_row_count
+from common.parsing import describe_invalid, read_json
 from distill.published_meta import read_published_meta
 from distill.replay import REFERENCE_RATE, Replay
 from distill.sound_check import Check, check_sounds
 from distill.sources import compute_reference_lengths
+from distill.store_checks import MAX_CHUNKS, RowFault, StoreMeta, find_faulty_row, find_faulty_seed
 
 logger = logging.getLogger(__name__)
 
-_MAX_CHUNKS = 2**32  # per clip; combines clip and chunk in one number
+_COLUMNS = {"filename": "text", "start": "number", "end": "number"}
+_MORE_COLUMNS = {"n_reference": "integer", "clip_samples": "integer", "sound_hash": "integer"}
+
+
+def _compute_checksum(values: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(values).data)
 
 
 class TargetStore:
@@ -63,7 +71,7 @@ class TargetStore:
         faults = Faults(f"the folder of {self.what} {self.folder}")
         self.parts: dict[int, list[int]] = defaultdict(list)
         for path in self.folder.glob(f"{self.prefix}_ep*_*.h5"):
-            if match := re.fullmatch(rf"{self.prefix}_ep(\d+)_(\d+)\.h5", path.name):
+            if match := re.fullmatch(rf"{self.prefix}_ep([0-9]{{1,6}})_([0-9]{{1,5}})\.h5", path.name):
                 self.parts[int(match[1])].append(int(match[2]))
         if not self.parts:
             found = "is not a folder" if not self.folder.is_dir() else f"has no files {self.prefix}_ep*_*.h5"
@@ -72,8 +80,9 @@ class TargetStore:
                 "folder it writes, and give that folder"
             )
         self.epochs = sorted(self.parts)
-        self.meta = self._read_meta(faults)
-        n_parts = self.meta.get("parts", self.meta.get("world_size", 1 + max(max(r) for r in self.parts.values())))
+        self.meta, self._facts = self._read_meta(faults)
+        self._checked: set[tuple[int, int, tuple[str, ...]]] = set()  # files whose values were checked
+        n_parts = self._facts.parts or self._facts.world_size or 1 + max(max(r) for r in self.parts.values())
         for epoch in self.epochs:
             missing = sorted(set(range(n_parts)) - set(self.parts[epoch]))
             missing += [r for r in self.parts[epoch] if not self._path(epoch, r).with_suffix(".parquet").is_file()]
@@ -92,7 +101,7 @@ class TargetStore:
                 f"{self.folder} lacks epoch {some(map(str, gaps))} between others; run save_logits.py again with the "
                 "same settings to complete it"
             )
-        planned = self.meta.get("config", {}).get("epochs")
+        planned = self._facts.config.epochs
         if planned and len(self.epochs) < planned:
             logger.warning("%s has %d of the %d epochs planned", self.folder, len(self.epochs), planned)
         self.replay = Replay(**{k: self.meta[k] for k in ("wavtransforms", "spectransforms")} | self._get_mask_fill())
@@ -115,23 +124,26 @@ class TargetStore:
         """
         target = cls.get_path(folder, epoch, part)
         with whole_file(target.with_suffix(".parquet")) as file:
-            rows.to_parquet(file, compression="brotli", index=False)
+            rows.to_parquet(file, compression="brotli", index=False, write_page_checksum=True)
         # The HDF5 file is written last: if it exists, the part is complete.
         with create_hdf5(target) as file:
             for name, kind in cls.types.items():
-                file.create_dataset(name, data=arrays[name].astype(kind))
+                values: np.ndarray = arrays[name].astype(kind)
+                file.create_dataset(name, data=values).attrs["checksum"] = _compute_checksum(values)
 
     def _check_rows(self, epoch: int, faults: Faults) -> None:
-        """Open every file of an epoch and check that values and names have the same number of rows."""
+        """Open every file of an epoch, and check types and shapes, and that values and names have as many rows."""
         for part in self.parts[epoch]:
             path = self._path(epoch, part)
             try:
                 with self._open(epoch, part) as file:
-                    lengths = {name: len(file[name]) for name in self.types}
-                lengths["names"] = pyarrow.parquet.read_metadata(path.with_suffix(".parquet")).num_rows
+                    datasets = {name: self._get_dataset(file, name) for name in self.types}
+                    lengths = {name: len(dataset) for name, dataset in datasets.items()}
+                    self._check_shapes({name: dataset.shape for name, dataset in datasets.items()})
+                lengths["names"] = read_row_count(path.with_suffix(".parquet"))
             except UserError as error:
                 faults.add(str(error))
-            except (KeyError, OSError, pyarrow.ArrowException) as error:
+            except (*READ_ERRORS, *PARQUET_ERRORS) as error:
                 faults.add(
                     f"{path} and the .parquet beside it are not files of a store ({error}); save this epoch again"
                 )
@@ -139,33 +151,42 @@ class TargetStore:
                 if len(set(lengths.values())) > 1:
                     faults.add(f"{path} and the .parquet beside it differ in length ({lengths}); save this epoch again")
 
+    def _get_dataset(self, file: h5py.File, name: str) -> h5py.Dataset:
+        kinds = "f" if np.issubdtype(self.types[name], np.floating) else "iu"
+        return get_dataset(file, name, kinds, (1,) if name == "seeds" else (2,))
+
+    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise `ValueError` where the shapes of a part's datasets do not go together."""
+
+    def _find_fault(self, arrays: dict[str, np.ndarray]) -> RowFault | None:
+        """Return what is wrong with the values of a part, those of `arrays`."""
+        return find_faulty_seed(arrays["seeds"]) if "seeds" in arrays else None
+
     def _get_mask_fill(self) -> dict[str, Any]:
         return {"mask_fill": self.meta["mask_fill"]} if "mask_fill" in self.meta else {}
 
     def _path(self, epoch: int, part: int) -> Path:
         return self.get_path(self.folder, epoch, part)
 
-    def _read_meta(self, faults: Faults) -> dict[str, Any]:
+    def _read_meta(self, faults: Faults) -> tuple[dict[str, Any], StoreMeta]:
         empty: dict[str, Any] = {"wavtransforms": {}, "spectransforms": []}
-        if (path := self.folder / "meta.json").is_file():
-            try:
-                meta = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(meta, dict) or not isinstance(meta.get("config", {}), dict):
-                    raise ValueError("expected the mapping that save_logits.py writes")
-                return empty | meta
-            except ValueError as error:
-                faults.add(f"{path} cannot be parsed ({error}); save the targets again")
-        elif (path := self.folder / "meta.pt").is_file():
-            try:
-                return read_published_meta(path)
-            except UserError as error:
-                faults.add(str(error))
-        else:
-            faults.add(
-                "neither meta.json nor meta.pt exists, so the augmentation of the seeds is unknown; copy the file "
-                "of these targets into the folder"
-            )
-        return empty
+        path = self.folder / "meta.json"
+        try:
+            if path.is_file():
+                meta = read_json(path, "save the targets again")
+            elif (path := self.folder / "meta.pt").is_file():
+                meta = read_published_meta(path)
+            else:
+                raise UserError(
+                    "neither meta.json nor meta.pt exists, so the augmentation of the seeds is unknown; copy the file "
+                    "of these targets into the folder"
+                )
+            return empty | meta, StoreMeta.model_validate(meta)
+        except UserError as error:
+            faults.add(str(error))
+        except ValidationError as error:
+            faults.add(f"{path}: {describe_invalid(error)}; save the targets again")
+        return empty, StoreMeta()
 
     def _open(self, epoch: int, part: int) -> h5py.File:
         path = self._path(epoch, part)
@@ -179,22 +200,62 @@ class TargetStore:
     @property
     def chunk_seconds(self) -> float:
         """Length of a chunk in seconds."""
-        return float(self.meta.get("config", {}).get("chunk_length", 10.0))
+        return self._facts.config.chunk_length
 
     def read_rows(self, epoch: int) -> pd.DataFrame:
         """Return the rows of `epoch`, part by part: `filename`, `start`, `end` and further columns."""
-        files = [self._path(epoch, r).with_suffix(".parquet") for r in self.parts[epoch]]
+        tables = [self._read_part_rows(self._path(epoch, part).with_suffix(".parquet")) for part in self.parts[epoch]]
         # Parts of an earlier version may lack columns; the common ones are kept.
-        return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True, join="inner")
+        return pd.concat(tables, ignore_index=True, join="inner")
+
+    def _read_part_rows(self, path: Path) -> pd.DataFrame:
+        try:
+            rows = read_parquet(path, _COLUMNS, _MORE_COLUMNS).to_pandas()
+        except PARQUET_ERRORS as error:
+            raise UserError(f"{path}: {error}; save this epoch again") from None
+        if fault := find_faulty_row(rows, self.chunk_seconds):
+            name = rows["filename"].iloc[fault.row]
+            raise UserError(f"{path}: row {fault.row} ({name}) {fault.what}; save this epoch again")
+        return rows
 
     def read_arrays(self, epoch: int, *names: str) -> dict[str, np.ndarray]:
-        """Return the datasets of `epoch` with these names, or all of them, aligned with `rows`: (N,...) each."""
+        """Return the datasets of `epoch` with these names, or all of them, aligned with `rows`: (N,...) each.
+
+        Raises:
+            UserError: a file cannot be read, or has values that cannot be: see `distill.store_checks`.
+        """
         blocks = defaultdict(list)
         for part in self.parts[epoch]:
-            with self._open(epoch, part) as file:
-                for name in names or self.types:
-                    blocks[name].append(file[name][()])
+            for name, array in self._read_part(epoch, part, names or tuple(self.types)).items():
+                blocks[name].append(array)
         return {name: np.concatenate(arrays) for name, arrays in blocks.items()}
+
+    def _read_part(self, epoch: int, part: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        path = self._path(epoch, part)
+        try:
+            with self._open(epoch, part) as file:
+                datasets = {name: self._get_dataset(file, name) for name in names}
+                arrays = {name: dataset[()] for name, dataset in datasets.items()}
+                checksums = {name: dataset.attrs.get("checksum") for name, dataset in datasets.items()}
+        except READ_ERRORS as error:
+            raise UserError(f"{path}: {error}; delete it and run save_logits.py again") from None
+        # Comparing the classes of a row takes as long as reading: once for each file.
+        if (epoch, part, names) not in self._checked:
+            damaged = [
+                name for name, value in checksums.items() if value not in (None, _compute_checksum(arrays[name]))
+            ]
+            if damaged:
+                raise UserError(
+                    f"{path}: {some(damaged)} are damaged (their checksum differs); delete it and run save_logits.py "
+                    "again"
+                )
+            if fault := self._find_fault(arrays):
+                name = self._read_part_rows(path.with_suffix(".parquet"))["filename"].iloc[fault.row]
+                raise UserError(
+                    f"{path}: row {fault.row} ({name}) {fault.what}; delete it and run save_logits.py again"
+                )
+            self._checked.add((epoch, part, names))
+        return arrays
 
 
 class StoreItems:
@@ -285,12 +346,12 @@ class StoreItems:
         faults: Faults,
     ) -> list[np.ndarray]:
         """Return for each stored epoch the row of every item; files of one epoch may order them differently."""
-        expected = (clips * _MAX_CHUNKS + numbers)[used]
+        expected = (clips * MAX_CHUNKS + numbers)[used]
         result = []
         for epoch in self.epochs:
             rows = store.read_rows(epoch)
             key_clips, key_numbers = self._locate(names, rows)
-            keys = key_clips * _MAX_CHUNKS + key_numbers
+            keys = key_clips * MAX_CHUNKS + key_numbers
             order = np.argsort(keys, kind="stable")
             place = np.searchsorted(keys, expected, sorter=order)
             row = order[np.minimum(place, len(order) - 1)]
@@ -314,8 +375,11 @@ class StoreItems:
         if stored not in self._cache:
             # Two are kept: a loader that reads ahead needs the next epoch before it has finished this one.
             self._cache = dict(list(self._cache.items())[-1:])
-            self._cache[stored] = self.store.read_arrays(stored, *self.cached)
+            self._cache[stored] = self._read_epoch(stored)
         return rows, self._cache[stored]
+
+    def _read_epoch(self, stored: int) -> dict[str, np.ndarray]:
+        return self.store.read_arrays(stored, *self.cached)
 
     def seed(self, epoch: int, item: int) -> int:
         """Return the stored seed of `item` in `epoch`."""

@@ -11,6 +11,7 @@ from audio.dataset import Pack
 from common.errors import UserError
 from distill.sound_check import Check
 from distill.store import StoreItems, TargetStore
+from distill.store_checks import MAX_CLASSES, RowFault, find_faulty_class, find_faulty_probability
 
 LABEL_TYPES = ("last_mean", "last_half", "last_random", "527", "zero")
 
@@ -53,15 +54,28 @@ class SoftTargetStore(TargetStore):
     prefix, what, part_name = "logits", "soft targets", "rank"
     types = {"topk_values": np.float16, "topk_indexes": np.int16, "seeds": np.int32}  # noqa: RUF012
 
+    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        n_classes = self.num_classes or MAX_CLASSES
+        values, indexes = shapes["topk_values"], shapes["topk_indexes"]
+        if values != indexes or not 1 <= values[1] <= n_classes:
+            raise ValueError(
+                f"topk_values {values} and topk_indexes {indexes}; expected the same shape, and 1 to {n_classes} "
+                "values a row"
+            )
+
+    def _find_fault(self, arrays: dict[str, np.ndarray]) -> RowFault | None:
+        fault = super()._find_fault(arrays) or find_faulty_class(arrays["topk_indexes"], self.num_classes)
+        return find_faulty_probability(arrays["topk_values"]) if not fault and "topk_values" in arrays else fault
+
     @property
     def num_classes(self) -> int | None:
         """C, if the store has it; published folders do not."""
-        return self.meta.get("num_classes")
+        return self._facts.num_classes
 
     @property
     def labels(self) -> list[str] | None:
         """The teacher's class names, if the store has them."""
-        return self.meta.get("labels")
+        return self._facts.labels
 
 
 class StoredTargets(StoreItems):
@@ -92,10 +106,18 @@ class StoredTargets(StoreItems):
     ) -> None:
         super().__init__(store, pack, max_epochs, check)
         self.num_classes, self.label_type = num_classes, label_type
-        highest = int(store.read_arrays(self.epochs[0], "topk_indexes")["topk_indexes"].max())
-        if highest >= num_classes:
+        self._check_highest(store.read_arrays(self.epochs[0], "topk_indexes")["topk_indexes"])
+
+    def _read_epoch(self, stored: int) -> dict[str, np.ndarray]:
+        arrays = super()._read_epoch(stored)
+        self._check_highest(arrays["topk_indexes"])
+        return arrays
+
+    def _check_highest(self, indexes: np.ndarray) -> None:
+        highest = int(indexes.max(initial=0))
+        if highest >= self.num_classes:
             raise UserError(
-                f"{store.folder} has targets of class {highest}, but there are {num_classes} classes; give "
+                f"{self.store.folder} has targets of class {highest}, but there are {self.num_classes} classes; give "
                 "num_classes or labels_csv of the teacher"
             )
 

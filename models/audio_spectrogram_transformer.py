@@ -22,7 +22,7 @@ from models.base import Encoded
 from models.kaldi_mel import KaldiMel
 from models.layers import initialise
 from models.registry import register_model
-from models.settings import TransformerSettings, take_settings
+from models.settings import Bands, Number, Positive, SampleRate, TransformerSettings, take_settings
 from models.vit import SpectrogramTransformer
 from models.weight_adaptation import adapt_image_weights, is_image_transformer
 
@@ -61,11 +61,11 @@ class AST(SpectrogramTransformer):
         self,
         *,
         num_classes: int = 527,
-        norm_eps: float = 1e-6,
-        sample_rate: int = 16000,
-        n_mels: int = 128,
-        mean: float = -4.2677393,
-        std: float = 4.5689974,
+        norm_eps: Number = 1e-6,
+        sample_rate: SampleRate = 16000,
+        n_mels: Bands = 128,
+        mean: Number = -4.2677393,
+        std: Positive = 4.5689974,
         **settings: Any,
     ) -> None:
         (transformer,) = take_settings(self.shared_settings, settings)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.frontends import SILENCE_DB, FrontEnd
 from models.mel_scales import HTK, triangles
-from models.settings import MelSettings
+from models.settings import Frames, MelSettings
 
 
 class _Buffers(nn.Module):
@@ -38,7 +38,7 @@ class CedMel(FrontEnd):
     scale = HTK
     defaults = MelSettings(sample_rate=16000, n_mels=64, n_fft=512, win_size=512, hop_size=160, f_min=0.0, f_max=8000.0)
 
-    def __init__(self, *, center: bool = True, min_frames: int = 1, **settings: Any) -> None:
+    def __init__(self, *, center: bool = True, min_frames: Frames = 1, **settings: Any) -> None:
         super().__init__(settings, center=center, min_frames=min_frames)
         bins = torch.linspace(0, self.sample_rate / 2, self.n_fft // 2 + 1, dtype=torch.float64)
         stage = nn.Module()

@@ -12,7 +12,7 @@ from torch import Tensor
 from common.errors import UserError
 from models.frontends import FrontEnd
 from models.mel_scales import KALDI, band_edges, triangles
-from models.settings import MelSettings
+from models.settings import Frames, MelSettings
 
 
 class EfficientAtMel(FrontEnd):
@@ -32,7 +32,7 @@ class EfficientAtMel(FrontEnd):
         sample_rate=32000, n_mels=128, n_fft=1024, win_size=800, hop_size=320, f_min=0.0, f_max=15000.0
     )
 
-    def __init__(self, *, min_frames: int = 1, **settings: Any) -> None:
+    def __init__(self, *, min_frames: Frames = 1, **settings: Any) -> None:
         super().__init__(settings, center=True, min_frames=min_frames)
         edges = band_edges(KALDI, self.f_min, self.f_max, self.n_mels)
         weights = triangles(KALDI.to_mel(self._bins_hz), edges)

@@ -24,6 +24,7 @@ from models.base import Encoded
 from models.kaldi_mel import KaldiMel
 from models.pooled_cnn import PooledCNN
 from models.registry import register_model
+from models.settings import Number, Positive, Rate
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +95,10 @@ class EfficientNet(PooledCNN):
         *,
         num_classes: int = 527,
         pooling: Pooling = "mean",
-        dropout: float = 0.0,
-        drop_path_rate: float = 0.2,
-        mean: float = -4.6476,
-        std: float = 4.5699,
+        dropout: Rate = 0.0,
+        drop_path_rate: Rate = 0.2,
+        mean: Number = -4.6476,
+        std: Positive = 4.5699,
         **settings: Any,
     ) -> None:
         from timm.models import create_model  # takes seconds, which starts of other models need not wait for

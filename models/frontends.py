@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from common.errors import UserError, some
 from models.mel_scales import MelScale, band_edges
-from models.settings import MelSettings, take_settings
+from models.settings import Frames, MelSettings, find_argument_faults, take_settings
 
 Count = TypeVar("Count", int, Tensor)
 
 SILENCE_DB = -100.0  # power 1e-10, the floor of the decibel scale
+_MAX_PADDED = 10_000_000  # samples
 
 
 def _reflect_each(waveform: Tensor, lengths: Tensor, pad: int) -> Tensor:
@@ -52,7 +53,7 @@ class FrontEnd(nn.Module):
     generator: torch.Generator | None = None  # of random draws in training; None for torch's default
     band_limit: float | None = None  # hertz, see `limit_band`
 
-    def __init__(self, settings: Mapping[str, Any], *, center: bool, min_frames: int = 1) -> None:
+    def __init__(self, settings: Mapping[str, Any], *, center: bool, min_frames: Frames = 1) -> None:
         super().__init__()
         (mel,) = take_settings((self.defaults,), settings)
         self.sample_rate, self.n_mels, self.n_fft = mel.sample_rate, mel.n_mels, mel.n_fft
@@ -67,6 +68,11 @@ class FrontEnd(nn.Module):
             raise UserError(
                 f"win_size {self.win_size}, n_fft {self.n_fft}, hop_size {self.hop_size}, n_mels {self.n_mels}: "
                 "the window must fit into n_fft, hop and bands must be at least 1"
+            )
+        if self.min_samples > _MAX_PADDED:
+            raise UserError(
+                f"min_frames {self.min_frames} of hop_size {self.hop_size}: every clip would be padded to "
+                f"{self.min_samples} samples; expected at most {_MAX_PADDED}"
             )
 
     @property
@@ -252,9 +258,12 @@ def build_front_end(description: Mapping[str, Any]) -> FrontEnd:
     arguments = dict(description)
     name, limit = arguments.pop("class", None), arguments.pop("band_limit", None)
     known = {kind.__name__: kind for kind in FrontEnd.__subclasses__()}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f"no front-end is called {name!r}; known are {some(known)}")
     try:
+        faults = find_argument_faults(known[name], arguments)
+        if faults:
+            raise UserError(f"the front-end {name}: {'; '.join(faults)}")
         front_end = known[name](**arguments)
     except TypeError as error:
         raise UserError(f"the front-end {name} cannot be built with {arguments}: {error}") from None

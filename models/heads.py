@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import UserError, did_you_mean, some
 from common.files import whole_file
 from models.base import Activation, AudioTagger
+from models.description import FORMAT_VERSION
+from models.downloads import download
 from models.headed import Head, HeadedTagger, restore_head
-from models.loading import fetch, load_model, read_tensors, weights_hash
+from models.loading import load_model, weights_hash
 from models.source_errors import describe_onnx
+from models.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "heads"
-FORMAT_VERSION = 1
 _PUBLISHED_URL = "https://huggingface.co/mohammedali2501/ssondo/resolve/main/heads"
 _PUBLISHED_MODEL = "matpac-mobilenetv3"
 _PUBLISHED_WIDTH = 960
@@ -76,7 +78,7 @@ def load_head(name_or_path: str | Path, folder: str | Path = FOLDER) -> Head:
     if saved.is_file():
         return _read_head(saved)
     if name in PUBLISHED:
-        return _read_published_head(fetch(f"{_PUBLISHED_URL}/{name}.pth", f"ssondo_head_{name}.pth"), name)
+        return _read_published_head(download(f"{_PUBLISHED_URL}/{name}.pth", f"ssondo_head_{name}.pth"), name)
     if not Path(name).is_file():
         known = list_heads(folder)
         raise UserError(
@@ -113,9 +115,13 @@ def _describe_head(head: Head) -> str:
 def _read_head(path: Path) -> Head:
     content = read_tensors(path)
     config, state = content.get("config"), content.get("head")
-    if not isinstance(config, dict) or not isinstance(state, dict):
+    if not isinstance(config, dict) or not isinstance(state, dict) or not _holds_tensors(state):
         raise UserError(f"{path}: found entries {some(map(str, content))}; expected a head, with 'head' and 'config'")
     return restore_head(config, state, str(path))
+
+
+def _holds_tensors(state: dict[Any, Any]) -> bool:
+    return all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
 
 
 def _read_published_head(path: Path, name: str) -> Head:
@@ -126,7 +132,7 @@ def _read_published_head(path: Path, name: str) -> Head:
     try:
         tensors = {part: state[f"probe.linear_probe.{part}"] for part in ("weight", "bias")}
         cast(nn.Linear, head.layers[0]).load_state_dict(tensors, strict=True)
-    except (KeyError, RuntimeError) as error:
+    except (AttributeError, KeyError, RuntimeError) as error:
         raise UserError(f"{path}: is not the published head {name!r} ({error}): delete the file") from error
     head.padded = True
     head.facts = {"name": name, "model": _PUBLISHED_MODEL, "data": what}

@@ -5,27 +5,28 @@ What is AST's own is in `models.huggingface_ast`, what is ResNet-10's in `models
 """
 
 import copy
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import UserError, some
 from common.files import write_bytes, write_json
+from common.parsing import read_json
 from models import huggingface_ast, huggingface_resnet
 from models.audiotransformer import ARGUMENTS, SIZES, AudioTransformer
 from models.base import Activation, AudioTagger
+from models.description import Description, ModelDescription, check_description
 from models.headed import HEAD, HeadedTagger
 from models.labels import audioset_labels
 from models.layers import Block
 from models.parametrizations import bake_parametrizations
 from models.resnet import ResNet10
+from models.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,15 @@ _PROBLEMS: dict[Activation, str] = {
 _HEAD_FACTS = ("name", "model", "weights_sha256", "chunk_length", "data", "metric", "value")
 
 
+class _Config(Description):
+    """The entries of config.json that every kind of model has."""
+
+    model_type: str | None = None
+    problem_type: str | None = None
+    id2label: dict[str, str] | None = None
+    head: dict[str, Any] | None = None
+
+
 def is_huggingface_folder(folder: Path) -> bool:
     """Whether a folder holds a model of Hugging Face's layout."""
     return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
@@ -60,11 +70,9 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: the folder holds another kind of model, or cannot be read.
     """
-    try:
-        given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        state = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be read as a Hugging Face folder ({error})") from error
+    given = read_json(folder / "config.json", "download the folder again, or export it again")
+    check_description(_Config, given, f"{folder / 'config.json'}")
+    state = read_tensors(folder / "model.safetensors")
     readers = {
         MODEL_TYPE: _read_ced,
         huggingface_resnet.MODEL_TYPE: huggingface_resnet.read_resnet,
@@ -79,7 +87,13 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise UserError(
                 f"{folder}: its tensors are {some(state)}; expected those of a head as well (outputlayer.*)"
             )
-    state, name, arguments = readers[given["model_type"]](folder, given, state)
+    try:
+        state, name, arguments = readers[given["model_type"]](folder, given, state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(  # a tensor of another shape, a setting of another type
+            f"{folder}: its tensors or its config.json are not those of a {given['model_type']!r} "
+            f"({type(error).__name__}: {error!s:.200})"
+        ) from error
     config: dict[str, Any] = {"model": name, "model_args": arguments}
     activations = {problem: activation for activation, problem in _PROBLEMS.items()}
     if given.get("problem_type") in activations:
@@ -88,11 +102,12 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if labels is not None:
         config.update(labels=labels, num_classes=len(labels))
     if given.get("head") is not None:
-        if labels is None or "activation" not in config or not isinstance(given["head"], dict):
+        if labels is None or "activation" not in config or not state[f"{HEAD}mean"].ndim:
             raise UserError(f"{folder}: its config.json lacks id2label, problem_type or the settings of its head")
         classes = {"labels": config.pop("labels"), "num_classes": len(labels), "activation": config["activation"]}
         width = len(state[f"{HEAD}mean"])
         config |= {"num_classes": 0, "head": {"padded": False, **given["head"], **classes, "embed_dim": width}}
+    check_description(ModelDescription, config, f"{folder / 'config.json'}")
     return state, config
 
 

@@ -3,7 +3,6 @@
 Their state dict has queries, keys and values apart; how the spectrogram is normalised stands in the third file.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import Faults, UserError
+from common.errors import Faults
+from common.parsing import read_json
 from models.audio_spectrogram_transformer import SIZES
 
 MODEL_TYPE = "audio-spectrogram-transformer"
@@ -126,10 +126,7 @@ def _normalisation(folder: Path, n_mels: int, faults: Faults) -> dict[str, float
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return {}
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+    given = read_json(path, "download the folder again")
     for key, expected in (("sampling_rate", 16000), ("num_mel_bins", n_mels)):
         if given.get(key, expected) != expected:
             faults.add(f"preprocessor_config.json has {key} {given[key]}; expected {expected}")

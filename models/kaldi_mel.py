@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from models.frontends import FrontEnd
 from models.mel_scales import KALDI, band_edges, triangles
-from models.settings import MelSettings
+from models.settings import MelSettings, Number, Positive
 
 Value = TypeVar("Value", float, Tensor)
 
@@ -40,7 +40,7 @@ class KaldiMel(FrontEnd):
     scale = KALDI
     defaults = MelSettings(sample_rate=16000, n_mels=128, n_fft=512, win_size=400, hop_size=160, f_min=20.0, f_max=None)
 
-    def __init__(self, *, mean: float = -4.2677393, std: float = 4.5689974, **settings: Any) -> None:
+    def __init__(self, *, mean: Number = -4.2677393, std: Positive = 4.5689974, **settings: Any) -> None:
         super().__init__(settings, center=False)
         self.mean, self.std = mean, std
         self.n_added = self.n_fft - self.win_size

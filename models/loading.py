@@ -6,32 +6,32 @@ keys "model" and "model_args" of its config are those of published configuration
 
 import hashlib
 import logging
-import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.errors import Faults, UserError, did_you_mean, some
-from common.files import reserve_partial, whole_file
+from common.files import whole_file
 from models.base import Activation, AudioTagger
+from models.description import FORMAT_VERSION, ModelDescription, check_description, show
+from models.downloads import download, file_name
 from models.headed import HEAD, Head, HeadedTagger, restore_head
 from models.huggingface import is_huggingface_folder, read_huggingface
 from models.parametrizations import fit_plain_weights
-from models.registry import create_model, get_model_entry, list_models
-from models.source_errors import ONNX, describe_folder, describe_kind, describe_missing, describe_onnx
+from models.registry import AUDIOSET_CLASSES, count_weights, create_model, get_model_entry, list_models
+from models.settings import find_argument_faults
+from models.source_errors import ONNX, describe_folder, describe_missing, describe_onnx
 from models.ssondo_checkpoints import is_ssondo, read_ssondo
+from models.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
 _TIMM = "timm:"  # prefix of the name of a timm model
+_SPARE_WEIGHTS = 16 << 20  # that a network may have beyond those of its file: positions are stretched
 _PRE_TRAINING_PARTS = ("decoder", "mask_token")  # of a masked auto-encoder, unused in tagging
 
 
@@ -80,19 +80,59 @@ def load_model(
         what = f"names {name!r}, which is no model here" if name else "does not name its model"
         raise UserError(f"{origin} {what}: give `-m NAME --weights {origin}`, NAME one of {some(list_models(), 99)}")
 
-    settings: dict[str, Any] = _stored_settings(config, name) | arguments
+    stored = _stored_settings(config, name)
+    settings: dict[str, Any] = stored | arguments
     if activation or config.get("activation"):
         settings["activation"] = activation or config["activation"]
-    n_wanted = num_classes if num_classes is not None else len(labels) if labels else config.get("num_classes")
+    n_stored = config.get("num_classes")
+    if n_stored is None and config.get("labels"):
+        n_stored = len(config["labels"])
+    n_wanted = num_classes if num_classes is not None else len(labels) if labels else n_stored
     if labels is None and config.get("labels") and n_wanted == len(config["labels"]):
         labels = list(config["labels"])
+    _check_size(name, stored, n_stored, state, str(origin))
     model = create_model(name, num_classes=n_wanted, labels=labels, **settings)
     last = state.get(f"{model.last_layer}.weight")
-    if n_wanted is None and last is not None and len(last) != model.num_classes:
-        model = create_model(name, num_classes=len(last), **settings)
+    n_rows = len(last) if last is not None and last.ndim else None
+    if n_wanted is None and n_rows is not None and n_rows != model.num_classes:
+        model = create_model(name, num_classes=n_rows, **settings)
+    if n_rows is not None and n_stored and n_stored == n_wanted != n_rows and num_classes is None:
+        raise UserError(
+            f"{origin}: it describes {n_stored} classes, and its last layer has {n_rows}; give `num_classes` to start "
+            "the last layer anew"
+        )
     _fit(model, state, str(origin))
     tagger = model if head is None else HeadedTagger(model, head)
     return tagger.to(device).eval()
+
+
+def _check_size(
+    name: str, stored: Mapping[str, Any], n_classes: int | None, state: Mapping[str, Tensor], origin: str
+) -> None:
+    """Check that a network as a file describes it is about as large as the tensors in the file, before it is built.
+
+    Raises:
+        UserError: it is much larger.
+    """
+    n_found = sum(value.numel() for value in state.values())
+    if (n_classes or 0) > max(n_found, AUDIOSET_CLASSES):
+        raise UserError(f"{origin}: it describes {n_classes} classes, and has {n_found} weights")
+    if not stored:
+        return
+    plain = {key: value for key, value in stored.items() if key != "parametrize"}
+    entry, faults = get_model_entry(name), Faults(f"{origin}: the description of {name!r}")
+    for key in stored:
+        if key not in entry.arguments:
+            faults.add(f"unknown argument {key!r:.80}; it takes {some(entry.arguments, 99)}")
+    for sentence in find_argument_faults(entry.factory, plain):
+        faults.add(sentence)
+    faults.raise_if_any()
+    n_expected = count_weights(name, 1, plain)
+    if n_expected > 2 * n_found + _SPARE_WEIGHTS:
+        raise UserError(
+            f"{origin}: it describes a network of {n_expected} weights, and has {n_found}; its config is damaged, or "
+            "that of another model"
+        )
 
 
 def _stored_settings(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -190,15 +230,20 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     if is_ssondo(content):
         return read_ssondo(content, str(path))
     config = content.get("config")
+    if config is None:
+        config = {}
+    if not isinstance(config, Mapping):
+        raise UserError(f"{path}: its config is {show(config)}; expected names and values")
+    check_description(ModelDescription, config, f"{path}: its config")
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         raise UserError(f"{path}: found entries {some(map(str, content))}; expected a state dict, or one under 'model'")
     if all(key.startswith("module.") for key in content):  # saved from torch.nn.DataParallel
         content = {key.removeprefix("module."): value for key, value in content.items()}
-    return dict(content), dict(config) if isinstance(config, Mapping) else {}
+    return dict(content), dict(config)
 
 
 def _split_head(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -217,32 +262,11 @@ def weights_hash(module: nn.Module, excluded: tuple[str, ...] = ()) -> str:
     return digest.hexdigest()
 
 
-def fetch(url: str, name: str | None = None) -> Path:
-    """Return the copy of a URL in torch.hub's cache; download it first where there is none.
-
-    Args:
-        url: of a file of tensors.
-        name: of the copy, by default that in the URL.
-
-    Raises:
-        UserError: it cannot be downloaded; the message names the path for a manual download.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / (name or Path(urlparse(url).path).name)
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("downloading %s to %s", url, path)
-    try:
-        with reserve_partial(path) as partial:
-            torch.hub.download_url_to_file(url, str(partial))
-            read_tensors(partial)  # raises for a truncated download, which is then not cached
-            os.replace(partial, path)
-    except (OSError, RuntimeError, UserError) as error:
-        raise UserError(
-            f"the weights {url} cannot be downloaded ({error}): download the file to {path}, or give a file with "
-            "`--weights PATH`"
-        ) from error
-    return path
+def fetch(url: str) -> Path:
+    """Return the copy of a URL in torch.hub's cache, see `models.downloads.download`."""
+    entries = map(get_model_entry, list_models())
+    published = {address for entry in entries for address in (entry.weights, entry.initialisation)}
+    return download(url, file_name(url) if url in published else None)
 
 
 def _is_remote(origin: str) -> bool:
@@ -263,7 +287,8 @@ def _fetch_timm_weights(name: str) -> dict[str, Tensor]:
     cached = try_to_load_from_cache(repository, "model.safetensors")
     if not isinstance(cached, str):
         url = hf_hub_url(repository, "model.safetensors")
-        cached = str(fetch(url, f"{repository.rpartition('/')[2]}.safetensors"))
+        cached = str(download(url, f"{repository.rpartition('/')[2]}.safetensors"))
+    read_tensors(cached)
     return dict(timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": cached}).state_dict())
 
 
@@ -299,43 +324,16 @@ def _choose_checkpoint(folder: Path) -> Path:
     raise UserError(describe_folder(folder, [file.name for file in files]))
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
-    """Read a file of tensors and plain values, without executing pickled code.
-
-    Raises:
-        UserError: it cannot be read, or contains other objects.
-    """
-    try:
-        if ".safetensors" in path.suffixes:
-            return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # torch.load raises many types for files of another kind
-        if kind := describe_kind(path):
-            raise UserError(
-                f"{path} is {kind}, not a checkpoint; give a name, a .pt or .safetensors file, or a run's folder"
-            ) from error
-        if isinstance(error, pickle.UnpicklingError):
-            foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-            raise UserError(
-                f"{path}: contains more than tensors and plain values{f' ({foreign[1]})' if foreign else ''}, or is no "
-                "checkpoint. Pickled code is never executed: save the state dict alone, with "
-                "torch.save(model.state_dict(), PATH), where the model was trained"
-            ) from error
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: cannot be read as a checkpoint ({first[0]}); is the file complete?") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: found a {type(content).__name__}; expected a state dict, or one under 'model'")
-    return dict(content)
-
-
 def _fit(model: AudioTagger, state: Mapping[str, Tensor], origin: str, pre_training: bool = False) -> None:
     """Load a state dict strictly; only the last layer may have another number of classes, with a warning."""
     expected = model.state_dict()
     if pre_training:
         state = _drop_pre_training_parts(state, origin)
-    state = fit_plain_weights(model, model.adapt_weights(state))
+    _check_values(state, origin)
+    try:
+        state = fit_plain_weights(model, model.adapt_weights(state))
+    except (IndexError, RuntimeError, ValueError) as error:  # positions of another shape cannot be stretched
+        raise UserError(f"{origin}: its weights do not fit {model.name!r} ({str(error).splitlines()[0]})") from error
     # Constants of the front-end follow from its settings, so they may be absent.
     missing = [key for key in expected if key not in state and not key.startswith("front_end.")]
     unexpected = [key for key in state if key not in expected]
@@ -365,8 +363,36 @@ def _fit(model: AudioTagger, state: Mapping[str, Tensor], origin: str, pre_train
     if differing:
         shapes = [f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}" for key in differing]
         faults.add(f"{len(differing)} tensors have another shape: {some(shapes)}")
+    kinds = [
+        f"{key} is {str(state[key].dtype).removeprefix('torch.')}, expected {str(value.dtype).removeprefix('torch.')}"
+        for key, value in expected.items()
+        if key in state and state[key].is_floating_point() != value.is_floating_point()
+    ]
+    if kinds:
+        faults.add(f"{len(kinds)} tensors are of another type: {some(kinds)}")
     faults.raise_if_any()
     model.load_state_dict({**expected, **state}, strict=True)
+
+
+def _check_values(state: Mapping[str, Tensor], origin: str) -> None:
+    """Check that all weights are finite real numbers.
+
+    Raises:
+        UserError: one is NaN or infinite, or complex.
+    """
+    for key, value in state.items():
+        if value.is_complex():
+            raise UserError(f"{origin}: the tensor {key} is complex; expected real numbers")
+        # the smallest and the largest are NaN where any value is; float8 has no order
+        if value.is_floating_point() and value.numel() and not torch.stack(_range(value)).isfinite().all():
+            raise UserError(
+                f"{origin}: the tensor {key} holds NaN or infinite values: the training diverged, or the file is "
+                "damaged; give another checkpoint"
+            )
+
+
+def _range(values: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.aminmax(values.float() if values.itemsize == 1 else values)
 
 
 def _drop_pre_training_parts(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:

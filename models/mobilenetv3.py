@@ -17,6 +17,7 @@ from models.base import Encoded
 from models.efficientat_mel import EfficientAtMel
 from models.pooled_cnn import Backbone, PooledCNN, run_stages
 from models.registry import register_model
+from models.settings import Factor, HertzRange, Rate
 
 
 class Stage(NamedTuple):
@@ -177,10 +178,10 @@ class EfficientAtTagger(PooledCNN):
         self,
         *,
         num_classes: int = 527,
-        width: float = 1.0,
-        dropout: float = 0.2,
-        fmin_aug_range: int = 1,
-        fmax_aug_range: int = 1,
+        width: Factor = 1.0,
+        dropout: Rate = 0.2,
+        fmin_aug_range: HertzRange = 1,
+        fmax_aug_range: HertzRange = 1,
         **settings: Any,
     ) -> None:
         front_end = EfficientAtMel(**settings)

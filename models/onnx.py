@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import operator
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import whole_file, write_text
+from common.temporary import temporary_folder
 from models.audiotransformer import AudioTransformer
 from models.base import AudioTagger
 from models.fourier import PortableFrontEnd
@@ -276,8 +276,8 @@ def _to_int8(graph: onnx.ModelProto) -> onnx.ModelProto:
     """
     # Else it recommends a preparation that fails on such graphs.
     graph.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "int8.onnx"
+    with temporary_folder() as folder:
+        path = folder / "int8.onnx"
         quantize_dynamic(
             graph,
             path,

@@ -23,7 +23,7 @@ from models.efficientat_mel import EfficientAtMel
 from models.frontends import SILENCE_DB
 from models.layers import initialise
 from models.registry import register_model
-from models.settings import MelSettings, TransformerSettings, take_settings
+from models.settings import HertzRange, MelSettings, Number, TransformerSettings, take_settings
 from models.vit import SpectrogramTransformer
 from models.weight_adaptation import adapt_image_weights, fit_time_embedding, is_image_transformer
 
@@ -65,9 +65,9 @@ class PaSST(SpectrogramTransformer):
         self,
         *,
         num_classes: int = 527,
-        norm_eps: float = 1e-6,
-        fmin_aug_range: int = 1,
-        fmax_aug_range: int = 1,
+        norm_eps: Number = 1e-6,
+        fmin_aug_range: HertzRange = 1,
+        fmax_aug_range: HertzRange = 1,
         **settings: Any,
     ) -> None:
         transformer, mel = take_settings(self.shared_settings, settings)

@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
 from common.errors import Faults, UserError, did_you_mean, some
 from models.base import Activation, AudioTagger
 from models.labels import labels_for
 from models.parametrizations import parametrize_model
-from models.settings import find_arguments
+from models.settings import find_argument_faults, find_arguments
 
 AUDIOSET_CLASSES = 527
 _COMMON_ARGUMENTS: dict[str, Any] = {"band_limit": None, "parametrize": None}  # of every model
@@ -122,6 +126,53 @@ def get_model_entry(name: str) -> ModelEntry:
     return _MODELS[name]
 
 
+_STARTS = ("normal", "uniform", "zero", "zeros", "fill", "erfinv", "mul", "add", "clamp")  # what sets initial weights
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Makes parameters without memory, on the device "meta", and leaves out their random start.
+
+    Not `torch.device("meta")`, where the windows and filters of a front-end make PyTorch import its compiler, for
+    seconds.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.randn):
+            return torch.empty(*args, **kwargs | {"device": "meta"})
+        first = args[0] if args else kwargs.get("tensor")
+        if isinstance(first, Tensor) and first.is_meta and getattr(func, "__name__", "").rstrip("_") in _STARTS:
+            return first
+        return func(*args, **kwargs)
+
+
+def count_weights(name: str, num_classes: int, arguments: Mapping[str, Any]) -> int:
+    """Return the number of weights of a model without those of its last layer; none of them is allocated.
+
+    Args:
+        name: see `list_models`.
+        num_classes: see `create_model`.
+        arguments: settings of the architecture, of the right types.
+
+    Raises:
+        UserError: values that contradict each other.
+    """
+    given = {key: value for key, value in arguments.items() if key not in _COMMON_ARGUMENTS}
+    with _WithoutMemory():
+        model = _build(name, num_classes, given)
+    last = f"{model.last_layer}."
+    return sum(value.numel() for key, value in model.state_dict().items() if not key.startswith(last))
+
+
+def _build(name: str, num_classes: int, arguments: Mapping[str, Any]) -> AudioTagger:
+    try:
+        with warnings.catch_warnings():  # num_classes=0 makes PyTorch warn of an empty last layer
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            return get_model_entry(name).factory(num_classes=num_classes, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model {name!r} cannot be built with {arguments}: {error}") from error
+
+
 def create_model(
     name: str,
     *,
@@ -158,16 +209,13 @@ def create_model(
             faults.add(f"unknown argument {key!r}{hint}")
     if activation not in get_args(Activation):
         faults.add(f"activation must be one of {some(get_args(Activation))}, not {activation!r}")
+    for sentence in find_argument_faults(entry.factory, arguments):
+        faults.add(sentence)
     faults.raise_if_any()
     if num_classes is None:
         num_classes = AUDIOSET_CLASSES if labels is None else len(labels)
     labels = labels_for(num_classes, labels)
-    try:
-        with warnings.catch_warnings():  # num_classes=0 makes PyTorch warn of an empty last layer
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-            model = entry.factory(num_classes=num_classes, **arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model {name!r} cannot be built with {arguments}: {error}") from error
+    model = _build(name, num_classes, arguments)
     _check_interface(type(model))  # of what a function built, which registration could not check
     if band_limit is not None:
         model.front_end.limit_band(band_limit)

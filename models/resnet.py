@@ -21,7 +21,7 @@ from models.base import Encoded
 from models.ced_mel import CedMel
 from models.pooled_cnn import PooledCNN
 from models.registry import register_model
-from models.settings import find_arguments, take_settings
+from models.settings import Rate, Width, find_arguments, take_settings
 
 STRIDE = 16  # frames and bands to a position of the last maps
 _STAGES = (1, 2, 4, 8)  # channels of each, in units of the width
@@ -99,7 +99,7 @@ class ResNet10(PooledCNN):
     stride = STRIDE
     shared_settings = (replace(CedMel.defaults, win_size=400, f_max=None),)
 
-    def __init__(self, *, num_classes: int = 527, width: int = 16, dropout: float = 0.2, **settings: Any) -> None:
+    def __init__(self, *, num_classes: int = 527, width: Width = 16, dropout: Rate = 0.2, **settings: Any) -> None:
         (mel,) = take_settings(self.shared_settings, settings)
         super().__init__(CedMel(**asdict(mel)), num_classes=num_classes, embed_dim=width * _STAGES[-1])
         self.bands = nn.BatchNorm2d(mel.n_mels, momentum=0.01)

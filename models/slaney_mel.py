@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.frontends import FrontEnd
 from models.mel_scales import SLANEY, band_edges, triangles
-from models.settings import MelSettings
+from models.settings import Frames, MelSettings
 
 
 class SlaneyMel(FrontEnd):
@@ -29,7 +29,7 @@ class SlaneyMel(FrontEnd):
         sample_rate=32000, n_mels=128, n_fft=1024, win_size=1024, hop_size=512, f_min=50.0, f_max=16000.0
     )
 
-    def __init__(self, *, min_frames: int = 1, **settings: Any) -> None:
+    def __init__(self, *, min_frames: Frames = 1, **settings: Any) -> None:
         super().__init__(settings, center=False, min_frames=min_frames)
         edges = self.mel_edges_hz
         weights = triangles(self._bins_hz, edges) * 2 / (edges[2:] - edges[:-2])

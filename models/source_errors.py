@@ -60,7 +60,7 @@ def _describe_unfinished(latest: Path) -> str:
             "`python run.py train CONFIG.yaml`"
         )
     run = runs[-1].parent
-    checkpoints = sorted(run.glob("*.pt"), key=lambda path: path.stat().st_mtime)
+    checkpoints = sorted(run.glob("best_epoch=*.pt"))  # by epoch, not by time: clocks may be set back
     now = f", or use its newest checkpoint: {checkpoints[-1]}" if checkpoints else ""
     return (
         f"{latest} is created when a run finishes, and no run in {latest.parent} has. Repeat the training command, "

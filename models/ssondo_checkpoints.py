@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from common.errors import Faults, UserError, some
+from models.description import ModelDescription, check_description
 from models.headed import SEGMENT_SECONDS
 
 logger = logging.getLogger(__name__)
@@ -37,16 +38,20 @@ def read_ssondo(content: Mapping[str, Any], origin: str) -> tuple[dict[str, Tens
         UserError: it describes itself otherwise, or its student is none that can be built here.
     """
     tensors = content["state_dict"]
-    state = {key.removeprefix(_PREFIX): value for key, value in tensors.items() if key.startswith(_PREFIX)}
+    state = {key.removeprefix(_PREFIX): value for key, value in tensors.items() if str(key).startswith(_PREFIX)}
     if not state:
         raise UserError(f"{origin}: found names such as {some(map(str, tensors))}; expected {_PREFIX}* of S-SONDO")
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{origin}: its state_dict holds values that are no tensors")
     try:
-        return state, _read_config(content["training_config"], origin)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        config = _read_config(content["training_config"], origin)
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(
-            f"{origin}: its training_config is not as S-SONDO writes it ({type(error).__name__}: {error}); give "
+            f"{origin}: its training_config is not as S-SONDO writes it ({type(error).__name__}: {error!s:.200}); give "
             f"`-m NAME --weights FILE` with a file that holds the weights alone"
         ) from error
+    check_description(ModelDescription, config, f"{origin}: its training_config")
+    return state, config
 
 
 def _read_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -66,8 +71,8 @@ def _read_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     seconds = float(slices.get("win_len", SEGMENT_SECONDS))
     if seconds != SEGMENT_SECONDS:  # else it goes without saying, as in files that were written before
         arguments["segment_seconds"] = seconds
-    if float(slices.get("step_size") or seconds) != seconds:
-        step = slices["step_size"]
+    step = float(slices.get("step_size") or seconds)
+    if step != seconds:
         logger.warning("%s: its segments of %g s began every %g s; here they lie side by side", origin, seconds, step)
     expected: dict[str, tuple[Any, Any]] = {"classification_head.head_type": (head["head_type"], "mlp")}
     normal = config["preprocess"].get("normalize") or {}

@@ -9,7 +9,7 @@ striding.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from models.headed import SEGMENT_SECONDS
 from models.mobilenetv3 import LAST_HIDDEN, RELEASE, MobileNetV3Maps, initialise, make_divisible
 from models.pooled_cnn import Backbone, PooledCNN
 from models.registry import register_model
-from models.settings import MelSettings, take_settings
+from models.settings import BlocksOfStages, Factor, MelSettings, Number, Rate, Seconds, Width, take_settings
 from models.slaney_mel import SlaneyMel
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class StudentSettings:
             `models.ssondo.get_ssondo`; the network itself takes any.
     """
 
-    dropout: float = 0.2
-    segment_seconds: float = SEGMENT_SECONDS
+    dropout: Rate = 0.2
+    segment_seconds: Seconds = SEGMENT_SECONDS
 
 
 class Student(PooledCNN):
@@ -123,7 +123,7 @@ class MobileNetV3Student(Student):
         **settings: see `Student`.
     """
 
-    def __init__(self, *, num_classes: int = 527, width: float = 1.0, **settings: Any) -> None:
+    def __init__(self, *, num_classes: int = 527, width: Factor = 1.0, **settings: Any) -> None:
         maps = MobileNetV3Maps(width).apply(initialise)
         super().__init__(maps, settings, num_classes=num_classes, n_hidden=make_divisible(LAST_HIDDEN * width))
 
@@ -139,7 +139,7 @@ class DyMNStudent(Student):
     """
 
     def __init__(
-        self, *, num_classes: int = 527, width: float = 1.0, temperature: float = 30.0, **settings: Any
+        self, *, num_classes: int = 527, width: Factor = 1.0, temperature: Number = 30.0, **settings: Any
     ) -> None:
         maps = DyMNMaps(width, temperature).apply(initialise)
         super().__init__(maps, settings, num_classes=num_classes, n_hidden=make_divisible(LAST_HIDDEN * width))
@@ -162,8 +162,8 @@ class ERes2NetStudent(Student):
         self,
         *,
         num_classes: int = 527,
-        m_channels: int = 16,
-        num_blocks: Sequence[int] = (3, 4, 6, 3, 3),
+        m_channels: Width = 16,
+        num_blocks: BlocksOfStages = (3, 4, 6, 3, 3),
         **settings: Any,
     ) -> None:
         maps = ERes2NetMaps(m_channels, num_blocks)

@@ -58,7 +58,7 @@ def open_clips(options: ProbeOptions, faults: Faults) -> ProbeSet | None:
     packs: dict[str, Pack] = {}
     columns = {}
     for part, path in options.packs().items():
-        pack = open_pack(path, faults)
+        pack = open_pack(path, faults, verify=options.verify)
         if pack is None:
             continue
         packs[part] = pack

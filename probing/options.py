@@ -6,6 +6,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from common.options import Options
+from common.parsing import shorten
+from common.places import describe_unusable_name
 from probing.fit import FitSettings
 from training.config import Mode
 
@@ -23,6 +25,7 @@ class ProbeOptions(Options):
     chunk_length: float = Field(10.0, gt=0)  # seconds that are embedded at once; a clip is the mean over its chunks
     cache: str = "embeddings/"  # where the model's embeddings are kept
     num_workers: int = Field(4, ge=0)  # processes that read clips
+    verify: bool = False  # compare every clip that is embedded with its checksum
     device: str = "auto"  # auto, cpu or cuda
     mode: Mode = "fp32"  # precision of the embeddings; noamp = fp32, amp = fp16, amp_bf16 = bf16
 
@@ -69,8 +72,8 @@ class ProbeOptions(Options):
             )
         if not self.name:
             yield "--name is missing: the head is saved under that name"
-        if "/" in self.name or "\\" in self.name:
-            yield f"--name is {self.name!r}; expected a name without / or \\, and --outputpath for the folder"
+        elif fault := describe_unusable_name(self.name):
+            yield f"--name is {shorten(repr(self.name))}; {fault}, and --outputpath for the folder"
         if self.name in ("linear", "mlp"):
             yield f"--name {self.name} means a new head in get_ssondo(head=...); give another name"
         if self.head == "linear" and (self.hidden_sizes or self.dropout):

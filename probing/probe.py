@@ -21,6 +21,7 @@ from common.columns import align_columns
 from common.errors import Faults, UserError
 from common.files import sha256, write_bytes, write_json
 from common.options import read_options
+from common.parsing import load_json
 from models.devices import choose_device
 from models.headed import Head
 from models.heads import FOLDER, save_head
@@ -189,7 +190,7 @@ def _check_target(options: ProbeOptions, made_with: dict[str, Any]) -> None:
         return
     earlier: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # without a record, everything differs
-        earlier = dict(json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))["made_with"])
+        earlier = dict(load_json(target.with_suffix(".json"))["made_with"])
     differing = [key for key, value in made_with.items() if earlier.get(key) != value]
     if "settings" in differing and isinstance(earlier.get("settings"), dict):
         now, then = made_with["settings"], earlier["settings"]

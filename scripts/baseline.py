@@ -10,17 +10,20 @@ never on the test clips, and fitted to training and validation clips. The metric
 otherwise mAP. Large data are subsampled, which is reported. It takes seconds on a CPU.
 """
 
-import logging
-import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import Faults, print_user_errors  # isort: split
+
+import logging
+import math
+
 from audio.dataset import Pack
 from audio.labels import parse_labels
 from common.columns import align_columns
-from common.errors import Faults, print_user_errors
 from common.files import write_json
 from common.options import Options, parse_arguments
 from probing.data import collect_classes, warn_of_overlap

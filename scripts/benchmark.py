@@ -17,11 +17,16 @@ ONNX Runtime, and a plain script that processes one file at a time. Probabilitie
 published code, and prints the share of the speedup that the number of matrix products allows.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import UserError, print_user_errors  # isort: split
+
 import copy
 import os
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any, get_args
 
 # Before torch loads OpenMP, as in run.py.
@@ -29,10 +34,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from common.commands import run_commands
-from common.errors import UserError, print_user_errors
+from common.temporary import temporary_folder
 from models.devices import choose_device
 from scripts.benchmarks.tag import benchmark_tagging
 from scripts.benchmarks.timing import compute_tflops, describe_device, format_table, time_steps
@@ -114,8 +117,8 @@ class Benchmark:
             chunk_length: of a window, in seconds.
             rounds: runs of each candidate.
         """
-        with tempfile.TemporaryDirectory() as work:
-            print(benchmark_tagging(sounds and str(Path(sounds).resolve()), model, chunk_length, rounds, Path(work)))
+        with temporary_folder() as work:
+            print(benchmark_tagging(sounds and str(Path(sounds).resolve()), model, chunk_length, rounds, work))
 
     @print_user_errors
     def tome(

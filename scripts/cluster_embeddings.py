@@ -8,11 +8,17 @@ writes beside the store's files, for each k, clusters_kK.parquet (the cluster of
 k are compared in a table. k-means with the settings of S-SONDO, over the store's first epoch.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
+
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import UserError, print_user_errors  # isort: split
+
 import logging
 import os
 import shlex
-import sys
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 # Before torch loads OpenMP, as in run.py.
@@ -21,10 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 from pydantic import Field
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
-
 from common.columns import align_columns
-from common.errors import UserError, print_user_errors
 from common.files import sha256, write_bytes
 from common.options import Options, parse_arguments
 from distill.clusters import write_clusters
@@ -95,21 +98,13 @@ def _read_embeddings(store: EmbeddingStore, n_clusters: int) -> np.ndarray:
     Raises:
         UserError: there are fewer than `n_clusters`, or some are not finite.
     """
-    names = store.read_rows(store.epochs[0])["filename"]
-    if n_clusters > len(names):
+    n_rows = len(store.read_rows(store.epochs[0]))
+    if n_clusters > n_rows:
         raise UserError(
-            f"--k {n_clusters} is more than the number of embeddings in {store.folder}, {len(names)}; use a tenth of "
+            f"--k {n_clusters} is more than the number of embeddings in {store.folder}, {n_rows}; use a tenth of "
             "these at most, or store more"
         )
-    embeddings = store.read(store.epochs[0])
-    invalid = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-    if len(invalid):
-        raise UserError(
-            f"{store.folder}: {len(invalid)} of its {len(embeddings)} embeddings have values that are not finite, the "
-            f"first is of {names[invalid[0]]}; the largest float16 is 65504: scale the teacher's embeddings down and "
-            "save them again"
-        )
-    return embeddings
+    return store.read(store.epochs[0])
 
 
 def _describe_run(

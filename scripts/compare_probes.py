@@ -8,23 +8,26 @@ task; several files for one task (seeds, folds) give a mean and a standard devia
 each seed, with the files of a task in the order of their names. FOLDER gets probes.md, probes.csv and probes.png.
 """
 
-import glob
-import json
-import statistics
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import Faults, print_user_errors  # isort: split
+
+import glob
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from common.columns import format_markdown_table
-from common.errors import Faults, print_user_errors
 from common.files import write_bytes, write_text
 from common.options import Options, parse_arguments
+from common.parsing import load_json
 from scripts.sweeps.results import format_csv
 from scripts.sweeps.token_merging import Spread
 from training.figures import COLOURS, INK, render_png, style
@@ -61,7 +64,7 @@ def read_row(name: str, pattern: str, tasks: list[str], faults: Faults) -> Row:
         values[task] = []
         for path in paths:
             try:
-                values[task].append(100 * float(json.loads(Path(path).read_text(encoding="utf-8"))["value"]))
+                values[task].append(100 * float(load_json(path)["value"]))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 faults.add(f"{path}: not a file that `run.py probe` wrote beside a head ({error!r})")
     counts = [f"{len(found)} of {task}" for task, found in values.items()]

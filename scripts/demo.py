@@ -6,19 +6,22 @@ Pack → train a small teacher on the labels → save its soft targets → disti
 both → tag a folder → print the results and where each file is.
 """
 
-import hashlib
-import json
-import shlex
-import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import fail, print_user_errors  # isort: split
+
+import hashlib
+import json
+import shlex
+import subprocess
+import textwrap
+import time
+
 from common.columns import align_columns
-from common.errors import fail
 from common.files import write_json
 from common.options import Options, parse_arguments
 
@@ -58,7 +61,13 @@ class Steps:
             print(f"done before: {output} (delete it to run this step again)")
             return json.loads(marker.read_text())["seconds"]
         start = time.perf_counter()
-        status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
+        with subprocess.Popen([sys.executable, *words], cwd=ROOT) as process:
+            try:
+                status = process.wait()
+            except KeyboardInterrupt as stop:
+                process.terminate()  # subprocess.run would kill it, and its files would stay
+                stop.add_note("the same command continues after the finished steps")
+                raise
         if status:
             fail(f"this step ended with status {status}; see its message above")
         seconds = time.perf_counter() - start
@@ -66,6 +75,7 @@ class Steps:
         return seconds
 
 
+@print_user_errors
 def main() -> None:
     """Run all steps and print the results."""
     options = parse_arguments(DemoOptions, __doc__)

@@ -7,31 +7,35 @@ It requires `pip install -r requirements-demo.txt`, and no network: the page loa
 sounds never leave the machine that serves it. Sounds and results are deleted after an hour, and when the page stops.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import UserError, print_user_errors  # isort: split
+
 import contextvars
 import html
 import itertools
 import logging
 import os
-import signal
 import socket
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in inference.py
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from pydantic import Field
 
 from audio.errors import AudioReadError
 from audio.isolation import IsolatedBlocks
-from common.errors import UserError, print_user_errors
 from common.options import ModelOptions, parse_arguments
+from scripts.page.hosts import HostCheck, list_names
 from tagging.base import Engine
 from tagging.engines import open_engine
 from tagging.events import merge_events
@@ -66,6 +70,7 @@ class PageOptions(ModelOptions):
     hop: float | None = Field(None, gt=0)  # initial seconds from window to window; null = the chunk length
     host: str = "127.0.0.1"  # 0.0.0.0 allows other machines
     port: int = Field(7860, ge=1, le=65535)  # of the page
+    allowed_hosts: list[str] = Field([])  # further names the page may be opened by, such as that of a proxy
     max_seconds: float = Field(600.0, gt=0)  # length of the longest sound
     max_mb: float = Field(100.0, gt=0)  # size of the largest file, in MiB
     engine: Literal["torch", "onnx"] | None = None  # null = onnx for .onnx files, else torch
@@ -353,6 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ |= {"GRADIO_TEMP_DIR": f"{folder}/cache", "GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": local}
         try:
             import gradio as gr
+            from starlette.middleware import Middleware
         except ImportError:
             raise UserError("the page requires gradio: pip install -r requirements-demo.txt") from None
         check_port(options.host, options.port)
@@ -361,11 +367,11 @@ def main(arguments: list[str] | None = None) -> None:
         engine = open_engine(options.model, **chosen)
         page = Page(engine, options.max_seconds)
         blocks = build(page, options, Path(folder))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files are removed
         # The default fonts would be loaded from another server.
         theme = gr.themes.Default(
             primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
         )
+        names, any_address = list_names(options.host, options.allowed_hosts)
         print(f"Open http://{options.host}:{options.port} in a browser; Ctrl-C stops the page", flush=True)
         blocks.launch(
             server_name=options.host,
@@ -377,6 +383,7 @@ def main(arguments: list[str] | None = None) -> None:
             run_history=False,
             footer_links=[],
             max_file_size=round(options.max_mb * 2**20),
+            app_kwargs={"middleware": [Middleware(HostCheck, names, any_address)]},
             theme=theme,
             css=CSS,
         )

@@ -13,14 +13,17 @@ and by AutoModelForAudioClassification, AutoModel (embeddings), AutoFeatureExtra
 it as well: `-m my_tagger`. Fill in `license` in its README.md before you publish it.
 """
 
-import logging
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
-from common.errors import print_user_errors
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import print_user_errors  # isort: split
+
+import logging
+from typing import ClassVar
+
 from common.options import ModelOptions, parse_arguments
 from models import load_tagger
 from models.heads import check_classes

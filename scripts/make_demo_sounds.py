@@ -14,11 +14,17 @@ position, and one to three events are mixed over background noise. The files are
 Clip `i` of a split depends on the seed, the split, `i`, the length and the sample rate, not on the number of clips.
 """
 
-import json
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import print_user_errors  # isort: split
+
+import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -26,9 +32,6 @@ import soundfile
 from pydantic import Field
 from tqdm.contrib.concurrent import thread_map
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from common.errors import print_user_errors
 from common.files import write_json, write_text
 from common.options import Options, parse_arguments
 

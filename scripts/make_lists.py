@@ -15,15 +15,18 @@ matched against the path below FOLDER, others against the file's name; the exten
 group, speaker or recording are the default groups, columns named split or fold are published lists, which are kept.
 """
 
-import shlex
 import sys
 from pathlib import Path
 
-import pandas as pd
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
-from common.errors import print_user_errors
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import print_user_errors  # isort: split
+
+import shlex
+
+import pandas as pd
+
 from common.options import parse_arguments
 from scripts.lists.groups import Groups, find_groups
 from scripts.lists.labels import Clips, label_sounds

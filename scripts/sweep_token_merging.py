@@ -16,11 +16,17 @@ batch of spectrograms, without reading and front-end: the median of several pass
 alternation; checkpoints of one network share it.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import print_user_errors  # isort: split
+
 import logging
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 # Before torch loads OpenMP, as in run.py.
@@ -29,9 +35,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from pydantic import ConfigDict, Field
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from common.errors import print_user_errors
 from common.files import write_bytes, write_text
 from common.options import Options, parse_arguments, parse_value
 from models.devices import choose_device

@@ -15,19 +15,22 @@ packed incompletely (truncated, damaged).
 """
 
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
+
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import print_user_errors  # isort: split
+
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
-
 from audio.limits import SoundLimits
 from audio.manifest import read_manifest
 from audio.pack import pack
-from common.errors import print_user_errors
-from common.options import Options, parse_arguments
+from common.options import FileName, FolderName, Options, parse_arguments
 
 
 class PackOptions(Options):
@@ -39,13 +42,13 @@ class PackOptions(Options):
     list: str  # table of sound files, tab-separated, with a header
     outdir: str  # folder to write to
     sample_rate: int = 16000  # of the pack, in Hz
-    name: str | None = None  # of the pack; null = the list's, without extension
+    name: FileName | None = None  # of the pack; null = the list's, without extension
     size_per_file: int = 50_000  # clips a shard
     n_workers: int = 4  # decoding processes
     limits: dict[str, float] = Field({})  # of a sound file, see audio/limits.py: {clip_mb: 4000}
     duration: bool = False  # add a column `duration`, in seconds
-    hdf5_dirname: str = "hdf5"  # folder of the shards in OUTDIR
-    index_dirname: str = "labels"  # folder of the manifest in OUTDIR
+    hdf5_dirname: FolderName = "hdf5"  # folder of the shards in OUTDIR
+    index_dirname: FolderName = "labels"  # folder of the manifest in OUTDIR
     filename_column: str = "filename"  # column of names in LIST
     # with --layout published: keys are paths as listed, in place of base names (other layouts do so always)
     fullname: bool = False
@@ -86,7 +89,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written")
+    main()

@@ -19,8 +19,10 @@ from typing import Any
 import h5py
 import numpy as np
 
+from audio.hdf5 import READ_ERRORS, get_dataset, read_texts
 from common.errors import UserError
 from common.files import create_hdf5, remove_dead_partials
+from common.parsing import parse_json
 from tagging.files import TaggedFile
 from tagging.parts import Output, Share, check_provenance
 from tagging.rows import escape_name, unescape_name
@@ -152,7 +154,7 @@ def is_embedding_file(path: Path) -> bool:
     try:
         with h5py.File(path, "r") as file:
             return "made_with" in file.attrs
-    except OSError:
+    except READ_ERRORS:
         return False
 
 
@@ -164,15 +166,35 @@ def is_part(path: Path) -> bool:
 def _open_source(path: Path, settings: Mapping[str, Any]) -> h5py.File:
     try:
         file = h5py.File(path, "r")
-        provenance = json.loads(file.attrs["made_with"])
-    except (OSError, KeyError, ValueError) as error:
+        provenance = parse_json(file.attrs["made_with"])
+        _check_layout(file)
+    except READ_ERRORS as error:
         raise UserError(f"{path} cannot be added to ({error}): write elsewhere, or remove it") from error
     check_provenance(path, provenance, settings)
     return file
 
 
+def _check_layout(file: h5py.File) -> None:
+    """Raise `ValueError` or `KeyError` where an open file has not the layout above."""
+    n_files = len(get_dataset(file, "filename", "O"))
+    n_windows = len(owners := get_dataset(file, "window/file", "i"))
+    offsets = get_dataset(file, "frame/offset", "i")
+    lengths = [len(get_dataset(file, f"window/{key}", "f")) for key in ("start", "end")]
+    n_steps = 0
+    if n_files:
+        lengths.append(len(get_dataset(file, "window/embedding", "f", (2,))))
+        n_steps = len(get_dataset(file, "frame/embedding", "f", (2,)))
+    if set(lengths) != {n_windows} or len(offsets) != n_windows + 1:
+        raise ValueError("its datasets do not have one row a window")
+    owners, offsets = owners[:], offsets[:]
+    if (owners < 0).any() or (owners >= n_files).any() or (owners[1:] < owners[:-1]).any():
+        raise ValueError("window/file does not number its files in their order")
+    if offsets[0] != 0 or offsets[-1] != n_steps or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError("frame/offset does not fit the rows of frame/embedding")
+
+
 def _read_names(file: h5py.File) -> list[str]:
-    return list(file["filename"].asstr()[:])
+    return read_texts(file["filename"])
 
 
 def _read_windows(file: h5py.File, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,12 +18,16 @@ import numpy as np
 import onnxruntime
 
 from common.errors import UserError, some
+from common.parsing import parse_json
 from common.samples import as_clips
 from tagging.base import MAX_THREADS
 
 if TYPE_CHECKING:
     from models.frontends import FrontEnd
 
+# As in models.settings, which imports PyTorch.
+SAMPLE_RATES = (1000, 768_000)
+FRAMES = (1, 1_000_000)
 # The metadata that published exports of CED lack.
 _PUBLISHED = {
     "sample_rate": "16000",
@@ -30,6 +35,9 @@ _PUBLISHED = {
     "front_end": json.dumps({"class": "CedMel", "sample_rate": 16000, "min_frames": 16}),
     "max_frames": "1012",
 }
+
+
+_Value = tuple[str, list[Any]]  # name and shape of an input or output
 
 
 class OnnxEngine:
@@ -60,7 +68,8 @@ class OnnxEngine:
     def __init__(self, path: str | Path, n_threads: int | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError(f"{path}: there is no such file; export_onnx.py writes one")
+            what = "is no regular file" if self.path.exists() else "there is no such file"
+            raise UserError(f"{path}: {what}; export_onnx.py writes one")
         n_cores = _n_cores()
         self.n_threads = n_threads or min(n_cores, MAX_THREADS)
         options = onnxruntime.SessionOptions()
@@ -71,13 +80,17 @@ class OnnxEngine:
             "session.intra_op.allow_spinning", "0"
         )  # it would take the cores from the decoders
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
+            facts = self.session.get_modelmeta().custom_metadata_map
+            inputs = [(each.name, each.shape) for each in self.session.get_inputs()]
+            outputs = [(each.name, each.shape) for each in self.session.get_outputs()]
         except Exception as error:  # the runtime's exceptions have no common base class
             raise UserError(
                 f"{path}: ONNX Runtime cannot read it ({_first_line(error)}); is the file whole?"
             ) from error
-        facts = self.session.get_modelmeta().custom_metadata_map
-        self._read_facts(facts)
+        self._read_facts(facts, inputs, outputs)
         # Published files do not have their precision; they are as fast one by one.
         self._one_by_one = facts.get("precision") not in ("fp32", "fp16")
         self.batch_size = 1 if self._one_by_one else 8
@@ -86,9 +99,22 @@ class OnnxEngine:
         if self.takes == "feats":
             from models.frontends import build_front_end
 
-            self._features = build_front_end(self.front_end)
+            try:
+                self._features = build_front_end(self.front_end)
+            except UserError as error:
+                raise UserError(f"{path}: its metadata: {error}; export it again") from error
+            if self._features.sample_rate != self.sample_rate:
+                raise UserError(
+                    f"{path}: its metadata has sample_rate {self.sample_rate}, and a front-end for "
+                    f"{self._features.sample_rate}; export it again"
+                )
             if self._max_frames is not None:
                 self.max_samples = _longest(self._features, self._max_frames)
+                if not self.max_samples:
+                    raise UserError(
+                        f"{path}: its metadata has max_frames {self._max_frames}, fewer than the "
+                        f"{self._features.n_frames(1)} of the shortest clip; export it again"
+                    )
 
     def predict(self, clips: Sequence[np.ndarray]) -> np.ndarray:
         """Compute the probabilities of clips.
@@ -149,46 +175,67 @@ class OnnxEngine:
         if self._one_by_one and len(batch) > 1:
             return np.concatenate([self._run(batch[row : row + 1]) for row in range(len(batch))])
         try:
-            return cast(np.ndarray, self.session.run([self._output], {self._input: batch})[0])
+            result = cast(np.ndarray, self.session.run([self._output], {self._input: batch})[0])
+            if result.shape != (len(batch), len(self.labels)):
+                raise ValueError(f"its output has the shape {result.shape}")
+            return result
         except Exception as error:
             raise UserError(
                 f"{self.path}: ONNX Runtime failed for an input of shape {batch.shape} ({_first_line(error)}); files "
                 "of other programs may support fewer frames only: give shorter clips, or export the model again"
             ) from error
 
-    def _read_facts(self, facts: dict[str, str]) -> None:
+    def _read_facts(self, facts: dict[str, str], inputs: list[_Value], outputs: list[_Value]) -> None:
         """Read the metadata of the file; that of published exports of CED is completed from `_PUBLISHED`."""
-        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        self._input, self._output = inputs[0].name, outputs[0].name
-        n_classes = outputs[0].shape[-1]
+        self._input, self._output = (each[0][0] if each else "" for each in (inputs, outputs))
+        shape = outputs[0][1] if outputs else []
+        n_classes = shape[-1] if len(shape) == 2 else None
         published = "labels" not in facts and facts.get("model_type") == "CED" and self._input == "feats"
         if published and isinstance(n_classes, int):
             from models.labels import labels_for
 
             facts = {"labels": json.dumps(labels_for(n_classes, None))} | _PUBLISHED
         missing = [key for key in ("labels", "sample_rate", "input", "front_end") if key not in facts]
-        if missing or len(inputs) != 1 or facts["input"] != self._input:
+        takes = {"feats": 3, "waveform": 2}.get(self._input)
+        if missing or len(inputs) != 1 or facts["input"] != self._input or takes != len(inputs[0][1]):
             raise UserError(
                 f"{self.path} is an ONNX model that export_onnx.py has not written: found inputs "
-                f"{some(each.name for each in inputs)} and no {some(missing)} in its metadata; export its checkpoint"
+                f"{some(name for name, _ in inputs)} and no {some(missing)} in its metadata; export its checkpoint"
             )
+        origin = f"{self.path}: its metadata"
         try:
-            self.labels: list[str] = json.loads(facts["labels"])
-            self.front_end: dict[str, Any] = json.loads(facts["front_end"])
-            self.sample_rate = int(facts["sample_rate"])
-            self._max_frames = int(facts["max_frames"]) if facts.get("max_frames") else None
+            self.labels: list[str] = parse_json(facts["labels"], list)
+            self.front_end: dict[str, Any] = parse_json(facts["front_end"])
         except ValueError as error:
-            raise UserError(f"{self.path}: its metadata cannot be read ({error}); export it again") from error
-        if len(self.labels) != n_classes:
-            raise UserError(f"{self.path} has {len(self.labels)} labels for {n_classes} classes; export it again")
+            raise UserError(f"{origin}: labels or front_end cannot be read ({error}); export it again") from None
+        if not isinstance(self.front_end.get("class"), str):
+            raise UserError(f"{origin}: its front_end has no class; export it again")
+        self.sample_rate = _read_number(facts["sample_rate"], SAMPLE_RATES, f"{origin}, sample_rate")
+        self._max_frames = None
+        if facts.get("max_frames"):
+            self._max_frames = _read_number(facts["max_frames"], FRAMES, f"{origin}, max_frames")
+        if not all(isinstance(each, str) and each for each in self.labels):
+            raise UserError(f"{origin}: its labels are no list of names; export it again")
+        if len(self.labels) != n_classes or len(set(self.labels)) != n_classes:
+            raise UserError(
+                f"{self.path} has {len(self.labels)} labels, {len(set(self.labels))} of them different, for "
+                f"{n_classes} classes; export it again"
+            )
         self.takes, self.precision = facts["input"], facts.get("precision", "fp32")
         self.name = facts.get("name") or self.path.stem
+
+
+def _read_number(text: str, limits: tuple[int, int], origin: str) -> int:
+    low, high = limits
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise UserError(f"{origin}: found {text!r:.80}; expected a whole number from {low} to {high}; export it again")
+    return int(text)
 
 
 def _longest(front_end: FrontEnd, max_frames: int) -> int:
     """Return the samples of the longest clip that has `max_frames` frames."""
     n_samples = max_frames * front_end.hop_size + front_end.n_fft
-    while front_end.n_frames(n_samples) > max_frames:
+    while n_samples > 0 and front_end.n_frames(n_samples) > max_frames:
         n_samples -= 1
     return n_samples
 

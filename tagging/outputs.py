@@ -4,7 +4,6 @@ Every output lists the files that it holds (`done`), so that the same command, g
 """
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import remove_dead_partials, write_json, write_text
+from common.parsing import read_json
 from tagging.embeddings import is_embedding_file, is_part, parts_folder
 from tagging.files import TaggedFile
 from tagging.parts import Output, Share, check_provenance, find_marks
@@ -101,7 +101,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     note = folder / "made_with.json"
     if note.exists():
-        check_provenance(folder, json.loads(note.read_text(encoding="utf-8")), settings)
+        check_provenance(folder, read_json(note, "write elsewhere, or remove the folder"), settings)
     elif folder.is_dir() and any(not path.name.startswith(".") and path != note for path in folder.iterdir()):
         raise UserError(f"{folder} holds files of another program: write elsewhere")
     write_json(note, dict(settings))

@@ -18,7 +18,8 @@ from typing import IO, Any, NamedTuple
 
 from audio.io import LOSSES
 from common.errors import UserError
-from common.files import whole_file, write_json
+from common.files import append_bytes, explain_write_errors, whole_file, write_json
+from common.parsing import load_json
 from tagging.files import TaggedFile, TaggedWindow
 from tagging.parts import Output, Share, check_provenance
 
@@ -128,7 +129,7 @@ def find_rows(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Place]
         return {}, 0
     meta, row_format = meta_path(path), get_format(path)
     try:
-        content = json.loads(meta.read_text(encoding="utf-8"))
+        content = load_json(meta)
         n_whole, provenance = int(content["bytes"]), dict(content["made_with"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
@@ -149,7 +150,7 @@ def find_rows(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Place]
                 before = places.get(name, Place(stop, stop, None, None))
                 stop = file.tell()
                 places[name] = Place(before.first, stop, fault, warning or before.warning)
-        except (csv.Error, LookupError, TypeError, ValueError):
+        except (csv.Error, LookupError, TypeError, ValueError, AttributeError, RecursionError):
             if not is_short:
                 raise UserError(
                     f"{path} was changed by another program: write elsewhere, or give --overwrite"
@@ -188,7 +189,7 @@ class RowFile:
         self.format = get_format(path)
         if n_whole:
             self._write_meta()  # before the file is cut: it must not count more bytes than there are
-        self.file = open(path, "ab")  # noqa: SIM115 - open as long as the output
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the output
         self.file.truncate(n_whole)
         if not n_whole:
             self._append(self.format.header)
@@ -200,20 +201,23 @@ class RowFile:
     def close(self) -> None:
         """Flush to disk and close."""
         if not self.file.closed:
-            os.fsync(self.file.fileno())
+            with explain_write_errors(self.path):
+                os.fsync(self.file.fileno())
             self.file.close()
 
     def _append(self, text: str) -> None:
-        self.n_whole += self.file.write(_encode(text))
-        self.file.flush()
+        data = _encode(text)
+        append_bytes(self.file, data)
+        self.n_whole += len(data)
         self._write_meta()
 
     def _write_meta(self) -> None:
         # Renamed but not flushed to disk, for speed: after a power cut the file may be shorter than recorded.
         meta = meta_path(self.path)
         partial = meta.with_name(f".{meta.name}.partial")
-        partial.write_text(json.dumps({"bytes": self.n_whole, "made_with": self.settings}), encoding="utf-8")
-        os.replace(partial, meta)
+        with explain_write_errors(meta):
+            partial.write_text(json.dumps({"bytes": self.n_whole, "made_with": self.settings}), encoding="utf-8")
+            os.replace(partial, meta)
 
 
 class TagTable(Output):
@@ -303,7 +307,7 @@ def _read_parquet(path: Path, settings: Mapping[str, Any]) -> dict[str, Place]:
     if not path.exists():
         return places
     try:
-        check_provenance(path, json.loads(meta_path(path).read_text(encoding="utf-8")), settings)
+        check_provenance(path, load_json(meta_path(path)), settings)
         with pyarrow.parquet.ParquetFile(path) as file:
             if missing := set(COLUMNS) - set(file.schema_arrow.names):
                 raise ValueError(f"it has no column {', '.join(sorted(missing))}")

@@ -3,6 +3,7 @@
 The windows and their tags are those of the whole sound in a file; memory does not grow.
 """
 
+import signal
 import sys
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -12,6 +13,7 @@ import numpy as np
 from audio.io import LOSSES, Converter, describe_joined, describe_opposite
 from audio.streams import Encoding, StreamDecoder
 from common.errors import UserError
+from common.interrupts import StopSignal
 from tagging.base import Engine
 from tagging.files import TaggedWindow, TagOptions, create_windows, tag_windows
 from tagging.session import format_windows
@@ -178,6 +180,7 @@ def tag_stream(
     Returns:
         Whether no sound is missing.
     """
+    stop: KeyboardInterrupt | None = None
     is_raw = any(value is not None for value in (rate, channels, encoding))
     raw = Encoding(rate or engine.sample_rate, channels or 1, encoding or "s16le")
     decoder = StreamDecoder(stream, raw, is_raw=is_raw)
@@ -186,11 +189,14 @@ def tag_stream(
         for block, block_rate in decoder:
             for line in format_windows(tagger.push_block(block, block_rate)):
                 print(line, flush=True)
-    except KeyboardInterrupt:
-        pass  # the usual end of a microphone
+    except KeyboardInterrupt as error:  # the usual end of a microphone
+        stop = error
     for line in format_windows(tagger.finish()):
         print(line, flush=True)
     warnings = decoder.warnings | tagger.warnings
+    if isinstance(stop, StopSignal) and stop.number != signal.SIGINT:
+        stop.add_note("the tags of all sound so far are printed")
+        raise stop
     if warnings:
         print(f"standard input {'; '.join(warnings.values())}", file=sys.stderr)
     return not LOSSES & warnings.keys()

@@ -171,7 +171,7 @@ def test_a_published_run_without_its_initialisation_logs_a_warning(tone_pack, st
     def offline(url, *_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr("models.downloads.transfer", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     options = {"train_data": str(tone_pack), "eval_data": None, "select_on": None, "logitspath": str(store)}
     options |= {"outputpath": str(tmp_path), "epochs": 1, "epoch_length": 1, "batch_size": 2, "num_workers": 0}

@@ -2,14 +2,13 @@
 
 import copy
 import math
-import tempfile
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from common.temporary import temporary_folder
 from training.automatic import Choice
 from training.config import TrainConfig
 from training.labelled import LabelledPack
@@ -54,9 +53,9 @@ def time_run(config: TrainConfig, parts: RunParts, world_size: int = 1) -> Timin
     size = max(1, config.batch_size // world_size)
     single_config = config.model_copy(update=update | {"batch_size": size, "epochs": 1_000_000})
     devices = [parts.device] if parts.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), tempfile.TemporaryDirectory() as folder:
+    with torch.random.fork_rng(devices=devices), temporary_folder() as folder:
         copies = replace(parts, model=copy.deepcopy(parts.model), objective=copy.deepcopy(parts.objective))
-        run = Run(single_config, copies, Path(folder))
+        run = Run(single_config, copies, folder)
         valid = parts.data.valid
         return Timing(_time_steps(run), 0.0 if valid is None else _time_validation(run, valid))
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from common.errors import did_you_mean
-from common.options import Options
+from common.options import FileName, Options
 from distill.objectives.target import LOSSES
 from distill.targets import LABEL_TYPES
 from models.registry import get_model_entry, list_models
@@ -107,6 +107,7 @@ class TrainConfig(Config):
     labels_csv: str | None = None  # ours: table index,mid,display_name; null = from the store or the column
     num_classes: int | None = Field(None, ge=1)  # null = as many as the targets have
     num_workers: int = Field(4, ge=0)  # processes that read clips; 0 = the training process itself
+    verify: bool = False  # ours: compare every clip that is read with its checksum
     chunk_length: float = Field(10.0, gt=0)  # ours: seconds an item has at most, when training on labels
     # ours: pad shorter items to that length, for networks that need one: true = with silence, repeat = with the clip
     # itself, repeated, which does not change the statistics of batch norm
@@ -186,6 +187,11 @@ class TrainConfig(Config):
     average: bool = True  # average the weights of the best checkpoints, where that improves the validation
     n_saved: int = Field(4, ge=1)  # best checkpoints that are kept
     checkpoint_every: int | None = Field(None, ge=1)  # ours: steps between resumable states; null = an epoch
+    # ours: on SIGTERM, SIGHUP or Ctrl-C, finish the step and save a state; a second signal, 2 s later, ends the run at
+    # once. false = stop within the step and resume from the last state
+    checkpoint_on_stop: bool = True
+    # ours: with several processes, seconds after which the others end if one of them is frozen or unreachable
+    rank_timeout: float = Field(120.0, ge=5)
     log_every: int = Field(10, ge=1)  # ours: steps between readings of the loss, which synchronise with the device
     # ours: add the figures of scikit-learn with simple features on the same clips at the end, where that takes seconds
     baseline: bool = True
@@ -293,12 +299,13 @@ class SoftTargetConfig(Config):
     # ours: a head on each of them (`run.py probe`), whose classes are stored; null = the model's own classes
     head: str | list[str | None] | None = None
     model_args: dict[str, Any] = {}  # arguments of the network
-    name: str | None = None  # ours: the folder's name; null = the models' names joined by "_"
+    name: FileName | None = None  # ours: the folder's name; null = the models' names joined by "_"
     outputpath: str = "logits/"  # targets are written to OUTPUTPATH/NAME/LIST/chunk_SECONDS
     chunk_length: float = Field(10.0, gt=0)  # seconds
     epochs: int = Field(40, ge=1)  # passes, each with its own augmentation
     batch_size: int = Field(128, ge=1)  # chunks at once
     num_workers: int = Field(8, ge=0)  # processes that read clips
+    verify: bool = False  # ours: compare every clip that is read with its checksum
     topk: int = Field(20, ge=1)  # largest probabilities of a chunk, which are stored
     mode: Mode | None = None  # precision; null = fp32
     device: str = "auto"  # ours: auto, cpu or cuda

@@ -86,7 +86,7 @@ def open_training(
     packs: dict[str, LabelledPack | None] = {}
     for path in dict.fromkeys(p for p in (config.valid_data, config.eval_data) if p):
         if labels:
-            packs[path] = open_labelled(path, labels, faults)
+            packs[path] = open_labelled(path, labels, faults, verify=config.verify)
         else:
             open_pack(path, faults, labelled=True)
     item_labels = _open_item_labels(config, needs, *opened, seed, faults) if opened and needs.labels else None
@@ -191,7 +191,7 @@ def _open_source(
     path = {"classes": config.logitspath, "embeddings": config.embeddingspath, "none": None}[needs.targets]
     from_labels = needs.targets == "classes" and not (path or config.teacher)
     labelled = from_labels or (needs.labels and needs.targets != "classes")
-    pack = open_pack(config.train_data, faults, labelled=labelled)
+    pack = open_pack(config.train_data, faults, labelled=labelled, verify=config.verify)
     store = replay = None
     with faults.noted():
         if path:

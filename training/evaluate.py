@@ -13,9 +13,10 @@ from pydantic import Field
 from torch.utils.data import DataLoader
 
 from audio.cutting import Chunks
-from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch
+from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch, start_loader_worker
 from common.errors import Faults
 from common.files import whole_file, write_json
+from common.interrupts import StopSignal
 from common.options import MergingOption, Options, read_options
 from common.progress import create_progress
 from models import AudioTagger, load_tagger
@@ -31,6 +32,7 @@ from training.labelled import LabelledPack, open_labelled, open_pack
 from training.metrics import Metrics, evaluate_scores
 from training.parallel import Ranks
 from training.precision import Precision
+from training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +82,15 @@ def predict_pack(
     precision: Precision,
     description: str = "evaluate",
     ranks: Ranks | None = None,
+    stop: StopRequest | None = None,
 ) -> np.ndarray:
     """Return the probabilities (N, C) of every clip of `pack`, whole clips, in its order.
 
     The input of a head is the same as in `run.py probe`: the mean embedding of the chunks of a clip, cut as for the
     training of the head, weighted by their lengths, in the precision of stored embeddings.
 
-    Each rank computes a part of the batches, and all get all results.
+    Each rank computes a part of the batches, and all get all results. A run that is told to stop (`stop`) does not
+    compute the rest: all ranks raise `StopSignal`.
     """
     ranks = ranks or Ranks()
     compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -105,6 +109,7 @@ def predict_pack(
         ClipDataset(pack, [model.sample_rate], chunks),
         batch_sampler=batches,
         num_workers=loader_workers(num_workers),
+        worker_init_fn=start_loader_worker,
         collate_fn=partial(_collate, sample_rate=model.sample_rate),
     )
     model.eval()
@@ -119,6 +124,10 @@ def predict_pack(
                 outputs = compute(waveform.to(precision.device), n_samples.to(precision.device))
             np.add.at(means, chunks.clip[rows], outputs.float().cpu().numpy() * share[rows, None])
             progress.update(len(rows))
+            if stop is not None and stop.number:
+                break
+    if stop is not None and (number := stop.find_now()):
+        raise StopSignal(number)
     results = torch.from_numpy(means.astype(np.float32))
     if ranks.world_size > 1:  # each chunk was computed by one rank, and is zero on the others
         results = ranks.sum(results.to(precision.device)).cpu()
@@ -143,13 +152,13 @@ def evaluate(
     return evaluate_scores(scores, data.multi_hot(), model.labels)
 
 
-def _open_evaluation(load: Callable[[], Tagger], test_data: str) -> tuple[Tagger, LabelledPack]:
+def _open_evaluation(load: Callable[[], Tagger], test_data: str, verify: bool) -> tuple[Tagger, LabelledPack]:
     """Load a model and open the labelled pack for its evaluation; raises all errors of both at once."""
     faults = Faults("the evaluation")
     tagger = data = None
     with faults.noted():
         tagger = load()
-        data = open_labelled(test_data, tagger.labels, faults)
+        data = open_labelled(test_data, tagger.labels, faults, verify=verify)
         if data is not None:
             check_label_numbers(data.pack, tagger.labels, faults)
     if tagger is None:
@@ -204,6 +213,7 @@ class EvaluateOptions(Options):
     mode: Mode = "fp32"  # precision; noamp = fp32, amp = fp16, amp_bf16 = bf16
     batch_size: int = Field(32, ge=1)  # clips at once
     num_workers: int = Field(4, ge=0)  # processes that read clips
+    verify: bool = False  # compare every clip with its checksum
     # tokens merged in each block, in place of the model's own setting: a number, [r, inflect], or a number a block
     token_merging: MergingOption = None
     device: str = "auto"  # auto, cpu or cuda
@@ -233,7 +243,7 @@ def evaluate_command(given: Mapping[str, Any], open_exported: Callable[..., Expo
     is_exported = source.lower().endswith(ONNX)
     if is_exported:
         chosen = options.model_dump(include={"weights", "head", "token_merging", "device"})
-        exported, data = _open_evaluation(lambda: open_exported(source, **chosen), options.test_data)
+        exported, data = _open_evaluation(lambda: open_exported(source, **chosen), options.test_data, options.verify)
         metrics = evaluate_scores(predict_exported(exported, data.pack), data.multi_hot(), exported.labels)
     else:
         chosen = options.model_dump(include={"weights", "head", "token_merging"})
@@ -243,7 +253,7 @@ def evaluate_command(given: Mapping[str, Any], open_exported: Callable[..., Expo
             check_classes(tagger, source)
             return tagger
 
-        model, data = _open_evaluation(load, options.test_data)
+        model, data = _open_evaluation(load, options.test_data, options.verify)
         _warn_of_missing_band(model, data.pack)
         metrics = evaluate(
             model, data, batch_size=options.batch_size, num_workers=options.num_workers, precision=precision

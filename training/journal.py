@@ -2,10 +2,13 @@
 
 import json
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import append_bytes, explain_write_errors
 
 NOT_FIGURES = ("kind", "step", "epoch", "best", "learns")  # of an entry; all other values go to TensorBoard
 
@@ -29,29 +32,35 @@ class Journal:
 
         self.path = Path(folder) / "metrics.jsonl"
         entries = _read_entries(self.path, position)  # before the file is cut
-        self._file = open(self.path, "ab")  # noqa: SIM115 - open as long as the run
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
         self._file.truncate(position)
         # TensorBoard drops values of earlier event files from this step on.
         purge_step = entries[-1]["step"] + 1 if entries else 0
-        self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge_step, flush_secs=30)
+        self._events = self.path.parent / "tensorboard"
+        self._board = SummaryWriter(str(self._events), purge_step=purge_step, flush_secs=30)
+        threading.excepthook = _print_unless_of_disk
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Append one entry and flush it, so that it survives a crash of the run.
+        """Append one entry, so that it survives a crash of the run.
 
         Args:
             entry: `kind` ("step" or "epoch"), `step`, `epoch` and values by name.
+
+        Raises:
+            UserError: the disk is full or has failed.
         """
-        self._file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
-        self._file.flush()
-        for name, value in entry.items():
-            if name not in NOT_FIGURES:
-                self._board.add_scalar(_tag(entry["kind"], name), value, entry["step"])
+        append_bytes(self._file, (json.dumps(entry, ensure_ascii=False) + "\n").encode())
+        with explain_write_errors(self._events):
+            for name, value in entry.items():
+                if name not in NOT_FIGURES:
+                    self._board.add_scalar(_tag(entry["kind"], name), value, entry["step"])
 
     def position(self) -> int:
         """Write everything to the disk and return the size of `metrics.jsonl` in bytes, for a state."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        with explain_write_errors(self.path):
+            os.fsync(self._file.fileno())
+        with explain_write_errors(self._events):
+            self._board.flush()
         return os.fstat(self._file.fileno()).st_size
 
     def entries(self) -> list[dict[str, Any]]:
@@ -59,9 +68,16 @@ class Journal:
         return _parse(self.path, self.path.read_bytes())
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; an error is not raised, since `position` has written everything that a state refers to."""
         self._file.close()
-        self._board.close()
+        with suppress(OSError):
+            self._board.close()
+
+
+def _print_unless_of_disk(args: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread; an error of TensorBoard's is raised by the next call, with the path."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def _tag(kind: str, name: str) -> str:
@@ -90,7 +106,7 @@ def _parse(path: Path, content: bytes) -> list[dict[str, Any]]:
             entry = json.loads(line)
             if not (line.endswith(b"\n") and isinstance(entry, dict) and {"kind", "step", "epoch"} <= entry.keys()):
                 raise ValueError
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: {line[:80]!r} is not a whole entry (JSON with kind, step and epoch). "
                 "Restore the file as the run wrote it, or start a new run"

@@ -44,8 +44,8 @@ class LabelledPack:
         return targets
 
 
-def open_pack(path: str, faults: Faults, *, labelled: bool = False) -> Pack | None:
-    """Open a pack; errors are added to `faults`."""
+def open_pack(path: str, faults: Faults, *, labelled: bool = False, verify: bool = False) -> Pack | None:
+    """Open a pack, see `Pack.open`; errors are added to `faults`."""
     required = ("filename", "hdf5path", "labels") if labelled else ("filename", "hdf5path")
     if Path(path).is_dir():
         lists = sorted(Path(path).glob("*.tsv")) or sorted(Path(path).glob("labels/*.tsv"))
@@ -58,15 +58,15 @@ def open_pack(path: str, faults: Faults, *, labelled: bool = False) -> Pack | No
         faults.add(f"{path} does not exist{near}; {PACK_FIRST}")
         return None
     try:
-        return Pack.open(path, required=required)
+        return Pack.open(path, required=required, verify=verify)
     except UserError as error:
         faults.add(str(error))
         return None
 
 
-def open_labelled(path: str, labels: list[str], faults: Faults) -> LabelledPack | None:
+def open_labelled(path: str, labels: list[str], faults: Faults, *, verify: bool = False) -> LabelledPack | None:
     """Open a pack whose `labels` column has names of `labels`, or indices into it."""
-    pack = open_pack(path, faults, labelled=True)
+    pack = open_pack(path, faults, labelled=True, verify=verify)
     indices = None if pack is None else read_clip_labels(pack, labels, faults)
     return None if pack is None or indices is None else LabelledPack(pack, indices, len(labels))
 

@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from audio.dataset import loader_workers
-from common.errors import UserError
+from audio.dataset import loader_workers, start_loader_worker
+from common.interrupts import StopSignal
 from distill.batch import Batch
 from distill.dataset import EpochBatches, ReplayDataset, collate
 from distill.objectives import Needs, Objective
@@ -41,14 +41,14 @@ from training.optim import count_warmup, create_optimizer, create_schedule, free
 from training.parallel import Ranks, split_mirrored
 from training.precision import Precision
 from training.report import draw_curves
+from training.run_state import initialise_from_data, load_state, save_state
 from training.states import States
-from training.student import check_lengths, start_from_data
+from training.stopping import StopRequest
+from training.student import check_lengths
 from training.tally import Tally, TargetTally
 from training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-START_BATCHES = 16  # for init_from_data
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,12 @@ class Run:
             self.targets, self.total_steps, config.epochs, causes, self.ranks, enabled=not config.smoke
         )
         self.step, self.validations_without_improvement, self.seconds = 0, 0, 0.0
+        self.epoch_is_open = False  # the last step ended an epoch, which is not validated yet
+        self.saved_step = 0
+        if self.ranks.heartbeat is not None:
+            self.ranks.heartbeat.timeout = config.rank_timeout
+            self.ranks.heartbeat.hint = f"the same command resumes from the last state in {folder}"
+        self.stop = StopRequest(self.ranks, enabled=config.checkpoint_on_stop)
         self.journal: Journal | None = None
         self._next_drawing = 0.0
         self.finite_check = FiniteCheck(
@@ -144,18 +150,37 @@ class Run:
         """
         config, state = self.config, self.ranks.broadcast(state)
         if state is None and config.init_from_data:
-            self._start_from_data()
+            initialise_from_data(self)
         self.trainer = self.create_trainer()
         if state is not None:
-            self._load(state)
+            load_state(self, state)
         self.journal = Journal(self.folder, state["journal"] if state else 0) if self.ranks.is_main else None
         if state is None:
-            self._save()
+            save_state(self)
+        try:
+            with self.stop.listen():
+                self._train()
+            result = finish_run(self)
+        except BaseException as error:  # of a stop, a full disk, a loader process that has died
+            error.add_note(
+                f"the state after step {self.saved_step} of {self.total_steps} is in {self.folder}, and the same "
+                "command resumes from it"
+            )
+            raise
+        if self.journal is not None:
+            self.journal.close()
+        return result
+
+    def _train(self) -> None:
+        """Make all remaining steps."""
+        config = self.config
         self.batches.start = self.step
         # One endless iterator: an index holds its epoch, so workers prefetch across epochs.
         stream = iter(self.loader(self.batches))
         self.trainer.train_mode()
         self.start_timer()
+        if self.epoch_is_open:
+            self._close_epoch()
         with tqdm(
             total=self.total_steps,
             initial=self.step,
@@ -170,33 +195,42 @@ class Run:
                 if not self.trainer.guard.has_stepped:  # the first gradient of this process is not finite: stop now
                     self.finite_check.raise_if_not_finite(self.step)
                 progress.update()
-                is_epoch_end = self.step % self.epoch_steps == 0
-                if self.step % config.log_every == 0 or is_epoch_end:
+                self.epoch_is_open = self.step % self.epoch_steps == 0
+                if self.step % config.log_every == 0 or self.epoch_is_open:
                     progress.set_postfix(self._log_step(), refresh=False)
-                if is_epoch_end:
-                    self._end_epoch()
-                    self.trainer.train_mode()
-                    self.start_timer()
-                if self.step % (config.checkpoint_every or self.epoch_steps) == 0 or self.is_over:
-                    self._save()
+                if number := self.stop.find():
+                    self._save_and_stop(number)
+                if self.epoch_is_open:
+                    self._close_epoch()
+                elif config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                    save_state(self)
         if self.validations_without_improvement >= config.early_stop:
             n = self.validations_without_improvement
             logger.info("early stop: %d validations without a better %s", n, self.best.metric)
         del stream  # stops the workers, whose sampler is endless
-        result = finish_run(self)
-        if self.journal is not None:
-            self.journal.close()
-        return result
+        if number := self.stop.find_now():
+            self._save_and_stop(number)
 
-    def _start_from_data(self) -> None:
-        """Initialise batch-norm statistics and the bias of the last layer from the first batches."""
-        first = [self.batches.batch(i) for i in range(min(START_BATCHES, self.epoch_steps))]
-        batches = (batch.to(self.device) for batch in self.loader(first))
-        of_classes = self.needs.targets == "classes"
-        if self.teacher is not None and of_classes:
-            add = partial(add_teacher_output, self.teacher, self.needs)
-            batches = (add(batch, self.data.source.replay.spectrogram) for batch in batches)
-        start_from_data(self.model, batches, "target" if of_classes else "labels" if self.needs.labels else None)
+    def _close_epoch(self) -> None:
+        """Validate and save; a run that is stopped meanwhile validates when it is resumed."""
+        try:
+            self._end_epoch()
+        except StopSignal as stop:
+            if not self.stop.enabled:
+                raise
+            self._save_and_stop(stop.number)
+        self.epoch_is_open = False
+        self.trainer.train_mode()
+        self.start_timer()
+        if self.step % (self.config.checkpoint_every or self.epoch_steps) == 0 or self.is_over:
+            save_state(self)
+
+    def _save_and_stop(self, number: int) -> None:
+        """Save a state and raise `StopSignal`, on all ranks."""
+        if self.saved_step != self.step:
+            save_state(self)
+        self.ranks.wait()
+        raise StopSignal(number)
 
     def create_trainer(self) -> Trainer:
         """Return the trainer: losses, optimiser, schedule and moving average."""
@@ -261,6 +295,7 @@ class Run:
             self.dataset,
             batch_sampler=batches,
             num_workers=loader_workers(self.config.num_workers),
+            worker_init_fn=start_loader_worker,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
         )
@@ -310,7 +345,6 @@ class Run:
             "clips_per_second": self.clips / seconds,
             "wait_share": self.wait_seconds / seconds,
         }
-        self.epoch_tally.reset()
         is_due = self.epoch % self.config.valid_every == 0 or self.step == self.total_steps
         metrics = chance = None
         if is_due and (self.data.valid or self.config.select_by):
@@ -332,6 +366,7 @@ class Run:
                 " (best)" if is_best else "",
             )
         self._record(entry | self.learning.end_epoch(entry, metrics, chance, last=self.is_over))
+        self.epoch_tally.reset()
         if metrics and self.journal is not None and time.perf_counter() >= self._next_drawing:
             drawing_start = time.perf_counter()
             draw_curves(self.folder, self.journal.entries())
@@ -355,45 +390,9 @@ class Run:
             num_workers=self.config.num_workers,
             precision=self.precision,
             ranks=self.ranks,
+            stop=self.stop,
         )
 
     def _record(self, entry: dict[str, Any]) -> None:
         if self.journal is not None:
             self.journal.record(entry)
-
-    def _save(self) -> None:
-        """Write the state that the run is resumed from if it is killed later."""
-        # Never save weights that are not finite; a finite loss may have had a gradient that was not.
-        self.finite_check.raise_if_not_finite(self.step)
-        weights = [value for value in self.model.state_dict().values() if value.is_floating_point()]
-        if not all(bool(value.isfinite().all()) for value in weights):
-            raise UserError(
-                f"the weights are not finite after step {self.step}; training stops here, and the last checkpoint is "
-                "from an earlier step. Lower the learning rate or set grad_clip, which starts a new run"
-            )
-        tallies = [tally.state_dict(self.ranks) for tally in (self.window, self.epoch_tally)]
-        learning = self.learning.state_dict()
-        if self.journal is not None:
-            state = {
-                "step": self.step,
-                "trainer": self.trainer.state_dict(),
-                "tallies": tallies,
-                "best": [list(entry) for entry in self.best.saved],
-                "stale": self.validations_without_improvement,
-                "learning": learning,
-                "seconds": self.seconds,
-                "journal": self.journal.position(),
-            }
-            self.states.save(self.step, state)
-        self.best.prune()
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self.trainer.load_state_dict(state["trainer"])
-        for tally, tally_state in zip((self.window, self.epoch_tally), state["tallies"], strict=True):
-            tally.load_state_dict(tally_state, self.ranks, self.device)
-        self.best.saved = [(score, name) for score, name in state["best"]]
-        self.best.in_last_state = {path.name for path in self.folder.glob("best_epoch=*.pt")}
-        self.learning.load_state_dict(state.get("learning"), self.device)
-        self.step, self.validations_without_improvement = state["step"], state["stale"]
-        self.seconds = state["seconds"]
-        logger.info("RESUMING after step %d of %d, in %s", self.step, self.total_steps, self.folder)

@@ -4,6 +4,7 @@ All ranks take the same decisions (output folder, resume, stop); only rank 0 wri
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from common.errors import UserError
+from training.heartbeat import Heartbeat
+
+RANK_TIMEOUT = 120.0  # seconds until the configuration is read
+_TRANSFER = re.compile("gloo|nccl|ProcessGroup|TCPStore|Connection", re.IGNORECASE)  # in errors of transfers
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -24,10 +31,12 @@ class Ranks:
     Attributes:
         rank: rank of this process.
         world_size: number of processes.
+        heartbeat: finds ranks that are missing; None for a single process.
     """
 
     rank: int = 0
     world_size: int = 1
+    heartbeat: Heartbeat | None = None
 
     @property
     def is_main(self) -> bool:
@@ -55,6 +64,11 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def wait(self) -> None:
+        """Wait until all ranks are here, and no transfer is under way."""
+        if self.world_size > 1:
+            dist.barrier()
+
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
@@ -74,12 +88,21 @@ def process_group() -> Iterator[Ranks]:
     # Both backends: the device of a tensor selects one.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    heartbeat = Heartbeat(store, rank, world_size, RANK_TIMEOUT)
+    heartbeat.start()
+    has_failed = True
     try:
-        yield Ranks(rank, world_size)
+        yield Ranks(rank, world_size, heartbeat)
         # DistributedDataParallel never stops the threads of the group. A thread that still has tensors of the last
         # collective when Python exits aborts the process (SIGABRT): wait until all ranks are here and threads are idle.
         dist.barrier()
+        has_failed = False
+    except RuntimeError as error:
+        if not _TRANSFER.search(str(error)):
+            raise
+        raise UserError(f"{heartbeat.explain()}; {heartbeat.hint}") from error
     finally:
+        heartbeat.stop(failed=has_failed)
         dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ from common.files import sha256
 from distill.embeddings import StoredEmbeddings
 from distill.mask_check import MaskFindings, check_masks
 from distill.objectives import TrainingFacts
+from distill.sound_check import compute_fingerprint
 from distill.store import StoreItems
 from models import Ensemble
 from models.devices import choose_device
@@ -25,7 +26,7 @@ from training.data import TrainingData, open_training
 from training.loop import Run, RunParts
 from training.needs import load_online_teacher, plan_run
 from training.parallel import Ranks
-from training.run_folder import RunFolder, choose_folder, log_to, recall_choices, run_identity
+from training.run_folder import SOUNDS, RunFolder, choose_folder, log_to, recall_choices, run_identity
 from training.settings import check_settings, read_settings
 from training.smoke import smoke
 from training.student import create_student
@@ -52,7 +53,6 @@ class PreparedRun:
         result = self.run.fit(self.state)
         if self.run.ranks.is_main:
             self.folder.finish(result)
-            self.run.states.clear()
         return result
 
 
@@ -200,6 +200,7 @@ def _hash_data(config: TrainConfig, data: TrainingData, teacher: Ensemble | None
     """Return facts and hashes of the clips, labels, store and teacher, which must not change when a run is resumed."""
     facts: dict[str, Any] = {"labels": data.labels, "items": len(data.items)}
     facts["train_data_sha256"] = sha256(data.pack.manifest)
+    facts[SOUNDS] = compute_fingerprint(data.pack)  # a new pack may have other sounds under the same names
     meta = Path(config.logitspath or "") / "meta.json"
     facts["soft_targets_sha256"] = sha256(meta) if config.logitspath and meta.is_file() else None
     facts["teacher_sha256"] = teacher.fingerprint() if teacher else None

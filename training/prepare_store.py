@@ -35,7 +35,7 @@ def prepare_store(config_file: str, overrides: dict[str, Any], rank: int = 0, wo
     """
     faults = Faults(config_file)
     config = read_config(SoftTargetConfig, config_file, overrides, faults)
-    pack = open_pack(config.train_data, faults) if config else None
+    pack = open_pack(config.train_data, faults, verify=config.verify) if config else None
     content, name = None, ""
     if config:
         with faults.noted():

@@ -6,33 +6,43 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import uuid
-from datetime import datetime
+from contextlib import ExitStack, suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from pydantic import BaseModel
 from tqdm import tqdm
 
 from common.errors import UserError, some
 from common.files import remove_dead_partials, reserve_partial, sha256, write_json, write_text
+from common.parsing import read_record
 from training.automatic import Choice
 from training.config import TrainConfig
+from training.states import States
 
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
+SOUNDS = "train_sounds_sha256"  # in the identity of a run; runs of earlier versions lack it
+_TIME = "%Y-%m-%d_%H-%M-%S"
 LOCK_SECONDS = 10.0  # to wait for a process that has locked a run
 # Keys that may change when a run is resumed, since they have no effect on the weights.
 FREE_KEYS = (
     "num_workers",
+    "verify",
     "device",
     "outputpath",
     "logfile",
     "debug",
     "checkpoint_every",
+    "checkpoint_on_stop",
+    "rank_timeout",
     "log_every",
     "compile",
     "baseline",
@@ -54,25 +64,40 @@ class RunFolder:
         self.path = path
         self._lock: IO[str] | None = None
 
-    def lock(self) -> bool:
-        """Lock the folder until the process ends; return False if another process keeps it locked."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = open(self.path / ".lock", "w")  # noqa: SIM115 - open as long as the folder is locked
-        deadline = time.monotonic() + LOCK_SECONDS  # a process that is being killed takes a moment
-        while True:
-            try:
-                # Not flock: loader workers inherit it and keep it for seconds after the trainer was killed.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    lock.close()
-                    return False
-                time.sleep(0.1)
-        self._lock = lock
+    def lock(self, seconds: float | None = None) -> bool:
+        """Lock the folder, which is created if it is missing, until the process ends.
+
+        Args:
+            seconds: to wait for another process that has locked it; None for `LOCK_SECONDS`.
+
+        Returns:
+            False if another process keeps it locked.
+        """
+        deadline = time.monotonic() + (LOCK_SECONDS if seconds is None else seconds)
+        while not self._try_lock():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
         for folder in (self.path, self.path / "states"):
             remove_dead_partials(folder)
         return True
+
+    def _try_lock(self) -> bool:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError), ExitStack() as opened:  # locked, or removed meanwhile as an unfinished folder
+            lock = opened.enter_context(open(self.path / ".lock", "a"))
+            # Not flock: loader workers inherit it and keep it for seconds after the trainer was killed.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), (self.path / ".lock").stat()):
+                self._lock = lock
+                opened.pop_all()  # open as long as the folder is locked
+        return self._lock is not None
+
+    def unlock(self) -> None:
+        """Release the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     @property
     def finished(self) -> bool:
@@ -81,8 +106,9 @@ class RunFolder:
 
     def differences(self, identity: dict[str, Any]) -> list[str]:
         """Return the keys in which the identity of the run differs from `identity`."""
-        stored = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["identity"]
-        return [key for key in dict.fromkeys([*stored, *identity]) if stored.get(key) != identity.get(key)]
+        stored = _read_run(self.path).identity
+        expected = {SOUNDS: identity.get(SOUNDS)} | stored
+        return [key for key in dict.fromkeys([*stored, *identity]) if expected.get(key) != identity.get(key)]
 
     def make(
         self,
@@ -115,11 +141,16 @@ class RunFolder:
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, and update two links to this folder: MODEL/latest, and `latest` beside MODEL."""
         write_json(self.path / FINISHED, result)
+        self.complete()
+
+    def complete(self) -> None:
+        """Do what remains once the result is written: update the links, and remove the states last."""
         run, parent = self.path.name, self.path.parent
         for link, target in ((parent / "latest", run), (parent.parent / "latest", f"{parent.name}/{run}")):
             with reserve_partial(link) as partial:
                 partial.symlink_to(target)
                 os.replace(partial, link)
+        States(self.path / "states").clear()
 
 
 def run_identity(config: TrainConfig, seed: int, data: dict[str, Any]) -> dict[str, Any]:
@@ -127,6 +158,18 @@ def run_identity(config: TrainConfig, seed: int, data: dict[str, Any]) -> dict[s
     settings = {key: value for key, value in config.model_dump().items() if key not in FREE_KEYS}
     identity: dict[str, Any] = json.loads(json.dumps(settings | {"seed": seed} | data))
     return identity
+
+
+class _Run(BaseModel):
+    """What run.json holds; versions before automatic choices lack these."""
+
+    identity: dict[str, Any]
+    given: dict[str, Any] | None = None
+    automatic: dict[str, Choice] = {}
+
+
+def _read_run(folder: Path) -> _Run:
+    return read_record(folder / "run.json", _Run, "restore it, or start a new run with --resume never")
 
 
 def recall_choices(parent: Path, given: dict[str, Any], seed: int, resume: str) -> dict[str, Choice] | None:
@@ -154,12 +197,18 @@ def recall_choices(parent: Path, given: dict[str, Any], seed: int, resume: str) 
     for folder in reversed(folders):
         if folder.is_symlink() or not (folder / "run.json").is_file() or (folder / FINISHED).is_file():
             continue
-        stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if not stored.get("automatic") or any(stored["identity"].get(key) != value for key, value in expected.items()):
+        try:
+            stored = _read_run(folder)
+        except UserError as error:
+            if resume != "auto":
+                raise
+            logger.warning("%s", error)
             continue
-        former, current = ({k: v for k, v in s.items() if k not in FREE_KEYS} for s in (stored["given"], given))
+        if not stored.automatic or any(stored.identity.get(key) != value for key, value in expected.items()):
+            continue
+        former, current = ({k: v for k, v in s.items() if k not in FREE_KEYS} for s in (stored.given or {}, given))
         if json.loads(json.dumps(current)) == former:
-            return {key: Choice(entry["value"], entry["reason"]) for key, entry in stored["automatic"].items()}
+            return stored.automatic
     return None
 
 
@@ -178,13 +227,18 @@ def choose_folder(parent: Path, identity: dict[str, Any], resume: str) -> tuple[
     Raises:
         UserError: the run is in use; the path is not a run, or one that has finished or has another identity.
     """
+    _clean_up(parent)
     if resume not in ("auto", "never"):
         return _open_given(Path(resume), identity)
     for path in sorted((found.parent for found in parent.glob("*/run.json")), reverse=True) if resume == "auto" else []:
         folder = RunFolder(path)
         if path.is_symlink() or folder.finished:
             continue
-        different = folder.differences(identity)
+        try:
+            different = folder.differences(identity)
+        except UserError as error:  # a run of other settings must not keep this one from starting
+            logger.warning("%s", error)
+            continue
         if different:
             logger.warning(
                 "%s is unfinished and is not resumed: it has another %s. To finish it, give the same settings",
@@ -193,10 +247,43 @@ def choose_folder(parent: Path, identity: dict[str, Any], resume: str) -> tuple[
             )
         elif not folder.lock():
             raise UserError(f"{path} is the same run, and another process is training it; --resume never starts a copy")
+        elif folder.finished:  # by the process that had locked it
+            logger.info("%s is the same run, and has just finished", path)
         else:
             return folder, None, True
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:8]}"
-    return RunFolder(parent / name), None, False
+    return RunFolder(parent / _name_run(parent)), None, False
+
+
+def _name_run(parent: Path) -> str:
+    """Return a name that sorts behind those of all runs so far, also if the clock was set back."""
+    second = max([datetime.now().replace(microsecond=0), *map(_read_time, parent.glob("*/"))])
+    return f"{second:{_TIME}}_{uuid.uuid4().hex[:8]}"
+
+
+def _read_time(run: Path) -> datetime:
+    """Return the second after the one that a run's folder is named after."""
+    with suppress(ValueError):
+        return datetime.strptime(run.name.rpartition("_")[0], _TIME) + timedelta(seconds=1)
+    return datetime.min
+
+
+def _clean_up(parent: Path) -> None:
+    """Complete what killed processes have left: runs with a result and states, and folders that are not yet runs."""
+    folders = [path for path in sorted(parent.glob("*/")) if not path.is_symlink() and (path / ".lock").exists()]
+    finished = [path for path in folders if (path / FINISHED).is_file()]
+    for path in folders:
+        is_run = (path / "run.json").is_file()
+        is_complete = is_run and not (path in finished and (path / "states").is_dir())
+        folder = RunFolder(path)
+        if is_complete or not folder.lock(0):
+            continue
+        if is_run and path == finished[-1]:
+            folder.complete()
+        elif is_run:
+            States(path / "states").clear()
+        elif set(os.listdir(path)) <= {".lock", "config.yaml", "class_labels_indices.csv"}:
+            shutil.rmtree(path)
+        folder.unlock()
 
 
 def _open_given(given: Path, identity: dict[str, Any]) -> tuple[RunFolder, Path | None, bool]:
@@ -217,6 +304,8 @@ def _open_given(given: Path, identity: dict[str, Any]) -> tuple[RunFolder, Path 
         )
     if not folder.lock():
         raise UserError(f"--resume {given}: another process is training it")
+    if folder.finished:
+        raise UserError(f"--resume {given}: that run has just finished; its weights are in {path}")
     return folder, state, True
 
 
@@ -227,11 +316,23 @@ class _TqdmHandler(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    """Writes log lines to a file; on a full disk they are lost, and what must not be lost raises."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name in `logging`
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 def log_to(path: Path | None, *, debug: bool = False, quiet: bool = False) -> None:
     """Log to the terminal, and to a file if `path` is given; with `quiet` only warnings."""
     handlers: list[logging.Handler] = [_TqdmHandler()]
     if path is not None:
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        handlers.append(_LogFile(path, encoding="utf-8"))
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # verbose at debug level
     level = logging.WARNING if quiet else logging.DEBUG if debug else logging.INFO

@@ -9,6 +9,7 @@ import yaml
 
 from common.errors import Faults, some
 from common.options import parse_value, read_options
+from common.parsing import MAX_YAML_BYTES, parse_yaml, read_bounded
 from common.places import PROJECT, describe_elsewhere, find_in_project
 from models.registry import get_model_entry, list_models
 from training.config import AUTO, Config, find_other_command
@@ -40,8 +41,8 @@ def read_settings(path: str | Path, overrides: dict[str, Any], faults: Faults) -
     """
     path = find_in_project(path)
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = parse_yaml(read_bounded(path, MAX_YAML_BYTES))
+    except (OSError, yaml.YAMLError, ValueError) as error:
         faults.add(_describe_unreadable(path, error))
         return None
     if not isinstance(settings, dict):

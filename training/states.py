@@ -4,7 +4,6 @@ A state is a file of tensors and plain values and a small JSON beside it with it
 order and atomically: a state is valid only if the JSON is there and matches.
 """
 
-import json
 import logging
 import pickle
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from common.errors import UserError, some
 from common.files import sha256, whole_file, write_json
+from common.parsing import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,11 @@ class States:
             "start a new run with --resume never"
         )
 
+    def check(self, path: Path) -> None:
+        """Raise `UserError` if a state is not valid."""
+        if fault := _find_fault(path):
+            raise UserError(f"{path}: {fault}")
+
     def clear(self) -> None:
         """Remove all states, after the run has finished."""
         for path in self._paths():
@@ -92,7 +97,7 @@ def _find_fault(path: Path) -> str | None:
     if not path.with_suffix(".json").is_file():
         return "it was not written completely"
     try:
-        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        facts = load_json(path.with_suffix(".json"))
         expected_size, expected_hash = int(facts["bytes"]), str(facts["sha256"])
         size = path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from audio.cutting import Chunks
-from audio.dataset import Pack, loader_workers
+from audio.dataset import Pack, loader_workers, start_loader_worker
 from common.errors import UserError
 from common.files import remove_dead_partials, sha256, write_json
+from common.parsing import read_json
+from common.shares import lock_shares
 from distill.batch import Batch
 from distill.dataset import ReplayDataset, collate
 from distill.embeddings import EmbeddingStore
@@ -246,8 +248,8 @@ class StoreWriter:
         path, meta = self.folder / "meta.json", json.loads(json.dumps(self.meta()))
         what, prefix = self.content.store.what, self.content.store.prefix
         if path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            stored_config = {"keep_tails": False, "layout": "native"} | stored.get("config", {})
+            stored = read_json(path, f"restore it, or delete the folder to make the {what} again")
+            stored_config = {"keep_tails": False, "layout": "native"} | dict(stored.get("config") or {})
             different = [key for key in (*IDENTITY, *self.content.identity) if stored.get(key) != meta[key]]
             different += [key for key in CONFIG_IDENTITY if stored_config.get(key) != getattr(self.config, key)]
             self._check_sounds(stored.get("sounds_sha256"), meta["sounds_sha256"])
@@ -281,7 +283,14 @@ class StoreWriter:
             )
 
     def save(self) -> Path:
-        """Write all parts that do not exist yet; return the folder."""
+        """Write all parts that do not exist yet; return the folder.
+
+        Where another process writes parts of this rank, they are awaited, and only what is missing then is written.
+        """
+        with lock_shares(self.folder, range(self.rank, len(self.parts), self.world_size), self.content.store.what):
+            return self._save()
+
+    def _save(self) -> Path:
         store = self.content.store
         of_rank = [
             _Part(epoch, number, items)
@@ -296,6 +305,7 @@ class StoreWriter:
             self.dataset,
             batch_sampler=_PartBatches(missing, self.items.chunks.n_samples, self.config.batch_size),
             num_workers=loader_workers(self.config.num_workers),
+            worker_init_fn=start_loader_worker,
             collate_fn=collate,
         )
         batches = iter(loader)

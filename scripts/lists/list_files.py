@@ -5,7 +5,6 @@ edited since: it may be replaced, or removed if the new lists have no such part.
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pandas as pd
 
 from common.errors import UserError, some
 from common.files import sha256, write_json, write_text
+from common.parsing import load_json
 
 RECORD = "lists.json"
 LIST_FILES = ("train.tsv", "valid.tsv", "test.tsv", "folds.tsv")
@@ -70,7 +70,7 @@ def write_lists(folder: Path, lists: dict[str, pd.DataFrame], record: dict[str, 
 def _read_record(folder: Path) -> dict[str, list[str]]:
     """Return the SHA-256 of each list that an earlier call wrote; empty without a valid record."""
     try:
-        known = json.loads((folder / RECORD).read_text(encoding="utf-8"))["sha256"]
+        known = load_json(folder / RECORD)["sha256"]
         return {str(name): [str(found) for found in hashes] for name, hashes in known.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -1,19 +1,24 @@
-"""Write each kind of file in a process that kills itself at a chosen moment, then once more to the end.
+"""Write each kind of file in a process that is killed, or whose disk fails, at a chosen moment.
 
     python tests/common/killed_writers.py < TASKS
 
-Each line of TASKS is JSON: `writer`, a name of `WRITERS`; `folder`, empty; `moment`, which of its renames kills it:
-2n just before the n-th one, 2n + 1 just after it, -1 none. Prints JSON for each: whether it was killed, and by name the
-files in the folder then. Everything is imported before the fork.
+Each line of TASKS is JSON: `writer`, a name of `WRITERS`; `folder`; `moment`; and `error`. Without an error, `moment`
+is the rename that kills it: 2n just before the n-th one, 2n + 1 just after it, -1 none. With the name of an error, such
+as ENOSPC, it is the call to the disk that fails with it; with ENOSPC all later ones that need space fail, too. Prints
+JSON for each: how it ended ("done", "killed", or the message of the error), and by name the hash of each file in the
+folder then. Everything is imported before the fork.
 """
 
+import errno
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -25,8 +30,10 @@ import pyarrow.parquet  # noqa: F401
 import soundfile
 import torch
 
+import common.files
 from audio.pack import pack
-from common.files import write_json
+from common.errors import UserError
+from common.files import sha256, write_json
 from distill.embeddings import EmbeddingStore
 from models import create_model
 from models.headed import Head
@@ -126,23 +133,57 @@ def _die_at(moment: int) -> None:
     os.replace = counted
 
 
-def perform(writer: str, folder: Path, moment: int) -> bool:
-    """Do a task in a child; return whether it was killed."""
+class _FailingDisk:
+    """The module `os`, of which the call `moment` to the disk fails."""
+
+    CALLS = ("open", "pwrite", "ftruncate", "fsync", "close", "replace")
+    NEED_SPACE = ("open", "pwrite", "replace")
+
+    def __init__(self, moment: int, error: int) -> None:
+        self.remaining, self.error = moment, error
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(os, name)
+        return partial(self._call, name, call) if name in self.CALLS else call
+
+    def _call(self, name: str, call: Callable[..., Any], *args: Any) -> Any:
+        self.remaining -= 1
+        if self.remaining == -1 or (self.remaining < -1 and self.error == errno.ENOSPC and name in self.NEED_SPACE):
+            if name == "close":
+                call(*args)  # a descriptor is closed even so
+            raise OSError(self.error, os.strerror(self.error))
+        return call(*args)
+
+
+def perform(writer: str, folder: Path, moment: int, error: str | None = None) -> str:
+    """Do a task in a child; return how it ended."""
+    reading, writing = os.pipe()
     child = os.fork()
     if child:
+        os.close(writing)
+        with open(reading) as pipe:
+            message = pipe.read()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status not in (0, -signal.SIGKILL):
-            raise RuntimeError(f"{writer} failed")
-        return status != 0
+            raise RuntimeError(f"{writer} failed with status {status}")
+        return message if status == 0 else "killed"
     status = 70
+    message = "done"
     try:
         torch.set_num_threads(1)
         (folder / "sounds" / "b").mkdir(parents=True, exist_ok=True)
         for number, name in enumerate(NAMES):
             tone = np.sin(np.arange(4000) * (number + 1) / 10)
             soundfile.write(folder / "sounds" / name, tone, 16000)
-        _die_at(moment)
-        WRITERS[writer](folder)
+        if error is None:
+            _die_at(moment)
+        else:
+            common.files.os = _FailingDisk(moment, getattr(errno, error))  # type: ignore[attr-defined]
+        try:
+            WRITERS[writer](folder)
+        except UserError as fault:
+            message = str(fault)
+        os.write(writing, message.encode())
         status = 0
     finally:
         sys.stderr.flush()
@@ -153,6 +194,6 @@ if __name__ == "__main__":
     for line in sys.stdin:
         task = json.loads(line)
         folder = Path(task["folder"])
-        was_killed = perform(task["writer"], folder, task["moment"])
-        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
-        print(json.dumps([was_killed, files]), flush=True)
+        end = perform(task["writer"], folder, task["moment"], task.get("error"))
+        paths = sorted(path for path in folder.rglob("*") if not path.is_dir())
+        print(json.dumps([end, {str(path.relative_to(folder)): sha256(path) for path in paths}]), flush=True)

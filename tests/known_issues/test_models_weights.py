@@ -54,7 +54,7 @@ def test_creating_a_published_model_fetches_nothing(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("tried to fetch")
 
-    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    monkeypatch.setattr("models.downloads.transfer", refuse)
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     for name in ("ced_tiny", "mn04_as", "audiotransformer_tiny"):
         create_model(name, num_classes=2)

@@ -79,5 +79,5 @@ def test_other_kinds_of_folders_are_refused(state, tmp_path):
     with pytest.raises(UserError, match="model_type 'wav2vec2'; expected 'ced'"):
         load_model(published_folder(tmp_path / "hf", state, model_type="wav2vec2"))
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match="cannot be read as a Hugging Face folder"):
+    with pytest.raises(UserError, match=r"model\.safetensors is a text file, not a checkpoint"):
         load_model(tmp_path / "hf")

@@ -29,7 +29,8 @@ def list_cases(quick: set[str]) -> list:
 
 
 ATOL = 2e-5  # of probabilities: other sizes of batches are summed in another order
-BF16_ATOL = 0.06  # of probabilities; 8 bits of mantissa through some ten layers
+BF16_ATOL = 0.06  # of probabilities; 8 bits of mantissa through some ten layers with random weights
+BF16_ATOL_DEEP = 0.25  # through a hundred
 N_CLASSES = 5
 LONG_SECONDS = 35.0  # three chunks of most models, and a remainder
 PIECE_SECONDS = 0.3
@@ -121,7 +122,8 @@ def test_half_the_precision_changes_little(name: str) -> None:
     batch = torch.stack(make_clips(model, 2, 2))
     with torch.autocast("cpu", torch.bfloat16):
         found = model.predict(batch).float()
-    assert (found - model.predict(batch)).abs().max() < BF16_ATOL
+    bound = BF16_ATOL_DEEP if "eres2net" in name else BF16_ATOL
+    assert (found - model.predict(batch)).abs().max() < bound
 
 
 EXPORTED = [

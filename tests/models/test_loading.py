@@ -29,7 +29,7 @@ def hub(tmp_path, monkeypatch):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    monkeypatch.setattr("models.downloads.transfer", refuse)
     return asked
 
 
@@ -85,13 +85,16 @@ def test_a_download_is_kept_whole_or_not_at_all(hub, tmp_path, monkeypatch, rand
     url = "https://example.org/files/ced.pt?download=1"
     content = random_ced.read_bytes()
     monkeypatch.setattr(
-        "torch.hub.download_url_to_file", lambda url, path: pathlib.Path(path).write_bytes(content[: len(content) // 2])
+        "models.downloads.transfer", lambda url, path: pathlib.Path(path).write_bytes(content[: len(content) // 2])
     )
     with pytest.raises(UserError, match="cannot be downloaded"):
         fetch(url)
     assert not list((tmp_path / "hub" / "checkpoints").iterdir())
-    monkeypatch.setattr("torch.hub.download_url_to_file", lambda url, path: pathlib.Path(path).write_bytes(content))
-    assert fetch(url) == tmp_path / "hub" / "checkpoints" / "ced.pt"
+    monkeypatch.setattr("models.downloads.transfer", lambda url, path: pathlib.Path(path).write_bytes(content))
+    copy = fetch(url)
+    assert copy.parent == tmp_path / "hub" / "checkpoints"
+    assert copy.name.endswith("-ced.pt")
+    assert list(copy.parent.iterdir()) == [copy]
     assert load_model(url).num_classes == 527
 
 

@@ -103,7 +103,7 @@ def test_a_killed_packing_leaves_no_pack_and_no_workers_behind(sounds: Path) -> 
         os.link("my_sounds/a.wav", f"my_sounds/link{i}.wav")
     process = subprocess.Popen([sys.executable, str(SCRIPT), "list.tsv", "out", "-n", "2"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
-    while not list(Path("out/hdf5").glob(".list.packing/.*.partial")) and time.monotonic() < deadline:
+    while not list(Path("out/hdf5").glob(".list.packing/.list_0.h5.*.partial")) and time.monotonic() < deadline:
         time.sleep(0.02)
     workers = children_of(process.pid)
     process.send_signal(signal.SIGKILL)

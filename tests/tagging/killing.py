@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,6 +32,7 @@ import inference
 import models  # noqa: F401
 import tagging.embeddings
 from tagging.engines import TorchEngine
+from tests.processes import fork
 
 PAUSE = 0.005  # seconds before a batch
 
@@ -53,26 +55,6 @@ def tag(arguments: list[str], rank: int, world_size: int, attempt: int) -> None:
     inference.main(arguments)
 
 
-def start(arguments: list[str], rank: int, world_size: int, attempt: int, log: Path) -> int:
-    """Fork a child that tags; return its number."""
-    child = os.fork()
-    if child:
-        return child
-    status = 70
-    try:
-        with open(log, "a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        tag(arguments, rank, world_size, attempt)
-        status = 0
-    except SystemExit as error:
-        status = int(error.code or 0)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
 def count(log: Path) -> int:
     """Clips that a start has tagged so far."""
     return sum(map(int, re.findall(r"tagged (\d+)\n", log.read_text())))
@@ -88,7 +70,7 @@ def perform(kills: int, seed: int, processes: list[int], arguments: list[str]) -
         logs.append(folder / f"{attempt}.txt")
         logs[-1].touch()
         world_size = processes[min(attempt, len(processes) - 1)]
-        children = [start(arguments, rank, world_size, attempt, logs[-1]) for rank in range(world_size)]
+        children = [fork(partial(tag, arguments, rank, world_size, attempt), logs[-1]) for rank in range(world_size)]
         if attempt < kills:
             n_clips, pause = draw.choice([0, *range(28)]), draw.uniform(0, 0.05)
             while count(logs[-1]) < n_clips and not os.waitid(

@@ -19,24 +19,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from run import Runner
+from tests.processes import fork
 from tests.training import methods  # noqa: F401  (it registers its objectives)
 
 
 def start(config: str, output: str, workers: int) -> int:
     """Fork a child that trains; return its number."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        with open(Path(output).parent / "log.txt", "a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            Runner(seed=7).train(config, outputpath=output, num_workers=workers)
-        os._exit(0)
-    except SystemExit as error:
-        os._exit(int(error.code or 0))
-    finally:
-        os._exit(70)
+    runner = Runner(seed=7)
+    return fork(lambda: runner.train(config, outputpath=output, num_workers=workers), Path(output).parent / "log.txt")
 
 
 def newest_step(output: str) -> int:

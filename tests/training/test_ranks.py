@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from distill.dataset import EpochBatches
 from models import load_model
 from run import Runner
 from tests.conftest import ROOT, run_command, torchrun
+from tests.processes import find_processes
 from tests.training.test_resume import LABELS_ONLY, SETTINGS, lines_of, the_run, weights_of
 from training.evaluate import evaluate
 from training.labelled import open_labelled
@@ -158,6 +160,35 @@ def test_a_rank_that_dies_is_started_again_and_training_goes_on(tone_pack, tmp_p
     assert lines_of(folder) == lines_of(whole)
     a, b = weights_of(folder), weights_of(whole)
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGKILL, 4), (signal.SIGSTOP, 5)], ids=["killed", "frozen"])
+def test_a_rank_that_is_killed_or_frozen_is_named_by_the_other_which_ends(tone_pack, tmp_path, rank, number, seconds):
+    path = configure(tmp_path, tone_pack, epochs=10000, num_workers=1, rank_timeout=5)
+    words = ["run.py", "train", str(path), "--outputpath", str(tmp_path / "runs")]
+    with subprocess.Popen(
+        [sys.executable, *torchrun(), *words],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as launcher:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "runs").glob("*/*/*/states/step=00000001*.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True)
+        pid = int(ranks.stdout.split()[rank])
+        os.kill(pid, number)
+        output = launcher.communicate(timeout=90)[0]  # torchrun itself waits 30 s for a frozen process
+    assert re.search(rf"error: rank {rank} \(process {pid} on \S+\) does not respond for {seconds} s", output), output
+    assert "the same command resumes from the last state in" in output
+    time.sleep(1)
+    assert not find_processes(launcher.pid)
 
 
 @pytest.mark.long

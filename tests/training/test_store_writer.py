@@ -1,6 +1,7 @@
 """Soft targets: what the teacher answers, how the work is split, where it starts again."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import h5py
@@ -10,6 +11,7 @@ import torch
 
 from audio.dataset import Pack
 from common.errors import UserError
+from common.shares import lock_shares
 from distill.replay import Replay
 from distill.targets import SoftTargetStore, StoredTargets
 from models import Ensemble, create_model
@@ -173,3 +175,26 @@ def test_probabilities_are_never_squashed_twice(teacher):
     batch = make_batch(waveforms={16000: torch.randn(2, 16000)})
     answers = [asked.probabilities(batch, Replay().spectrogram) for asked in (teacher, Ensemble([logits]))]
     assert torch.allclose(*answers, atol=1e-6)
+
+
+def test_a_second_process_waits_and_saves_nothing_twice(tone_pack, pack, teacher, tmp_path, caplog):
+    """A process that is at work on the parts of this one: they are awaited, and what it has written is not redone."""
+    caplog.set_level("INFO")
+    second = teaching(config(tone_pack), pack, teacher, tmp_path)
+    context, at_work = multiprocessing.get_context("fork"), multiprocessing.Event()
+
+    def write_first() -> None:
+        torch.set_num_threads(1)
+        with lock_shares(tmp_path, [0], "soft targets"):
+            at_work.set()
+            teaching(config(tone_pack), pack, teacher, tmp_path)._save()
+
+    first = context.Process(target=write_first)
+    first.start()
+    assert at_work.wait(60)
+    second.save()
+    first.join(60)
+    assert first.exitcode == 0
+    assert "another process is at work on the soft targets" in caplog.text
+    assert "2 of 2 files exist already" in caplog.text
+    assert not (tmp_path / ".shares.lock").exists()

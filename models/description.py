@@ -1,0 +1,138 @@
+"""What a file says of the model in it, checked before anything is built: names, types and bounds of its entries."""
+
+import reprlib
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from common.errors import Faults
+from models.base import Activation
+from models.labels import MAX_CLASSES, find_label_fault
+from models.settings import Width
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+FORMAT_VERSION = 1
+_MAX_HIDDEN = 16  # layers of a head
+Labels = list[str] | tuple[str, ...]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Description(BaseModel):
+    """Entries of a file; those with other names are not looked at."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+
+class HeadFacts(Description):
+    """What a head's file says of its training, as far as this project reads it."""
+
+    name: str | None = None
+    model: str | None = None
+    weights_sha256: str | None = None
+    chunk_length: Annotated[float, Field(gt=0, le=86400)] = 10.0
+    data: str | None = None
+    metric: str | None = None
+    value: Annotated[float, Field(allow_inf_nan=True)] | None = None
+
+
+class HeadDescription(Description):
+    """The config of a head, see `models.headed.Head.config`."""
+
+    embed_dim: Width
+    num_classes: Annotated[int, Field(ge=1, le=MAX_CLASSES)]
+    hidden_sizes: Annotated[list[Width] | tuple[Width, ...], Field(max_length=_MAX_HIDDEN)]
+    labels: Labels
+    activation: Activation
+    dropout: Dropout
+    padded: bool
+    facts: HeadFacts
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> "HeadDescription":
+        if fault := find_label_fault(self.num_classes, self.labels):
+            raise ValueError(fault)
+        return self
+
+
+class ModelDescription(Description):
+    """The config of a checkpoint, see `models.loading.save_checkpoint`; every entry may be missing."""
+
+    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] | None = None
+    model: Annotated[str, Field(max_length=200)] | None = None
+    model_args: dict[str, Any] | None = None
+    num_classes: Annotated[int, Field(ge=0, le=MAX_CLASSES)] | None = None
+    labels: Labels | None = None
+    activation: Activation | None = None
+    sample_rate: Annotated[int, Field(ge=1)] | None = None
+    projection: Annotated[int, Field(ge=0)] | None = None
+    head: HeadDescription | None = None
+
+    @field_validator("model_args")
+    @classmethod
+    def _check_plain(cls, arguments: Any) -> Any:
+        if not _is_plain(arguments):
+            raise ValueError("expected text, numbers, lists and names with these")
+        return arguments
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> "ModelDescription":
+        if self.labels:
+            n_classes = len(self.labels) if self.num_classes is None else self.num_classes
+            if fault := find_label_fault(n_classes, self.labels):
+                raise ValueError(fault)
+        return self
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(each) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def check_description(kind: type[Kind], given: Mapping[str, Any], subject: str) -> Kind:
+    """Check the entries of a file.
+
+    Args:
+        kind: class of the description.
+        given: the entries.
+        subject: the file, for the message.
+
+    Raises:
+        UserError: entries are missing or have wrong values; all of them are listed.
+    """
+    try:
+        return kind.model_validate(dict(given))
+    except ValidationError as error:
+        faults = Faults(subject, limit=10)
+        for sentence in describe_faults(error):
+            faults.add(sentence)
+        faults.raise_if_any()
+        raise
+
+
+def describe_faults(error: ValidationError) -> list[str]:
+    """Return a sentence for each wrong entry."""
+    sentences: dict[str, str] = {}
+    for fault in error.errors(include_url=False):
+        # members of unions are in the place as well, such as list[str]
+        place = ".".join(str(part) for part in fault["loc"] if isinstance(part, int) or part.isidentifier())
+        says = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        if fault["type"] == "missing":
+            sentence = f"{place} is missing"
+        elif isinstance(fault["input"], dict) and fault["type"] == "value_error":  # between entries
+            sentence = f"{place}: {says}" if place else says
+        else:
+            sentence = f"{place} is {show(fault['input'])}: {says}"
+        sentences.setdefault(place, sentence)
+    return list(sentences.values())
+
+
+def show(value: Any) -> str:
+    """Return a value as text of bounded length, whatever is nested in it."""
+    if isinstance(value, Mapping | list | tuple | set):
+        return reprlib.repr(value)[:100]
+    return ascii(value)[:100] if isinstance(value, str | bytes | int | float | None) else f"a {type(value).__name__}"

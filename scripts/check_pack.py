@@ -1,0 +1,158 @@
+"""Check packs, stores of targets, runs and models for damage.
+
+    python scripts/check_pack.py data/mine/labels/train.tsv logits/mine/train/chunk_10 experiments/own_teacher/latest
+
+Each PATH is a packed list (TSV) or a shard (.h5): every clip is compared with its checksum; the folder of a store: all
+values are read and checked; a run's folder: its states and checkpoints; a checkpoint, a .safetensors file or a Hugging
+Face folder. Prints one line for each, and what is damaged. The exit status is 1 if anything is.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# First: signals are handled from here on, also during the slow imports.
+from common.errors import UserError, print_user_errors, some  # isort: split
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from audio.dataset import Pack
+from audio.shards import Shard
+from common.errors import Faults
+from common.options import Options, parse_arguments
+from common.progress import create_progress
+from distill.embeddings import EmbeddingStore
+from distill.store import TargetStore
+from distill.targets import SoftTargetStore
+from models.loading import read_weights
+from training.states import States
+
+
+class CheckOptions(Options):
+    """The options of check_pack.py."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("paths",)
+
+    paths: list[str] = Field([])  # packed lists, shards, stores, runs, checkpoints and Hugging Face folders
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence where nothing is given."""
+        if not self.paths:
+            yield "give the paths to check"
+
+
+def check_pack(path: Path) -> str:
+    """Compare all clips of a packed list with their checksums; return what was checked."""
+    pack = Pack.open(path)
+    faults = Faults(str(path), limit=20)
+    if pack.n_missing:
+        faults.add(f"{pack.n_missing} clips of the list are not in their shards")
+    for number, shard in enumerate(pack.shards):
+        _check_clips(shard, pack.position_of[pack.shard_of == number], faults)
+    faults.raise_if_any()
+    return f"{len(pack)} clips in {len(pack.shards)} shards{_describe_missing_checksums(pack.shards)}"
+
+
+def check_shard(path: Path) -> str:
+    """Compare all clips of a shard with their checksums; return what was checked."""
+    shard = Shard(path)
+    faults = Faults(str(path), limit=20)
+    _check_clips(shard, np.arange(len(shard)), faults)
+    faults.raise_if_any()
+    return f"{len(shard)} clips{_describe_missing_checksums([shard])}"
+
+
+def _check_clips(shard: Shard, positions: np.ndarray, faults: Faults) -> None:
+    with create_progress(total=len(positions), desc=shard.path.name, unit="clip") as progress:
+        for position in positions:
+            with faults.noted():
+                shard.read(int(position))  # in any case: a file without checksums may be too short
+                if not shard.is_intact(int(position)):
+                    faults.add(f"{shard.path}: the clip {shard.names[position]!r} is damaged")
+            progress.update()
+
+
+def _describe_missing_checksums(shards: Sequence[Shard]) -> str:
+    without = [shard.path.name for shard in shards if not shard.has_checksums]
+    return f"; {some(without)} have no checksums, so that only their structure was checked" if without else ""
+
+
+def check_store(path: Path) -> str:
+    """Read and check all values of a store of targets; return what was checked."""
+    kind: type[TargetStore] = EmbeddingStore if any(path.glob(f"{EmbeddingStore.prefix}_ep*")) else SoftTargetStore
+    store = kind(path)
+    faults = Faults(str(path), limit=20)
+    n_rows = 0
+    for epoch in store.epochs:
+        with faults.noted():
+            store.read_arrays(epoch)
+            n_rows += len(store.read_rows(epoch))
+    faults.raise_if_any()
+    return f"{n_rows} chunks of {len(store.epochs)} epochs"
+
+
+def check_run(path: Path) -> str:
+    """Check the states and checkpoints of a run; return what was checked."""
+    faults = Faults(str(path), limit=20)
+    checkpoints = sorted(path.glob("*.pt"))
+    for checkpoint in checkpoints:
+        with faults.noted():
+            check_model(checkpoint)
+    states = sorted((path / "states").glob("step=*.pt"))
+    for state in states:
+        with faults.noted():
+            States(path / "states").check(state)
+    faults.raise_if_any()
+    return f"{len(checkpoints)} checkpoints, {len(states)} states"
+
+
+def check_model(path: Path) -> str:
+    """Read a checkpoint or a Hugging Face folder, and check that its values are finite; return what was checked."""
+    state, _ = read_weights(path)
+    bad = [name for name, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if bad:
+        raise UserError(f"{path}: {some(bad)} have values that are not finite")
+    return f"{len(state)} tensors"
+
+
+def choose_check(path: Path) -> tuple[str, Callable[[Path], str]]:
+    """Return what a path is, and the function that checks it.
+
+    Raises:
+        UserError: it is none of the kinds that can be checked.
+    """
+    if path.is_dir():
+        if any(path.glob("*_ep*_*.h5")):
+            return "store", check_store
+        if (path / "run.json").is_file():
+            return "run", check_run
+    elif path.suffix.lower() == ".tsv":
+        return "pack", check_pack
+    elif path.suffix.lower() in (".h5", ".hdf5"):
+        return "shard", check_shard
+    return "model", check_model
+
+
+@print_user_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check all paths, and print a line for each."""
+    options = parse_arguments(CheckOptions, __doc__, arguments)
+    damaged = 0
+    for path in map(Path, options.paths):
+        kind, check = choose_check(path)
+        try:
+            print(f"{path}: {kind} intact ({check(path)})")
+        except UserError as error:
+            damaged += 1
+            print(f"{path}: {kind} DAMAGED\n{error}")
+    if damaged:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
