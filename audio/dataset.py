@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +17,14 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from audio.cutting import Chunks
 from audio.io import from_int16, resample
 from audio.manifest import read_manifest, resolve
 from audio.shards import Shard
-from common.errors import Faults, UserError, some
+from common.errors import Faults, UserError, describe_dead_worker, some
 from common.interrupts import start_worker
 from common.temporary import process_folder
 
@@ -235,18 +235,39 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return {"index": index, "name": self.pack.names[clip], "waveforms": waveforms}
 
 
-def loader_workers(requested: int) -> int:
-    """Return the number of loader processes to start: at most one a core, since more are no faster."""
-    n = min(requested, os.cpu_count() or 1)
-    if n:
-        process_folder()  # before they are forked
-    return n
+class ClipLoader(DataLoader[Any]):
+    """A DataLoader whose processes end with this one, and which says so if one of them has died.
+
+    Args:
+        dataset: the clips.
+        n_workers: loader processes; at most one a core is started, since more are no faster.
+        options: of the DataLoader.
+    """
+
+    def __init__(self, dataset: Dataset[Any], n_workers: int, **options: Any) -> None:
+        n = min(n_workers, os.cpu_count() or 1)
+        if n:
+            process_folder()  # before they are forked
+        super().__init__(dataset, num_workers=n, worker_init_fn=_start_worker, **options)
+
+    def __iter__(self) -> Any:
+        """Return an iterator over batches; it raises `UserError` if a loader process has died."""
+        return _explain_dead_workers(super().__iter__())
 
 
-def start_loader_worker(_: int) -> None:
-    """Prepare a loader process: `worker_init_fn` of every DataLoader."""
+def _start_worker(_: int) -> None:
     start_worker()
     tempfile.tempdir = str(process_folder())  # of the parent: Python's sockets would stay when it is killed
+
+
+def _explain_dead_workers(batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        dead = describe_dead_worker(error)
+        if dead is None:
+            raise
+        raise UserError(dead) from error
 
 
 def pad_batch(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

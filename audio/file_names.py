@@ -53,13 +53,13 @@ def locate(path: str | Path) -> Path | None:
             bytes of Windows-1252 and Latin-1.
     """
     path = Path(path)
-    if path.exists():
+    if os.path.exists(path):  # not Path.exists, which raises for names that are too long
         return path
     if str(path).isascii():
         return None  # there is no other spelling
     found = Path(path.anchor)
     for part in path.parts[1 if path.anchor else 0 :]:
-        step = next((found / form for form in _spellings(part) if (found / form).exists()), None)
+        step = next((found / form for form in _spellings(part) if os.path.exists(found / form)), None)
         if step is None:
             return None
         found = step

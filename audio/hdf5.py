@@ -6,11 +6,13 @@ All readers of this project get their datasets from `get_dataset` or pass them t
 """
 
 import errno
+import struct
 from collections.abc import Sequence
 from math import ceil, prod
 from typing import Any
 
 import h5py
+import numpy as np
 from h5py import h5d, h5l
 
 # What h5py raises for damaged files.
@@ -110,8 +112,10 @@ def read_texts(dataset: h5py.Dataset) -> list[str]:
     """Return the values of a dataset of text (N,), in blocks.
 
     Raises:
-        ValueError: together, they have more bytes than their file: damaged references may all lead to one long text.
+        ValueError: their heaps are damaged; or together, they have more bytes than their file, where references lead
+            to one long text.
     """
+    _check_heaps(dataset)
     texts: list[str] = []
     rest = dataset.file.id.get_filesize()
     for start in range(0, len(dataset), _TEXT_BLOCK):
@@ -121,6 +125,37 @@ def read_texts(dataset: h5py.Dataset) -> list[str]:
             raise ValueError(f"the texts of {dataset.name!r} are longer than the file")
         texts += block
     return texts
+
+
+def _check_heaps(dataset: h5py.Dataset) -> None:
+    """Raise `ValueError` where texts lead to a damaged heap: on an entry of size 0 in one, HDF5 would loop for ever.
+
+    HDF5 file format specification, III.E: a heap is "GCOL" and its size, followed by entries with index and size.
+    """
+    offset, file = dataset.id.get_offset(), dataset.file
+    if offset is None or dataset.dtype.kind != "O" or file.userblock_size or not len(dataset):
+        return
+    n_bytes = file.id.get_filesize()
+    with open(file.filename, "rb") as raw:
+        raw.seek(offset)
+        references = np.frombuffer(raw.read(16 * len(dataset)), [("n", "<u4"), ("heap", "<u8"), ("index", "<u4")])
+        for heap in np.unique(references["heap"][references["n"] > 0]).tolist():
+            raw.seek(min(heap, n_bytes))
+            signature, size = struct.unpack("<4s4xQ", raw.read(16).ljust(16, b"\0"))
+            if signature != b"GCOL" or not 16 <= size <= n_bytes - heap or not _is_heap(raw.read(size - 16)):
+                raise ValueError(f"the texts of {dataset.name!r} lead to a damaged place of the file")
+
+
+def _is_heap(entries: bytes) -> bool:
+    """Return whether the entries of a heap follow each other up to its end."""
+    place = 0
+    while place + 16 <= len(entries):
+        index, size = struct.unpack_from("<H6xQ", entries, place)
+        step = size if index == 0 else 16 + (size + 7) // 8 * 8  # of free space, the size includes the header
+        if not 16 <= step <= len(entries) - place:
+            return False
+        place += step
+    return True
 
 
 def _check_chunks(dataset: h5py.Dataset) -> None:
@@ -133,14 +168,14 @@ def _check_chunks(dataset: h5py.Dataset) -> None:
         raise ValueError(f"the dataset {dataset.name!r} has only {found} of its {expected} chunks")
 
 
-def describe_lock(error: OSError) -> str:
+def describe_lock(error: Exception) -> str:
     """Return a sentence on a file that HDF5 could not lock; "" for any other error of `h5py.File`.
 
     HDF5 locks a file while it is open: exclusively for writing, shared for reading.
     """
     if "unable to lock file" not in str(error):
         return ""
-    if error.errno in _LOCKED or "errno = 11," in str(error):
+    if getattr(error, "errno", None) in _LOCKED or "errno = 11," in str(error):
         return (
             "is locked by another process that has it open for writing; wait until that process has ended, or end it, "
             "and start again (`lsof` or `fuser` lists it)"

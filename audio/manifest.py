@@ -5,6 +5,7 @@ ways (without the folder, another extension, AudioSet's leading "Y"), so names a
 and by their stem where that is unambiguous.
 """
 
+import os
 import posixpath
 import re
 import unicodedata
@@ -17,11 +18,12 @@ import numpy as np
 import pandas as pd
 
 from audio.audioset import is_segment_list, read_segments
-from audio.file_names import locate
+from audio.file_names import is_text, locate
 from audio.io import AUDIO_EXTENSIONS, FOREIGN_EXTENSIONS
 from audio.tables import load_text, parse_table
 from common.errors import UserError, did_you_mean
 
+MAX_PART, MAX_PATH = 255, 4096  # bytes of names on all common file systems
 _EXTENSIONS = AUDIO_EXTENSIONS | FOREIGN_EXTENSIONS
 # "Y", an 11-character YouTube id, then nothing, or the start, or start and end of the segment in seconds.
 _AUDIOSET_NAME = re.compile(r"Y([A-Za-z0-9_-]{11}(?:_\d+(?:\.\d+)?){0,2})")
@@ -35,6 +37,7 @@ def read_manifest(
     required: Sequence[str] = ("filename",),
     delimiter: str = "\t",
     filename_column: str = "filename",
+    left_out: list[tuple[str, str]] | None = None,
 ) -> pd.DataFrame:
     r"""Read a table with one clip a row.
 
@@ -46,6 +49,8 @@ def read_manifest(
         required: columns that must be present; "filename" stands for `filename_column`.
         delimiter: between columns.
         filename_column: the file's column of names; it is named "filename" in the result.
+        left_out: gets the text and the fault of each row that does not fit the header, while most do; None makes them
+            errors, as suits tables that a program has written.
 
     Returns:
         The table, every value a string as it stands in the file, missing ones "".
@@ -59,7 +64,7 @@ def read_manifest(
     if is_segment_list(content):
         table, filename_column = read_segments(path, content), "filename"
     else:
-        table = parse_table(path, content, delimiter)
+        table = parse_table(path, content, delimiter, left_out)
     _check_columns(path, table, [filename_column if c == "filename" else c for c in required], delimiter)
     if table.empty:
         raise UserError(f"{path}: the table has a header but no rows")
@@ -95,8 +100,9 @@ def resolve(path: str, manifest: str | Path) -> Path:
     directory. Names with another Unicode form on disk (NFC, NFD), or that are not UTF-8 there, are found.
     """
     beside = Path(manifest).parent / path  # an absolute `path` replaces the folder
-    if beside.exists() or path.isascii():
-        return beside if beside.exists() else Path(path)
+    is_beside = os.path.exists(beside)  # not Path.exists, which raises for names that are too long
+    if is_beside or path.isascii():
+        return beside if is_beside else Path(path)
     return locate(beside) or locate(path) or Path(path)
 
 
@@ -104,6 +110,16 @@ def name_fault(name: str) -> str:
     """Return why a clip cannot have this name, in a sentence; "" where it can."""
     if "\n" in name or "\r" in name:
         return "the name has a line break, which lists of sounds do not support; rename the file"
+    if "\0" in name:
+        return "the name has a NUL character, which no file's name can have; correct the list"
+    if not is_text(name):
+        return "the name is not valid text (UTF-8); rename the file"
+    longest = max(map(len, name.split("/"))) if len(name) > MAX_PART else 0
+    if longest > MAX_PART or len(name) > MAX_PATH:  # in characters: names that are not UTF-8 on disk are longer here
+        return (
+            f"the name has {len(name)} characters, {longest} of them between two '/'; files have at most {MAX_PATH} "
+            f"and {MAX_PART}; correct the list"
+        )
     return ""
 
 

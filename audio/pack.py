@@ -47,6 +47,7 @@ def pack(
     hdf5_folder: str = "hdf5",
     index_folder: str = "labels",
     progress: bool = True,
+    left_out: Sequence[tuple[str, str]] = (),
 ) -> Report:
     """Pack the clips of a list into `output/hdf5/NAME_0.h5` ..., `output/labels/NAME.tsv` and `NAME.report.json`.
 
@@ -63,6 +64,7 @@ def pack(
         n_workers: decoding processes; 0 decodes in this one.
         limits: of a sound file, and of what a clip takes in memory.
         add_duration: add a column `duration` in seconds.
+        left_out: rows of the list that are not in `table`, with their faults, for the report.
         hdf5_folder: folder of the shards in `output`.
         index_folder: folder of the manifest in `output`.
         progress: show a progress bar.
@@ -77,7 +79,8 @@ def pack(
     output = Path(output)
     manifest = output / index_folder / f"{name}.tsv"
     _check_arguments(list_path, manifest, sample_rate, layout, stereo, size_per_file, n_workers)
-    report = Report(sample_rate, len(table))
+    report = Report(sample_rate, len(table) + len(left_out))
+    report.left_out["unreadable"] += left_out
     rows = _select_rows(table, report)
     names = [str(table["filename"].iat[row]) for row in rows]
     keys = _use_base_names(names, list_path) if layout == PUBLISHED and not fullname else names

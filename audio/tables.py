@@ -9,8 +9,9 @@ A line is a row. What surrounds the fields is read by these rules:
   of the line; `""` inside is one mark. Any other mark belongs to the value, so that a plain list may name `"a".wav`;
   so do those of a row that has all its columns only then.
   Fields that hold line breaks are read where every row then has all its columns, and fewer have so line by line.
-- Columns: a shorter row has empty values at its end; a longer one is a fault unless what is too much is empty. A
-  column without name and values is left out; two columns of one name are a fault.
+- Columns: a shorter row has empty values at its end; a longer one is a fault unless what is too much is empty, or is
+  left out and noted where the caller asks for it. A column without name and values is left out; two columns of one
+  name are a fault.
 
 Tables without oddities are read by PyArrow and compared in their number of lines; all others line by line.
 """
@@ -64,7 +65,8 @@ def load_text(path: str | Path) -> bytes:
                 f"{path}: begins as {encoding.upper()} and is not so throughout ({error}); save it as text in UTF-8"
             ) from None
     content = content.removeprefix(codecs.BOM_UTF8)
-    if b"\0" in content[:4096] or content.startswith(b"PK\x03\x04"):
+    # A NUL here and there is an odd name (or a damaged one), which is left out later.
+    if content[:4096].count(0) > len(content[:4096]) // 64 or content.startswith(b"PK\x03\x04"):
         raise UserError(
             f"{path}: is no text in UTF-8 but a spreadsheet, UTF-16 without a byte-order mark or some other kind of "
             "file; save it as text: tab-separated or CSV, in UTF-8"
@@ -98,13 +100,17 @@ def _as_utf8(path: str | Path, content: bytes) -> bytes:
     return "\n".join(lines).encode("utf-8")
 
 
-def parse_table(path: str | Path, content: bytes, delimiter: str) -> pd.DataFrame:
+def parse_table(
+    path: str | Path, content: bytes, delimiter: str, left_out: list[tuple[str, str]] | None = None
+) -> pd.DataFrame:
     """Return the rows of a table below its header, every value a string as it stands in the file, missing ones "".
 
     Args:
         path: for sentences.
         content: of the file, see `load_text`.
         delimiter: between columns: one character.
+        left_out: gets the text and the fault of each row that cannot be read, while most can; None makes them errors.
+            With it, what looks like a separator in a table of one column belongs to the value.
 
     Raises:
         UserError: every row that has more fields than the header, two columns of one name, a quotation mark that leaves
@@ -115,7 +121,7 @@ def parse_table(path: str | Path, content: bytes, delimiter: str) -> pd.DataFram
     content = content.rstrip(b"\n")
     table = _read_regular(content, delimiter)
     if table is None:
-        table = _read_carefully(path, content, delimiter)
+        table = _read_carefully(path, content, delimiter, left_out)
     return _drop_empty(table)
 
 
@@ -185,7 +191,9 @@ def _enclose_fields(text: np.ndarray, marks: np.ndarray, lines: np.ndarray, deli
 # --- Any table, line by line ---
 
 
-def _read_carefully(path: str | Path, content: bytes, delimiter: str) -> pd.DataFrame:
+def _read_carefully(
+    path: str | Path, content: bytes, delimiter: str, left_out: list[tuple[str, str]] | None = None
+) -> pd.DataFrame:
     lines = content.decode("utf-8").split("\n")
     head = next((number for number, line in enumerate(lines) if line.strip()), None)
     if head is None:
@@ -194,6 +202,7 @@ def _read_carefully(path: str | Path, content: bytes, delimiter: str) -> pd.Data
     values: list[str] = []  # of all rows one after the other: two million small lists would take thrice the time
     longer: list[tuple[int, list[str]]] = []
     shorter, unclosed, returns = [], [], []
+    places: dict[int, int] = {}  # line → the row it became, of those that may be left out
     width = len(columns)
     for number, line in enumerate(lines[head + 1 :], head + 2):
         if not line:
@@ -208,16 +217,21 @@ def _read_carefully(path: str | Path, content: bytes, delimiter: str) -> pd.Data
             fields = line.split(delimiter)
         if "\r" in line:
             returns.append(number)
+            places[number] = len(values) // width
         if len(fields) < width:
             shorter.append(number)
             fields += [""] * (width - len(fields))
         elif len(fields) > width:
             if any(fields[width:]):
                 longer.append((number, fields))
+                places[number] = len(values) // width
             fields = fields[:width]
         values += fields
     if unclosed and (longer or shorter):
         values = _read_line_breaks(path, "\n".join(lines[head:]), delimiter, width, unclosed[0], longer, shorter)
+    elif left_out is not None and 2 * len(places) < len(values) // width:
+        values = _leave_out(values, width, delimiter, lines, places, dict(longer), left_out)
+        returns = []
     else:
         _refuse_longer(path, longer, columns, delimiter, len(values) // width)
     if returns:
@@ -229,6 +243,30 @@ def _read_carefully(path: str | Path, content: bytes, delimiter: str) -> pd.Data
     _refuse_duplicates(path, columns)
     names = enumerate(_name_columns(columns))
     return pd.DataFrame({name: pd.Series(values[number::width], dtype=str) for number, name in names})
+
+
+def _leave_out(
+    values: list[str],
+    width: int,
+    delimiter: str,
+    lines: Sequence[str],
+    places: dict[int, int],
+    longer: dict[int, list[str]],
+    left_out: list[tuple[str, str]],
+) -> list[str]:
+    """Return the values without the rows in `places`, which are noted; names of a plain list get their separators."""
+    gone = set()
+    for number, row in places.items():
+        line = lines[number - 1]
+        if width == 1 and "\r" not in line:
+            values[row] = delimiter.join(longer[number])
+            continue
+        gone.add(row)
+        found = f"has {len(longer[number])} fields, expected {width}" if number in longer else "has a carriage return"
+        left_out.append((line, f'line {number} {found}; rename the file, or put "..." around its name'))
+    if not gone:
+        return values
+    return [value for place, value in enumerate(values) if place // width not in gone]
 
 
 def _split(line: str, delimiter: str) -> tuple[list[str], bool]:

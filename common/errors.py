@@ -99,22 +99,24 @@ def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
             named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
             fail("; ".join([named, *getattr(error, "__notes__", [])]))
         except RuntimeError as error:
-            if dead := describe_dead_worker(error):
+            if dead := describe_dead_worker(error):  # PyTorch raises it wherever the process is at that moment
                 fail("; ".join([dead, *getattr(error, "__notes__", [])]))
             raise
 
     return wrapper
 
 
-def describe_dead_worker(error: RuntimeError) -> str | None:
-    """Return the message for an error of PyTorch about a loader process that has died; None for any other error."""
+def describe_dead_worker(error: Exception) -> str | None:
+    """Return the message for an error about a loader process that has died; None for an error that it has raised."""
     found = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\) (?:is killed by signal: (.*?)\.|exited)", str(error))
-    if found is None:
+    # Its sockets end or are gone, and Python raises what they raise.
+    is_lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "ancdata" in str(error)
+    if found is None and (not is_lost or "DataLoader worker" in str(error)):
         return None
-    cause = f"signal: {found[2]}" if found[2] else "see the messages above"
+    which = f" (pid {found[1]}{f', signal: {found[2]}' if found[2] else ''})" if found else ""
     return (
-        f"a process that loads clips (pid {found[1]}) died ({cause}): as a rule, memory has run out (or shared "
-        "memory, /dev/shm); lower num_workers or batch_size"
+        f"a process that loads clips has died{which}: as a rule, memory has run out (or shared memory, /dev/shm); "
+        "lower num_workers or batch_size"
     )
 
 

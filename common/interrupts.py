@@ -9,7 +9,6 @@ A launcher passes on what the terminal has already sent to every process, so a s
 the same one. A later one ends the process at once.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -25,6 +24,15 @@ REPEAT_SECONDS = 2.0
 WATCH_SECONDS = 0.5  # between two checks whether the parent of a worker is alive
 
 _ROOT = Path(__file__).resolve().parents[1]
+# Of the project's folder; a user's program there that imports the project keeps its own handlers.
+_PROGRAMS = (
+    "run.py",
+    "save_logits.py",
+    "inference.py",
+    "export_onnx.py",
+    "onnx_inference_with_kaldi.py",
+    "onnx_inference_with_torchaudio.py",
+)
 
 
 class StopSignal(KeyboardInterrupt):
@@ -76,8 +84,8 @@ def _prints() -> bool:
 
 def _is_entry_point() -> bool:
     """Return whether the running program is one of this project's, and not a test or a notebook that imports it."""
-    main = getattr(sys.modules.get("__main__"), "__file__", None)
-    return main is not None and Path(main).resolve().parent in (_ROOT, _ROOT / "scripts")
+    main = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "").resolve()
+    return main in [_ROOT / name for name in _PROGRAMS] or main.parent == _ROOT / "scripts"
 
 
 def _raise(number: int) -> None:
@@ -127,6 +135,8 @@ def start_worker(_: int = 0) -> None:
     Signals to the whole process group are for the parent, which stops its workers. SIGTERM of the parent itself
     ends the worker, and so does the end of the parent, however it came.
     """
+    import multiprocessing  # here, since entry points import this module first
+
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS, where SIGTERM ends a worker

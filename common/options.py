@@ -49,7 +49,7 @@ FolderName = Annotated[str, AfterValidator(_check_folder)]  # likewise; may be a
 class Options(BaseModel):
     """Base of all options; values that are not declared are refused, with the nearest name."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True, allow_inf_nan=False)
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ()  # given without a name, in this order; a list takes all that follow
     SHORT: ClassVar[Mapping[str, str]] = {}  # name → letter

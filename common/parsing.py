@@ -7,6 +7,7 @@ refused in every file and on every command line, with the place and the reason.
 
 import json
 import math
+import os
 import stat
 from collections import Counter
 from pathlib import Path
@@ -24,7 +25,7 @@ RecordT = TypeVar("RecordT", bound=BaseModel)
 MAX_YAML_BYTES = 1 << 20
 MAX_JSON_BYTES = 1 << 24
 MAX_DEPTH = 64  # of lists and mappings in each other
-MAX_VALUES = 100_000  # of a YAML document, where an alias counts as what it stands for
+MAX_VALUES = 20_000  # of a YAML document, where an alias counts as what it stands for
 MAX_DIGITS = 64  # of a whole number
 
 _KINDS = {dict: "a mapping", list: "a list", str: "text", int: "a number", float: "a number", type(None): "nothing"}
@@ -53,7 +54,9 @@ def read_bounded(path: str | Path, limit: int) -> str:
         ValueError: it has more than `limit` bytes, or is no UTF-8.
     """
     with open(path, "rb") as file:
-        content = file.read(limit + 1)  # not by its size: a device or a pipe has none
+        status = os.fstat(file.fileno())
+        # Python allocates what it is told to read; a device or a pipe has no size.
+        content = file.read(min(limit, status.st_size) + 1 if stat.S_ISREG(status.st_mode) else limit + 1)
     if len(content) > limit:
         raise ValueError(f"it has more than {limit:,} bytes")
     return content.decode("utf-8")

@@ -192,7 +192,7 @@ class TargetStore:
         path = self._path(epoch, part)
         try:
             return h5py.File(path, "r")
-        except OSError as error:
+        except READ_ERRORS as error:
             if locked := describe_lock(error):
                 raise UserError(f"{path} {locked}") from None
             raise UserError(f"{path} cannot be read ({error}); delete it and run save_logits.py again") from None

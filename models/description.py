@@ -4,11 +4,12 @@ import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from common.errors import Faults
+from common.labels import find_label_fault, is_writable
 from models.base import Activation
-from models.labels import MAX_CLASSES, find_label_fault
+from models.labels import MAX_CLASSES
 from models.settings import Width
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -17,6 +18,15 @@ FORMAT_VERSION = 1
 _MAX_HIDDEN = 16  # layers of a head
 Labels = list[str] | tuple[str, ...]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _check_writable(text: str) -> str:
+    if not is_writable(text):
+        raise ValueError("expected characters that can be written as UTF-8")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_writable)]
 
 
 class Description(BaseModel):
@@ -28,12 +38,12 @@ class Description(BaseModel):
 class HeadFacts(Description):
     """What a head's file says of its training, as far as this project reads it."""
 
-    name: str | None = None
-    model: str | None = None
+    name: Text | None = None
+    model: Text | None = None
     weights_sha256: str | None = None
     chunk_length: Annotated[float, Field(gt=0, le=86400)] = 10.0
-    data: str | None = None
-    metric: str | None = None
+    data: Text | None = None
+    metric: Text | None = None
     value: Annotated[float, Field(allow_inf_nan=True)] | None = None
 
 

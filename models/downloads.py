@@ -72,28 +72,45 @@ def download(url: str, name: str | None = None) -> Path:
     Raises:
         UserError: it names no file, or cannot be downloaded; the message names the path for a manual download.
     """
-    published = file_name(url)
-    key = hashlib.sha256(url.encode()).hexdigest()[:16]
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / (name or f"{key}-{published[-100:]}")
-    if path.is_file():
-        return path
-    hashed = folder / published
-    if name is None and _HASH.search(published) and hashed.is_file() and _find_hash_fault(hashed, published) is None:
-        return hashed  # of torch.hub: the content is the one that the name says
+    if (copy := find_copy(url, name)) is not None:
+        return copy
+    folder, key, path = _locate(url, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _only_one(folder / f".{key}.lock", url):
             if not path.is_file():
                 logger.info("downloading %s to %s", url, path)
                 # its suffix tells the format
-                _download(url, folder / f".{key}.part{path.suffix}", path, published)
+                _download(url, folder / f".{key}.part{path.suffix}", path, file_name(url))
     except (OSError, http.client.HTTPException, UserError, _TransferError) as error:
         raise UserError(
             f"the weights {url} cannot be downloaded ({_describe(error)}): download the file to {path}, or give a file "
             "with `--weights PATH`"
         ) from error
     return path
+
+
+def find_copy(url: str, name: str | None = None) -> Path | None:
+    """Return the copy of a URL that is there, or None; arguments and errors as in `download`."""
+    folder, _, path = _locate(url, name)
+    if path.is_file():
+        return path
+    hashed = folder / file_name(url)
+    if (
+        name is None
+        and _HASH.search(hashed.name)
+        and hashed.is_file()
+        and _find_hash_fault(hashed, hashed.name) is None
+    ):
+        return hashed  # of torch.hub: the content is the one that the name says
+    return None
+
+
+def _locate(url: str, name: str | None) -> tuple[Path, str, Path]:
+    """Return the folder of all copies, a hash of the address, and the path of its copy."""
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return folder, key, folder / (name or f"{key}-{file_name(url)[-100:]}")
 
 
 def _describe(error: Exception) -> str:

@@ -22,6 +22,7 @@ from models.settings import Frames, MelSettings, find_argument_faults, take_sett
 Count = TypeVar("Count", int, Tensor)
 
 SILENCE_DB = -100.0  # power 1e-10, the floor of the decibel scale
+_MAX_HERTZ = 1e9
 _MAX_PADDED = 10_000_000  # samples
 
 
@@ -110,7 +111,8 @@ class FrontEnd(nn.Module):
             UserError: no band is below it.
         """
         upper = self.mel_edges_hz[2:]
-        if isinstance(hertz, bool) or not isinstance(hertz, int | float) or not upper[0] <= hertz:
+        is_number = isinstance(hertz, int | float) and not isinstance(hertz, bool)
+        if not is_number or not float(upper[0]) <= hertz <= _MAX_HERTZ:
             raise UserError(
                 f"band_limit is {hertz!r}; expected hertz, at least {float(upper[0]):g}, the end of the lowest mel band"
             )

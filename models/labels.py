@@ -2,11 +2,10 @@
 
 import csv
 import functools
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common.errors import UserError
+from common.labels import find_label_fault
 
 MAX_CLASSES = 100_000
 AUDIOSET_LABELS = Path(__file__).resolve().parent.parent / "resources" / "class_labels_indices.csv"
@@ -54,7 +53,7 @@ def labels_for(num_classes: int, labels: list[str] | None) -> list[str]:
     """Return `labels`, or default names for `num_classes` classes: AudioSet's if 527, else their numbers.
 
     Raises:
-        UserError: more than `MAX_CLASSES` classes, or see `find_label_fault`.
+        UserError: more than `MAX_CLASSES` classes, or see `common.labels.find_label_fault`.
     """
     if num_classes > MAX_CLASSES:
         raise UserError(f"num_classes is {num_classes}; expected at most {MAX_CLASSES}")
@@ -64,19 +63,3 @@ def labels_for(num_classes: int, labels: list[str] | None) -> list[str]:
     if fault := find_label_fault(num_classes, labels):
         raise UserError(fault)
     return list(labels)
-
-
-def find_label_fault(num_classes: int, labels: Sequence[Any]) -> str | None:
-    """Return why these are not the names of `num_classes` classes: another number, equal or empty ones; or None."""
-    if len(labels) != num_classes:
-        return f"{len(labels)} labels were given for {num_classes} classes: give one name per class"
-    seen: set[str] = set()
-    for index, label in enumerate(labels):
-        if not isinstance(label, str) or not label.strip():
-            return f"label {index} is {label!r:.80}: expected a name for every class"
-        if label in seen:
-            return f"two classes have the label {label!r:.80}: expected a different name for each"
-        if any("\ud800" <= character <= "\udfff" for character in label):
-            return f"label {index} is {label!r:.80}: expected characters that can be written as UTF-8"
-        seen.add(label)
-    return None

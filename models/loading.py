@@ -18,7 +18,7 @@ from common.errors import Faults, UserError, did_you_mean, some
 from common.files import whole_file
 from models.base import Activation, AudioTagger
 from models.description import FORMAT_VERSION, ModelDescription, check_description, show
-from models.downloads import download, file_name
+from models.downloads import download, file_name, find_copy
 from models.headed import HEAD, Head, HeadedTagger, restore_head
 from models.huggingface import is_huggingface_folder, read_huggingface
 from models.parametrizations import fit_plain_weights
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _TIMM = "timm:"  # prefix of the name of a timm model
 _SPARE_WEIGHTS = 16 << 20  # that a network may have beyond those of its file: positions are stretched
+_LOSS = re.compile(r"best_epoch=\d+_-?\w+=(-?\d+\.?\d*(?:e[+-]?\d+)?)")  # in the name of a checkpoint
 _PRE_TRAINING_PARTS = ("decoder", "mask_token")  # of a masked auto-encoder, unused in tagging
 
 
@@ -69,41 +70,57 @@ def load_model(
     is_name = str(source) in list_models()
     origin = weights or (_find_published_weights(str(source)) if is_name else source)
     state, config = read_weights(origin)
+    given = {"activation": activation} if activation else {}
     head = None
     if config.get("head"):
         tensors, state = _split_head(state)
         if num_classes is None and labels is None:  # else the last layer is initialised anew and replaces the head
-            given = {"activation": activation} if activation else {}
             head = restore_head(config["head"] | given, tensors, str(origin))
     name = str(source) if is_name else config.get("model") or _find_model_by_url(str(origin))
     if name not in list_models():
         what = f"names {name!r}, which is no model here" if name else "does not name its model"
         raise UserError(f"{origin} {what}: give `-m NAME --weights {origin}`, NAME one of {some(list_models(), 99)}")
 
-    stored = _stored_settings(config, name)
-    settings: dict[str, Any] = stored | arguments
-    if activation or config.get("activation"):
-        settings["activation"] = activation or config["activation"]
-    n_stored = config.get("num_classes")
-    if n_stored is None and config.get("labels"):
-        n_stored = len(config["labels"])
-    n_wanted = num_classes if num_classes is not None else len(labels) if labels else n_stored
-    if labels is None and config.get("labels") and n_wanted == len(config["labels"]):
-        labels = list(config["labels"])
-    _check_size(name, stored, n_stored, state, str(origin))
-    model = create_model(name, num_classes=n_wanted, labels=labels, **settings)
-    last = state.get(f"{model.last_layer}.weight")
-    n_rows = len(last) if last is not None and last.ndim else None
-    if n_wanted is None and n_rows is not None and n_rows != model.num_classes:
-        model = create_model(name, num_classes=n_rows, **settings)
-    if n_rows is not None and n_stored and n_stored == n_wanted != n_rows and num_classes is None:
-        raise UserError(
-            f"{origin}: it describes {n_stored} classes, and its last layer has {n_rows}; give `num_classes` to start "
-            "the last layer anew"
-        )
+    model = _build(name, state, config, num_classes, labels, arguments | given, str(origin))
     _fit(model, state, str(origin))
     tagger = model if head is None else HeadedTagger(model, head)
     return tagger.to(device).eval()
+
+
+def _build(
+    name: str,
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    num_classes: int | None,
+    labels: list[str] | None,
+    given: Mapping[str, Any],
+    origin: str,
+) -> AudioTagger:
+    """Build the model that a config describes, with fresh weights; arguments as in `load_model` override it.
+
+    Raises:
+        UserError: the description and the tensors contradict each other.
+    """
+    stored, own_labels = _stored_settings(config, name), config.get("labels")
+    settings = stored | ({"activation": config["activation"]} if config.get("activation") else {}) | dict(given)
+    n_stored = len(own_labels) if config.get("num_classes") is None and own_labels else config.get("num_classes")
+    _check_size(name, stored, n_stored, state, origin)
+    is_given = num_classes is not None or labels is not None
+    n_wanted = num_classes if num_classes is not None else len(labels) if labels else n_stored
+    if labels is None and own_labels and n_wanted == len(own_labels):
+        labels = list(own_labels)
+    model = create_model(name, num_classes=n_wanted, labels=labels, **settings)
+    last = state.get(f"{model.last_layer}.weight")
+    if last is None or not last.ndim or len(last) == model.num_classes:
+        return model
+    if n_wanted is None:
+        return create_model(name, num_classes=len(last), **settings)
+    if n_stored and not is_given:
+        raise UserError(
+            f"{origin}: it describes {n_stored} classes, and its last layer has {len(last)}; give `num_classes` to "
+            "start the last layer anew"
+        )
+    return model
 
 
 def _check_size(
@@ -264,9 +281,29 @@ def weights_hash(module: nn.Module, excluded: tuple[str, ...] = ()) -> str:
 
 def fetch(url: str) -> Path:
     """Return the copy of a URL in torch.hub's cache, see `models.downloads.download`."""
+    return download(url, _find_published_file(url))
+
+
+def needs_download(source: str | Path | None) -> bool:
+    """Whether weights are to be fetched first, which may take long: other faults are reported before.
+
+    Args:
+        source: see `read_weights`, or the name of a model with published weights; None for no weights.
+
+    Raises:
+        UserError: a URL that names no file.
+    """
+    origin = str(source or "")
+    if origin in list_models():
+        origin = get_model_entry(origin).weights or ""
+    return _is_remote(origin) and (origin.startswith(_TIMM) or find_copy(origin, _find_published_file(origin)) is None)
+
+
+def _find_published_file(url: str) -> str | None:
+    """Return the name of a file that the project publishes or links to, None for any other address."""
     entries = map(get_model_entry, list_models())
     published = {address for entry in entries for address in (entry.weights, entry.initialisation)}
-    return download(url, file_name(url) if url in published else None)
+    return file_name(url) if url in published else None
 
 
 def _is_remote(origin: str) -> bool:
@@ -315,7 +352,9 @@ def _choose_checkpoint(folder: Path) -> Path:
     for file in files:
         if match := re.search(r"mAP=(\d*\.\d+)$", file.stem):
             scored.append((float(match[1]), file))
-        elif match := re.fullmatch(r"best_epoch=\d+_-?\w+=(-?\d[\d.e+-]*)", file.stem):  # a loss: smallest is best
+        elif match := re.fullmatch(
+            r"best_epoch=\d+_-?\w+=(-?\d+\.?\d*(?:e[+-]?\d+)?)", file.stem
+        ):  # a loss: smallest is best
             scored.append((-float(match[1]), file))
     if scored:
         return max(scored)[1]

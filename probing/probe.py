@@ -25,6 +25,7 @@ from common.parsing import load_json
 from models.devices import choose_device
 from models.headed import Head
 from models.heads import FOLDER, save_head
+from models.loading import needs_download
 from probing.baseline import fit_baselines
 from probing.data import ProbeSet, make_sort_key, open_clips
 from probing.fit import Examples, FitSettings, FittedHead, fit, predict
@@ -70,7 +71,11 @@ def probe(given: dict[str, Any], seed: int) -> str:
     faults = Faults("the probe")
     options = read_options(ProbeOptions, {key: value for key, value in given.items() if value is not None}, faults)
     clips = None if options is None else open_clips(options, faults)
-    source = None if options is None else open_source(options, faults)
+    source = None
+    with faults.noted():
+        # before a download, which may take long, other faults are reported
+        if options is not None and not (faults.sentences and needs_download(options.weights or options.model)):
+            source = open_source(options, faults)
     faults.raise_if_any()
     assert options is not None
     assert clips is not None

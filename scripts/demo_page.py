@@ -35,6 +35,7 @@ from pydantic import Field
 from audio.errors import AudioReadError
 from audio.isolation import IsolatedBlocks
 from common.options import ModelOptions, parse_arguments
+from common.temporary import temporary_folder
 from scripts.page.hosts import HostCheck, list_names
 from tagging.base import Engine
 from tagging.engines import open_engine
@@ -353,7 +354,7 @@ def check_port(host: str, port: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Serve the page until it is stopped."""
     options = parse_arguments(PageOptions, __doc__, arguments)
-    with tempfile.TemporaryDirectory(prefix="ced-demo-", ignore_cleanup_errors=True) as folder:
+    with temporary_folder() as folder:
         local = ",".join(filter(None, (os.environ.get("NO_PROXY"), "localhost", "127.0.0.1", options.host)))
         os.environ |= {"GRADIO_TEMP_DIR": f"{folder}/cache", "GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": local}
         try:
@@ -366,7 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
         chosen = {name: getattr(options, name) for name in ("engine", "weights", "device", "head")}
         engine = open_engine(options.model, **chosen)
         page = Page(engine, options.max_seconds)
-        blocks = build(page, options, Path(folder))
+        blocks = build(page, options, folder)
         # The default fonts would be loaded from another server.
         theme = gr.themes.Default(
             primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]

@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Pack the sounds of a list, and print the summary."""
     options = parse_arguments(PackOptions, __doc__, arguments)
     delimiter = {"\\t": "\t", "tab": "\t", "TAB": "\t"}.get(options.delim, options.delim)
-    table = read_manifest(options.list, delimiter=delimiter, filename_column=options.filename_column)
+    left_out: list[tuple[str, str]] = []
+    table = read_manifest(options.list, delimiter=delimiter, filename_column=options.filename_column, left_out=left_out)
     report = pack(
         table,
         options.list,
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         add_duration=options.duration,
         hdf5_folder=options.hdf5_dirname,
         index_folder=options.index_dirname,
+        left_out=left_out,
     )
     print(report.summary())
     print("written     " + "\n            ".join(report.files))

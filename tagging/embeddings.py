@@ -51,7 +51,7 @@ class EmbeddingFile(Output):
         remove_dead_partials(self.folder)
         for source in self._sources():
             with _open_source(source, settings) as file:
-                self.done.update(*map(unescape_name, _read_names(file)))
+                self.done.update(map(unescape_name, _read_names(file)))
         self._held: list[TaggedFile] = []
         self._n_bytes = 0
         self._last_flush = time.monotonic()

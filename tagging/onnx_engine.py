@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 
 from common.errors import UserError, some
+from common.labels import find_label_fault
 from common.parsing import parse_json
 from common.samples import as_clips
 from tagging.base import MAX_THREADS
@@ -75,7 +76,7 @@ class OnnxEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = max(n_cores // self.n_threads, 1)
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are in the exceptions
         options.add_session_config_entry(
             "session.intra_op.allow_spinning", "0"
         )  # it would take the cores from the decoders
@@ -214,13 +215,10 @@ class OnnxEngine:
         self._max_frames = None
         if facts.get("max_frames"):
             self._max_frames = _read_number(facts["max_frames"], FRAMES, f"{origin}, max_frames")
-        if not all(isinstance(each, str) and each for each in self.labels):
-            raise UserError(f"{origin}: its labels are no list of names; export it again")
-        if len(self.labels) != n_classes or len(set(self.labels)) != n_classes:
-            raise UserError(
-                f"{self.path} has {len(self.labels)} labels, {len(set(self.labels))} of them different, for "
-                f"{n_classes} classes; export it again"
-            )
+        if not isinstance(n_classes, int):
+            raise UserError(f"{origin}: the number of classes is not fixed; export it again")
+        if fault := find_label_fault(n_classes, self.labels):
+            raise UserError(f"{origin}: {fault}; export it again")
         self.takes, self.precision = facts["input"], facts.get("precision", "fp32")
         self.name = facts.get("name") or self.path.stem
 
@@ -233,9 +231,11 @@ def _read_number(text: str, limits: tuple[int, int], origin: str) -> int:
 
 
 def _longest(front_end: FrontEnd, max_frames: int) -> int:
-    """Return the samples of the longest clip that has `max_frames` frames."""
+    """Return the samples of the longest clip that has `max_frames` frames; 0 where none has so few."""
+    if front_end.n_frames(1) > max_frames:  # every clip is padded to more
+        return 0
     n_samples = max_frames * front_end.hop_size + front_end.n_fft
-    while n_samples > 0 and front_end.n_frames(n_samples) > max_frames:
+    while front_end.n_frames(n_samples) > max_frames:
         n_samples -= 1
     return n_samples
 

@@ -41,6 +41,10 @@ class RowFormat(NamedTuple):
     parse: Callable[[Iterator[str]], Iterator[tuple[str, str | None, str | None]]]
 
 
+_ESCAPE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
+_LITERAL = re.compile(r"\\(?=x(?:5c|[89a-f][0-9a-f]))")
+
+
 def describe_warnings(warnings: Mapping[str, str]) -> str | None:
     """Join warnings to one text, each behind its kind; None where there are none."""
     return "; ".join(f"{kind}: {sentence}" for kind, sentence in warnings.items()) or None
@@ -53,7 +57,7 @@ def has_lost_sound(text: str) -> bool:
 
 def _table_rows(file: TaggedFile) -> Iterator[tuple[Any, ...]]:
     """Yield the rows of a file in `COLUMNS`: one a label, best first in a window, or one where there is no label."""
-    name, warning = str(file.path), describe_warnings(file.warnings)
+    name, warning = escape_name(str(file.path)), describe_warnings(file.warnings)
     if file.fault is not None or not any(window.tags for window in file.windows):
         yield name, None, None, None, None, file.fault, warning
     for window in file.windows:
@@ -71,12 +75,12 @@ def _format_csv(file: TaggedFile) -> str:
 def _parse_csv(lines: Iterator[str]) -> Iterator[tuple[str, str | None, str | None]]:
     for row in csv.reader(lines, strict=True):
         *_, fault, warning = row if len(row) == len(COLUMNS) else ("", "")
-        yield row[0], fault or None, warning or None
+        yield unescape_name(row[0]), fault or None, warning or None
 
 
 def _json_rows(file: TaggedFile) -> Iterator[dict[str, Any]]:
     """Yield a row a window, or one for a file without windows; the first has the file's warnings, kind → sentence."""
-    name = {"filename": str(file.path)}
+    name = {"filename": escape_name(str(file.path))}
     warnings: dict[str, Any] = {"warnings": file.warnings} if file.warnings else {}
     if file.fault is not None:
         yield {**name, "error": file.fault}
@@ -94,7 +98,7 @@ def _format_json(file: TaggedFile) -> str:
 
 def _parse_json(lines: Iterator[str]) -> Iterator[tuple[str, str | None, str | None]]:
     for row in map(json.loads, lines):
-        yield row["filename"], row.get("error"), describe_warnings(row.get("warnings", {}))
+        yield unescape_name(row["filename"]), row.get("error"), describe_warnings(row.get("warnings", {}))
 
 
 CSV = RowFormat(",".join(COLUMNS) + "\n", _format_csv, _parse_csv)
@@ -299,7 +303,7 @@ def _read_file(name: str, part: Path, place: Place) -> TaggedFile:
 
 
 def _read_parquet(path: Path, settings: Mapping[str, Any]) -> dict[str, Place]:
-    """Read which sound files a parquet file holds, under each name that `unescape_name` gives."""
+    """Read which sound files a parquet file holds."""
     import pyarrow
     import pyarrow.parquet
 
@@ -313,9 +317,7 @@ def _read_parquet(path: Path, settings: Mapping[str, Any]) -> dict[str, Place]:
                 raise ValueError(f"it has no column {', '.join(sorted(missing))}")
             for batch in file.iter_batches(columns=["filename", "error", "warning"]):
                 for row in batch.to_pylist():
-                    other, name = unescape_name(row["filename"])
-                    places[other] = Place(0, 0, None, None)
-                    places[name] = Place(0, 0, row["error"], row["warning"])
+                    places[unescape_name(row["filename"])] = Place(0, 0, row["error"], row["warning"])
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} exists and cannot be added to ({error}): write elsewhere, or remove it") from error
     return places
@@ -328,7 +330,7 @@ def _append_parquet(path: Path, settings: Mapping[str, Any], files: Iterable[Tag
 
     numbers = ("start", "end", "probability")
     schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in COLUMNS])
-    rows = ((escape_name(name), *rest) for file in files for name, *rest in _table_rows(file))
+    rows = (row for file in files for row in _table_rows(file))
     write_json(meta_path(path), settings)  # first: a table without it could not be added to
     with whole_file(path) as target, pq.ParquetWriter(target, schema) as writer:
         if path.exists():
@@ -366,18 +368,21 @@ def meta_path(path: Path) -> Path:
 
 
 def _decode(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")
+    return data.decode("utf-8", "surrogateescape")  # tables of earlier versions have names as their bytes
 
 
 def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")  # a file's name may be any bytes
+    return text.encode("utf-8", "backslashreplace")  # a fault may name a file whose name is no text
 
 
 def escape_name(name: str) -> str:
-    r"""Write the bytes of a file's name that are not UTF-8 as \xNN, for stores that hold text alone."""
-    return _encode(name).decode("utf-8", "backslashreplace")
+    r"""Write the bytes of a file's name that are not UTF-8 as \xNN, so that every table is valid text.
+
+    A backslash that would be read as the beginning of such an escape is written as \x5c; any other name stays as it is.
+    """
+    return _LITERAL.sub(r"\\x5c", name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def unescape_name(name: str) -> tuple[str, str]:
-    r"""Return both names that `escape_name` may have been given: one with a literal \xNN is written the same way."""
-    return name, re.sub(r"\\x([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), name)
+def unescape_name(name: str) -> str:
+    """Return the name that `escape_name` was given."""
+    return _ESCAPE.sub(lambda match: "\\" if match[1] == "5c" else chr(0xDC00 + int(match[1], 16)), name)

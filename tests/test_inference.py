@@ -16,6 +16,7 @@ import inference
 from audio.io import read_audio
 from models import create_model, load_model, save_checkpoint
 from scripts.make_demo_sounds import FOLDER_TO_TAG, make_folder_to_tag
+from tagging.rows import unescape_name
 from tests.conftest import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,8 +43,8 @@ def sounds(tmp_path_factory):
 
 
 def read_csv(path):
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
+    with open(path, newline="", encoding="utf-8") as file:
+        return [row | {"filename": unescape_name(row["filename"])} for row in csv.DictReader(file)]
 
 
 def exit_status(*words):

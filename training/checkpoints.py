@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.errors import UserError, some
 from models import AudioTagger, save_checkpoint
+from models.tensor_files import read_tensors
 from training.averaging import average_states
 from training.parallel import Ranks
 
@@ -225,4 +226,4 @@ def _epoch(name: str) -> str:
 
 
 def _read_weights(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)["model"]
+    return read_tensors(path)["model"]

@@ -10,10 +10,9 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 from pydantic import Field
-from torch.utils.data import DataLoader
 
 from audio.cutting import Chunks
-from audio.dataset import ClipDataset, Pack, loader_workers, pad_batch, start_loader_worker
+from audio.dataset import ClipDataset, ClipLoader, Pack, pad_batch
 from common.errors import Faults
 from common.files import whole_file, write_json
 from common.interrupts import StopSignal
@@ -23,6 +22,7 @@ from models import AudioTagger, load_tagger
 from models.devices import choose_device
 from models.headed import HeadedTagger
 from models.heads import check_classes
+from models.loading import needs_download
 from models.source_errors import ONNX
 from models.token_merging import split_setting
 from training.config import Mode
@@ -105,11 +105,10 @@ def predict_pack(
     order = np.argsort(lengths, kind="stable")
     batches = group_by_length(order, lengths, batch_size, round(LONG_SECONDS * pack.sample_rate))
     batches = batches[ranks.rank :: ranks.world_size]
-    loader = DataLoader(
+    loader = ClipLoader(
         ClipDataset(pack, [model.sample_rate], chunks),
+        num_workers,
         batch_sampler=batches,
-        num_workers=loader_workers(num_workers),
-        worker_init_fn=start_loader_worker,
         collate_fn=partial(_collate, sample_rate=model.sample_rate),
     )
     model.eval()
@@ -152,10 +151,18 @@ def evaluate(
     return evaluate_scores(scores, data.multi_hot(), model.labels)
 
 
-def _open_evaluation(load: Callable[[], Tagger], test_data: str, verify: bool) -> tuple[Tagger, LabelledPack]:
-    """Load a model and open the labelled pack for its evaluation; raises all errors of both at once."""
+def _open_evaluation(
+    load: Callable[[], Tagger], test_data: str, origin: str, verify: bool
+) -> tuple[Tagger, LabelledPack]:
+    """Load a model and open the labelled pack for its evaluation; raises all errors of both at once.
+
+    Where the weights are to be downloaded from `origin`, errors of the pack are raised before.
+    """
     faults = Faults("the evaluation")
     tagger = data = None
+    if needs_download(origin):
+        open_pack(test_data, faults, labelled=True)
+        faults.raise_if_any()
     with faults.noted():
         tagger = load()
         data = open_labelled(test_data, tagger.labels, faults, verify=verify)
@@ -243,7 +250,9 @@ def evaluate_command(given: Mapping[str, Any], open_exported: Callable[..., Expo
     is_exported = source.lower().endswith(ONNX)
     if is_exported:
         chosen = options.model_dump(include={"weights", "head", "token_merging", "device"})
-        exported, data = _open_evaluation(lambda: open_exported(source, **chosen), options.test_data, options.verify)
+        exported, data = _open_evaluation(
+            lambda: open_exported(source, **chosen), options.test_data, source, options.verify
+        )
         metrics = evaluate_scores(predict_exported(exported, data.pack), data.multi_hot(), exported.labels)
     else:
         chosen = options.model_dump(include={"weights", "head", "token_merging"})
@@ -253,7 +262,7 @@ def evaluate_command(given: Mapping[str, Any], open_exported: Callable[..., Expo
             check_classes(tagger, source)
             return tagger
 
-        model, data = _open_evaluation(load, options.test_data, options.verify)
+        model, data = _open_evaluation(load, options.test_data, options.weights or source, options.verify)
         _warn_of_missing_band(model, data.pack)
         metrics = evaluate(
             model, data, batch_size=options.batch_size, num_workers=options.num_workers, precision=precision

@@ -71,7 +71,12 @@ class Heartbeat:
 
     def _watch(self) -> None:
         """End this process, whose main thread may wait in a transfer, when a rank is missing."""
+        last = time.monotonic()
         while not self._stopped.wait(self.interval):
+            now = time.monotonic()
+            if now - last > MISSED_BEATS * self.interval:  # this process was suspended, and perhaps all are
+                self._store_time, self._times = now, dict.fromkeys(self._others, now)
+            last = now
             found = self.describe_missing(self.timeout)
             if found and not self._stopped.is_set():
                 os.write(2, f"\nerror: {found}; {self.hint}\n".encode())
@@ -86,7 +91,7 @@ class Heartbeat:
         ended = [rank for rank in self._others if self._counts[rank] >= ENDED and silent[rank] > ENDED_SECONDS]
         if ended:
             return f"{self._name(ended)} ended before this one: see its message"
-        missing = [rank for rank in self._others if silent[rank] > seconds]
+        missing = [rank for rank in self._others if silent[rank] > seconds and self._counts[rank] < ENDED]
         reason = f"for {seconds:g} s (rank_timeout): frozen, killed or unreachable"
         return f"{self._name(missing)} does not respond {reason}" if missing else ""
 

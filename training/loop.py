@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from audio.dataset import loader_workers, start_loader_worker
+from audio.dataset import ClipLoader
 from common.interrupts import StopSignal
 from distill.batch import Batch
 from distill.dataset import EpochBatches, ReplayDataset, collate
@@ -289,13 +288,12 @@ class Run:
         self.window.add(losses)
         self.epoch_tally.add(losses)
 
-    def loader(self, batches: Any) -> DataLoader[Any]:
+    def loader(self, batches: Any) -> ClipLoader:
         """Return a loader that yields a `distill.batch.Batch` for each batch of (epoch, item)."""
-        return DataLoader(
+        return ClipLoader(
             self.dataset,
+            self.config.num_workers,
             batch_sampler=batches,
-            num_workers=loader_workers(self.config.num_workers),
-            worker_init_fn=start_loader_worker,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
         )

@@ -29,7 +29,7 @@ from training.parallel import Ranks
 from training.run_folder import SOUNDS, RunFolder, choose_folder, log_to, recall_choices, run_identity
 from training.settings import check_settings, read_settings
 from training.smoke import smoke
-from training.student import create_student
+from training.student import create_student, downloads_start
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,8 @@ def _build_parts(
             if masks.fault:
                 faults.add(masks.fault)
         with faults.noted():
-            if plan:
+            # before a download, which may take long, other faults are reported
+            if plan and not (faults.sentences and downloads_start(config)):
                 model = create_student(config, data.labels if data else None, plan.needs)
     faults.raise_if_any()
     if data is None or plan is None or model is None or device is None:

@@ -11,6 +11,7 @@ from distill.mask_check import check_masks
 from distill.published_layout import check_published
 from distill.replay import Replay
 from distill.sources import compute_reference_lengths
+from models.loading import needs_download
 from training.config import SoftTargetConfig
 from training.embedders import open_embedder
 from training.labelled import open_pack
@@ -45,7 +46,10 @@ def prepare_store(config_file: str, overrides: dict[str, Any], rank: int = 0, wo
                 if config.layout == "published":
                     check_published(replay, pack, faults)
         with faults.noted():
-            content, name = _open_content(config, pack)
+            origins = config.weights or config.model or []
+            # before a download, which may take long, other faults are reported
+            if not (faults.sentences and any(map(needs_download, [origins] if isinstance(origins, str) else origins))):
+                content, name = _open_content(config, pack)
     faults.raise_if_any()
     assert config is not None
     assert pack is not None

@@ -84,10 +84,14 @@ class RunFolder:
 
     def _try_lock(self) -> bool:
         self.path.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError), ExitStack() as opened:  # locked, or removed meanwhile as an unfinished folder
+        # Not found: another process has removed the folder meanwhile, as one that a killed process has left.
+        with suppress(FileNotFoundError), ExitStack() as opened:
             lock = opened.enter_context(open(self.path / ".lock", "a"))
-            # Not flock: loader workers inherit it and keep it for seconds after the trainer was killed.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                # Not flock: loader workers inherit it and keep it for seconds after the trainer was killed.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                return False
             if os.path.samestat(os.fstat(lock.fileno()), (self.path / ".lock").stat()):
                 self._lock = lock
                 opened.pop_all()  # open as long as the folder is locked
@@ -275,8 +279,8 @@ def _clean_up(parent: Path) -> None:
         is_run = (path / "run.json").is_file()
         is_complete = is_run and not (path in finished and (path / "states").is_dir())
         folder = RunFolder(path)
-        if is_complete or not folder.lock(0):
-            continue
+        if is_complete or not os.access(path / ".lock", os.W_OK) or not folder.lock(0):
+            continue  # .lock of another user's run may not be writable
         if is_run and path == finished[-1]:
             folder.complete()
         elif is_run:

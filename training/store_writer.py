@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from audio.cutting import Chunks
-from audio.dataset import Pack, loader_workers, start_loader_worker
+from audio.dataset import ClipLoader, Pack
 from common.errors import UserError
 from common.files import remove_dead_partials, sha256, write_json
 from common.parsing import read_json
@@ -301,11 +301,10 @@ class StoreWriter:
         missing = [part for part in of_rank if not store.get_path(self.folder, part.epoch, part.number).is_file()]
         if len(missing) < len(of_rank):
             logger.info("%d of %d files exist already", len(of_rank) - len(missing), len(of_rank))
-        loader = DataLoader(
+        loader = ClipLoader(
             self.dataset,
+            self.config.num_workers,
             batch_sampler=_PartBatches(missing, self.items.chunks.n_samples, self.config.batch_size),
-            num_workers=loader_workers(self.config.num_workers),
-            worker_init_fn=start_loader_worker,
             collate_fn=collate,
         )
         batches = iter(loader)

@@ -12,6 +12,7 @@ from common.errors import UserError
 from distill.batch import Batch
 from distill.objectives import Needs
 from models import AudioTagger, create_model, get_model_entry, list_models, load_weights
+from models.loading import needs_download
 from training.averaging import cumulative_statistics
 from training.config import TrainConfig
 
@@ -58,6 +59,17 @@ def starts_at_random(model: str, pretrained: bool | str | None) -> bool:
     return pretrained is False or (
         pretrained is None and model in list_models() and get_model_entry(model).initialisation is None
     )
+
+
+def downloads_start(config: TrainConfig) -> bool:
+    """Whether the initial weights of a configuration's model are to be downloaded.
+
+    Raises:
+        UserError: an unknown model, or a URL that names no file.
+    """
+    if config.pretrained is False or isinstance(config.pretrained, str):
+        return needs_download(config.pretrained or None)
+    return needs_download(get_model_entry(config.model).initialisation)
 
 
 def _start(model: AudioTagger, config: TrainConfig) -> None:

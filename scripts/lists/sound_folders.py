@@ -116,7 +116,7 @@ def find_sounds(folder: str) -> SoundFolder:
                 found.foreign[extension] += 1
             elif extension not in AUDIO_EXTENSIONS:
                 found.not_sounds[extension] += 1
-            elif name_fault(name):
+            elif name_fault(as_text(name)):
                 found.unlistable.append(as_text(name))
             elif size := entry.stat().st_size:
                 (sizes if is_text(name) else sizes_not_utf8)[as_text(name)] = size

@@ -1,6 +1,8 @@
 """Names that lists could not hold once: from the file on disk to the clip that training reads."""
 
 import os
+import random
+import shutil
 import subprocess
 import unicodedata
 from pathlib import Path
@@ -14,6 +16,7 @@ from audio.dataset import Pack
 from audio.file_names import as_text, decode_name, locate
 from audio.manifest import NameIndex, read_manifest, resolve, spellings
 from audio.pack import pack
+from common.errors import UserError
 
 NFC, NFD = "größe/é.wav", unicodedata.normalize("NFD", "größe/é.wav")
 
@@ -94,3 +97,85 @@ def test_two_files_that_differ_only_in_form_stay_two() -> None:
 
 def test_a_decomposed_name_has_its_composed_spelling() -> None:
     assert spellings(NFD) == [NFD, NFC, "é.wav", "é"]
+
+
+LONG, NUL = "x" * 300 + ".wav", "n\0l.wav"
+
+
+def test_odd_rows_of_a_list_are_left_out_one_by_one_with_their_reason(tmp_path: Path) -> None:
+    """A tab, a carriage return, a NUL, a name too long and bytes that are no UTF-8 among good names."""
+    names = [f"{number}.wav" for number in range(6)]
+    for name in [*names, "a\tb.wav", os.fsdecode(b"gr\xfcn.wav")]:
+        write_sound(tmp_path / name, 1)
+    rows = [*(f"{name}\tdog" for name in names), "a\tb.wav\tdog", "c\rd.wav\tdog", f"{LONG}\tdog", f"{NUL}\tdog"]
+    content = "filename\tlabels\n" + "\n".join(rows) + "\n"
+    (tmp_path / "list.tsv").write_bytes(content.encode() + b"gr\xfcn.wav\tdog\n")
+    left_out: list[tuple[str, str]] = []
+    table = read_manifest(tmp_path / "list.tsv", left_out=left_out)
+    report = pack(table, tmp_path / "list.tsv", tmp_path / "out", "x", n_workers=0, progress=False, left_out=left_out)
+    assert (report.n_listed, report.n_packed) == (11, 7)
+    reasons = dict(report.left_out["unreadable"])
+    assert reasons.keys() == {"a\tb.wav\tdog", "c\rd.wav\tdog", LONG, NUL}
+    assert "line 8 has 3 fields, expected 2; rename the file" in reasons["a\tb.wav\tdog"]
+    assert "line 9 has a carriage return" in reasons["c\rd.wav\tdog"]
+    assert "has 304 characters" in reasons[LONG]
+    assert "NUL character" in reasons[NUL]
+    assert Pack.open(tmp_path / "out" / "labels" / "x.tsv").names == [*names, "grün.wav"]
+
+
+def test_a_tab_in_a_plain_list_belongs_to_the_name(tmp_path: Path) -> None:
+    for name in ("a\tb.wav", "c.wav", "d.wav"):
+        write_sound(tmp_path / name, 1)
+    (tmp_path / "list.tsv").write_text("filename\nc.wav\na\tb.wav\nd.wav\n")
+    left_out: list[tuple[str, str]] = []
+    table = read_manifest(tmp_path / "list.tsv", left_out=left_out)
+    opened = packed(tmp_path, table, tmp_path / "list.tsv", "flat")
+    assert (opened.names, left_out) == (["c.wav", "a\tb.wav", "d.wav"], [])
+
+
+def test_a_list_whose_header_lacks_a_column_is_still_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.tsv").write_text("filename\na.wav\tdog\nb.wav\tcat\n")
+    with pytest.raises(UserError, match="does the header lack the name of a column"):
+        read_manifest(tmp_path / "list.tsv", left_out=[])
+
+
+def mutate(rng: random.Random) -> bytes:
+    """Return a list of sounds in which some bytes are odd."""
+    lines = [b"filename\tlabels"] + [b"%d.wav\tdog" % number for number in range(rng.randint(1, 12))]
+    odd = [b"\t", b"\r", b"\0", b'"', b"\xff", b"\n", b"x" * 5000, b"/" * 20, b"\xe2\x80\xa8", b"..", b"\\", b",", b""]
+    for _ in range(rng.randint(1, 6)):
+        row = rng.randrange(rng.randint(0, 1), len(lines))  # now and then the header
+        place = rng.randint(0, len(lines[row]))
+        lines[row] = lines[row][:place] + rng.choice(odd) + lines[row][place:]
+    return b"\n".join(lines)
+
+
+def pack_mutated_lists(folder: Path, seeds: range) -> None:
+    for number in range(12):
+        write_sound(folder / f"{number}.wav", 1)
+    n_packed = 0
+    for seed in seeds:
+        content = mutate(random.Random(seed))
+        (folder / "list.tsv").write_bytes(content)
+        left_out: list[tuple[str, str]] = []
+        try:
+            table = read_manifest(folder / "list.tsv", left_out=left_out)
+            out = folder / f"out{seed}"
+            report = pack(table, folder / "list.tsv", out, "x", n_workers=0, progress=False, left_out=left_out)
+        except UserError:
+            continue
+        opened = Pack.open(out / "labels" / "x.tsv")
+        assert report.n_packed + sum(map(len, report.left_out.values())) == report.n_listed
+        assert len(opened) == report.n_packed
+        n_packed += report.n_packed
+        shutil.rmtree(out)
+    assert n_packed > len(seeds)
+
+
+def test_every_row_of_a_mutated_list_is_packed_or_reported(tmp_path: Path) -> None:
+    pack_mutated_lists(tmp_path, range(40))
+
+
+@pytest.mark.long
+def test_every_row_of_thousands_of_mutated_lists_is_packed_or_reported(tmp_path: Path) -> None:
+    pack_mutated_lists(tmp_path, range(1000, 4000))

@@ -97,10 +97,10 @@ def test_lengths_are_dropped_where_nothing_is_padded():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
 def test_a_loader_pins_every_tensor(dataset):
-    assert all(tensor.is_pinned() for tensor in tensors(next(iter(loader(dataset))).pin_memory()))
     batch = next(iter(loader(dataset, pin_memory=True)))
     assert isinstance(batch, Batch)
-    assert all(tensor.is_pinned() for tensor in tensors(batch))
+    for pinned in (batch, next(iter(loader(dataset))).pin_memory()):
+        assert all(tensor.is_pinned() for tensor in tensors(pinned) if len(tensor))  # empty ones never are
 
 
 def test_processes_that_train_together_are_given_the_batch_as_it_is(tmp_path):

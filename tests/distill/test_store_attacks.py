@@ -426,7 +426,7 @@ def test_clusters_of_others_are_checked(tmp_path: Path) -> None:
     write_clusters(path, make_rows(), np.arange(N), {"k": N})
     table = pq.read_table(path)
     for changed, sentence in (
-        (table.replace_schema_metadata({b"clusters": b"[" * 3000}), "nested deeper"),
+        (table.replace_schema_metadata({b"clusters": b"[" * 3000 + b"]" * 3000}), "nested deeper"),
         (table.replace_schema_metadata({b"clusters": b'{"k": "x"}'}), "cannot be read as a parquet file of clusters"),
         (table.set_column(1, "start", pa.array([1e300] * N)), "expected in `start` and `end` seconds"),
         (table.set_column(0, "filename", pa.array(["x" * 10**6] * N)), "a text of 1,000,000 bytes"),

@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,12 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from common import interrupts
+from models import create_model, save_checkpoint
 from tests.conftest import ROOT, run_command
+from tests.training.test_resume import LABELS_ONLY, SETTINGS
 
 ENTRY_POINTS = [path for folder in (ROOT, ROOT / "scripts") for path in sorted(folder.glob("*.py"))]
 ENTRY_POINTS = [path for path in ENTRY_POINTS if path.stem not in ("hubconf", "configuration_reference")]
-QUICK = ("wavlist_to_hdf5", "save_logits", "evaluate", "inference to csv", "inference to embeddings")
+QUICK = ("wavlist_to_hdf5", "save_logits", "inference to csv")
 
 
 def count(folder: Path, name: str, times: int, seed: int, *commands: str) -> dict[str, int]:
@@ -41,7 +44,7 @@ def test_after_three_hundred_kills_over_all_commands_nothing_is_lost_and_nothing
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
 def test_a_signal_stops_every_command_with_a_sentence_and_no_file_is_left_half_written(tmp_path, name):
-    assert len(count(tmp_path, name, 4, 2)) >= 18
+    assert len(count(tmp_path, name, 2, 2)) >= 18
 
 
 @pytest.mark.parametrize("path", ENTRY_POINTS, ids=lambda path: path.stem)
@@ -50,6 +53,7 @@ def test_signals_are_handled_before_anything_slow_is_imported(path):
     modules = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
     before = modules[: modules.index("common.errors")]
     assert set(before) <= {"sys", "pathlib"}
+    assert path.parent.name == "scripts" or path.name in interrupts._PROGRAMS
 
 
 @pytest.mark.long
@@ -68,12 +72,13 @@ def test_a_signal_during_the_imports_prints_no_traceback(path, number):
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_loader_process_that_is_killed_is_one_sentence(tone_pack, checkpoint, tmp_path, command):
+def test_a_loader_process_that_is_killed_is_one_sentence(tone_pack, tmp_path, command):
+    checkpoint = tmp_path / "model.pt"
+    labels = [f"tone {i}" for i in range(7)]
+    save_checkpoint(checkpoint, create_model("audiotransformer_pico", num_classes=7, labels=labels))
     config = tmp_path / "config.yaml"
-    config.write_text(
-        f"{{train_data: {tone_pack}, model: audiotransformer_pico, pretrained: false, batch_size: 2, epochs: 1000, "
-        "loss: BCEWithLogitsLoss, num_workers: 1, device: cpu}"
-    )
+    settings = SETTINGS | LABELS_ONLY | {"train_data": str(tone_pack), "epochs": 1000, "num_workers": 1}
+    config.write_text(yaml.safe_dump(settings))
     evaluation = ["--test_data", tone_pack, "--batch_size", "1", "--device", "cpu", "--num_workers", "1"]
     words = {
         "train": ["run.py", "train", config, "--outputpath", tmp_path],
@@ -83,12 +88,15 @@ def test_a_loader_process_that_is_killed_is_one_sentence(tone_pack, checkpoint, 
     with subprocess.Popen(
         [sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
-        while not (workers := subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()):
-            assert process.poll() is None
+        workers: list[bytes] = []
+        while not workers:
+            assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
+            if command == "evaluate" or list(tmp_path.rglob("step=000000003.json")):
+                workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()
         os.kill(int(workers[0]), signal.SIGKILL)
         errors = process.communicate()[1]
     assert process.returncode == 1
-    assert re.search(r"error: a process that loads clips \(pid \d+\) died \(signal: Killed\)", errors)
+    assert "error: a process that loads clips has died" in errors
     assert "Traceback" not in errors
     assert command == "evaluate" or "the same command resumes from it" in errors

@@ -5,6 +5,7 @@ import http.server
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,14 +13,19 @@ import time
 from functools import partial
 
 import pytest
+import soundfile
 import torch
 
 from common.errors import UserError
 from models import downloads, get_model_entry, load_model, save_checkpoint
 from models.downloads import download, file_name
 from models.loading import fetch
+from probing.probe import probe
+from run import Runner
+from save_logits import save_logits
 from tests.conftest import ROOT
-from tests.models.test_strange_checkpoints import small
+from tests.models.strange import small
+from training.evaluate import evaluate_command
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -147,8 +153,6 @@ def test_a_silent_server_is_left_after_the_limit(server):
 
 
 def test_a_server_that_accepts_and_says_nothing_is_left_after_the_limit(server):
-    import socket
-
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -294,3 +298,46 @@ def test_a_stopped_download_is_continued_by_the_next(server, tmp_path, how):
     assert load_model(url).labels[0] == "rain"
     assert server.requests[1:] == [("/a/model.pt", f"bytes={half}-")]
     assert len(names(server)) == 1
+
+
+@pytest.mark.parametrize("start", ["evaluate", "probe", "store", "train"])
+def test_nothing_is_downloaded_before_other_faults_are_mended(server, tmp_path, capsys, start):
+    missing, url = str(tmp_path / "missing.tsv"), f"{server.url}/a/model.pt"
+    (tmp_path / "store.yaml").write_text(f"train_data: {missing}\nmodel: {url}\noutputpath: {tmp_path}/logits\n")
+    (tmp_path / "training.yaml").write_text(
+        f"train_data: {missing}\neval_data: null\nselect_on: null\nmodel: resnet10_small\npretrained: {url}\n"
+        f"outputpath: {tmp_path}/runs\n"
+    )
+    starts = {
+        "evaluate": lambda: evaluate_command({"model": url, "test_data": missing}, pytest.fail),
+        "probe": lambda: probe({"model": url, "data": missing, "name": "x"}, 1),
+        "store": lambda: save_logits(str(tmp_path / "store.yaml")),
+        "train": lambda: Runner(seed=1).train(str(tmp_path / "training.yaml")),
+    }
+    with pytest.raises((UserError, SystemExit)) as error:
+        starts[start]()
+    assert f"{missing} does not exist" in str(error.value) + capsys.readouterr().err
+    assert not server.requests
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("words", "address"),
+    [
+        (("inference.py", "{sound}", "-m", "ced_tiny"), "zenodo.org/record/8275347"),
+        (("inference.py", "{sound}", "-m", "timm:deit_tiny_distilled_patch16_224"), "huggingface.co/timm/deit_tiny"),
+        (("inference.py", "{sound}", "-m", "ced_tiny", "--head", "esc50"), "ssondo/resolve/main/heads/esc50.pth"),
+        (("export_onnx.py", "-m", "mn04_as"), "EfficientAT/releases"),
+    ],
+)
+def test_without_a_network_commands_say_what_they_wanted_to_fetch(command, tmp_path, words, address):
+    soundfile.write(tmp_path / "a.wav", [0.1] * 16000, 16000)
+    proxy = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    result = command(
+        *[word.format(sound=tmp_path / "a.wav") for word in words],
+        env={"TORCH_HOME": str(tmp_path / "torch"), "HF_HOME": str(tmp_path / "hf")} | proxy,
+    )
+    assert result.returncode == 1
+    assert address in result.stderr
+    assert "download the file to" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -8,6 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tagging.parts
 import tagging.rows
@@ -63,20 +65,18 @@ def read_table(path):
         assert tuple(frame.columns) == COLUMNS
         assert [str(kind) for kind in frame.dtypes[["start", "end", "probability"]]] == ["float64"] * 3
         rows = frame.astype(object).where(frame.notna(), None).values.tolist()
-        return [[list(unescape_name(row[0]))[-1] if row[0] != NAMES[-1] else row[0], *row[1:]] for row in rows]
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        return [[unescape_name(row[0]), *row[1:]] for row in rows]
+    with open(path, newline="", encoding="utf-8") as stream:
         head, *rows = csv.reader(stream)
     assert tuple(head) == COLUMNS
-    return [
-        [name, *(float(n) if n else None for n in (start, end)), label or None, float(value) if value else None]
-        + [text or None for text in message]
-        for name, start, end, label, value, *message in rows
-    ]
+    numbers = [lambda text: float(text) if text else None] * 2
+    kinds = [unescape_name, *numbers, lambda text: text or None, numbers[0], *[lambda text: text or None] * 2]
+    return [[convert(text) for convert, text in zip(kinds, row, strict=True)] for row in rows]
 
 
 def read_lines(path):
-    text = path.read_bytes().decode("utf-8", "surrogateescape")
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    rows = [json.loads(line) for line in path.read_bytes().decode("utf-8").split("\n")[:-1]]
+    return [row | {"filename": unescape_name(row["filename"])} for row in rows]
 
 
 def write(path, files=FILES, settings=SETTINGS, share=SINGLE_PROCESS, paths=PATHS):
@@ -179,10 +179,19 @@ def test_names_in_any_bytes_become_file_names_beside_each_other(tmp_path):
     assert name_targets(tmp_path / "out", [], ".txt") == {}
 
 
-def test_names_survive_being_text():
-    for name in NAMES:
-        assert escape_name(name).encode("utf-8")
-        assert name in unescape_name(escape_name(name))
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from([*"\\\\x5cfé/", *map(os.fsdecode, (b"\xfc", b"\xc3", b"\x80"))]), max_size=12))
+def test_names_survive_being_text(letters):
+    name = os.fsdecode(os.fsencode("".join(letters)))  # as the operating system would give it
+    escape_name(name).encode("utf-8")
+    assert unescape_name(escape_name(name)) == name
+
+
+def test_names_are_escaped_only_where_they_have_to_be():
+    for name in NAMES[:-4]:
+        assert escape_name(name) == name
+    assert escape_name(os.fsdecode(b"gr\xfcn.wav")) == r"gr\xfcn.wav"
+    assert escape_name(r"gr\xfcn \x41 \n.wav") == r"gr\x5cxfcn \x41 \n.wav"
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])

@@ -38,7 +38,7 @@ def config(pack, **changes):
 
 
 def test_stored_embeddings_are_the_models_own(pack, model, tmp_path):
-    store = store_embeddings(model, pack, tmp_path, num_workers=0, batch_size=5)
+    store = store_embeddings(model, pack, tmp_path, num_workers=0, batch_size=5, device="cpu")
     assert (store.width, store.epochs, store.replay) == (model.embed_dim, [1], Replay({}, []))
     source = StoredEmbeddings(store, pack)
     for item in (0, 13, 27):

@@ -97,7 +97,7 @@ def test_a_stopped_run_is_not_resumed_over_other_sounds_under_the_same_names(ton
         Runner(7).train(str(path), outputpath=str(tmp_path / "runs"))
     (shard,) = (tmp_path / "pack").rglob("*.h5")
     with h5py.File(shard, "r+") as file:
-        file["waveform"][4000] += 1
+        file["samples"][4000] += 1
     (folder,) = (path.parent for path in tmp_path.glob("runs/*/*/*/run.json"))
     with pytest.raises(SystemExit):
         Runner(7).train(str(path), outputpath=str(tmp_path / "runs"), resume=str(folder))

@@ -135,7 +135,7 @@ def test_the_target_is_the_teachers_output_to_the_same_augmented_and_mixed_clip(
     assert torch.allclose(message.target, expected, atol=1e-4)
     assert expected.std(0).max() > 0.01
     if kind == "ced":  # of the same front-end: what the student's network is given is what the teacher's was
-        assert torch.allclose(message.mel, torch.cat(mels), atol=0.05)  # decibels, down to -100
+        assert torch.allclose(message.mel, torch.cat(mels), atol=0.05 if not torch.cuda.is_available() else 0.3)  # decibels, down to -100
     own = torch.eye(7)[[0, 5, 4, 2, 6]]
     if mixup_on:
         own = weights[:, None] * own + (1 - weights[:, None]) * own.flip(0)
