@@ -28,6 +28,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from pydantic import Field
 
 from audio.io import find_audio_files
+from audio.isolation import start_processes
+from audio.limits import SoundLimits
 from common.interrupts import note_when_stopped
 from common.options import MergingOption, ModelOptions, parse_arguments
 from tagging.engines import open_engine
@@ -62,7 +64,8 @@ class InferenceOptions(ModelOptions):
     engine: Literal["torch", "onnx"] | None = None  # null = onnx for .onnx files, else torch
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the model
     batch_size: _Count | None = None  # windows a batch; null = 8 on a CPU, 64 on a GPU
-    n_workers: _Count = 2  # decoding threads
+    n_workers: _Count = 2  # decoding processes
+    limits: dict[str, float] = Field({})  # of a sound file, see audio/limits.py: {stall_seconds: 300}
     stream: bool = False  # tag standard input: sound of any format, or raw samples
     rate: _Count | None = None  # of raw samples, in hertz; null = the model's
     channels: _Count | None = None  # of raw samples; null = 1
@@ -85,7 +88,9 @@ class InferenceOptions(ModelOptions):
 def main(arguments: list[str] | None = None) -> None:
     """Tag the sounds or the stream of the command line."""
     options = parse_arguments(InferenceOptions, __doc__, arguments)
+    limits = SoundLimits.from_mapping(options.limits)
     paths = find_audio_files(options.sounds) if options.sounds else []
+    start_processes(min(options.n_workers, len(paths)))  # while the model is loaded
     chosen = {name: getattr(options, name) for name in ("engine", "weights", "device", "token_merging", "head")}
     engine = open_engine(options.model, **chosen)
     if options.embeddings is None or options.output or options.plot:
@@ -98,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         is_complete = tag_stream(sys.stdin.buffer, engine, tag_options, *times, **raw)
     else:
         share = Share.from_torchrun()
-        session = Session(engine, tag_options, *times, options.batch_size, options.n_workers, share)
+        session = Session(engine, tag_options, *times, options.batch_size, options.n_workers, share, limits)
         session.check()
         outputs = open_outputs(
             paths,

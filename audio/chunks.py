@@ -14,26 +14,19 @@ from typing import NamedTuple
 
 from audio.byte_stream import ByteStream
 from audio.parts import PLAIN_WAV, Contents, Part, RawFormat, Slice, describe_cut
+from audio.sample_formats import (
+    AU_SUBTYPES,
+    aiff_format,
+    caf_format,
+    describe_contradiction,
+    is_consistent,
+    rifx_format,
+    wav_format,
+)
 
 # Lengths that programs write into a header when they write to a pipe.
 UNKNOWN_LENGTHS = {0, 0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0xFFFFFFFF}
 NEARLY_UNKNOWN = 0x7FFE0000  # some subtract the length of the header, or round it to blocks
-_EXTENSIBLE = 0xFFFE  # the format tag is then in the first two bytes of the sub-format
-_WAV_SUBTYPES = {
-    (1, 1): "PCM_U8",
-    (1, 2): "PCM_16",
-    (1, 3): "PCM_24",
-    (1, 4): "PCM_32",
-    (3, 4): "FLOAT",
-    (3, 8): "DOUBLE",
-    (6, 1): "ALAW",
-    (7, 1): "ULAW",
-}
-_BIG_SUBTYPES = {1: "PCM_S8", 2: "PCM_16", 3: "PCM_24", 4: "PCM_32"}
-_AIFC_SUBTYPES = {b"fl32": "FLOAT", b"FL32": "FLOAT", b"fl64": "DOUBLE", b"FL64": "DOUBLE"}
-_AIFC_SUBTYPES |= {b"ulaw": "ULAW", b"ULAW": "ULAW", b"alaw": "ALAW", b"ALAW": "ALAW"}
-_AU_SUBTYPES = {1: ("ULAW", 1), 2: ("PCM_S8", 1), 3: ("PCM_16", 2), 4: ("PCM_24", 3), 5: ("PCM_32", 4)}
-_AU_SUBTYPES |= {6: ("FLOAT", 4), 7: ("DOUBLE", 8), 27: ("ALAW", 1)}
 # Chunks that may follow the samples, also with a wrong length.
 TRAILING_CHUNKS = {b"LIST", b"id3 ", b"ID3 ", b"bext", b"cue ", b"smpl", b"fact", b"PEAK", b"iXML", b"_PMX", b"JUNK"}
 TRAILING_CHUNKS |= {b"junk", b"inst", b"afsp", b"cart", b"axml", b"plst", b"levl", b"umid", b"DISP", b"labl", b"note"}
@@ -77,6 +70,7 @@ class Header(NamedTuple):
 
     Attributes:
         raw: format of the samples; None where they are compressed, or the header is incomplete.
+        description: content of the chunk that describes them, if there is one.
         n_bytes: announced bytes of samples; 0 or less, or one of `UNKNOWN_LENGTHS`, where they are unknown.
         data: bytes of the header, without large chunks.
         layout: of the chunks behind the samples; None where there are none.
@@ -86,6 +80,7 @@ class Header(NamedTuple):
     n_bytes: int
     data: bytes
     layout: ChunkLayout | None
+    description: bytes = b""
 
 
 def has_header(head: bytes) -> bool:
@@ -110,6 +105,7 @@ def read_header(stream: ByteStream) -> Header | None:
     start, size64 = stream.position, 0
     kept = bytearray(stream.read(layout.first))
     raw: RawFormat | None = None
+    description = b""
     for _ in range(_MAX_CHUNKS):
         head = stream.read(layout.header)
         if len(head) < layout.header:
@@ -118,7 +114,7 @@ def read_header(stream: ByteStream) -> Header | None:
         if name == layout.data_name:
             kept += head + stream.read(layout.skip)
             n_bytes = size64 if n_bytes == 0xFFFFFFFF and size64 else n_bytes - layout.skip
-            return Header(raw, n_bytes, bytes(kept), layout)
+            return Header(raw, n_bytes, bytes(kept), layout, description)
         if n_bytes < 0:
             return None
         padded = n_bytes + -(stream.position - start + n_bytes) % layout.align
@@ -127,7 +123,8 @@ def read_header(stream: ByteStream) -> Header | None:
         if len(body) == padded:
             kept += head + body
         if name == layout.format_name:
-            raw = layout.read_format(body[:n_bytes])
+            description = body[:n_bytes]
+            raw = layout.read_format(description)
         elif name == b"ds64" and len(body) >= 16:
             (size64,) = struct.unpack("<Q", body[8:16])
     return None
@@ -139,7 +136,7 @@ def _read_au_header(stream: ByteStream) -> Header | None:
         return None
     start, n_bytes, encoding, rate, channels = struct.unpack(">5I", data[4:24])
     data += stream.read(min(max(start - 24, 0), _MAX_CHUNK))
-    subtype, width = _AU_SUBTYPES.get(encoding, ("", 0))
+    subtype, width = AU_SUBTYPES.get(encoding, ("", 0))
     raw = None
     if subtype and rate and 0 < channels < 1024 and len(data) == start:
         raw = RawFormat(rate, channels, subtype, "BIG", width * channels)
@@ -150,16 +147,29 @@ def find_samples(descriptor: int, size: int, head: bytes) -> Contents:
     """Find the samples of a chunked file or an AU, by their announced length and by that of the file."""
     if head[36:40] == b"data" and head[8:16] == b"WAVEfmt " and head[:4] == b"RIFF":  # shortcut for most files
         n_bytes = int.from_bytes(head[40:44], "little")
-        if n_bytes and 0 <= size - 44 - n_bytes <= n_bytes % 2:
+        if n_bytes and 0 <= size - 44 - n_bytes <= n_bytes % 2 and is_consistent(head[20:36]):
             return PLAIN_WAV
     if not has_header(head[:12]):
         return Contents()
     stream = ByteStream(Slice(descriptor, 0, size))
     header = read_header(stream)
     start = stream.position
-    if header is None or start >= size:
+    if header is None:
+        return Contents()  # left to the decoders
+    if start >= size:
         return PLAIN_WAV
-    raw, n_bytes, _, layout = header
+    contents = _find_parts(descriptor, size, start, header)
+    if header.layout is not None and "truncated" not in contents.warnings and "repaired" not in contents.warnings:
+        n_skipped = int.from_bytes(header.data[-8:-4], "big") if header.layout is AIFF_LAYOUT else 0  # of SSND
+        text = describe_contradiction(header.layout.kind, header.description, header.n_bytes - n_skipped)
+        if text:
+            contents = Contents(contents.parts, contents.kind, contents.warnings | {"inconsistent": text})
+    return contents
+
+
+def _find_parts(descriptor: int, size: int, start: int, header: Header) -> Contents:
+    """Find the samples of a file by its header."""
+    raw, n_bytes, layout = header.raw, header.n_bytes, header.layout
     if layout is None:  # the samples end with the file
         return PLAIN_WAV if raw is None else _choose_length(start, size - start, header)
     more, is_end = _find_behind(descriptor, size, start, n_bytes, layout)
@@ -361,60 +371,8 @@ def _parse_caf(data: bytes) -> tuple[bytes, int]:
     return data[:4], int.from_bytes(data[4:12], "big", signed=True)
 
 
-def _wav_format(body: bytes, order: str = "<") -> RawFormat | None:
-    if len(body) < 16:
-        return None
-    tag, channels, rate, _, block, _ = struct.unpack(f"{order}HHIIHH", body[:16])
-    if tag == _EXTENSIBLE and len(body) >= 26:
-        (tag,) = struct.unpack(f"{order}H", body[24:26])
-    if not channels or not rate or block % channels:
-        return None
-    subtype = _WAV_SUBTYPES.get((tag, block // channels))
-    return (subtype and RawFormat(rate, channels, subtype, "LITTLE" if order == "<" else "BIG", block)) or None
-
-
-def _rifx_format(body: bytes) -> RawFormat | None:
-    return _wav_format(body, ">")
-
-
-def _aiff_format(body: bytes) -> RawFormat | None:
-    if len(body) < 18:
-        return None
-    channels, _, bits, exponent, mantissa = struct.unpack(">hIhHQ", body[:18])
-    rate = round(mantissa * 2.0 ** ((exponent & 0x7FFF) - 16383 - 63))
-    compression = body[18:22] if len(body) >= 22 else b"NONE"
-    width = (bits + 7) // 8
-    if compression in _AIFC_SUBTYPES:
-        subtype = _AIFC_SUBTYPES[compression]
-        width = {"FLOAT": 4, "DOUBLE": 8}.get(subtype, 1)
-    elif compression in (b"NONE", b"twos", b"sowt", b"in24", b"in32"):
-        subtype = _BIG_SUBTYPES.get(width, "")
-    else:
-        subtype = ""
-    if not subtype or channels < 1 or rate < 1:
-        return None
-    return RawFormat(rate, channels, subtype, "LITTLE" if compression == b"sowt" else "BIG", width * channels)
-
-
-def _caf_format(body: bytes) -> RawFormat | None:
-    if len(body) < 32:
-        return None
-    rate, name, flags, n_bytes, per_packet, channels, bits = struct.unpack(">d4sIIIII", body[:32])
-    if (
-        name != b"lpcm"
-        or per_packet != 1
-        or not channels
-        or n_bytes != channels * ((bits + 7) // 8)
-        or not 1 <= rate < 1e7
-    ):
-        return None
-    width = n_bytes // channels
-    subtype = {4: "FLOAT", 8: "DOUBLE"}.get(width) if flags & 1 else _BIG_SUBTYPES.get(width)
-    return (subtype and RawFormat(round(rate), channels, subtype, "LITTLE" if flags & 2 else "BIG", n_bytes)) or None
-
-
-WAV_LAYOUT = ChunkLayout("wav", 12, 8, _parse_riff, 2, b"fmt ", b"data", 0, _wav_format)
-RIFX_LAYOUT = ChunkLayout("rifx", 12, 8, _parse_iff, 2, b"fmt ", b"data", 0, _rifx_format)
-W64_LAYOUT = ChunkLayout("w64", 40, 24, _parse_w64, 8, b"fmt ", b"data", 0, _wav_format)
-AIFF_LAYOUT = ChunkLayout("aiff", 12, 8, _parse_iff, 2, b"COMM", b"SSND", 8, _aiff_format)
-CAF_LAYOUT = ChunkLayout("caf", 8, 12, _parse_caf, 1, b"desc", b"data", 4, _caf_format)
+WAV_LAYOUT = ChunkLayout("wav", 12, 8, _parse_riff, 2, b"fmt ", b"data", 0, wav_format)
+RIFX_LAYOUT = ChunkLayout("rifx", 12, 8, _parse_iff, 2, b"fmt ", b"data", 0, rifx_format)
+W64_LAYOUT = ChunkLayout("w64", 40, 24, _parse_w64, 8, b"fmt ", b"data", 0, wav_format)
+AIFF_LAYOUT = ChunkLayout("aiff", 12, 8, _parse_iff, 2, b"COMM", b"SSND", 8, aiff_format)
+CAF_LAYOUT = ChunkLayout("caf", 8, 12, _parse_caf, 1, b"desc", b"data", 4, caf_format)

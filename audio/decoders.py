@@ -6,6 +6,7 @@ libsndfile does not support, and files in which it fails. The length decoded is 
 S samples.
 """
 
+import errno
 import math
 import os
 import re
@@ -17,16 +18,18 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from audio.chunks import UNKNOWN_LENGTHS
+from audio.byte_stream import ByteStream
+from audio.chunks import UNKNOWN_LENGTHS, has_header, read_header
 from audio.containers import inspect
 from audio.errors import AudioReadError
 from audio.ffmpeg import FFmpegBlocks, FFmpegError
-from audio.flac import find_rest
+from audio.flac import describe_contradiction, find_rest
+from audio.limits import DEFAULT_LIMITS, SoundLimits
 from audio.parts import PLAIN_FLAC, Contents, Part, Slice, describe_cut
 from audio.scale import LARGEST_SAMPLE, ScaleError, ScaleRestorer
 
-LOWEST_RATE = 100  # Hz
 MIN_LOSS = 0.1  # seconds; smaller differences from the announced length come from encoder padding
+_MPEG_PADDING = 2304  # samples that encoders add, announce, and decoders leave out: two frames
 # Limits of one read: frames, seconds (headers may announce any rate), samples of all channels.
 _BLOCK_FRAMES, _BLOCK_SECONDS, _BLOCK_SAMPLES = 1 << 18, 10, 1 << 22
 # Containers whose length FFmpeg does not estimate from the size of the file.
@@ -43,16 +46,17 @@ class FileDecoder:
 
     Args:
         path: a sound file of any kind.
+        limits: of rates and channels.
 
     Attributes:
         warnings: kind → sentence, see `audio.io.AudioBlocks`; complete at the end.
 
     Raises:
-        AudioReadError: while iterating: missing, unreadable, empty, or with samples that are not finite.
+        AudioReadError: while iterating: missing, unreadable, empty, beyond a limit, or samples that are not finite.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, limits: SoundLimits = DEFAULT_LIMITS) -> None:
+        self.path, self.limits = path, limits
         self.warnings: dict[str, str] = {}
 
     def __iter__(self) -> Blocks:
@@ -68,14 +72,38 @@ class FileDecoder:
             raise AudioReadError(self.path, f"cannot be decoded ({_format_error(error)})") from None
 
     def _check(self, block: np.ndarray, rate: int) -> None:
-        """Raise `AudioReadError` for rates and samples that no sound has."""
-        if rate < LOWEST_RATE:
-            raise AudioReadError(self.path, f"its header announces {rate} Hz; at least {LOWEST_RATE} Hz are expected")
+        """Raise `AudioReadError` for rates, channels and samples that no sound has."""
+        self._check_format(rate, block.shape[1])
         peak = max(-float(block.min()), float(block.max()))
         if not math.isfinite(peak):
             raise AudioReadError(self.path, "has samples that are not finite numbers (NaN or infinite)", kind="nan")
         if peak > LARGEST_SAMPLE:
             raise AudioReadError(self.path, f"has samples of {peak:.1e}, where full scale is 1; it may be damaged")
+
+    def _check_format(self, rate: int, n_channels: int) -> None:
+        """Raise `AudioReadError` for rates and channels beyond their limits."""
+        limits = self.limits
+        if not limits.lowest_rate <= rate <= limits.highest_rate:
+            expected = f"{limits.lowest_rate:g} to {limits.highest_rate:.0f} Hz are expected"
+            name = "lowest_rate" if rate < limits.lowest_rate else "highest_rate"
+            raise AudioReadError(
+                self.path,
+                f"its header announces {rate} Hz; {expected}, or with --limits '{{{name}: {max(rate, 1)}}}' all rates "
+                f"{'down' if name == 'lowest_rate' else 'up'} to it",
+            )
+        if not 1 <= n_channels <= limits.channels:
+            raise AudioReadError(
+                self.path,
+                f"its header announces {n_channels} channels; at most {limits.channels:.0f} are expected "
+                f"(--limits '{{channels: N}}' allows more)",
+            )
+
+    def _check_header(self, source: Slice) -> None:
+        """Raise `AudioReadError` where the header of a file that cannot be opened is beyond the limits."""
+        stream = ByteStream(source)
+        header = read_header(stream) if has_header(stream.peek(12)) else None
+        if header is not None and header.raw is not None:
+            self._check_format(header.raw.sample_rate, header.raw.channels)
 
     def _blocks(self) -> Blocks:
         try:
@@ -84,16 +112,26 @@ class FileDecoder:
             is_link = os.path.islink(self.path)
             broken = f"is a link to {os.readlink(self.path)}, which does not exist" if is_link else ""
             raise AudioReadError(self.path, broken or "there is no such file") from None
+        except OSError as error:
+            what = (
+                "is a socket, not a sound file"
+                if error.errno == errno.ENXIO
+                else f"cannot be opened ({error.strerror})"
+            )
+            raise AudioReadError(self.path, what) from None
         try:
             status = os.fstat(descriptor)
             if stat.S_ISREG(status.st_mode) and status.st_size:
                 contents = inspect(descriptor, status.st_size, self.path)
                 self.warnings.update(contents.warnings)
                 yield from self._decode_parts(descriptor, status.st_size, contents)
+                self._note_change(status, os.fstat(descriptor))
             elif stat.S_ISREG(status.st_mode):
                 raise AudioReadError(self.path, "the file is empty (0 bytes)", kind="empty")
             elif stat.S_ISDIR(status.st_mode):
                 raise AudioReadError(self.path, "is a folder, not a sound file")
+            elif not stat.S_ISFIFO(status.st_mode):
+                raise AudioReadError(self.path, "is a device, not a sound file")
             else:  # a pipe, which can be read only once
                 with open(descriptor, "rb", closefd=False) as pipe:
                     yield from self._decode_with_ffmpeg(FFmpegBlocks(pipe), 0, None)
@@ -109,8 +147,12 @@ class FileDecoder:
                 raise FFmpegError("its index is missing: it is truncated, or was not finished") from None
             raise
         if contents is PLAIN_FLAC:
-            for part in find_rest(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR), size):
+            rest = find_rest(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR), size)
+            for part in rest:
                 yield from self._decode_part(descriptor, size, part, contents.kind)
+            text = None if rest else describe_contradiction(descriptor, size)
+            if text:
+                self.warnings["inconsistent"] = text
 
     def _decode_part(self, descriptor: int, size: int, part: Part, kind: str) -> Blocks:
         """Decode a part with the decoder that reads all of it."""
@@ -121,9 +163,12 @@ class FileDecoder:
         if part.decoder == "ffmpeg":
             yield from self._decode_with_ffmpeg(FFmpegBlocks(open_slice(), container=part.container), 0, part.seconds)
             return
+        if part.raw is not None:
+            self._check_format(part.raw.sample_rate, part.raw.channels)
         try:
             file = self._open(descriptor, part, open_slice)
         except (soundfile.SoundFileError, TypeError) as error:
+            self._check_header(open_slice())
             try:
                 yield from self._decode_with_ffmpeg(FFmpegBlocks(open_slice()), 0, None)
             except FFmpegError as other:
@@ -145,7 +190,8 @@ class FileDecoder:
                 yield from self._decode_rest(open_slice(), n_read, rate, error)
                 return
             if part.seconds is not None:
-                if n_read < (part.seconds - MIN_LOSS) * rate:
+                n_allowed = max(MIN_LOSS * rate, _MPEG_PADDING if kind == "mp3" else 0)
+                if n_read < part.seconds * rate - n_allowed:
                     self._note_loss(n_read / rate, part.seconds, is_cut=False)
             elif n_read < file.frames or (not kind and _is_cut(file.extra_info, n_read)):
                 self._note_loss(n_read / rate, None, is_cut=True)
@@ -163,8 +209,7 @@ class FileDecoder:
     def _decode_with_libsndfile(self, file: soundfile.SoundFile) -> Iterator[np.ndarray]:
         """Decode with libsndfile."""
         rate, n_channels, n_left = file.samplerate, file.channels, file.frames
-        if rate < LOWEST_RATE:  # before anything is decoded
-            self._check(np.zeros((1, 1), np.float32), rate)
+        self._check_format(rate, n_channels)  # before anything is decoded
         blocks = self._read(file, rate, n_channels, n_left)
         if file.subtype in ("FLOAT", "DOUBLE"):
             blocks = (block for block, _ in self._restore_scale((block, rate) for block in blocks))
@@ -190,6 +235,8 @@ class FileDecoder:
             if not n_read:
                 raise error from None
             self.warnings["damaged"] = f"is damaged: the sound after {n_read / rate:.2f} s cannot be decoded"
+        if "truncated" not in self.warnings:
+            self.warnings.setdefault("damaged", "is damaged: a small part of it cannot be decoded")
 
     def _decode_with_ffmpeg(self, blocks: FFmpegBlocks, n_skipped: int, seconds: float | None) -> Blocks:
         """Decode with FFmpeg, and note lost sound in `warnings`.
@@ -233,6 +280,16 @@ class FileDecoder:
         elif announced is not None:
             text = self.warnings.get("damaged", "is damaged")
             self.warnings["damaged"] = f"{text}; {announced - seconds:.2f} of its {announced:.2f} s are missing"
+
+    def _note_change(self, before: os.stat_result, after: os.stat_result) -> None:
+        """Note that a file was written to while it was read: part of the sound may be of either version."""
+        if after.st_size > before.st_size:
+            self.warnings.setdefault(
+                "truncated",
+                f"grew from {before.st_size} to {after.st_size} bytes while it was read; the rest is missing",
+            )
+        elif (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            self.warnings.setdefault("damaged", "was changed by another program while it was read")
 
     def _restore_scale(self, blocks: Blocks) -> Blocks:
         """Rescale floating-point values whose full scale is not 1.0."""

@@ -13,8 +13,11 @@ import numpy as np
 from common.errors import UserError
 
 _READ_SIZE = 1 << 16  # bytes
+_MAX_GATHERED = 1 << 22  # samples of all channels that are joined to a block
 _MIN_GAP = 0.02  # seconds between frames; times are rounded to milliseconds in some containers
 _MAX_READ_ERRORS = 100  # of the container, not of a packet, one after the other
+# Codecs with checksums, which FFmpeg ignores by default; packets whose checksum is wrong are then left out.
+_CHECKED = {"flac", "wavpack", "tta", "tak", "ape", "truehd", "mlp"}
 _FULL_SCALES = {"u8": 128.0, "s16": 32768.0, "s32": 2147483648.0}
 _SILENCE = {"u8": 128}  # where it is not 0
 # Allowed formats. FFmpeg supports hundreds of others (playlists, pictures, raw formats that text is taken for).
@@ -105,10 +108,14 @@ class FFmpegBlocks:
             stream = container.streams.best("audio")
             if stream is None:
                 kinds = sorted({str(kind.type) for kind in container.streams})
+                if "audio" in kinds:
+                    raise FFmpegError("the rate or the number of channels of its sound is not valid")
                 raise FFmpegError(f"it has no sound, only {' and '.join(kinds) or 'nothing'}")
             if stream.codec_context is None:
                 raise FFmpegError("its codec is not supported")
             stream.codec_context.thread_count = 1  # files are decoded in parallel
+            if stream.codec_context.name in _CHECKED:
+                stream.codec_context.options = {"err_detect": "crccheck+explode"}
             self.codec = stream.codec_context.name
             if stream.duration is not None and stream.time_base is not None:
                 self.announced_seconds = float(stream.duration * stream.time_base)
@@ -180,7 +187,7 @@ class FFmpegBlocks:
             rate = frame_rate
             n_held += len(samples)
             self.seconds += len(samples) / rate
-            if n_held >= self.block_seconds * rate:
+            if n_held >= min(self.block_seconds * rate, _MAX_GATHERED // samples.shape[1]):
                 yield _join(held), rate
                 held, n_held = [], 0
         if held:

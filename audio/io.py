@@ -12,8 +12,9 @@ import numpy as np
 import soxr
 
 from audio.channels import Downmixer
-from audio.decoders import LARGEST_SAMPLE, LOWEST_RATE, FileDecoder
+from audio.decoders import LARGEST_SAMPLE, FileDecoder
 from audio.errors import AudioReadError
+from audio.limits import DEFAULT_LIMITS, SoundLimits
 from common.errors import UserError
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "FOREIGN_EXTENSIONS",
     "LARGEST_SAMPLE",
     "LOSSES",
-    "LOWEST_RATE",
     "WARNINGS",
     "AudioBlocks",
     "AudioReadError",
@@ -50,7 +50,9 @@ FOREIGN_EXTENSIONS = frozenset((".mid", ".midi", ".m4p", ".aax", ".aa"))
 
 # Kinds of warnings that mean missing sound.
 LOSSES = frozenset(("truncated", "damaged"))
-WARNINGS = ("truncated", "damaged", "repaired", "joined", "rescaled", "out_of_phase")
+WARNINGS = ("truncated", "damaged", "repaired", "joined", "rescaled", "out_of_phase", "short", "inconsistent")
+SHORT_SECONDS = 0.1  # of a whole sound, below which tags say little
+_MAX_RESAMPLED = 1 << 22  # samples of all channels that one step of resampling may yield
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class AudioBlocks:
         path: a sound file of any kind.
         sample_rate: target rate in Hz; the file's own when None.
         mix_down: average the channels (see `audio.channels.Downmixer` for those of opposite polarity).
+        limits: of rates and channels.
 
     Attributes:
         sample_rate: of the blocks, in Hz, set with the first block.
@@ -90,21 +93,29 @@ class AudioBlocks:
         warnings: kind → a sentence without its subject; complete at the end. Kinds: "truncated" (it ends early),
             "damaged" (something in it cannot be decoded), "repaired" (its header is wrong, no sound is lost), "joined"
             (its rate or channels change), "rescaled" (integers stored as floating-point values), "out_of_phase"
-            (channels of opposite polarity).
+            (channels of opposite polarity), "short" (less than `SHORT_SECONDS`), "inconsistent" (numbers in its header
+            contradict each other).
 
     Raises:
         AudioReadError: while iterating: missing, unreadable, empty, or with samples that are not finite.
     """
 
-    def __init__(self, path: str | Path, sample_rate: int | None = None, *, mix_down: bool = True) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | Path,
+        sample_rate: int | None = None,
+        *,
+        mix_down: bool = True,
+        limits: SoundLimits = DEFAULT_LIMITS,
+    ) -> None:
+        self.path, self.limits = Path(path), limits
         self.target_rate = sample_rate
         self.mix_down = mix_down
         self.sample_rate = self.source_rate = 0
         self.warnings: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        decoder = FileDecoder(self.path)
+        decoder = FileDecoder(self.path, self.limits)
         yield from self._convert(decoder)
         self.warnings = decoder.warnings | self.warnings
 
@@ -121,10 +132,9 @@ class AudioBlocks:
                     self.source_rate, self.sample_rate = rate, self.target_rate or rate
                 shapes[shape] = None
                 converter = Converter(*shape, self.sample_rate, None if self.mix_down else next(iter(shapes))[1])
-            block = converter.push(block, is_last)
-            n_given += len(block)
-            if len(block):
-                yield block
+            for piece in converter.push_steps(block, is_last):
+                n_given += len(piece)
+                yield piece
             if is_last:
                 if converter.mixer is not None:
                     n_opposite += converter.mixer.n_opposite / rate
@@ -134,6 +144,8 @@ class AudioBlocks:
             raise AudioReadError(self.path, "has no samples", kind="empty")
         if n_given == 0:  # a few samples, resampled to none
             yield np.zeros(1 if self.mix_down else (1, next(iter(shapes))[1]), np.float32)
+        if n_given < SHORT_SECONDS * self.sample_rate:
+            self.warnings["short"] = f"is shorter than {SHORT_SECONDS:g} s ({n_given / self.sample_rate:.3f} s)"
         if len(shapes) > 1:
             self.warnings["joined"] = describe_joined(list(shapes), self.sample_rate)
         if n_opposite:
@@ -165,6 +177,8 @@ class Converter:
         self.rate, self.n_channels, self.n_target = rate, n_channels, n_target
         self.mixer = Downmixer(rate) if n_target is None else None
         self.stream = None
+        # samples of a block at once: resampling a low rate yields hundreds of times as many
+        self.n_step = max(int(_MAX_RESAMPLED * min(rate / target_rate, 1.0) / (n_target or 1)), 1)
         if rate != target_rate:
             self.stream = soxr.ResampleStream(rate, target_rate, n_target or 1, dtype="float32", quality="HQ")
 
@@ -177,6 +191,13 @@ class Converter:
         if self.stream is not None:
             block = self.stream.resample_chunk(block, last=is_last)
         return np.ascontiguousarray(block, dtype=np.float32)
+
+    def push_steps(self, block: np.ndarray, is_last: bool) -> Iterator[np.ndarray]:
+        """Convert a block in steps of limited memory; yields what is not empty."""
+        for start in range(0, len(block), self.n_step):
+            piece = self.push(block[start : start + self.n_step], is_last and start + self.n_step >= len(block))
+            if len(piece):
+                yield piece
 
 
 def describe_joined(shapes: list[tuple[int, int]], sample_rate: int) -> str:
@@ -194,21 +215,39 @@ def describe_opposite(n_opposite: float, n_seconds: float) -> str:
     )
 
 
-def decode(path: str | Path, sample_rate: int | None = None, *, mix_down: bool = True) -> Decoded:
+def decode(
+    path: str | Path, sample_rate: int | None = None, *, mix_down: bool = True, limits: SoundLimits = DEFAULT_LIMITS
+) -> Decoded:
     """Decode a whole sound file.
 
     Args:
         path: a sound file of any kind.
         sample_rate: target rate in Hz; the file's own when None.
         mix_down: average the channels.
+        limits: of the file, and of what is held in memory.
 
     Raises:
-        AudioReadError: missing, unreadable, empty, or with samples that are not finite.
+        AudioReadError: missing, unreadable, empty, with samples that are not finite, or beyond a limit.
     """
-    blocks = AudioBlocks(path, sample_rate, mix_down=mix_down)
-    parts = list(blocks)
+    blocks = AudioBlocks(path, sample_rate, mix_down=mix_down, limits=limits)
+    parts: list[np.ndarray] = []
+    n_samples = 0
+    for block in blocks:
+        parts.append(block)
+        n_samples += block.size
+        if n_samples > limits.clip_samples:
+            raise AudioReadError(path, describe_long(limits, blocks.sample_rate, block.size // len(block)))
     waveform = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return Decoded(waveform, blocks.sample_rate, blocks.source_rate, blocks.warnings)
+
+
+def describe_long(limits: SoundLimits, sample_rate: int, n_channels: int) -> str:
+    """Return a sentence on a clip that exceeds its limit."""
+    hours = limits.clip_samples / n_channels / sample_rate / 3600
+    return (
+        f"is longer than {hours:.3g} h at {sample_rate} Hz, {limits.clip_mb:.0f} MB, the most that one clip may take "
+        "in memory: cut it, or raise the limit with --limits '{clip_mb: N}'"
+    )
 
 
 def read_audio(path: str | Path, sample_rate: int | None = None) -> tuple[np.ndarray, int]:

@@ -7,147 +7,27 @@ shard that was finished; see `audio.pack_progress`.
 
 import hashlib
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from audio.io import AudioReadError, decode, to_int16
+from audio.clips import Clip, load_clip, load_clips
+from audio.limits import DEFAULT_LIMITS, SoundLimits
 from audio.manifest import name_fault, normalise, resolve
 from audio.pack_progress import PackProgress, lock_pack
 from audio.pack_report import Report
 from audio.shards import ShardWriter
 from common.errors import UserError, some
 from common.files import whole_file, write_json
-from common.interrupts import start_worker
 
 logger = logging.getLogger(__name__)
 
 PUBLISHED = "published"  # the clips layout with base names as keys, the only one that CED's own tools read
 PUBLISHED_RATE = 16000  # Hz, which these tools assume
-
-_CLIPS_IN_FLIGHT = 8  # for each worker
-_CLIPPED_RUN = 3  # neighbouring samples at full scale
-_CLIPPED_PEAK = 1.01  # 0.1 dB above full scale: resampling exceeds it by less
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A decoded clip, or the reason why there is none.
-
-    Attributes:
-        samples: int16 (S,), or (2, S) in stereo; None when the file cannot be packed.
-        fault: "unreadable", "empty", "nan", or "" when it can.
-        reason: the fault in words.
-        source_rate: of the file, in Hz.
-        silent: every sample is zero.
-        clipped: the sound exceeds full scale, or stays at it.
-        warnings: other warnings on the file, see `audio.io.AudioBlocks`.
-    """
-
-    samples: np.ndarray | None = None
-    fault: str = ""
-    reason: str = ""
-    source_rate: int = 0
-    silent: bool = False
-    clipped: bool = False
-    warnings: dict[str, str] = field(default_factory=dict)
-
-
-def load_clip(path: str | Path, sample_rate: int, stereo: bool = False) -> Clip:
-    """Decode one file for packing; a fault of the file is returned, not raised."""
-    try:
-        decoded = decode(path, sample_rate, mix_down=not stereo)
-    except AudioReadError as error:
-        return Clip(fault=error.kind, reason=error.reason)
-    except Exception as error:  # no file may keep the others from being packed
-        return Clip(fault="unreadable", reason=f"decoding failed with {type(error).__name__}: {error}")
-    waveform = decoded.waveform
-    if stereo and waveform.shape[1] != 2:  # mono is duplicated; more than two channels are averaged
-        waveform = waveform.mean(axis=1, keepdims=True).repeat(2, axis=1)
-    samples = to_int16(waveform)  # (S,) or (S, 2)
-    return Clip(
-        samples=np.ascontiguousarray(samples.T),
-        source_rate=decoded.source_rate,
-        silent=not samples.any(),
-        clipped=_is_clipped(waveform, samples),
-        warnings=decoded.warnings,
-    )
-
-
-def _is_clipped(waveform: np.ndarray, samples: np.ndarray) -> bool:
-    """Return whether the sound exceeds full scale by more than resampling does, or stays at it; single peaks may."""
-    if np.abs(waveform).max() > _CLIPPED_PEAK:
-        return True
-    full = (samples >= 32767) | (samples <= -32767)
-    if np.count_nonzero(full) < _CLIPPED_RUN:
-        return False
-    run = full[: 1 - _CLIPPED_RUN or None]
-    for shift in range(1, _CLIPPED_RUN):
-        run = run[: len(full) - _CLIPPED_RUN + 1] & full[shift : len(full) - _CLIPPED_RUN + 1 + shift]
-    return bool(run.any())
-
-
-def load_clips(paths: Sequence[Path], load: Callable[[Path], Clip], n_workers: int) -> Iterator[Clip]:
-    """Yield `load(path)` for each path, in order, computed by worker processes a window ahead.
-
-    A file that crashes its worker process is reported as unreadable, and new workers continue behind it.
-
-    Args:
-        paths: sound files.
-        load: run in the workers; must be picklable.
-        n_workers: processes; with 0 everything runs in this one.
-    """
-    if n_workers == 0:
-        yield from map(load, paths)
-        return
-    position = 0
-    while position < len(paths):
-        with _start_pool(n_workers) as pool:
-            try:
-                for clip in _load_window(pool, load, paths[position:], n_workers * _CLIPS_IN_FLIGHT):
-                    yield clip
-                    position += 1
-            except BrokenProcessPool:
-                # Any file of the window may have crashed it: the next one in order gets a worker of its own.
-                yield _load_alone(load, paths[position])
-                position += 1
-
-
-def _start_pool(n: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(n, initializer=start_worker)
-
-
-def _load_window(
-    pool: ProcessPoolExecutor, load: Callable[[Path], Clip], paths: Sequence[Path], window: int
-) -> Iterator[Clip]:
-    pending: deque[Future[Clip]] = deque()
-    try:
-        for path in paths:
-            pending.append(pool.submit(load, path))
-            if len(pending) >= window:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()
-
-
-def _load_alone(load: Callable[[Path], Clip], path: Path) -> Clip:
-    with _start_pool(1) as pool:
-        try:
-            return pool.submit(load, path).result()
-        except BrokenProcessPool:
-            return Clip(fault="unreadable", reason="the decoder crashed or ran out of memory")
 
 
 def pack(
@@ -162,6 +42,7 @@ def pack(
     stereo: bool = False,
     size_per_file: int = 50_000,
     n_workers: int = 4,
+    limits: SoundLimits = DEFAULT_LIMITS,
     add_duration: bool = False,
     hdf5_folder: str = "hdf5",
     index_folder: str = "labels",
@@ -181,6 +62,7 @@ def pack(
         stereo: keep two channels (clips layout only).
         size_per_file: clips a shard.
         n_workers: decoding processes; 0 decodes in this one.
+        limits: of a sound file, and of what a clip takes in memory.
         add_duration: add a column `duration` in seconds.
         left_out: rows of the list that are not in `table`, with their faults, for the report.
         hdf5_folder: folder of the shards in `output`.
@@ -203,9 +85,10 @@ def pack(
     names = [str(table["filename"].iat[row]) for row in rows]
     keys = _use_base_names(names, list_path) if layout == PUBLISHED and not fullname else names
     paths = [resolve(clip_name, list_path) for clip_name in names]
-    load = partial(load_clip, sample_rate=sample_rate, stereo=stereo)
+    load = partial(load_clip, sample_rate=sample_rate, stereo=stereo, limits=limits, isolated=n_workers > 0)
     settings = {"sample_rate": sample_rate, "layout": layout, "stereo": stereo, "size_per_file": size_per_file}
     settings |= {"fullname": fullname, "list": str(Path(list_path).absolute()), "clips": _hash_table(table)}
+    settings["limits"] = vars(limits)
     with lock_pack(output / hdf5_folder, name):
         packing = PackProgress(output / hdf5_folder, name, settings, paths)
         first = packing.n_done

@@ -4,7 +4,6 @@ The name of a copy contains a hash of its whole address, so that two addresses n
 names itself keep their published names, under which torch.hub may have stored them before.
 """
 
-import fcntl
 import hashlib
 import http.client
 import json
@@ -15,8 +14,6 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -25,6 +22,7 @@ import torch
 
 from common.errors import UserError
 from common.files import sha256
+from common.locks import wait_for_lock
 from models.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
@@ -77,7 +75,7 @@ def download(url: str, name: str | None = None) -> Path:
     folder, key, path = _locate(url, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(folder / f".{key}.lock", url):
+        with wait_for_lock(folder / f".{key}.lock", f"another process is downloading {url}: waiting for it"):
             if not path.is_file():
                 logger.info("downloading %s to %s", url, path)
                 # its suffix tells the format
@@ -119,27 +117,6 @@ def _describe(error: Exception) -> str:
     if isinstance(cause, TimeoutError):
         return f"no answer within {TIMEOUT:g} s"
     return str(getattr(cause, "strerror", None) or cause or type(cause).__name__)
-
-
-@contextmanager
-def _only_one(path: Path, url: str) -> Iterator[None]:
-    """Hold a lock file while in the block, and remove it afterwards; wait while another process holds it."""
-    while True:
-        with open(path, "ab") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("another process is downloading %s: waiting for it", url)
-                fcntl.lockf(file, fcntl.LOCK_EX)
-            except OSError:  # a file system without locks
-                pass
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                continue  # the other process has removed it
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
 
 
 def _download(url: str, part: Path, path: Path, name: str) -> None:

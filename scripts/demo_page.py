@@ -32,7 +32,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in inference.py
 import numpy as np
 from pydantic import Field
 
-from audio.io import AudioBlocks, AudioReadError
+from audio.errors import AudioReadError
+from audio.isolation import IsolatedBlocks
 from common.options import ModelOptions, parse_arguments
 from common.temporary import temporary_folder
 from scripts.page.hosts import HostCheck, list_names
@@ -154,7 +155,7 @@ class Page:
             raise UserError(f"{path.name} was deleted, as all sounds are after an hour: drop or record it once more.")
         blocks, n_samples = [], 0
         try:
-            for block in AudioBlocks(path, self.engine.sample_rate):
+            for block in IsolatedBlocks(path, self.engine.sample_rate):
                 blocks.append(block)
                 n_samples += len(block)
                 if n_samples > self.max_seconds * self.engine.sample_rate:

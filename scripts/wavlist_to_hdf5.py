@@ -25,6 +25,9 @@ from common.errors import print_user_errors  # isort: split
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
+from audio.limits import SoundLimits
 from audio.manifest import read_manifest
 from audio.pack import pack
 from common.options import FileName, FolderName, Options, parse_arguments
@@ -42,6 +45,7 @@ class PackOptions(Options):
     name: FileName | None = None  # of the pack; null = the list's, without extension
     size_per_file: int = 50_000  # clips a shard
     n_workers: int = 4  # decoding processes
+    limits: dict[str, float] = Field({})  # of a sound file, see audio/limits.py: {clip_mb: 4000}
     duration: bool = False  # add a column `duration`, in seconds
     hdf5_dirname: FolderName = "hdf5"  # folder of the shards in OUTDIR
     index_dirname: FolderName = "labels"  # folder of the manifest in OUTDIR
@@ -74,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stereo=options.stereo,
         size_per_file=options.size_per_file,
         n_workers=options.n_workers,
+        limits=SoundLimits.from_mapping(options.limits),
         add_duration=options.duration,
         hdf5_folder=options.hdf5_dirname,
         index_folder=options.index_dirname,

@@ -1,7 +1,7 @@
 """Tag sound files of any format and length, in batches of windows across files.
 
-Decoders and engines are threads; between them is a pool of at most some hundred windows, so that memory depends on
-neither the number of files nor their length.
+Decoders are processes, each with a thread that cuts windows; engines are threads. Between them is a pool of at most
+some hundred windows, so that memory depends on neither the number of files nor their length.
 """
 
 import copy
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from audio.io import AudioBlocks, AudioReadError
+from audio.errors import AudioReadError
+from audio.isolation import CancelledError, IsolatedBlocks
+from audio.limits import DEFAULT_LIMITS, SoundLimits
 from common.errors import UserError
 from tagging.base import Engine
 from tagging.engines import TorchEngine
@@ -119,6 +121,7 @@ class WindowPool:
         self.windows: list[_PendingWindow] = []  # oldest first
         self.all_begun = False
         self.stopped = False
+        self.cancelled = threading.Event()  # as `stopped`, for decoders
         self.error: BaseException | None = None
 
     def next_file(self) -> _PendingFile | None:
@@ -180,6 +183,7 @@ class WindowPool:
         with self.changed:
             self.error = self.error or error
             self.stopped = True
+            self.cancelled.set()
             self.changed.notify_all()
 
     def next_tagged(self) -> TaggedFile | None:
@@ -217,6 +221,7 @@ def tag_files(
     hop_seconds: float | None = None,
     batch_size: int = 16,
     n_decoders: int = 2,
+    limits: SoundLimits = DEFAULT_LIMITS,
     on_window: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[TaggedFile]:
     """Tag files window by window; a batch has windows of similar length, of one file or several.
@@ -231,7 +236,8 @@ def tag_files(
         chunk_seconds: length of a window; a file's last one is what remains, at least `MIN_TAIL_SECONDS`.
         hop_seconds: from one window's start to the next; `chunk_seconds` when None.
         batch_size: windows a batch, at most; fewer where they are longer than `TYPICAL_SECONDS`.
-        n_decoders: threads that decode; decoding and resampling release Python's lock.
+        n_decoders: processes that decode, see `audio.isolation`.
+        limits: of a sound file.
         on_window: called with the seconds of each window that was tagged, from any thread, one call at a time.
 
     Yields:
@@ -251,7 +257,7 @@ def tag_files(
         except BaseException as error:  # raised again in the caller's thread
             pool.stop(error)
 
-    works = [lambda: _decode_files(pool, windows, engine.sample_rate)] * max(n_decoders, 1)
+    works = [lambda: _decode_files(pool, windows, engine.sample_rate, limits)] * max(n_decoders, 1)
     works += [lambda: _tag_batches(pool, engine, batch_size, options)] * engine.n_threads
     threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
     for thread in threads:
@@ -265,10 +271,10 @@ def tag_files(
             thread.join()
 
 
-def _decode_files(pool: WindowPool, windows: Windows, sample_rate: int) -> None:
+def _decode_files(pool: WindowPool, windows: Windows, sample_rate: int, limits: SoundLimits) -> None:
     while (file := pool.next_file()) is not None:
         fault = None
-        blocks = AudioBlocks(file.tagged.path, sample_rate)
+        blocks = IsolatedBlocks(file.tagged.path, sample_rate, limits=limits, cancelled=pool.cancelled)
         try:
             for start, samples in cut_windows(blocks, copy.copy(windows)):
                 window = TaggedWindow(start / sample_rate, (start + len(samples)) / sample_rate)
@@ -276,6 +282,8 @@ def _decode_files(pool: WindowPool, windows: Windows, sample_rate: int) -> None:
                     break
         except AudioReadError as error:
             fault = error.reason
+        except CancelledError:
+            return
         pool.finish_file(file, fault, {} if fault else blocks.warnings)
 
 

@@ -11,6 +11,7 @@ from typing import IO, Any, NamedTuple
 
 from common.errors import UserError
 from common.files import remove_dead_partials, write_text
+from common.locks import is_current, lock_range
 from tagging.files import TaggedFile
 
 
@@ -112,11 +113,7 @@ def _lock_path(path: Path) -> Path:
 
 def _try_lock(path: Path, length: int, first: int) -> bool:
     """Lock bytes of a lock file; False where another process holds them, or has removed the file meanwhile."""
-    try:
-        fcntl.lockf(_LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
-        return os.path.samestat(os.fstat(_LOCKS[path].fileno()), _lock_path(path).stat())
-    except (BlockingIOError, PermissionError, FileNotFoundError):
-        return False
+    return lock_range(_LOCKS[path], first, length) and is_current(_LOCKS[path], _lock_path(path))
 
 
 def find_marks(path: Path) -> list[Path]:

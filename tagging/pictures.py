@@ -6,7 +6,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from audio.io import AudioBlocks, AudioReadError
+from audio.errors import AudioReadError
+from audio.isolation import IsolatedBlocks
 from common.files import whole_file
 from tagging.files import TaggedFile
 from tagging.outputs import FilePerSound
@@ -53,7 +54,7 @@ def compute_spectrogram(path: Path, n_columns: int = MAX_COLUMNS) -> tuple[np.nd
     columns: list[np.ndarray] = []
     power, n_summed, n_samples = np.zeros(_N_FFT // 2 + 1), 0, 0
     rest = np.zeros(0, np.float32)
-    for block in AudioBlocks(path, _RATE):
+    for block in IsolatedBlocks(path, _RATE):
         n_samples += len(block)
         samples = np.concatenate([rest, block])
         n_frames = len(samples) // _N_FFT

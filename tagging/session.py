@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from audio.limits import DEFAULT_LIMITS, SoundLimits
 from common.errors import UserError
 from common.files import sha256
 from tagging.base import Engine
@@ -34,8 +35,9 @@ class Session:
         chunk_seconds: length of a window.
         hop_seconds: from one window's start to the next; `chunk_seconds` when None.
         batch_size: windows a batch; the engine's when None.
-        n_decoders: threads that decode.
+        n_decoders: processes that decode.
         share: this process's share of the work.
+        limits: of a sound file.
     """
 
     engine: Engine
@@ -45,6 +47,7 @@ class Session:
     batch_size: int | None = 8
     n_decoders: int = 2
     share: Share = SINGLE_PROCESS
+    limits: SoundLimits = DEFAULT_LIMITS
 
     def check(self) -> None:
         """Check that the engine supports the options, before anything is removed or opened.
@@ -135,6 +138,7 @@ class Session:
             hop_seconds=self.hop_seconds,
             batch_size=self.batch_size or self.engine.batch_size,
             n_decoders=self.n_decoders,
+            limits=self.limits,
             on_window=on_window,
         )
 

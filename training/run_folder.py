@@ -1,7 +1,6 @@
 """Folders of runs: settings, log, states, results and checkpoints; and the choice of the run to resume."""
 
 import csv
-import fcntl
 import io
 import json
 import logging
@@ -10,7 +9,7 @@ import shutil
 import sys
 import time
 import uuid
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from common.errors import UserError, some
 from common.files import remove_dead_partials, reserve_partial, sha256, write_json, write_text
+from common.locks import POLL_SECONDS, try_lock
 from common.parsing import read_record
 from training.automatic import Choice
 from training.config import TrainConfig
@@ -62,7 +62,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
 
     def lock(self, seconds: float | None = None) -> bool:
         """Lock the folder, which is created if it is missing, until the process ends.
@@ -74,28 +74,14 @@ class RunFolder:
             False if another process keeps it locked.
         """
         deadline = time.monotonic() + (LOCK_SECONDS if seconds is None else seconds)
-        while not self._try_lock():
+        while (lock := try_lock(self.path / ".lock")) is None:
             if time.monotonic() > deadline:
                 return False
-            time.sleep(0.1)
+            time.sleep(POLL_SECONDS)
+        self._lock = lock
         for folder in (self.path, self.path / "states"):
             remove_dead_partials(folder)
         return True
-
-    def _try_lock(self) -> bool:
-        self.path.mkdir(parents=True, exist_ok=True)
-        # Not found: another process has removed the folder meanwhile, as one that a killed process has left.
-        with suppress(FileNotFoundError), ExitStack() as opened:
-            lock = opened.enter_context(open(self.path / ".lock", "a"))
-            try:
-                # Not flock: loader workers inherit it and keep it for seconds after the trainer was killed.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                return False
-            if os.path.samestat(os.fstat(lock.fileno()), (self.path / ".lock").stat()):
-                self._lock = lock
-                opened.pop_all()  # open as long as the folder is locked
-        return self._lock is not None
 
     def unlock(self) -> None:
         """Release the folder."""

@@ -18,8 +18,8 @@ from audio.cutting import Chunks
 from audio.dataset import ClipLoader, Pack
 from common.errors import UserError
 from common.files import remove_dead_partials, sha256, write_json
+from common.locks import lock_shares
 from common.parsing import read_json
-from common.shares import lock_shares
 from distill.batch import Batch
 from distill.dataset import ReplayDataset, collate
 from distill.embeddings import EmbeddingStore

@@ -178,6 +178,8 @@ ODD_FILES: tuple[OddFile, ...] = (
     OddFile("a peak of 900.wav", partial(_with_one, 900.0)),
     OddFile("opposite channels.wav", partial(_opposite, 0, 6), warnings=("out_of_phase",)),
     OddFile("opposite for a while.wav", partial(_opposite, 2, 4), warnings=("out_of_phase",)),
+    OddFile("a rate that is not its own.wav", lambda: patched(wav(), 24, b"\x81"), 5.95, ("inconsistent",), hertz=()),
+    OddFile("a click.wav", lambda: wav(sound=tones(SCALE)[:800]), 0.05, ("short",), hertz=()),
     # AIFF, AU, CAF and other simple formats
     OddFile("whole.aiff", partial(written, "AIFF", "PCM_24")),
     OddFile("little-endian.aifc", partial(written, "AIFF", "PCM_16", endian="LITTLE")),

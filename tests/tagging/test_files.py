@@ -10,6 +10,7 @@ import torch
 
 import audio.decoders
 import tagging.files
+from audio.io import AudioBlocks
 from common.errors import UserError
 from models import AudioTagger
 from models.ced_mel import CedMel
@@ -80,8 +81,16 @@ def test_windows_overlap_or_leave_gaps_as_requested(tmp_path):
     assert heard(chunk_seconds=9.0) == [(0, 5, 0.5)]
 
 
+def decode_here(monkeypatch, n_frames):
+    """Decode blocks of so many samples, in this process, where their length can be set."""
+    monkeypatch.setattr(audio.decoders, "_BLOCK_FRAMES", n_frames)
+    monkeypatch.setattr(
+        tagging.files, "IsolatedBlocks", lambda path, rate, limits, cancelled: AudioBlocks(path, rate, limits=limits)
+    )
+
+
 def test_files_of_several_blocks_are_cut_as_if_they_were_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio.decoders, "_BLOCK_FRAMES", 1000)
+    decode_here(monkeypatch, 1000)
     soundfile.write(tmp_path / "a.wav", humming(1, 1.7), RATE, subtype="FLOAT")
     meter = Meter()
     list(tag_files(meter, [tmp_path / "a.wav"], chunk_seconds=0.5, batch_size=1))
@@ -193,7 +202,7 @@ def test_unreadable_files_keep_their_place_and_say_why(tmp_path):
 
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_a_file_whose_fault_shows_late_gives_no_windows(tmp_path, monkeypatch, n_threads):
-    monkeypatch.setattr(audio.decoders, "_BLOCK_FRAMES", 4000)
+    decode_here(monkeypatch, 4000)
     good = steady(tmp_path / "good.wav", [0.25])
     bad = tmp_path / "bad.wav"
     samples = np.full(40 * RATE, 0.75, np.float32)

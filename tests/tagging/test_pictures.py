@@ -4,7 +4,8 @@ import soundfile
 from matplotlib.image import imread
 
 import audio.decoders
-from audio.io import AudioReadError
+import tagging.pictures
+from audio.io import AudioBlocks, AudioReadError
 from tagging.files import TaggedFile, TaggedWindow, TagOptions, tag_files
 from tagging.parts import SINGLE_PROCESS
 from tagging.pictures import MAX_COLUMNS, MAX_LABELS, Pictures, compute_spectrogram, draw
@@ -36,6 +37,7 @@ def slow_spectrogram(samples, n_columns):
 @pytest.mark.parametrize("block", [1000, 1 << 20])
 def test_a_spectrogram_is_the_mean_power_of_its_columns(tmp_path, monkeypatch, n_columns, block):
     monkeypatch.setattr(audio.decoders, "_BLOCK_FRAMES", block)
+    monkeypatch.setattr(tagging.pictures, "IsolatedBlocks", AudioBlocks)  # in this process
     samples = np.random.default_rng(0).standard_normal(70000).astype(np.float32) * np.linspace(0, 0.3, 70000)
     soundfile.write(tmp_path / "a.wav", samples.astype(np.float32), RATE, subtype="FLOAT")
     found, seconds = compute_spectrogram(tmp_path / "a.wav", n_columns)

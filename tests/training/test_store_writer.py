@@ -11,7 +11,7 @@ import torch
 
 from audio.dataset import Pack
 from common.errors import UserError
-from common.shares import lock_shares
+from common.locks import lock_shares
 from distill.replay import Replay
 from distill.targets import SoftTargetStore, StoredTargets
 from models import Ensemble, create_model

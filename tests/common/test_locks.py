@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.shares import lock_shares
+from common.locks import lock_shares
 
 CONTEXT = multiprocessing.get_context("fork")
 
