@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import is_hypothesis_test
 import soundfile
 import torch
 
@@ -35,6 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, and leave all else in its order."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+    for item in items:
+        if is_hypothesis_test(getattr(item, "obj", None)):  # for scripts/reliability.py
+            n_examples = item.obj._hypothesis_internal_use_settings.max_examples
+            item.user_properties.append(("generated texts, tables, settings and descriptions", n_examples))
 
 
 @pytest.fixture(scope="session")

@@ -84,13 +84,16 @@ def test_a_damaged_file_gives_its_samples_or_a_sentence(tmp_path, whole) -> None
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", sorted(CONTAINERS))
-def test_each_kind_of_file_damaged_hundreds_of_times_gives_its_samples_or_a_sentence(tmp_path, whole, name) -> None:
+def test_each_kind_of_file_damaged_hundreds_of_times_gives_its_samples_or_a_sentence(
+    tmp_path, whole, name, record_property
+) -> None:
     @short(600)
     @given(DAMAGE)
     def check(changes: list[Change]) -> None:
         check_damaged(name, changes, tmp_path, whole)
 
     check()
+    record_property("damaged sound files", 600)
 
 
 @pytest.mark.parametrize("name", ["16.wav", "x.flac"])
@@ -163,13 +166,14 @@ def test_a_sound_of_any_length_rate_and_channels_is_whole(tmp_path: Path) -> Non
 
 
 @pytest.mark.long
-def test_thousands_of_sounds_of_any_length_rate_and_channels_are_whole(tmp_path: Path) -> None:
+def test_thousands_of_sounds_of_any_length_rate_and_channels_are_whole(tmp_path: Path, record_property) -> None:
     @short(3000)
     @given(SOUNDS)
     def check(sound) -> None:
         check_whole(tmp_path, *sound)
 
     check()
+    record_property("sound files of any length, rate and channels", 3000)
 
 
 def test_text_and_noise_are_no_sound(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -177,5 +178,8 @@ def test_every_row_of_a_mutated_list_is_packed_or_reported(tmp_path: Path) -> No
 
 
 @pytest.mark.long
-def test_every_row_of_thousands_of_mutated_lists_is_packed_or_reported(tmp_path: Path) -> None:
+def test_every_row_of_thousands_of_mutated_lists_is_packed_or_reported(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     pack_mutated_lists(tmp_path, range(1000, 4000))
+    record_property("damaged lists", 3000)

@@ -153,7 +153,9 @@ def pack_in_child(moment: int | None, has_links: bool, *args, **options) -> bool
         ),
     ],
 )
-def test_whenever_it_is_killed_there_is_the_old_pack_or_the_new_one(tmp_path, listed, old, has_links, step):
+def test_whenever_it_is_killed_there_is_the_old_pack_or_the_new_one(
+    tmp_path, listed, old, has_links, step, record_property
+):
     """Kill it at every `step`-th call that changes a name, then look at it as a reader, then pack again to the end."""
     table, path = listed
     was_killed = True
@@ -179,6 +181,7 @@ def test_whenever_it_is_killed_there_is_the_old_pack_or_the_new_one(tmp_path, li
         assert files == expected, f"killed before call {moment}"
         moment += step
     assert moment > 20
+    record_property("packing killed at a change of names", moment // step - 1)
 
 
 def test_one_process_at_a_time_makes_a_pack(tmp_path, listed):

@@ -209,8 +209,11 @@ def test_a_changed_shard_has_its_samples_or_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_thousands_of_changed_shards_have_their_samples_or_a_sentence(tmp_path: Path) -> None:
+def test_thousands_of_changed_shards_have_their_samples_or_a_sentence(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     mutate_shards(tmp_path, range(1000, 9000))
+    record_property("damaged shards", 8000)
 
 
 def write_embeddings(path: Path) -> None:

@@ -67,7 +67,9 @@ def test_what_a_killed_writer_leaves_is_gone_when_the_next_one_is_through(tmp_pa
         *(pytest.param(kind, range(0, 999, 5 if kind in SOME else 1), marks=pytest.mark.long) for kind in KINDS),
     ],
 )
-def test_a_disk_that_fails_at_any_call_is_one_sentence_and_damages_nothing(tmp_path, write, kind, moments, error):
+def test_a_disk_that_fails_at_any_call_is_one_sentence_and_damages_nothing(
+    tmp_path, write, kind, moments, error, record_property
+):
     end, whole = write(kind, tmp_path / "whole")
     assert end == "done"
     for moment in moments:
@@ -84,3 +86,4 @@ def test_a_disk_that_fails_at_any_call_is_one_sentence_and_damages_nothing(tmp_p
             is_appended = name.endswith((".csv", ".jsonl", ".lock", ".meta.json", "metrics.jsonl", "run.json"))
             assert is_appended or files[name] in (before.get(name), again[name]), f"failed at {moment}"
     assert moment > 1
+    record_property("files written to a disk that is full or fails", len(list(tmp_path.iterdir())) - 2)

@@ -378,8 +378,11 @@ def test_a_changed_file_gives_valid_values_or_a_sentence(tmp_path: Path, pack: P
 
 
 @pytest.mark.long
-def test_thousands_of_changed_files_give_valid_values_or_a_sentence(tmp_path: Path, pack: Pack) -> None:
+def test_thousands_of_changed_files_give_valid_values_or_a_sentence(
+    tmp_path: Path, pack: Pack, record_property: Callable[[str, object], None]
+) -> None:
     mutate_store(tmp_path, pack, range(1000, 9000))
+    record_property("damaged files of stores", 8000)
 
 
 JSON_VALUES = st.recursive(

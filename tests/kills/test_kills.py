@@ -36,15 +36,18 @@ def test_after_a_kill_the_next_start_does_the_rest_and_nothing_stays(tmp_path):
 
 
 @pytest.mark.long
-def test_after_three_hundred_kills_over_all_commands_nothing_is_lost_and_nothing_stays(tmp_path):
+def test_after_three_hundred_kills_over_all_commands_nothing_is_lost_and_nothing_stays(tmp_path, record_property):
     counts = count(tmp_path, "KILL", 17, 1)
     assert sum(counts.values()) >= 300
+    record_property("commands killed at random moments", sum(counts.values()))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
-def test_a_signal_stops_every_command_with_a_sentence_and_no_file_is_left_half_written(tmp_path, name):
-    assert len(count(tmp_path, name, 2, 2)) >= 18
+def test_a_signal_stops_every_command_with_a_sentence_and_no_file_is_left_half_written(tmp_path, name, record_property):
+    counts = count(tmp_path, name, 2, 2)
+    assert len(counts) >= 18
+    record_property("commands stopped by SIGTERM, SIGINT or SIGHUP", sum(counts.values()))
 
 
 @pytest.mark.parametrize("path", ENTRY_POINTS, ids=lambda path: path.stem)

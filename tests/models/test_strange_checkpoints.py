@@ -84,8 +84,9 @@ def test_damaged_files_give_their_values_or_a_sentence(files, check):
 
 @pytest.mark.long
 @pytest.mark.parametrize("check", CHECKS)
-def test_thousands_of_damaged_files_give_their_values_or_a_sentence(files, check):
+def test_thousands_of_damaged_files_give_their_values_or_a_sentence(files, check, record_property):
     check(files, N_LONG)
+    record_property("damaged checkpoints", N_LONG)
 
 
 @pytest.mark.parametrize(

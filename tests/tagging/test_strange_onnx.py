@@ -79,8 +79,9 @@ def test_damaged_files_tag_or_give_a_sentence(tmp_path, capfd):
 
 
 @pytest.mark.long
-def test_thousands_of_damaged_files_tag_or_give_a_sentence(tmp_path):
+def test_thousands_of_damaged_files_tag_or_give_a_sentence(tmp_path, record_property):
     mutate_files(tmp_path, 3000)
+    record_property("damaged ONNX files", 3000)
 
 
 VALUES = {
