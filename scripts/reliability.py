@@ -40,7 +40,8 @@ def count_tried(report: Path) -> tuple[Counter[str], int, int]:
         elif case.find("skipped") is None:
             n_passed += 1
             for entry in case.iter("property"):
-                tried[str(entry.get("name"))] += int(str(entry.get("value")))
+                if (value := str(entry.get("value"))).isdecimal():  # Hypothesis adds texts
+                    tried[str(entry.get("name"))] += int(value)
     return tried, n_passed, n_failed
 
 

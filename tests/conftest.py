@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import is_hypothesis_test
 import soundfile
 import torch
+from hypothesis import is_hypothesis_test
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the same sums in the same order, however many cores a machine has
