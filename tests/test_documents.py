@@ -198,6 +198,10 @@ def test_the_commands_on_embeddings_end_with_a_head_on_a_student(packed):
     assert (packed / "heads/embedded.pt").is_file()
 
 
+def test_the_commands_on_reliability_find_no_damage(packed):
+    run_page(ROOT / "docs/reliability.md", packed)
+
+
 def test_the_published_commands_run(checkout):
     save_checkpoint(checkout / "data/ced_tiny.pt", create_model("ced_tiny"))
     (checkout / "sounds").symlink_to("my_sounds")
