@@ -10,7 +10,7 @@ themselves; the output are probabilities. Files are compared with PyTorch before
 """
 
 # First: signals are handled from here on, also during the slow imports.
-from common.errors import Faults, print_user_errors  # isort: split
+from common.entry_points import print_user_errors  # isort: split
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
+from common.errors import Faults
 from common.options import MergingOption, ModelOptions, parse_arguments
 from models import load_tagger
 from models.heads import check_classes

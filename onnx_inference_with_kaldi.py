@@ -7,7 +7,7 @@ by at most 0.03 with clips of 5 s and more, and by more with shorter ones.
 """
 
 # First: signals are handled from here on, also during the slow imports.
-from common.errors import print_user_errors  # isort: split
+from common.entry_points import print_user_errors  # isort: split
 
 from collections.abc import Mapping, Sequence
 from typing import Any

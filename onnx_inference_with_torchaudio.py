@@ -4,7 +4,7 @@ python3 onnx_inference_with_torchaudio.py SOUND.wav -m ced_tiny.onnx --chunk 5
 """
 
 # First: signals are handled from here on, also during the slow imports.
-from common.errors import print_user_errors  # isort: split
+from common.entry_points import print_user_errors  # isort: split
 
 from collections.abc import Mapping, Sequence
 from typing import Any

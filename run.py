@@ -10,7 +10,7 @@ Any key of a configuration can be overridden on the command line, nested ones wi
 """
 
 # First: signals are handled from here on, also during the slow imports.
-from common.errors import fail, print_user_errors  # isort: split
+from common.entry_points import fail, print_user_errors  # isort: split
 
 import os
 from typing import Any

@@ -9,7 +9,7 @@ that was interrupted.
 """
 
 # First: signals are handled from here on, also during the slow imports.
-from common.errors import print_user_errors  # isort: split
+from common.entry_points import print_user_errors  # isort: split
 
 import logging
 import os

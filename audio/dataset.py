@@ -24,7 +24,8 @@ from audio.cutting import Chunks
 from audio.io import from_int16, resample
 from audio.manifest import read_manifest, resolve
 from audio.shards import Shard
-from common.errors import Faults, UserError, describe_dead_worker, some
+from common.entry_points import describe_dead_worker
+from common.errors import Faults, UserError, some
 from common.interrupts import start_worker
 from common.temporary import process_folder
 

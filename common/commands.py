@@ -13,7 +13,8 @@ import fire
 from fire.parser import DefaultParseValue
 
 from common.closed_output import end_with_reader
-from common.errors import did_you_mean, fail
+from common.entry_points import fail
+from common.errors import did_you_mean
 from common.help import describe_command, describe_commands, is_positional, list_commands, list_positional
 from common.options import Options
 

@@ -7,11 +7,12 @@ import importlib
 import pkgutil
 
 from models.base import AudioTagger
+from models.creation import create_model
 from models.ensemble import Ensemble
 from models.heads import attach_head, list_heads, load_head, load_tagger
 from models.labels import audioset_labels, read_labels
 from models.loading import load_model, load_weights, save_checkpoint
-from models.registry import create_model, get_model_entry, list_models, register_model
+from models.registry import get_model_entry, list_models, register_model
 from models.ssondo import get_ssondo
 
 for _file in pkgutil.iter_modules(__path__):

@@ -1,20 +1,23 @@
 """What a file says of the model in it, checked before anything is built: names, types and bounds of its entries."""
 
+import itertools
 import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import Tensor
 
-from common.errors import Faults
-from common.labels import find_label_fault, is_writable
+from common.class_names import find_label_fault, is_writable
+from common.errors import Faults, UserError
 from models.base import Activation
+from models.headed import Head
 from models.labels import MAX_CLASSES
-from models.settings import Width
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
 FORMAT_VERSION = 1
+Width = Annotated[int, Field(ge=1, le=65536)]
 _MAX_HIDDEN = 16  # layers of a head
 Labels = list[str] | tuple[str, ...]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -146,3 +149,34 @@ def show(value: Any) -> str:
     if isinstance(value, Mapping | list | tuple | set):
         return reprlib.repr(value)[:100]
     return ascii(value)[:100] if isinstance(value, str | bytes | int | float | None) else f"a {type(value).__name__}"
+
+
+def restore_head(config: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> Head:
+    """Rebuild a head from its config and state dict.
+
+    Args:
+        config: see `Head.config`.
+        state: its state dict.
+        origin: file of both, for messages.
+
+    Returns:
+        The head, in evaluation mode.
+
+    Raises:
+        UserError: entries are missing, or the tensors do not fit the config.
+    """
+    described = check_description(HeadDescription, config, f"{origin}: its head")
+    sizes = [described.embed_dim, *described.hidden_sizes, described.num_classes]
+    if sum(n_in * n_out for n_in, n_out in itertools.pairwise(sizes)) > sum(map(Tensor.numel, state.values())):
+        raise UserError(f"{origin}: its head is described as larger than it is: train it again with `run.py probe`")
+    given = {name: config[name] for name in ("hidden_sizes", "labels", "activation", "dropout")}
+    head = Head(described.embed_dim, described.num_classes, **given)
+    try:
+        head.load_state_dict(dict(state), strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{origin}: is an incomplete head ({error}): train it again with `run.py probe`") from error
+    for name, value in head.state_dict().items():
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{origin}: the tensor {name} of its head holds NaN or infinite values")
+    head.facts, head.padded = dict(config["facts"]), described.padded
+    return head.eval()

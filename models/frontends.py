@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from common.errors import UserError, some
 from models.mel_scales import MelScale, band_edges
-from models.settings import Frames, MelSettings, find_argument_faults, take_settings
+from models.settings import Frames, MelSettings, take_settings
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -263,9 +263,6 @@ def build_front_end(description: Mapping[str, Any]) -> FrontEnd:
     if not isinstance(name, str) or name not in known:
         raise UserError(f"no front-end is called {name!r}; known are {some(known)}")
     try:
-        faults = find_argument_faults(known[name], arguments)
-        if faults:
-            raise UserError(f"the front-end {name}: {'; '.join(faults)}")
         front_end = known[name](**arguments)
     except TypeError as error:
         raise UserError(f"the front-end {name} cannot be built with {arguments}: {error}") from None

@@ -4,7 +4,7 @@ Letters: B batch, S samples, F mel bands, T frames, C classes, E embedding width
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from common.errors import UserError, some
 from models.base import Activation, AudioTagger, Encoded, Keep
-from models.description import HeadDescription, check_description
 from models.labels import labels_for
 
 SEGMENT_SECONDS = 10.0  # length of the segments of S-SONDO, which its published heads were trained on
@@ -91,37 +90,6 @@ class Head(nn.Module):
     def chunk_seconds(self) -> float:
         """Length of the chunks over which the training embeddings of a clip were averaged."""
         return float(self.facts.get("chunk_length", SEGMENT_SECONDS))
-
-
-def restore_head(config: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> Head:
-    """Rebuild a head from its config and state dict.
-
-    Args:
-        config: see `Head.config`.
-        state: its state dict.
-        origin: file of both, for messages.
-
-    Returns:
-        The head, in evaluation mode.
-
-    Raises:
-        UserError: entries are missing, or the tensors do not fit the config.
-    """
-    described = check_description(HeadDescription, config, f"{origin}: its head")
-    sizes = [described.embed_dim, *described.hidden_sizes, described.num_classes]
-    if sum(n_in * n_out for n_in, n_out in itertools.pairwise(sizes)) > sum(map(Tensor.numel, state.values())):
-        raise UserError(f"{origin}: its head is described as larger than it is: train it again with `run.py probe`")
-    given = {name: config[name] for name in ("hidden_sizes", "labels", "activation", "dropout")}
-    head = Head(described.embed_dim, described.num_classes, **given)
-    try:
-        head.load_state_dict(dict(state), strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{origin}: is an incomplete head ({error}): train it again with `run.py probe`") from error
-    for name, value in head.state_dict().items():
-        if not bool(value.isfinite().all()):
-            raise UserError(f"{origin}: the tensor {name} of its head holds NaN or infinite values")
-    head.facts, head.padded = dict(config["facts"]), described.padded
-    return head.eval()
 
 
 class HeadedTagger(AudioTagger):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from common.errors import UserError, did_you_mean, some
 from common.files import whole_file
 from models.base import Activation, AudioTagger
-from models.description import FORMAT_VERSION
+from models.description import FORMAT_VERSION, restore_head
 from models.downloads import download
-from models.headed import Head, HeadedTagger, restore_head
+from models.headed import Head, HeadedTagger
 from models.loading import load_model, weights_hash
 from models.source_errors import describe_onnx
 from models.tensor_files import read_tensors

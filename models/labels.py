@@ -4,8 +4,8 @@ import csv
 import functools
 from pathlib import Path
 
+from common.class_names import find_label_fault
 from common.errors import UserError
-from common.labels import find_label_fault
 
 MAX_CLASSES = 100_000
 AUDIOSET_LABELS = Path(__file__).resolve().parent.parent / "resources" / "class_labels_indices.csv"
@@ -53,7 +53,7 @@ def labels_for(num_classes: int, labels: list[str] | None) -> list[str]:
     """Return `labels`, or default names for `num_classes` classes: AudioSet's if 527, else their numbers.
 
     Raises:
-        UserError: more than `MAX_CLASSES` classes, or see `common.labels.find_label_fault`.
+        UserError: more than `MAX_CLASSES` classes, or see `common.class_names.find_label_fault`.
     """
     if num_classes > MAX_CLASSES:
         raise UserError(f"num_classes is {num_classes}; expected at most {MAX_CLASSES}")

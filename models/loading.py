@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from common.errors import Faults, UserError, did_you_mean, some
 from common.files import whole_file
+from models.argument_checks import find_argument_faults
 from models.base import Activation, AudioTagger
-from models.description import FORMAT_VERSION, ModelDescription, check_description, show
+from models.creation import count_weights, create_model
+from models.description import FORMAT_VERSION, ModelDescription, check_description, restore_head, show
 from models.downloads import download, file_name, find_copy
-from models.headed import HEAD, Head, HeadedTagger, restore_head
+from models.headed import HEAD, Head, HeadedTagger
 from models.huggingface import is_huggingface_folder, read_huggingface
 from models.parametrizations import fit_plain_weights
-from models.registry import AUDIOSET_CLASSES, count_weights, create_model, get_model_entry, list_models
-from models.settings import find_argument_faults
+from models.registry import AUDIOSET_CLASSES, get_model_entry, list_models
 from models.source_errors import ONNX, describe_folder, describe_missing, describe_onnx
 from models.ssondo_checkpoints import is_ssondo, read_ssondo
 from models.tensor_files import read_tensors

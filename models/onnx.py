@@ -38,11 +38,11 @@ from common.files import whole_file, write_text
 from common.temporary import temporary_folder
 from models.audiotransformer import AudioTransformer
 from models.base import AudioTagger
+from models.creation import create_model
 from models.fourier import PortableFrontEnd
 from models.headed import HeadedTagger
 from models.labels import AUDIOSET_LABELS
 from models.parametrizations import bake_parametrizations
-from models.registry import create_model
 from models.vit import SpectrogramTransformer
 
 logger = logging.getLogger(__name__)

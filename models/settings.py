@@ -7,33 +7,48 @@ keyword arguments, as in configurations and checkpoints (`model_args.embed_dim`)
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
-
-from common.keys import describe_field
 from models.chunks import Average
 from models.token_merging import MergingSetting
 
 Defaults = TypeVar("Defaults", bound=tuple[Any, ...])
 
+
+@dataclass(frozen=True)
+class Bounds:
+    """Bounds of an argument, as in Pydantic's `Field`, which exported code does without.
+
+    Attributes:
+        ge: lowest value.
+        gt: a value below all.
+        le: highest value.
+        max_length: of a sequence.
+        allow_inf_nan: whether a number may be infinite or NaN.
+    """
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    max_length: int | None = None
+    allow_inf_nan: bool | None = None
+
+
 # Bounds of arguments: wide enough for any network that is trained, and narrow enough that a file's description of one
 # cannot fill the memory.
-Width = Annotated[int, Field(ge=1, le=65536)]
-SampleRate = Annotated[int, Field(ge=1000, le=768000)]
-Bands = Annotated[int, Field(ge=1, le=1024)]
-Frames = Annotated[int, Field(ge=1, le=1_000_000)]
-Blocks = Annotated[int, Field(ge=1, le=256)]
-BlocksOfStages = Annotated[Sequence[Blocks], Field(max_length=16)]
-Factor = Annotated[float, Field(gt=0, le=64)]
-Rate = Annotated[float, Field(ge=0, le=1)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(le=86400)]
-Hertz = Annotated[float, Field(ge=0, le=384000)]
-HertzRange = Annotated[int, Field(ge=1, le=384000)]
+Width = Annotated[int, Bounds(ge=1, le=65536)]
+SampleRate = Annotated[int, Bounds(ge=1000, le=768000)]
+Bands = Annotated[int, Bounds(ge=1, le=1024)]
+Frames = Annotated[int, Bounds(ge=1, le=1_000_000)]
+Blocks = Annotated[int, Bounds(ge=1, le=256)]
+BlocksOfStages = Annotated[Sequence[Blocks], Bounds(max_length=16)]
+Factor = Annotated[float, Bounds(gt=0, le=64)]
+Rate = Annotated[float, Bounds(ge=0, le=1)]
+Number = Annotated[float, Bounds(allow_inf_nan=False)]
+Positive = Annotated[float, Bounds(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Bounds(le=86400)]
+Hertz = Annotated[float, Bounds(ge=0, le=384000)]
+HertzRange = Annotated[int, Bounds(ge=1, le=384000)]
 
 
 @dataclass(frozen=True)
@@ -52,9 +67,9 @@ class MelSettings:
 
     sample_rate: SampleRate
     n_mels: Bands
-    n_fft: Annotated[int, Field(ge=2, le=32768)]
-    win_size: Annotated[int, Field(ge=1, le=32768)]
-    hop_size: Annotated[int, Field(ge=1, le=65536)]
+    n_fft: Annotated[int, Bounds(ge=2, le=32768)]
+    win_size: Annotated[int, Bounds(ge=1, le=32768)]
+    hop_size: Annotated[int, Bounds(ge=1, le=65536)]
     f_min: Hertz
     f_max: Hertz | None
 
@@ -85,19 +100,19 @@ class TransformerSettings:
 
     embed_dim: Width = 768
     depth: Blocks = 12
-    num_heads: Annotated[int, Field(ge=1, le=1024)] = 12
+    num_heads: Annotated[int, Bounds(ge=1, le=1024)] = 12
     mlp_ratio: Factor = 4.0
     qkv_bias: bool = True
     target_length: Frames = 1012
-    patch_size: Annotated[int, Field(ge=1, le=1024)] = 16
-    patch_stride: Annotated[int, Field(ge=1, le=1024)] = 16
+    patch_size: Annotated[int, Bounds(ge=1, le=1024)] = 16
+    patch_stride: Annotated[int, Bounds(ge=1, le=1024)] = 16
     eval_avg: Average = "mean"
     drop_rate: Rate = 0.0
     attn_drop_rate: Rate = 0.0
     drop_path_rate: Rate = 0.0
     init_values: Number | None = None
-    time_patch_out: Annotated[int, Field(ge=0)] | None = None
-    freq_patch_out: Annotated[int, Field(ge=0)] | None = None
+    time_patch_out: Annotated[int, Bounds(ge=0)] | None = None
+    freq_patch_out: Annotated[int, Bounds(ge=0)] | None = None
     token_merging: MergingSetting = None
     token_merging_in_training: bool = True
 
@@ -124,43 +139,6 @@ def take_settings(defaults: Defaults, given: Mapping[str, Any]) -> Defaults:
         for settings, names in zip(defaults, known, strict=True)
     )
     return cast(Defaults, tuple(taken))
-
-
-@cache
-def _find_types(factory: Callable[..., Any]) -> dict[str, Any]:
-    """Return the annotations of the arguments of a network factory or front-end: name -> type."""
-    plain: Any = getattr(factory, "func", factory)
-    settings = [*getattr(plain, "shared_settings", ()), *filter(None, [getattr(plain, "defaults", None)])]
-    sources = [inspect.getattr_static(plain, "__init__") if isinstance(plain, type) else plain, *map(type, settings)]
-    found: dict[str, Any] = {}
-    for source in sources:
-        try:
-            found |= get_type_hints(source, include_extras=True)
-        except (NameError, TypeError):  # of a user's network, whose annotations are its own matter
-            continue
-    return found
-
-
-def find_argument_faults(factory: Callable[..., Any], given: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each argument whose value is not of its type or outside its bounds.
-
-    Names of modes and schedules of token merging are left to the network, which has more to say of them.
-    """
-    types, faults = _find_types(factory), []
-    for name, value in given.items():
-        kind = types.get(name, Any)
-        if kind == MergingSetting or _is_literal(kind):
-            continue
-        try:
-            TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(value)
-        except ValidationError:
-            expected = describe_field(FieldInfo.from_annotation(kind))
-            faults.append(f"{name} is {value!r:.80}; expected {expected}")
-    return faults
-
-
-def _is_literal(kind: Any) -> bool:
-    return get_origin(kind) is Literal or any(map(_is_literal, get_args(kind)))
 
 
 def find_arguments(factory: Callable[..., Any]) -> dict[str, Any]:

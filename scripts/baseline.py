@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
 # First: signals are handled from here on, also during the slow imports.
-from common.errors import Faults, print_user_errors  # isort: split
+from common.entry_points import print_user_errors  # isort: split
 
 import logging
 import math
@@ -24,6 +24,7 @@ import math
 from audio.dataset import Pack
 from audio.labels import parse_labels
 from common.columns import align_columns
+from common.errors import Faults
 from common.files import write_json
 from common.options import Options, parse_arguments
 from probing.data import collect_classes, warn_of_overlap

@@ -23,11 +23,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # First: signals are handled from here on, also during the slow imports.
-from common.errors import UserError, print_user_errors  # isort: split
+from common.entry_points import print_user_errors  # isort: split
 
 import copy
 import os
 from typing import Any, get_args
+
+from common.errors import UserError
 
 # Before torch loads OpenMP, as in run.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

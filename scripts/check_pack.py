@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # First: signals are handled from here on, also during the slow imports.
-from common.errors import UserError, print_user_errors, some  # isort: split
+from common.entry_points import print_user_errors  # isort: split
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
@@ -23,7 +23,7 @@ from pydantic import Field
 
 from audio.dataset import Pack
 from audio.shards import Shard
-from common.errors import Faults
+from common.errors import Faults, UserError, some
 from common.options import Options, parse_arguments
 from common.progress import create_progress
 from distill.embeddings import EmbeddingStore

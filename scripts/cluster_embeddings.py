@@ -14,12 +14,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
 # First: signals are handled from here on, also during the slow imports.
-from common.errors import UserError, print_user_errors  # isort: split
+from common.entry_points import print_user_errors  # isort: split
 
 import logging
 import os
 import shlex
 from typing import Annotated, Any, ClassVar
+
+from common.errors import UserError
 
 # Before torch loads OpenMP, as in run.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

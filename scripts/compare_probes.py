@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # First: signals are handled from here on, also during the slow imports.
-from common.errors import Faults, print_user_errors  # isort: split
+from common.entry_points import print_user_errors  # isort: split
 
 import glob
 import statistics
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from common.columns import format_markdown_table
+from common.errors import Faults
 from common.files import write_bytes, write_text
 from common.options import Options, parse_arguments
 from common.parsing import load_json

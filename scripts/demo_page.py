@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # First: signals are handled from here on, also during the slow imports.
-from common.errors import UserError, print_user_errors  # isort: split
+from common.entry_points import print_user_errors  # isort: split
 
 import contextvars
 import html
@@ -26,6 +26,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
+
+from common.errors import UserError
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in inference.py
 

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # First: signals are handled from here on, also during the slow imports.
-from common.errors import print_user_errors  # isort: split
+from common.entry_points import print_user_errors  # isort: split
 
 import datetime
 import platform

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is used from its folder, not installed
 
 # First: signals are handled from here on, also during the slow imports.
-from common.errors import print_user_errors  # isort: split
+from common.entry_points import print_user_errors  # isort: split
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal

@@ -68,9 +68,9 @@ def tag_chunks(
     Raises:
         AudioReadError: the file cannot be read.
     """
-    from models.frontends import build_front_end
+    from models.argument_checks import restore_front_end
 
-    settings = build_front_end(engine.front_end).description
+    settings = restore_front_end(engine.front_end).description
     rate = engine.sample_rate
     blocks = AudioBlocks(path, rate)
     for start, chunk in cut_windows(blocks, create_windows(engine, chunk_seconds, None)):

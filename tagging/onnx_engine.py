@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import onnxruntime
 
+from common.class_names import find_label_fault
 from common.errors import UserError, some
-from common.labels import find_label_fault
 from common.parsing import parse_json
 from common.samples import as_clips
 from tagging.base import MAX_THREADS
@@ -98,10 +98,10 @@ class OnnxEngine:
         self._features: FrontEnd | None = None
         self.max_samples: int | None = None
         if self.takes == "feats":
-            from models.frontends import build_front_end
+            from models.argument_checks import restore_front_end
 
             try:
-                self._features = build_front_end(self.front_end)
+                self._features = restore_front_end(self.front_end)
             except UserError as error:
                 raise UserError(f"{path}: its metadata: {error}; export it again") from error
             if self._features.sample_rate != self.sample_rate:

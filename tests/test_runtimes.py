@@ -298,7 +298,7 @@ def test_other_files_are_refused_with_a_sentence(tmp_path, exported):
     graph = onnx.load(exported / "wave.onnx")
     next(entry for entry in graph.metadata_props if entry.key == "labels").value = '["one"]'
     onnx.save(graph, tmp_path / "labels.onnx")
-    with pytest.raises(UserError, match="1 labels for 6 classes"):
+    with pytest.raises(UserError, match="1 labels were given for 6 classes"):
         OnnxEngine(tmp_path / "labels.onnx")
     with pytest.raises(UserError, match="takes waveforms"):
         OnnxEngine(exported / "wave.onnx").predict_spectrogram(np.zeros((1, 64, 100), np.float32))

@@ -34,7 +34,7 @@ def run_without_reader(*words: str, both: bool = False) -> subprocess.CompletedP
     ],
 )
 def test_a_command_ends_with_its_reader(body: str) -> None:
-    code = f"import sys; from common.errors import *; print_user_errors(lambda: {body})()"
+    code = f"import sys; from common.entry_points import *; print_user_errors(lambda: {body})()"
     found = run_without_reader("-c", code)
     assert found.returncode == 141
     assert found.stderr.decode() in ("", "error: nothing\n")
@@ -44,7 +44,7 @@ def test_a_command_ends_with_its_reader(body: str) -> None:
 def test_a_broken_pipe_of_the_command_itself_is_an_error() -> None:
     """Output is read here; a worker has died."""
     body = "import os; r, w = os.pipe(); os.close(r)"
-    code = f"{body}; from common.errors import *; print_user_errors(lambda: os.write(w, b'x'))()"
+    code = f"{body}; from common.entry_points import *; print_user_errors(lambda: os.write(w, b'x'))()"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=False)
     assert found.returncode == 1
     assert found.stderr.decode() == "error: [Errno 32] Broken pipe\n"

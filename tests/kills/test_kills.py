@@ -54,7 +54,7 @@ def test_a_signal_stops_every_command_with_a_sentence_and_no_file_is_left_half_w
 def test_signals_are_handled_before_anything_slow_is_imported(path):
     imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     modules = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
-    before = modules[: modules.index("common.errors")]
+    before = modules[: modules.index("common.entry_points")]
     assert set(before) <= {"sys", "pathlib"}
     assert path.parent.name == "scripts" or path.name in interrupts._PROGRAMS
 
