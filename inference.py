@@ -114,6 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
             embeddings=options.embeddings,
             plot=options.plot,
             overwrite=options.overwrite,
+            limits=limits,
         )
         kept = "the outputs hold all finished files, and the same command tags the others" if outputs else "no output"
         with note_when_stopped(kept):

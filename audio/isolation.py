@@ -1,24 +1,27 @@
 """Decode sound files in other processes, so that a file that crashes its decoder costs only itself.
 
 So does one that makes it loop or wait for ever, or demands too much memory. A process serves one file at a time and is
-used again for the next. Only JSON and samples come back from it.
+used again for the next. Only JSON and samples come back from it. Each message is the lengths of both, the JSON, and the
+samples.
 
 S samples.
 """
 
 import atexit
+import errno
 import json
 import os
 import resource
 import signal
 import socket
+import stat
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,10 +42,42 @@ _START_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _BUFFER = 1 << 22  # bytes between the processes: with less, they would wait for each other within each block
 _MAX_IDLE = 2 * (os.cpu_count() or 1)  # processes kept for the next file
+_LENGTHS = struct.Struct("!IQ")  # of the JSON and of the samples, in bytes
+_DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/", "/proc/thread-self/fd/")  # files this process has open
+_MAX_LINKS = 40  # as many as Linux follows
 
 
 class CancelledError(Exception):
     """Decoding was cancelled by another thread."""
+
+
+class DecoderStartError(UserError):
+    """No process can be started to decode: a fault of the machine, and of no file.
+
+    Args:
+        reason: in a few words.
+        is_ended: it was started, and ended at once.
+    """
+
+    def __init__(self, reason: str, is_ended: bool = False) -> None:
+        super().__init__(
+            f"a process that decodes cannot be started ({reason}): give fewer --n_workers, or raise the limits of "
+            "processes, open files or memory"
+        )
+        self.is_ended = is_ended
+
+
+class DecoderEndedError(Exception):
+    """A process that decodes has ended within a file; the message describes how.
+
+    Args:
+        description: in a few words.
+        is_killed: by SIGKILL, which no file causes by itself.
+    """
+
+    def __init__(self, description: str, is_killed: bool) -> None:
+        super().__init__(description)
+        self.is_killed = is_killed
 
 
 class IsolatedBlocks:
@@ -78,29 +113,53 @@ class IsolatedBlocks:
         self.sample_rate = self.source_rate = 0
         self.warnings: dict[str, str] = {}
         self.silent = self.clipped = False
-        self._request = {"source": source.__name__, "path": os.fspath(path), "limits": vars(limits)}
+        # Absolute: the process keeps the working directory it was started in. Not normalised, since `..` behind a link
+        # is not the folder that the link is in.
+        absolute = self.path.absolute()
+        self._request = {"source": source.__name__, "path": os.fspath(absolute), "limits": vars(limits)}
         self._request["arguments"] = {"sample_rate": sample_rate, **arguments}
+        self._is_descriptor = _names_descriptor(os.fspath(absolute))
+        self._n_given = 0  # blocks
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        process = self.process = _borrow()
-        is_free = False
         try:
-            process.send(self._request)
+            yield from self._decode()
+        except DecoderStartError as error:
+            if not error.is_ended:
+                raise
+        except DecoderEndedError as error:
+            # A file that can be read again is not to blame for a process that was killed, perhaps while it was idle.
+            if not (self._is_regular() and (error.is_killed or not self._n_given)):
+                raise AudioReadError(self.path, f"cannot be decoded ({error})") from None
+        else:
+            return
+        try:
+            yield from self._decode(is_fresh=True)
+        except DecoderEndedError as error:
+            raise AudioReadError(self.path, f"cannot be decoded ({error})") from None
+
+    def _decode(self, is_fresh: bool = False) -> Iterator[np.ndarray]:
+        """Yield the blocks that were not given yet, of a new process or of an idle one."""
+        process = self.process = DecoderProcess() if is_fresh else _borrow()
+        is_free = False
+        n_blocks = 0
+        try:
+            self._send_request(process)
             seconds = self.limits.stall_seconds
-            n_blocks = 0
             while True:
                 allowed = seconds if n_blocks else seconds + self._search_seconds()
                 message = process.receive(time.monotonic() + allowed, self.cancelled)
                 if message is None:
                     raise AudioReadError(self.path, self._describe_stall(allowed))
-                if isinstance(message, np.ndarray):
-                    n_blocks += 1
+                if not isinstance(message, np.ndarray):
+                    break
+                n_blocks += 1
+                if n_blocks > self._n_given:
+                    self._n_given = n_blocks
                     yield message
-                    continue
-                is_free = True
-                break
+            is_free = True
         except (EOFError, ConnectionError):
-            raise AudioReadError(self.path, f"cannot be decoded ({process.describe_end()})") from None
+            raise DecoderEndedError(process.describe_end(), process.is_killed) from None
         finally:
             self.process = None
             if is_free:
@@ -110,6 +169,28 @@ class IsolatedBlocks:
         if "reason" in message:
             raise AudioReadError(self.path, message["reason"], message["kind"])
         vars(self).update(message)
+
+    def _send_request(self, process: "DecoderProcess") -> None:
+        process.wait_until_ready()
+        if not self._is_descriptor:
+            process.send(self._request)
+            return
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise DecoderStartError(str(error.strerror)) from None
+            raise AudioReadError(self.path, f"cannot be opened ({error.strerror})") from None
+        try:
+            process.send(self._request, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _is_regular(self) -> bool:
+        try:
+            return stat.S_ISREG(os.stat(self.path).st_mode)
+        except OSError:
+            return False
 
     def _search_seconds(self) -> float:
         try:
@@ -124,22 +205,45 @@ class IsolatedBlocks:
         )
 
 
+def _names_descriptor(path: str) -> bool:
+    """Whether an absolute path, or what it links to, is a name of a file that only this process has open."""
+    for _ in range(_MAX_LINKS):
+        if path.startswith(_DESCRIPTORS):
+            return True
+        if not os.path.islink(path):
+            return False
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    return False
+
+
 class DecoderProcess:
-    """A process that decodes one file after the other for this one."""
+    """A process that decodes one file after the other for this one.
+
+    Raises:
+        DecoderStartError: it cannot be started.
+    """
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        self._connection = Connection(ours.detach())
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CODE, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # threads take address space
-            process_group=0,  # Ctrl-C is for the process that decodes are made for, which ends this one
-        )
-        theirs.close()
+        try:
+            self._socket, theirs = socket.socketpair()
+        except OSError as error:
+            raise DecoderStartError(str(error.strerror)) from None
+        try:
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+            self._process = subprocess.Popen(
+                # -P: no module is imported from the working directory, which may be a folder of somebody's files
+                [sys.executable, "-P", "-c", _CODE, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # threads take address space
+                process_group=0,  # Ctrl-C is for the process that decodes are made for, which ends this one
+            )
+        except OSError as error:
+            self._socket.close()
+            raise DecoderStartError(str(error.strerror)) from None
+        finally:
+            theirs.close()
         self._is_ready = False
 
     @property
@@ -147,38 +251,79 @@ class DecoderProcess:
         """Its process id."""
         return self._process.pid
 
-    def send(self, request: dict[str, Any]) -> None:
-        """Send the request for a file, once the process is ready."""
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    @property
+    def is_killed(self) -> bool:
+        """Whether SIGKILL has ended it."""
+        return self._process.poll() == -signal.SIGKILL
+
+    def wait_until_ready(self) -> None:
+        """Wait until it can decode.
+
+        Raises:
+            DecoderStartError: it ends, or does not start in time.
+        """
+        if self._is_ready:
+            return
+        try:
+            self._is_ready = self.receive(time.monotonic() + _START_SECONDS) is not None
+        except (EOFError, ConnectionError):
+            raise DecoderStartError(self.describe_end(), is_ended=True) from None
         if not self._is_ready:
-            with suppress(EOFError, ConnectionError):
-                self._is_ready = self.receive(time.monotonic() + _START_SECONDS) is not None
-            if not self._is_ready:
-                self.kill()
-                raise RuntimeError(f"a process that decodes cannot be started; it ended with {self.describe_end()}")
-        self._connection.send_bytes(json.dumps(request).encode())
+            raise DecoderStartError(f"it did not start within {_START_SECONDS:.0f} s")
+
+    def send(self, request: dict[str, Any], descriptor: int | None = None) -> None:
+        """Send the request for a file, and the open file itself where it has no name in the other process."""
+        self._socket.settimeout(_START_SECONDS)
+        data = json.dumps(request | {"is_open": descriptor is not None}).encode()
+        self._socket.sendall(_LENGTHS.pack(len(data), 0) + data)
+        if descriptor is not None:
+            socket.send_fds(self._socket, [b"\0"], [descriptor])
 
     def receive(self, deadline: float, cancelled: threading.Event | None = None) -> dict[str, Any] | np.ndarray | None:
-        """Wait for the next message: samples, or the end of a file; None where none came in time.
+        """Wait for the next message: samples, or the end of a file; None where it was not complete in time.
 
         Raises:
             CancelledError: by another thread.
             EOFError: the process ended.
         """
-        while not self._connection.poll(_POLL_SECONDS):
-            if cancelled is not None and cancelled.is_set():
-                raise CancelledError
-            if time.monotonic() > deadline:
-                return None
-        message = json.loads(self._connection.recv_bytes())
-        if "shape" not in message:
-            return message
-        block = np.empty(message["shape"], message["dtype"])
-        self._connection.recv_bytes_into(block.data.cast("B"))
+        try:
+            self._receive_into(head := bytearray(_LENGTHS.size), deadline, cancelled)
+            n_json, n_bytes = _LENGTHS.unpack(head)
+            self._receive_into(data := bytearray(n_json), deadline, cancelled)
+            message = json.loads(data)
+            if not n_bytes:
+                return message
+            block = np.empty(message["shape"], message["dtype"])
+            self._receive_into(block.data.cast("B"), deadline, cancelled)
+        except TimeoutError:
+            return None
         return block
+
+    def _receive_into(self, buffer: bytearray | memoryview, deadline: float, cancelled: threading.Event | None) -> None:
+        """Fill a buffer; raises `TimeoutError` at the deadline."""
+        self._socket.settimeout(_POLL_SECONDS)
+        rest = memoryview(buffer)
+        while len(rest):
+            try:
+                n_read = self._socket.recv_into(rest)
+            except TimeoutError:
+                if cancelled is not None and cancelled.is_set():
+                    raise CancelledError from None
+                if time.monotonic() > deadline:
+                    raise
+                continue
+            if not n_read:
+                raise EOFError
+            rest = rest[n_read:]
 
     def kill(self) -> None:
         """End the process."""
-        self._connection.close()
+        self._socket.close()
         self._process.kill()
         try:
             self._process.wait(1.0)
@@ -194,7 +339,8 @@ class DecoderProcess:
         if status == -signal.SIGKILL:
             return "its decoder was killed, perhaps because the machine ran out of memory"
         if status < 0:
-            return f"its decoder crashed with {signal.Signals(-status).name}"
+            name = next((each.name for each in signal.Signals if each == -status), f"signal {-status}")
+            return f"its decoder crashed with {name}"
         return f"its decoder crashed with exit status {status}"
 
 
@@ -210,8 +356,11 @@ def start_processes(n: int) -> None:
 
 def _borrow() -> DecoderProcess:
     with _lock:
-        if _idle:
-            return _idle.pop()
+        while _idle:
+            process = _idle.pop()
+            if process.is_alive:
+                return process
+            process.kill()  # closes its socket; it was ended from outside
     return DecoderProcess()
 
 
@@ -245,26 +394,37 @@ os.register_at_fork(after_in_child=_forget_all)
 def serve(descriptor: int) -> NoReturn:
     """Decode the files that are requested, until the process that requests them ends."""
     start_worker()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    connection = Connection(descriptor)
-    connection.send_bytes(b"{}")
+    _set_limit(resource.RLIMIT_CORE, 0)
+    connection = socket.socket(fileno=descriptor)
+    _send(connection, {})
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders print notes there, without the name of the file
     try:
-        while True:
-            _serve_file(connection, json.loads(connection.recv_bytes()))
-    except (EOFError, ConnectionError, KeyboardInterrupt):
+        while head := connection.recv(_LENGTHS.size, socket.MSG_WAITALL):
+            n_json, _ = _LENGTHS.unpack(head)
+            _serve_file(connection, json.loads(connection.recv(n_json, socket.MSG_WAITALL)))
+    except (ConnectionError, KeyboardInterrupt):
         pass
     os._exit(0)
 
 
-def _serve_file(connection: Connection, request: dict[str, Any]) -> None:
+def _send(connection: socket.socket, message: dict[str, Any], samples: memoryview | bytes = b"") -> None:
+    data = json.dumps(message).encode()
+    connection.sendall(_LENGTHS.pack(len(data), len(samples)) + data)
+    connection.sendall(samples)
+
+
+def _serve_file(connection: socket.socket, request: dict[str, Any]) -> None:
     limits = SoundLimits(**request["limits"])
-    _limit_memory(round(limits.decoder_mb * 1e6))
-    blocks = _SOURCES[request["source"]](request["path"], limits=limits, **request["arguments"])
+    _set_limit(resource.RLIMIT_AS, limits.decoder_mb * 1e6)
+    path, descriptor = request["path"], None
+    if request["is_open"]:
+        _, (descriptor,), _, _ = socket.recv_fds(connection, 1, 1)
+        path = f"/dev/fd/{descriptor}"
+    blocks = _SOURCES[request["source"]](path, limits=limits, **request["arguments"])
     try:
         for block in blocks:
-            connection.send_bytes(json.dumps({"shape": block.shape, "dtype": block.dtype.name}).encode())
-            connection.send_bytes(np.ascontiguousarray(block).data.cast("B"))
+            samples = np.ascontiguousarray(block).data.cast("B")
+            _send(connection, {"shape": block.shape, "dtype": block.dtype.name}, samples)
     except ConnectionError:
         raise
     except AudioReadError as error:
@@ -273,15 +433,20 @@ def _serve_file(connection: Connection, request: dict[str, Any]) -> None:
         message = {"reason": describe_failure(error, limits), "kind": "unreadable"}
     else:
         message = {name: value for name, value in vars(blocks).items() if name in _SENT}
-    connection.send_bytes(json.dumps(message).encode())
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+    _send(connection, message)
 
 
 _SENT = ("sample_rate", "source_rate", "warnings", "silent", "clipped")
 
 
-def _limit_memory(n_bytes: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (n_bytes if hard == resource.RLIM_INFINITY else min(n_bytes, hard), hard))
+def _set_limit(kind: int, value: float) -> None:
+    """Set a limit of this process, where the system supports it; infinity is the highest that it allows."""
+    with suppress(ValueError, OSError):  # macOS refuses limits of address space
+        _, hard = resource.getrlimit(kind)
+        resource.setrlimit(kind, (int(min(value, sys.maxsize if hard == resource.RLIM_INFINITY else hard)), hard))
 
 
 def describe_failure(error: Exception, limits: SoundLimits) -> str:
