@@ -2,8 +2,9 @@
 
     python scripts/reliability.py [PYTEST_ARGUMENTS]
 
-With files among the arguments, only these are run. Tests report what they tried with `record_property`; a figure counts tests that have passed. Needs the packages of
-requirements-dev.txt, and takes about two hours on two cores. The exit status is that of pytest.
+With files among the arguments, only these are run. Tests report what they tried with `record_property`; a figure counts
+tests that have passed. Needs the packages of requirements-dev.txt, and takes about two hours on two cores. The exit
+status is that of pytest.
 """
 
 import sys
