@@ -114,6 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
             embeddings=options.embeddings,
             plot=options.plot,
             overwrite=options.overwrite,
+            limits=limits,
         )
         kept = "nothing is written" if options.quiet or not engine.labels else "the tags so far are printed"
         if outputs:

@@ -159,12 +159,19 @@ def find_samples(descriptor: int, size: int, head: bytes) -> Contents:
     if start >= size:
         return PLAIN_WAV
     contents = _find_parts(descriptor, size, start, header)
-    if header.layout is not None and "truncated" not in contents.warnings and "repaired" not in contents.warnings:
-        n_skipped = int.from_bytes(header.data[-8:-4], "big") if header.layout is AIFF_LAYOUT else 0  # of SSND
-        text = describe_contradiction(header.layout.kind, header.description, header.n_bytes - n_skipped)
+    if "truncated" not in contents.warnings and "repaired" not in contents.warnings:
+        text = check_header(header)
         if text:
             contents = Contents(contents.parts, contents.kind, contents.warnings | {"inconsistent": text})
     return contents
+
+
+def check_header(header: Header) -> str | None:
+    """Return a sentence on numbers in a header that contradict each other; None where they do not."""
+    if header.layout is None:
+        return None
+    n_skipped = int.from_bytes(header.data[-8:-4], "big") if header.layout is AIFF_LAYOUT else 0  # of SSND
+    return describe_contradiction(header.layout.kind, header.description, header.n_bytes - n_skipped)
 
 
 def _find_parts(descriptor: int, size: int, start: int, header: Header) -> Contents:

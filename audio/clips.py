@@ -14,7 +14,7 @@ import numpy as np
 
 from audio.clip_blocks import ClipBlocks
 from audio.errors import AudioReadError
-from audio.isolation import CancelledError, IsolatedBlocks, describe_failure
+from audio.isolation import IsolatedBlocks, describe_failure
 from audio.limits import DEFAULT_LIMITS, SoundLimits
 
 _CLIPS_IN_FLIGHT = 8  # for each worker
@@ -67,6 +67,9 @@ def load_clip(
         limits: of the file and of the clip.
         isolated: decode in another process, see `audio.isolation`.
         cancelled: set by another thread to end the decoding in another process with `CancelledError`.
+
+    Raises:
+        DecoderStartError: the machine cannot start another process.
     """
     blocks: ClipBlocks | IsolatedBlocks
     if isolated:
@@ -79,9 +82,9 @@ def load_clip(
             held += block.data
     except AudioReadError as error:
         return Clip(fault=error.kind, reason=error.reason)
-    except CancelledError:
-        raise
     except Exception as error:  # no file may keep the others from being packed
+        if isolated:  # what the other process does not report is a fault of the machine, or cancelled
+            raise
         return Clip(fault="unreadable", reason=describe_failure(error, limits))
     samples = np.frombuffer(held, np.int16)  # (S,) or (S * 2,)
     if stereo:

@@ -178,10 +178,12 @@ def _open_shards(paths: Sequence[str], manifest: Path, verify: bool) -> list[Sha
         if not path:
             faults.add("some rows have no 'hdf5path'")
             continue
-        places = [Path(path), resolve(path, manifest), manifest.parent.parent / "hdf5" / Path(path).name]
+        places = [Path(path), resolve(path, manifest)]
+        if not Path(path).parent.name.startswith("."):  # else a shard of a pack that is just being replaced
+            places.append(manifest.parent.parent / "hdf5" / Path(path).name)
         place = next((place for place in places if place.is_file()), None)
         if place is None:
-            searched = ", ".join(dict.fromkeys(map(str, [places[0], manifest.parent / path, places[2]])))
+            searched = ", ".join(dict.fromkeys(map(str, [places[0], manifest.parent / path, *places[2:]])))
             faults.add(f"the shard {path!r} does not exist (searched {searched})")
             continue
         shard = Shard(place, verify)

@@ -16,7 +16,7 @@ import numpy as np
 from h5py import h5d, h5l
 
 # What h5py raises for damaged files.
-READ_ERRORS = (
+HDF5_ERRORS = (
     *(OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, OverflowError, MemoryError),
 )
 
@@ -134,6 +134,8 @@ def _check_heaps(dataset: h5py.Dataset) -> None:
     """
     offset, file = dataset.id.get_offset(), dataset.file
     if offset is None or dataset.dtype.kind != "O" or file.userblock_size or not len(dataset):
+        return
+    if file.id.get_create_plist().get_sizes() != (8, 8):  # of addresses and lengths, in bytes
         return
     n_bytes = file.id.get_filesize()
     with open(file.filename, "rb") as raw:

@@ -1,48 +1,49 @@
 """Decode sound files in other processes, so that a file that crashes its decoder costs only itself.
 
-So does one that makes it loop or wait for ever, or demands too much memory. A process serves one file at a time and is
-used again for the next. Only JSON and samples come back from it.
+So does one that makes it loop or wait for ever, or demands too much memory. See `audio.decoder_processes`.
 
 S samples.
 """
 
-import atexit
+import errno
 import json
 import os
 import resource
-import signal
 import socket
-import subprocess
+import stat
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from audio.clip_blocks import ClipBlocks
+from audio.decoder_processes import (
+    LENGTHS,
+    CancelledError,
+    DecoderEndedError,
+    DecoderProcess,
+    DecoderStartError,
+    borrow,
+    give_back,
+    start_processes,
+)
 from audio.errors import AudioReadError
 from audio.io import AudioBlocks
 from audio.limits import DEFAULT_LIMITS, SoundLimits
 from common.errors import UserError
 from common.interrupts import start_worker
 
-_ROOT = str(Path(__file__).resolve().parents[1])
-_CODE = f"import sys; sys.path.insert(0, {_ROOT!r}); from audio.isolation import serve; serve(int(sys.argv[1]))"
+__all__ = ["CancelledError", "DecoderStartError", "IsolatedBlocks", "describe_failure", "serve", "start_processes"]
+
 _SOURCES = {source.__name__: source for source in (AudioBlocks, ClipBlocks)}
 _SEARCH_SPEED = 2e6  # bytes a second, at which a slow disk or a search for the parts of a file proceeds at least
-_START_SECONDS = 120.0
-_POLL_SECONDS = 0.2
-_BUFFER = 1 << 22  # bytes between the processes: with less, they would wait for each other within each block
-_MAX_IDLE = 2 * (os.cpu_count() or 1)  # processes kept for the next file
-
-
-class CancelledError(Exception):
-    """Decoding was cancelled by another thread."""
+_DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/", "/proc/thread-self/fd/")  # files this process has open
+_MAX_LINKS = 40  # as many as Linux follows
 
 
 class IsolatedBlocks:
@@ -78,38 +79,84 @@ class IsolatedBlocks:
         self.sample_rate = self.source_rate = 0
         self.warnings: dict[str, str] = {}
         self.silent = self.clipped = False
-        self._request = {"source": source.__name__, "path": os.fspath(path), "limits": vars(limits)}
+        # Absolute: the process keeps the working directory it was started in. Not normalised, since `..` behind a link
+        # is not the folder that the link is in.
+        absolute = self.path.absolute()
+        self._request = {"source": source.__name__, "path": os.fspath(absolute), "limits": vars(limits)}
         self._request["arguments"] = {"sample_rate": sample_rate, **arguments}
+        self._is_descriptor = _names_descriptor(os.fspath(absolute))
+        self._n_given = 0  # blocks
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        process = self.process = _borrow()
-        is_free = False
         try:
-            process.send(self._request)
+            yield from self._decode()
+        except DecoderStartError as error:
+            if not error.is_ended:
+                raise
+        except DecoderEndedError as error:
+            # A file that can be read again is not to blame for a process that was killed, perhaps while it was idle.
+            if not (self._is_regular() and (error.is_killed or not self._n_given)):
+                raise AudioReadError(self.path, f"cannot be decoded ({error})") from None
+        else:
+            return
+        try:
+            yield from self._decode(is_fresh=True)
+        except DecoderEndedError as error:
+            raise AudioReadError(self.path, f"cannot be decoded ({error})") from None
+
+    def _decode(self, is_fresh: bool = False) -> Iterator[np.ndarray]:
+        """Yield the blocks that were not given yet, of a new process or of an idle one."""
+        process = self.process = DecoderProcess() if is_fresh else borrow()
+        is_free = False
+        n_blocks = 0
+        try:
+            self._send_request(process)
             seconds = self.limits.stall_seconds
-            n_blocks = 0
             while True:
                 allowed = seconds if n_blocks else seconds + self._search_seconds()
                 message = process.receive(time.monotonic() + allowed, self.cancelled)
                 if message is None:
                     raise AudioReadError(self.path, self._describe_stall(allowed))
-                if isinstance(message, np.ndarray):
-                    n_blocks += 1
+                if not isinstance(message, np.ndarray):
+                    break
+                n_blocks += 1
+                if n_blocks > self._n_given:
+                    self._n_given = n_blocks
                     yield message
-                    continue
-                is_free = True
-                break
+            is_free = True
         except (EOFError, ConnectionError):
-            raise AudioReadError(self.path, f"cannot be decoded ({process.describe_end()})") from None
+            raise DecoderEndedError(process.describe_end(), process.is_killed) from None
         finally:
             self.process = None
             if is_free:
-                _give_back(process)
+                give_back(process)
             else:
                 process.kill()
         if "reason" in message:
             raise AudioReadError(self.path, message["reason"], message["kind"])
         vars(self).update(message)
+
+    def _send_request(self, process: DecoderProcess) -> None:
+        process.wait_until_ready()
+        if not self._is_descriptor:
+            process.send(self._request)
+            return
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise DecoderStartError(str(error.strerror)) from None
+            raise AudioReadError(self.path, f"cannot be opened ({error.strerror})") from None
+        try:
+            process.send(self._request, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _is_regular(self) -> bool:
+        try:
+            return stat.S_ISREG(os.stat(self.path).st_mode)
+        except OSError:
+            return False
 
     def _search_seconds(self) -> float:
         try:
@@ -124,119 +171,15 @@ class IsolatedBlocks:
         )
 
 
-class DecoderProcess:
-    """A process that decodes one file after the other for this one."""
-
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        self._connection = Connection(ours.detach())
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CODE, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # threads take address space
-            process_group=0,  # Ctrl-C is for the process that decodes are made for, which ends this one
-        )
-        theirs.close()
-        self._is_ready = False
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
-
-    def send(self, request: dict[str, Any]) -> None:
-        """Send the request for a file, once the process is ready."""
-        if not self._is_ready:
-            with suppress(EOFError, ConnectionError):
-                self._is_ready = self.receive(time.monotonic() + _START_SECONDS) is not None
-            if not self._is_ready:
-                self.kill()
-                raise RuntimeError(f"a process that decodes cannot be started; it ended with {self.describe_end()}")
-        self._connection.send_bytes(json.dumps(request).encode())
-
-    def receive(self, deadline: float, cancelled: threading.Event | None = None) -> dict[str, Any] | np.ndarray | None:
-        """Wait for the next message: samples, or the end of a file; None where none came in time.
-
-        Raises:
-            CancelledError: by another thread.
-            EOFError: the process ended.
-        """
-        while not self._connection.poll(_POLL_SECONDS):
-            if cancelled is not None and cancelled.is_set():
-                raise CancelledError
-            if time.monotonic() > deadline:
-                return None
-        message = json.loads(self._connection.recv_bytes())
-        if "shape" not in message:
-            return message
-        block = np.empty(message["shape"], message["dtype"])
-        self._connection.recv_bytes_into(block.data.cast("B"))
-        return block
-
-    def kill(self) -> None:
-        """End the process."""
-        self._connection.close()
-        self._process.kill()
-        try:
-            self._process.wait(1.0)
-        except subprocess.TimeoutExpired:  # it waits for a disk that does not answer, which no signal ends
-            self._process.returncode = -signal.SIGKILL  # never waited for again
-
-    def describe_end(self) -> str:
-        """Describe how the process ended by itself."""
-        try:
-            status = self._process.wait(5.0)
-        except subprocess.TimeoutExpired:
-            return "its decoder closed its pipe"
-        if status == -signal.SIGKILL:
-            return "its decoder was killed, perhaps because the machine ran out of memory"
-        if status < 0:
-            return f"its decoder crashed with {signal.Signals(-status).name}"
-        return f"its decoder crashed with exit status {status}"
-
-
-_idle: list[DecoderProcess] = []
-_lock = threading.Lock()
-
-
-def start_processes(n: int) -> None:
-    """Start processes ahead of their first files, so that they are ready when these come."""
-    for _ in range(n - len(_idle)):
-        _give_back(DecoderProcess())
-
-
-def _borrow() -> DecoderProcess:
-    with _lock:
-        if _idle:
-            return _idle.pop()
-    return DecoderProcess()
-
-
-def _give_back(process: DecoderProcess) -> None:
-    with _lock:
-        if len(_idle) < _MAX_IDLE:
-            _idle.append(process)
-            return
-    process.kill()
-
-
-@atexit.register
-def _end_all() -> None:
-    while _idle:
-        _idle.pop().kill()
-
-
-def _forget_all() -> None:
-    """Leave the processes to the one that forked."""
-    global _lock
-    _lock = threading.Lock()
-    _idle.clear()
-
-
-os.register_at_fork(after_in_child=_forget_all)
+def _names_descriptor(path: str) -> bool:
+    """Whether an absolute path, or what it links to, is a name of a file that only this process has open."""
+    for _ in range(_MAX_LINKS):
+        if path.startswith(_DESCRIPTORS):
+            return True
+        if not os.path.islink(path):
+            return False
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    return False
 
 
 # In the other process
@@ -245,26 +188,37 @@ os.register_at_fork(after_in_child=_forget_all)
 def serve(descriptor: int) -> NoReturn:
     """Decode the files that are requested, until the process that requests them ends."""
     start_worker()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    connection = Connection(descriptor)
-    connection.send_bytes(b"{}")
+    _set_limit(resource.RLIMIT_CORE, 0)
+    connection = socket.socket(fileno=descriptor)
+    _send(connection, {})
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders print notes there, without the name of the file
     try:
-        while True:
-            _serve_file(connection, json.loads(connection.recv_bytes()))
-    except (EOFError, ConnectionError, KeyboardInterrupt):
+        while head := connection.recv(LENGTHS.size, socket.MSG_WAITALL):
+            n_json, _ = LENGTHS.unpack(head)
+            _serve_file(connection, json.loads(connection.recv(n_json, socket.MSG_WAITALL)))
+    except (ConnectionError, KeyboardInterrupt):
         pass
     os._exit(0)
 
 
-def _serve_file(connection: Connection, request: dict[str, Any]) -> None:
+def _send(connection: socket.socket, message: dict[str, Any], samples: memoryview | bytes = b"") -> None:
+    data = json.dumps(message).encode()
+    connection.sendall(LENGTHS.pack(len(data), len(samples)) + data)
+    connection.sendall(samples)
+
+
+def _serve_file(connection: socket.socket, request: dict[str, Any]) -> None:
     limits = SoundLimits(**request["limits"])
-    _limit_memory(round(limits.decoder_mb * 1e6))
-    blocks = _SOURCES[request["source"]](request["path"], limits=limits, **request["arguments"])
+    _set_limit(resource.RLIMIT_AS, limits.decoder_mb * 1e6)
+    path, descriptor = request["path"], None
+    if request["is_open"]:
+        _, (descriptor,), _, _ = socket.recv_fds(connection, 1, 1)
+        path = f"/dev/fd/{descriptor}"
+    blocks = _SOURCES[request["source"]](path, limits=limits, **request["arguments"])
     try:
         for block in blocks:
-            connection.send_bytes(json.dumps({"shape": block.shape, "dtype": block.dtype.name}).encode())
-            connection.send_bytes(np.ascontiguousarray(block).data.cast("B"))
+            samples = np.ascontiguousarray(block).data.cast("B")
+            _send(connection, {"shape": block.shape, "dtype": block.dtype.name}, samples)
     except ConnectionError:
         raise
     except AudioReadError as error:
@@ -273,15 +227,20 @@ def _serve_file(connection: Connection, request: dict[str, Any]) -> None:
         message = {"reason": describe_failure(error, limits), "kind": "unreadable"}
     else:
         message = {name: value for name, value in vars(blocks).items() if name in _SENT}
-    connection.send_bytes(json.dumps(message).encode())
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+    _send(connection, message)
 
 
 _SENT = ("sample_rate", "source_rate", "warnings", "silent", "clipped")
 
 
-def _limit_memory(n_bytes: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (n_bytes if hard == resource.RLIM_INFINITY else min(n_bytes, hard), hard))
+def _set_limit(kind: int, value: float) -> None:
+    """Set a limit of this process, where the system supports it; infinity is the highest that it allows."""
+    with suppress(ValueError, OSError):  # macOS refuses limits of address space
+        _, hard = resource.getrlimit(kind)
+        resource.setrlimit(kind, (int(min(value, sys.maxsize if hard == resource.RLIM_INFINITY else hard)), hard))
 
 
 def describe_failure(error: Exception, limits: SoundLimits) -> str:

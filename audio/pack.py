@@ -7,6 +7,7 @@ shard that was finished; see `audio.pack_progress`.
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from audio.clips import Clip, load_clip, load_clips
 from audio.limits import DEFAULT_LIMITS, SoundLimits
 from audio.manifest import name_fault, normalise, resolve
-from audio.pack_progress import PackProgress, lock_pack
+from audio.pack_progress import PackProgress, complete_publishing, get_progress_folder, lock_pack
 from audio.pack_report import Report
 from audio.shards import ShardWriter
 from common.errors import UserError, some
@@ -87,9 +88,14 @@ def pack(
     paths = [resolve(clip_name, list_path) for clip_name in names]
     load = partial(load_clip, sample_rate=sample_rate, stereo=stereo, limits=limits, isolated=n_workers > 0)
     settings = {"sample_rate": sample_rate, "layout": layout, "stereo": stereo, "size_per_file": size_per_file}
-    settings |= {"fullname": fullname, "list": str(Path(list_path).absolute()), "clips": _hash_table(table)}
+    settings |= {
+        "fullname": fullname,
+        "list": _hash(os.fsencode(Path(list_path).absolute())),
+        "clips": _hash(table.to_csv(index=False).encode("utf-8", "surrogateescape")),
+    }
     settings["limits"] = vars(limits)
     with lock_pack(output / hdf5_folder, name):
+        complete_publishing(manifest, get_progress_folder(output / hdf5_folder, name))
         packing = PackProgress(output / hdf5_folder, name, settings, paths)
         first = packing.n_done
         if first:
@@ -102,6 +108,8 @@ def pack(
             _write_shards(packing, decoded, report, sample_rate, layout, size_per_file)
         except BaseException as error:
             error.add_note(_describe_kept(packing, len(rows)))
+            if not packing.finished:
+                packing.remove()
             raise
         lengths = {row: n for shard in packing.finished for row, n in shard.lengths.items()}
         if not lengths:
@@ -115,19 +123,19 @@ def pack(
         report.files += [str(manifest), str(report_path)]
         packing.publish(partial(_write_manifest, manifest, packed, size_per_file))
         write_json(report_path, report.as_json())
+        packing.remove()
     return report
 
 
-def _hash_table(table: pd.DataFrame) -> str:
-    return hashlib.sha256(table.to_csv(index=False).encode("utf-8", "surrogateescape")).hexdigest()
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _describe_kept(packing: PackProgress, n_clips: int) -> str:
-    """Return what is kept of a pack that is not finished; without a finished shard everything is removed."""
+    """Return what is kept of a pack that is not finished."""
     if packing.finished:
         kept = f"{packing.n_done} of {n_clips} clips are kept in {packing.folder}"
         return f"{kept}, and the same command goes on behind them"
-    packing.remove()
     return "nothing is kept, since no shard was finished (--size_per_file makes shards smaller)"
 
 

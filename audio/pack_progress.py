@@ -6,7 +6,7 @@ its source files has changed.
 
 The new pack takes the place of an earlier one in one rename, that of the manifest: it first names the shards in this
 folder. Only then are they linked to their final names, and named by these. At each moment the manifest names shards
-that belong to it.
+that belong to it; a start that finds it in between completes this first.
 """
 
 import hashlib
@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from audio.pack_report import Report
-from common.files import remove_dead_partials, write_json
+from common.files import remove_dead_partials, whole_file, write_json
 from common.locks import lock_folder
 from common.parsing import load_json
 
@@ -118,18 +120,11 @@ class PackProgress:
         if any(path.exists() for path in final):  # of an earlier pack, whose manifest names them
             write_manifest([self._find(number) for number in numbers])
         for number in numbers:
-            staged = self.shard_path(number)
-            if staged.exists():
-                link = staged.with_suffix(".link")
-                link.unlink(missing_ok=True)
-                with suppress(OSError):  # a file system without links: a reader sees a missing shard for a moment
-                    os.link(staged, link)
-                os.replace(link if link.exists() else staged, final[number])
+            _move_out(self.shard_path(number), final[number])
         write_manifest(final)
         further = itertools.takewhile(Path.exists, map(self.final_path, itertools.count(len(final))))
         for old in reversed(list(further)):  # of an earlier, larger pack; the last one first, so that no gap remains
             old.unlink()
-        self.remove()
         return final
 
     def remove(self) -> None:
@@ -162,6 +157,40 @@ class PackProgress:
             number = path.stem.rpartition("_")[2]
             if path.suffix in (".h5", ".json", ".link") and number.isdecimal() and int(number) >= first:
                 path.unlink()
+
+
+def complete_publishing(manifest: Path, folder: Path) -> None:
+    """Let a manifest that names shards in a progress folder name them in the folder above, where they are put.
+
+    Args:
+        manifest: of the pack; it may not exist.
+        folder: the progress folder.
+    """
+    if not manifest.is_file():
+        return
+    table = pd.read_csv(manifest, sep="\t", dtype=str, keep_default_na=False)
+    if "hdf5path" not in table:
+        return
+    final = {path: path.parent.parent / path.name for path in map(Path, table["hdf5path"].unique())}
+    final = {path: moved for path, moved in final.items() if path.parent.name == folder.name}
+    for path, moved in final.items():
+        _move_out(folder / path.name, folder.parent / moved.name)
+    if final:
+        names = {str(path): str(moved) for path, moved in final.items()}
+        table["hdf5path"] = table["hdf5path"].replace(names)
+        with whole_file(manifest) as file:
+            table.to_csv(file, sep="\t", index=False)
+
+
+def _move_out(staged: Path, final: Path) -> None:
+    """Give a shard its final name, and keep that in the progress folder where the file system has links."""
+    if not staged.exists():
+        return
+    link = staged.with_suffix(".link")
+    link.unlink(missing_ok=True)
+    with suppress(OSError):  # a file system without links: a reader sees a missing shard for a moment
+        os.link(staged, link)
+    os.replace(link if link.exists() else staged, final)
 
 
 def get_progress_folder(folder: Path, name: str) -> Path:

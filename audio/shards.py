@@ -23,8 +23,8 @@ import h5py
 import numpy as np
 
 from audio.hdf5 import (
+    HDF5_ERRORS,
     MAX_EXPANSION_OF_SOUND,
-    READ_ERRORS,
     check_dataset,
     describe_lock,
     find_dataset,
@@ -174,7 +174,7 @@ class Shard:
         with _open(self.path) as file:
             try:
                 return _Contents(file, self.path)
-            except READ_ERRORS as error:
+            except HDF5_ERRORS as error:
                 raise UserError(f"{self.path}: the file is damaged ({error}); {_PACK_AGAIN}") from None
 
     @property
@@ -251,7 +251,7 @@ class Shard:
             try:
                 expected = dataset.attrs.get("checksum")
                 return expected is None or bool(compute_checksum(dataset[()]) == expected)
-            except READ_ERRORS:
+            except HDF5_ERRORS:
                 return False
         begin, end = int(offsets[position]), int(offsets[position + 1])
         return checksums is None or compute_checksum(self._read_flat(begin, end - begin)) == checksums[position]
@@ -261,7 +261,7 @@ class Shard:
         where = f"{self.path}: the clip {self.names[position]!r}"
         try:
             samples = dataset[..., start:stop]  # (S,) or (channels, S)
-        except READ_ERRORS as error:
+        except HDF5_ERRORS as error:
             raise UserError(f"{where} cannot be read ({error}); {_PACK_AGAIN}") from None
         if samples.dtype == np.int16 and samples.ndim == 1:
             return samples
@@ -285,7 +285,7 @@ class Shard:
             check_dataset(dataset)
             if len(dataset.shape) not in (1, 2):
                 raise ValueError(f"its shape is {dataset.shape}, expected (S,) or (channels, S)")
-        except READ_ERRORS as error:
+        except HDF5_ERRORS as error:
             raise UserError(f"{self.path}: the clip {name!r} cannot be read ({error}); {_PACK_AGAIN}") from None
         return dataset
 
@@ -300,7 +300,7 @@ class Shard:
         if contents.block_starts is None:  # stored with a filter, by another program
             try:
                 return self._open_hdf5()["samples"][begin : begin + n_samples]
-            except READ_ERRORS as error:
+            except HDF5_ERRORS as error:
                 raise UserError(f"{self.path}: its samples cannot be read ({error}); {_PACK_AGAIN}") from None
         self._close_inherited()
         if self._bytes is None:
@@ -424,7 +424,7 @@ def _open(path: Path) -> h5py.File:
         raise UserError(f"{path}: the shard does not exist; {_PACK_AGAIN}")
     try:
         return h5py.File(path, "r")
-    except READ_ERRORS as error:
+    except HDF5_ERRORS as error:
         if locked := describe_lock(error):
             raise UserError(f"{path}: {locked}") from None
         what = "is not an HDF5 file" if not h5py.is_hdf5(path) else "is truncated or damaged"

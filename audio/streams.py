@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from audio.byte_stream import ByteStream, StreamPieces, split_parts
-from audio.chunks import has_header, read_header
+from audio.chunks import check_header, has_header, read_header
 from audio.decoders import Blocks, FileDecoder
 from audio.errors import AudioReadError
 from audio.ffmpeg import FFmpegBlocks, FFmpegError
@@ -192,6 +192,8 @@ class StreamDecoder(FileDecoder):
             if data.n_missing:
                 rate = header.raw.frame_bytes * header.raw.sample_rate
                 self._note_loss(data.n_read / rate, (data.n_read + data.n_missing) / rate, is_cut=True)
+            elif data.n_read == header.n_bytes and (text := check_header(header)):  # else its lengths are old
+                self.warnings["inconsistent"] = text
             if not data.is_followed:
                 return
 

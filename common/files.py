@@ -174,7 +174,9 @@ def describe_write_error(target: Path, error: OSError, n_bytes: int | None = Non
         partial: what has been written, which will be removed.
     """
     reason = error.strerror or str(error)
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno == errno.EDQUOT:
+        return f"{target} cannot be written ({reason}): make space within your quota and repeat the command"
+    if error.errno != errno.ENOSPC:
         return f"{target} cannot be written ({reason}): check the disk and the permissions, and repeat the command"
     n_free = shutil.disk_usage(_find_existing(target)).free
     with suppress(OSError):
@@ -242,7 +244,7 @@ def whole_file(target: str | Path, keep: bool = False) -> Iterator[WholeFile]:
             file.close()
         with explain_write_errors(target):
             os.replace(partial, target)
-            _flush(target.parent)
+            _flush_folder(target.parent)
 
 
 @contextmanager
@@ -364,11 +366,17 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
-    """Write the entries of a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush_folder(folder: Path) -> None:
+    """Write the entries of a folder to the disk, where permissions and the file system allow it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM):
+            raise
     finally:
         os.close(descriptor)
 

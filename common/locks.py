@@ -5,13 +5,15 @@ meanwhile, such as loader workers, hold on to it. On file systems without locks 
 """
 
 import fcntl
+import io
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO, ClassVar, cast
 
 from common.errors import UserError
 from common.files import explain_write_errors
@@ -22,7 +24,7 @@ POLL_SECONDS = 0.1
 _TIMEOUT = 1.0  # seconds; a process that was just killed may hold its locks for a moment
 
 
-def lock_range(file: IO[bytes], first: int = 0, length: int = 0) -> bool:
+def lock_range(file: IO[bytes] | io.FileIO, first: int = 0, length: int = 0) -> bool:
     """Lock bytes of an open file, by default all; return False if another process holds a lock on one of them."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
@@ -33,7 +35,7 @@ def lock_range(file: IO[bytes], first: int = 0, length: int = 0) -> bool:
     return True
 
 
-def is_current(file: IO[bytes], path: Path) -> bool:
+def is_current(file: IO[bytes] | io.FileIO, path: Path) -> bool:
     """Return whether a path still leads to an open file; the process that held its lock may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
@@ -41,21 +43,49 @@ def is_current(file: IO[bytes], path: Path) -> bool:
         return False
 
 
-def try_lock(path: Path) -> IO[bytes] | None:
+class _LockFile(io.FileIO):
+    """A lock file that this process has locked, until it is closed."""
+
+    held: ClassVar[set[tuple[int, int]]] = set()  # device and inode
+
+    def hold(self) -> None:
+        """Note that this process has the lock: closing another handle of the same file would release it."""
+        status = os.fstat(self.fileno())
+        self.key = (status.st_dev, status.st_ino)
+        self.held.add(self.key)
+
+    def close(self) -> None:
+        """Close the file, which releases the lock."""
+        super().close()
+        self.held.discard(getattr(self, "key", (-1, -1)))
+
+
+_OPENING = threading.Lock()
+
+
+def try_lock(path: Path) -> BinaryIO | None:
     """Lock a file until it is closed; it and its folder are created if they are missing.
 
     Returns:
-        The file; None if another process has locked it, or has just removed it.
+        The file; None if another process or another part of this one has locked it, or has just removed it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        file = open(path, "ab")  # noqa: SIM115 - open as long as the lock
-    except FileNotFoundError:  # the folder has just been removed
+    with _OPENING:
+        try:
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in _LockFile.held:
+                return None
+        except FileNotFoundError:
+            pass
+        try:
+            file = _LockFile(path, "ab")
+        except FileNotFoundError:  # the folder has just been removed
+            return None
+        if lock_range(file) and is_current(file, path):
+            file.hold()
+            return cast(BinaryIO, file)
+        file.close()
         return None
-    if lock_range(file) and is_current(file, path):
-        return file
-    file.close()
-    return None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ MAX_COLUMNS = 1000
 MAX_TEXT = 4096  # characters of a name: the limit of paths on Linux
 _FREE_ROWS, _ROWS_PER_BYTE = 1_000_000, 100  # rows that a file may have: names that count up compress to little
 _FREE_BYTES, _EXPANSION = 1 << 26, 1000
-READ_ERRORS = (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError, pyarrow.ArrowException)
+PARQUET_ERRORS = (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError, pyarrow.ArrowException)
 
 _NAMES = {"text": "text", "integer": "whole numbers", "number": "numbers"}
 _TESTS = {"text": ("is_string", "is_large_string"), "integer": ("is_integer",), "number": ("is_floating", "is_integer")}

@@ -19,7 +19,7 @@ import pyarrow.parquet
 from audio.manifest import NameIndex
 from common.errors import UserError, some
 from common.files import whole_file, write_json
-from common.parquet import READ_ERRORS, read_parquet
+from common.parquet import PARQUET_ERRORS, read_parquet
 from common.parsing import parse_json
 
 _COLUMNS = {"filename": "text", "start": "number", "end": "number", "cluster": "integer"}
@@ -80,7 +80,7 @@ class Clusters:
             table = read_parquet(path, _COLUMNS)
             facts = parse_json((table.schema.metadata or {}).get(_KEY, b"{}"))
             k = int(facts.get("k", 0))
-        except READ_ERRORS as error:
+        except PARQUET_ERRORS as error:
             raise UserError(f"{path}: cannot be read as a parquet file of clusters ({error}); {make}") from None
         frame = table.to_pandas()
         cluster = frame["cluster"]

@@ -22,12 +22,11 @@ from pydantic import ValidationError
 
 from audio.cutting import Chunks
 from audio.dataset import Pack
-from audio.hdf5 import READ_ERRORS, describe_lock, get_dataset
+from audio.hdf5 import HDF5_ERRORS, describe_lock, get_dataset
 from audio.manifest import NameIndex
 from common.errors import Faults, UserError, some
 from common.files import create_hdf5, whole_file
-from common.parquet import READ_ERRORS as PARQUET_ERRORS
-from common.parquet import read_parquet, read_row_count
+from common.parquet import PARQUET_ERRORS, read_parquet, read_row_count
 from common.parsing import describe_invalid, read_json
 from distill.published_meta import read_published_meta
 from distill.replay import REFERENCE_RATE, Replay
@@ -143,7 +142,7 @@ class TargetStore:
                 lengths["names"] = read_row_count(path.with_suffix(".parquet"))
             except UserError as error:
                 faults.add(str(error))
-            except (*READ_ERRORS, *PARQUET_ERRORS) as error:
+            except (*HDF5_ERRORS, *PARQUET_ERRORS) as error:
                 faults.add(
                     f"{path} and the .parquet beside it are not files of a store ({error}); save this epoch again"
                 )
@@ -192,7 +191,7 @@ class TargetStore:
         path = self._path(epoch, part)
         try:
             return h5py.File(path, "r")
-        except READ_ERRORS as error:
+        except HDF5_ERRORS as error:
             if locked := describe_lock(error):
                 raise UserError(f"{path} {locked}") from None
             raise UserError(f"{path} cannot be read ({error}); delete it and run save_logits.py again") from None
@@ -237,7 +236,7 @@ class TargetStore:
                 datasets = {name: self._get_dataset(file, name) for name in names}
                 arrays = {name: dataset[()] for name, dataset in datasets.items()}
                 checksums = {name: dataset.attrs.get("checksum") for name, dataset in datasets.items()}
-        except READ_ERRORS as error:
+        except HDF5_ERRORS as error:
             raise UserError(f"{path}: {error}; delete it and run save_logits.py again") from None
         # Comparing the classes of a row takes as long as reading: once for each file.
         if (epoch, part, names) not in self._checked:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -42,6 +43,7 @@ def find_argument_faults(factory: Callable[..., Any], given: Mapping[str, Any]) 
         if kind == MergingSetting or _is_literal(kind):
             continue
         kind = _add_fields(kind)
+        value = value.item() if isinstance(value, np.generic) else value
         try:
             TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(value)
         except ValidationError:

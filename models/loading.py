@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 _TIMM = "timm:"  # prefix of the name of a timm model
 _SPARE_WEIGHTS = 16 << 20  # that a network may have beyond those of its file: positions are stretched
-_LOSS = re.compile(r"best_epoch=\d+_-?\w+=(-?\d+\.?\d*(?:e[+-]?\d+)?)")  # in the name of a checkpoint
 _PRE_TRAINING_PARTS = ("decoder", "mask_token")  # of a masked auto-encoder, unused in tagging
 
 

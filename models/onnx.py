@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import numpy as np
 import onnx
@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "fp16", "int8"]
 Input = Literal["feats", "waveform"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # How far a probability may be from PyTorch's: float rounding, 11 bits of mantissa, 7 bits of weight.
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.05, "int8": 0.2}
 # How far log-odds may be, for all precisions, as a share of how much they differ from clip to clip: probabilities of

@@ -71,8 +71,9 @@ def _check_clips(shard: Shard, positions: np.ndarray, faults: Faults) -> None:
     with create_progress(total=len(positions), desc=shard.path.name, unit="clip") as progress:
         for position in positions:
             with faults.noted():
-                shard.read(int(position))  # in any case: a file without checksums may be too short
-                if not shard.is_intact(int(position)):
+                if not shard.has_checksums:
+                    shard.read(int(position))  # it may be too short
+                elif not shard.is_intact(int(position)):
                     faults.add(f"{shard.path}: the clip {shard.names[position]!r} is damaged")
             progress.update()
 
@@ -144,12 +145,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(CheckOptions, __doc__, arguments)
     damaged = 0
     for path in map(Path, options.paths):
+        if not path.exists():
+            damaged += 1
+            print(f"{path}: no such file or folder")
+            continue
         kind, check = choose_check(path)
         try:
             print(f"{path}: {kind} intact ({check(path)})")
         except UserError as error:
             damaged += 1
-            print(f"{path}: {kind} DAMAGED\n{error}")
+            print(f"{path}: DAMAGED, or no {kind}\n{error}")
     if damaged:
         sys.exit(1)
 

@@ -1,9 +1,10 @@
-"""Run the tests of faults and damaged input in their long form, and write their figures to docs/reliability.md.
+"""Run the tests that docs/reliability.md names in their long form, and write their figures to that page.
 
     python scripts/reliability.py [PYTEST_ARGUMENTS]
 
-Tests report what they tried with `record_property`; a figure counts tests that have passed. Needs the packages of
-requirements-dev.txt, and takes about an hour on two cores. The exit status is that of pytest.
+With files among the arguments, only these are run. Tests report what they tried with `record_property`; a figure counts
+tests that have passed. Needs the packages of requirements-dev.txt, and takes about two hours on two cores. The exit
+status is that of pytest.
 """
 
 import sys
@@ -16,6 +17,7 @@ from common.entry_points import print_user_errors  # isort: split
 
 import datetime
 import platform
+import re
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -27,7 +29,6 @@ from common.temporary import temporary_folder
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
 START, END = "<!-- figures -->", "<!-- end of figures -->"
-TESTS = ("audio", "common", "distill", "kills", "models", "scripts", "tagging", "training")
 
 
 def count_tried(report: Path) -> tuple[Counter[str], int, int]:
@@ -56,13 +57,15 @@ def format_figures(tried: Counter[str], n_passed: int, n_failed: int) -> str:
 @print_user_errors
 def main(arguments: list[str]) -> int:
     """Run the tests and write the figures; return the exit status of pytest."""
+    page = PAGE.read_text(encoding="utf-8")
+    if not any(argument.startswith("tests/") for argument in arguments):
+        arguments = [*arguments, *sorted(set(re.findall(r"tests/\w+/\w+\.py", page)))]
     with temporary_folder() as folder:
         report = folder / "report.xml"
-        words = ["-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", f"--junitxml={report}"]
-        words += arguments or [str(ROOT / "tests" / name) for name in TESTS]
+        words = ["-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", f"--junitxml={report}", *arguments]
         status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
         figures = format_figures(*count_tried(report))
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    before, _, rest = page.partition(START)
     write_text(PAGE, f"{before}{START}\n{figures}{END}{rest.partition(END)[2]}")
     print(figures)
     return status

@@ -19,7 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from audio.hdf5 import READ_ERRORS, get_dataset, read_texts
+from audio.hdf5 import HDF5_ERRORS, get_dataset, read_texts
 from common.errors import UserError
 from common.files import create_hdf5, remove_dead_partials
 from common.parsing import parse_json
@@ -154,7 +154,7 @@ def is_embedding_file(path: Path) -> bool:
     try:
         with h5py.File(path, "r") as file:
             return "made_with" in file.attrs
-    except READ_ERRORS:
+    except HDF5_ERRORS:
         return False
 
 
@@ -168,7 +168,7 @@ def _open_source(path: Path, settings: Mapping[str, Any]) -> h5py.File:
         file = h5py.File(path, "r")
         provenance = parse_json(file.attrs["made_with"])
         _check_layout(file)
-    except READ_ERRORS as error:
+    except HDF5_ERRORS as error:
         raise UserError(f"{path} cannot be added to ({error}): write elsewhere, or remove it") from error
     check_provenance(path, provenance, settings)
     return file

@@ -1,16 +1,19 @@
 """A picture of a sound file: its spectrogram, and below it, on the same time axis, the probabilities of its labels."""
 
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from audio.errors import AudioReadError
 from audio.isolation import IsolatedBlocks
+from audio.limits import DEFAULT_LIMITS, SoundLimits
 from common.files import whole_file
 from tagging.files import TaggedFile
 from tagging.outputs import FilePerSound
+from tagging.parts import Share
 from tagging.rows import escape_name
 
 MAX_COLUMNS = 1200  # of the spectrogram; fewer than twice as many, for any length
@@ -23,25 +26,47 @@ _N_FFT = 512
 
 
 class Pictures(FilePerSound):
-    """Draws NAME.png for each sound into a folder."""
+    """Draws NAME.png for each sound into a folder.
+
+    Args:
+        folder: where they go, see `FilePerSound`, as the next three.
+        paths: all sounds.
+        settings: the provenance of the files.
+        share: this process's share of the work.
+        limits: of a sound file, which is decoded again.
+    """
 
     extension = ".png"
+
+    def __init__(
+        self,
+        folder: Path,
+        paths: Iterable[Path],
+        settings: Mapping[str, Any],
+        share: Share,
+        limits: SoundLimits = DEFAULT_LIMITS,
+    ) -> None:
+        super().__init__(folder, paths, settings, share)
+        self.limits = limits
 
     def make(self, file: TaggedFile, target: Path) -> None:
         """Draw a sound's picture."""
         try:
             with whole_file(target) as partial:
-                draw(file, partial)
+                draw(file, partial, limits=self.limits)
         except AudioReadError as error:  # removed since it was tagged
             self.faults[str(file.path)] = error.reason
 
 
-def compute_spectrogram(path: Path, n_columns: int = MAX_COLUMNS) -> tuple[np.ndarray, float]:
+def compute_spectrogram(
+    path: Path, n_columns: int = MAX_COLUMNS, limits: SoundLimits = DEFAULT_LIMITS
+) -> tuple[np.ndarray, float]:
     """Compute a spectrogram block by block, with a limited number of columns for any length.
 
     Args:
         path: the sound.
         n_columns: the spectrogram has fewer than twice as many.
+        limits: of the sound file.
 
     Returns:
         Decibels (n_fft/2 + 1, columns) up to 8 kHz, each column the mean power of its frames, and the sound's seconds.
@@ -54,7 +79,7 @@ def compute_spectrogram(path: Path, n_columns: int = MAX_COLUMNS) -> tuple[np.nd
     columns: list[np.ndarray] = []
     power, n_summed, n_samples = np.zeros(_N_FFT // 2 + 1), 0, 0
     rest = np.zeros(0, np.float32)
-    for block in IsolatedBlocks(path, _RATE):
+    for block in IsolatedBlocks(path, _RATE, limits=limits):
         n_samples += len(block)
         samples = np.concatenate([rest, block])
         n_frames = len(samples) // _N_FFT
@@ -76,13 +101,19 @@ def compute_spectrogram(path: Path, n_columns: int = MAX_COLUMNS) -> tuple[np.nd
     return 10 * np.log10(np.maximum(np.array(columns).T, 1e-10)), n_samples / _RATE
 
 
-def draw(file: TaggedFile, target: str | Path | BinaryIO, waveform: np.ndarray | None = None) -> None:
+def draw(
+    file: TaggedFile,
+    target: str | Path | BinaryIO,
+    waveform: np.ndarray | None = None,
+    limits: SoundLimits = DEFAULT_LIMITS,
+) -> None:
     """Draw a tagged file.
 
     Args:
         file: its tags are drawn, of the labels with the highest probabilities; where windows overlap, the higher one.
         target: the PNG.
         waveform: samples (S,), drawn above the spectrogram.
+        limits: of the sound file.
 
     Raises:
         AudioReadError: the sound cannot be read again.
@@ -90,7 +121,7 @@ def draw(file: TaggedFile, target: str | Path | BinaryIO, waveform: np.ndarray |
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    decibels, seconds = compute_spectrogram(file.path)
+    decibels, seconds = compute_spectrogram(file.path, limits=limits)
     best: dict[str, float] = {}
     for window in file.windows:
         for label, value in window.tags:

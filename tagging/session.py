@@ -166,6 +166,7 @@ def open_outputs(
     embeddings: Path | None = None,
     plot: Path | None = None,
     overwrite: bool = False,
+    limits: SoundLimits = DEFAULT_LIMITS,
 ) -> list[Output]:
     """Open all outputs.
 
@@ -178,6 +179,7 @@ def open_outputs(
         embeddings: an HDF5 file.
         plot: a folder of pictures.
         overwrite: remove existing outputs.
+        limits: of a sound file, which pictures decode again.
 
     Raises:
         UserError: an existing output was made with other settings, or is locked by another process.
@@ -203,7 +205,7 @@ def open_outputs(
         if embeddings is not None:
             outputs.append(EmbeddingFile(embeddings, provenance, share))
         if plot is not None:
-            outputs.append(Pictures(plot, paths, provenance, share))
+            outputs.append(Pictures(plot, paths, provenance, share, limits))
     except BaseException:
         for path in targets:
             unlock(path)

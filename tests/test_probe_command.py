@@ -117,9 +117,10 @@ def test_stored_embeddings_need_no_model(work, pack, capsys):
     shutil.copytree(folder, work / "damaged")
     with h5py.File(next((work / "damaged").glob("*.h5")), "r+") as file:
         file["embedding"][3] = np.nan
+        del file["embedding"].attrs["checksum"]  # as in stores of an earlier version
     damaged = str(work / "damaged")
     text = refused(capsys, Runner().probe, embeddings=damaged, data=str(pack), name="x", **places(work))
-    assert f"{damaged}: the embeddings of 1 clips of {pack} are not finite: sounds/tone_003.wav" in text
+    assert "row 3 (sounds/tone_003.wav) has values that are not finite" in text
 
 
 def test_a_test_list_evaluates_a_head_of_the_training_list(work, model, pack):

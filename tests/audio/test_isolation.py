@@ -1,12 +1,16 @@
 """A sound file that crashes, hangs or overfeeds its decoder costs only itself, in packing and in tagging."""
 
+import errno
+import math
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +18,16 @@ import pytest
 import soundfile
 
 import audio.clips
+import audio.decoder_processes
 import audio.isolation
+import tagging.files
 from audio.clip_blocks import ClipBlocks
 from audio.clips import Clip, load_clip, load_clips
+from audio.decoder_processes import CancelledError, DecoderProcess, DecoderStartError
 from audio.errors import AudioReadError
 from audio.io import AudioBlocks
-from audio.isolation import CancelledError, IsolatedBlocks
-from audio.limits import SoundLimits
+from audio.isolation import IsolatedBlocks
+from audio.limits import DEFAULT_LIMITS, SoundLimits
 from tagging.files import TagOptions, tag_files
 from tests.audio.sound_bytes import RATE, noisy, wav
 from tests.conftest import ROOT
@@ -132,14 +139,24 @@ def make_hostile(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def choose_limits(path: Path) -> SoundLimits:
+    """Wait shortly for the pipe alone: on a loaded machine any file may take a second."""
+    return IMPATIENT if path.name == "pipe.flac" else DEFAULT_LIMITS
+
+
 REASONS = ("no sound came", "is a folder", "is a device", "is a device", "symbolic links", "is a socket")
 
 
-def test_neighbours_of_what_is_no_file_are_tagged(tmp_path: Path) -> None:
+def test_neighbours_of_what_is_no_file_are_tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = make_hostile(tmp_path)
     good = steady(tmp_path / "good.wav", [0.25, 0.25])
     paths = [path for each in hostile for path in (good, each)]
-    files = list(tag_files(Meter(), paths, TagOptions(1), chunk_seconds=1.0, limits=IMPATIENT))
+
+    def isolate(path: Path, *args, **more) -> IsolatedBlocks:
+        return IsolatedBlocks(path, *args, **more | {"limits": choose_limits(path)})
+
+    monkeypatch.setattr(tagging.files, "IsolatedBlocks", isolate)
+    files = list(tag_files(Meter(), paths, TagOptions(1), chunk_seconds=1.0))
     assert [len(file.windows) for file in files] == [2, 0] * len(hostile)
     for file, reason in zip(files[1::2], REASONS, strict=True):
         assert reason in (file.fault or ""), file.path
@@ -151,7 +168,7 @@ def test_neighbours_of_what_is_no_file_are_packed(tmp_path: Path) -> None:
     paths = [path for each in hostile for path in (good, each)]
 
     def load(path: Path, cancelled: threading.Event) -> Clip:
-        return load_clip(path, RATE, isolated=True, cancelled=cancelled, limits=IMPATIENT)
+        return load_clip(path, RATE, isolated=True, cancelled=cancelled, limits=choose_limits(path))
 
     clips = list(load_clips(paths, load, 2))
     assert [clip.samples is not None for clip in clips] == [True, False] * len(hostile)
@@ -214,17 +231,17 @@ def is_alive(pid: int) -> bool:
 
 def test_a_forked_process_starts_decoders_of_its_own(good: Path) -> None:
     list(IsolatedBlocks(good))
-    kept = [process.pid for process in audio.isolation._idle]
+    kept = [process.pid for process in audio.decoder_processes._idle]
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            status = 0 if not audio.isolation._idle and len(read(IsolatedBlocks(good))) == 3 * RATE else 2
+            status = 0 if not audio.decoder_processes._idle and len(read(IsolatedBlocks(good))) == 3 * RATE else 2
         finally:
-            audio.isolation._end_all()
+            audio.decoder_processes._end_all()
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
-    assert [process.pid for process in audio.isolation._idle] == kept
+    assert [process.pid for process in audio.decoder_processes._idle] == kept
     assert len(read(IsolatedBlocks(good))) == 3 * RATE
 
 
@@ -245,3 +262,139 @@ def test_clips_that_wait_for_a_slow_one_are_limited_in_bytes(monkeypatch: pytest
     assert first.samples[0] == 0
     assert max(begun) <= 5 + 4  # five fill the room, and each thread has another one at most
     assert [int(clip.samples[0]) for clip in clips if clip.samples is not None] == list(range(1, 60))
+
+
+@pytest.fixture
+def no_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next decoder is a new process."""
+    monkeypatch.setattr(audio.decoder_processes, "_idle", [])
+
+
+def test_a_relative_path_is_that_of_the_working_directory_of_now(tmp_path: Path, monkeypatch) -> None:
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        soundfile.write("x.wav", np.zeros(number * 1000), RATE)
+        assert len(read(IsolatedBlocks("x.wav"))) == number * 1000
+    with pytest.raises(AudioReadError, match=r"^missing\.wav: there is no such file"):
+        list(IsolatedBlocks("missing.wav"))
+    (tmp_path / "1" / "link").symlink_to(tmp_path / "2" / "in", target_is_directory=True)
+    (tmp_path / "2" / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "1")
+    assert len(read(IsolatedBlocks("link/../x.wav"))) == 2000  # beside the folder that the link leads to
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
+@pytest.mark.usefixtures("no_idle")
+def test_a_machine_that_starts_no_decoder_ends_the_work_and_blames_no_file(good, monkeypatch, number) -> None:
+    def fail(*args, **more):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(
+        socket if number == errno.EMFILE else subprocess, {errno.EMFILE: "socketpair"}.get(number, "Popen"), fail
+    )
+    n_open = len(os.listdir("/proc/self/fd"))
+    sentence = rf"a process that decodes cannot be started \({os.strerror(number)}\).*--n_workers"
+    with pytest.raises(DecoderStartError, match=sentence):
+        list(load_clips([good], lambda path, cancelled: load_clip(path, RATE, isolated=True), 2))
+    with pytest.raises(DecoderStartError, match=sentence):
+        list(tag_files(Meter(), [good]))
+    assert len(os.listdir("/proc/self/fd")) == n_open
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "words"),
+    [("import os; os.abort()", 60, "SIGABRT"), ("import time; time.sleep(60)", 0.1, "did not start within 0 s")],
+)
+@pytest.mark.usefixtures("no_idle")
+def test_a_decoder_that_does_not_start_is_described_before_it_is_ended(good, monkeypatch, code, seconds, words) -> None:
+    monkeypatch.setattr(audio.decoder_processes, "_CODE", code)
+    monkeypatch.setattr(audio.decoder_processes, "_START_SECONDS", seconds)
+    with pytest.raises(DecoderStartError, match=words):
+        list(IsolatedBlocks(good))
+
+
+def test_a_decoder_that_was_killed_while_idle_or_within_a_file_costs_no_good_file(tmp_path: Path, good: Path) -> None:
+    sound = read(IsolatedBlocks(good))
+    os.kill(audio.decoder_processes._idle[-1].pid, signal.SIGKILL)
+    np.testing.assert_array_equal(read(IsolatedBlocks(good)), sound)
+    soundfile.write(tmp_path / "long.wav", np.arange(6_000_000) % 30000 / 32768, RATE)
+    parts = list(kill_within(tmp_path / "long.wav", n_kills=1))
+    assert len(parts) > 2
+    np.testing.assert_array_equal(np.concatenate(parts), read(AudioBlocks(tmp_path / "long.wav")))
+    with pytest.raises(AudioReadError, match="was killed, perhaps because the machine ran out of memory"):
+        list(kill_within(tmp_path / "long.wav", n_kills=2))
+
+
+def kill_within(path: Path, n_kills: int) -> Iterator[np.ndarray]:
+    """Yield a file's blocks and kill its first decoders, each at its first block."""
+    blocks = IsolatedBlocks(path)
+    killed: set[int] = set()
+    for block in blocks:
+        assert blocks.process is not None
+        if len(killed) < n_kills and blocks.process.pid not in killed:
+            killed.add(blocks.process.pid)
+            os.kill(blocks.process.pid, signal.SIGKILL)
+        yield block
+
+
+@pytest.mark.usefixtures("no_idle")
+def test_no_code_beside_the_sounds_is_executed(tmp_path: Path, good: Path, monkeypatch) -> None:
+    for name in ("random", "json", "numpy", "soundfile", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert len(read(IsolatedBlocks(good))) == 3 * RATE
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["/dev/fd/{}", "/proc/self/fd/{}", "link", "/dev/stdin"])
+def test_a_pipe_that_only_this_process_has_open_is_decoded(tmp_path: Path, name: str) -> None:
+    reading, writing = os.pipe()
+    kept = os.dup(0)
+    os.dup2(reading, 0)
+    data = wav()
+    writer = threading.Thread(target=lambda: [os.write(writing, data), os.close(writing)])
+    writer.start()
+    (tmp_path / "link").symlink_to(f"/dev/fd/{reading}")
+    try:
+        sound = read(IsolatedBlocks(tmp_path / name.format(reading)))
+    finally:
+        writer.join()
+        os.dup2(kept, 0)
+        os.close(kept)
+        os.close(reading)
+    (tmp_path / "x.wav").write_bytes(data)
+    np.testing.assert_array_equal(sound, read(AudioBlocks(tmp_path / "x.wav")))
+
+
+def test_a_descriptor_that_is_not_open_has_a_sentence() -> None:
+    with pytest.raises(AudioReadError, match="cannot be opened"):
+        list(IsolatedBlocks("/dev/fd/987654"))
+
+
+def test_memory_without_a_limit_and_a_system_that_has_none_decode(good: Path, monkeypatch) -> None:
+    for decoder_mb in (1900, math.inf, 1e300):
+        assert len(read(IsolatedBlocks(good, limits=SoundLimits(decoder_mb=decoder_mb)))) == 3 * RATE
+
+    def fail(*args):
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", fail)
+    audio.isolation._set_limit(resource.RLIMIT_AS, 1e9)
+
+
+@pytest.mark.parametrize("n_sent", [3, 12, 60, 100])
+def test_a_decoder_that_stops_within_a_message_is_waited_for_no_longer_than_between_two(n_sent: int) -> None:
+    ours, theirs = socket.socketpair()
+    process = object.__new__(DecoderProcess)
+    process._socket = ours
+    with ours, theirs:
+        header = b'{"shape": [1000], "dtype": "float32"}'
+        theirs.sendall((audio.decoder_processes.LENGTHS.pack(len(header), 4000) + header + bytes(4000))[:n_sent])
+        start = time.monotonic()
+        assert process.receive(start + 0.1) is None
+        assert time.monotonic() - start < 5
+        cancelled = threading.Event()
+        cancelled.set()
+        with pytest.raises(CancelledError):
+            process.receive(math.inf, cancelled)

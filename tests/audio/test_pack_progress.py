@@ -1,6 +1,7 @@
 """Packing that is stopped, repeated or short of space."""
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
@@ -145,7 +146,7 @@ def pack_in_child(moment: int | None, has_links: bool, *args, **options) -> bool
 @pytest.mark.parametrize(
     ("old", "has_links", "step"),
     [
-        ("larger", True, 8),
+        ("larger", True, 7),
         *(
             pytest.param(old, has_links, 1, marks=pytest.mark.long)
             for old in ("none", "smaller", "larger")
@@ -173,6 +174,9 @@ def test_whenever_it_is_killed_there_is_the_old_pack_or_the_new_one(
         except UserError:
             assert not has_links  # a shard is missing until the next start
             found = former
+        if moment % 2:  # with other settings, which the shards so far do not belong to
+            pack_in_child(None, has_links, table.iloc[:5], path, out / "out", "x", size_per_file=2, sample_rate=8000)
+            assert len(read_sounds(out)) == 4
         assert not pack_in_child(None, has_links, table, path, out / "out", "x", size_per_file=3)
         sounds, files = read_sounds(out), list(read_files(out / "out"))
         assert len(sounds) == N_CLIPS - 1
@@ -224,3 +228,22 @@ def test_a_full_disk_is_a_sentence_and_packing_goes_on_after_it(tmp_path, listed
     room[0] = 10**9
     assert pack_list(listed).n_packed == N_CLIPS - 1
     assert read_sounds(tmp_path)["9.wav"] == (290, 10)
+
+
+def test_a_start_with_other_settings_completes_the_change_to_a_pack_that_was_being_published(
+    tmp_path, listed, decode_until
+) -> None:
+    table, path = listed
+    manifest = tmp_path / "out" / "labels" / "x.tsv"
+    pack(table.iloc[::-1], path, tmp_path / "out", "x", size_per_file=1, n_workers=0, progress=False)
+    decode_until(None)
+    for moment in itertools.count(25):
+        pack_in_child(moment, True, table, path, tmp_path / "out", "x", size_per_file=3)
+        if ".x.packing" in manifest.read_text():
+            break
+    sounds = read_sounds(tmp_path)
+    decode_until("0.wav")
+    with pytest.raises(KeyboardInterrupt):
+        pack(table, path, tmp_path / "out", "x", size_per_file=2, n_workers=0, progress=False)
+    assert read_sounds(tmp_path) == sounds
+    assert ".x.packing" not in manifest.read_text()

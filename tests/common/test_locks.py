@@ -3,12 +3,15 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.locks import lock_shares
+from common.locks import lock_shares, try_lock
+from tests.conftest import ROOT
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -59,3 +62,17 @@ def test_a_killed_process_keeps_nobody_waiting(tmp_path: Path) -> None:
     waiting.join(60)
     assert waiting.exitcode == 0
     assert (tmp_path / "0.done").exists()
+
+
+def test_another_part_of_the_same_process_neither_gets_a_lock_nor_releases_it(tmp_path: Path) -> None:
+    """Locks of POSIX belong to the process, and end when it closes any handle of the file."""
+    first = try_lock(tmp_path / "lock")
+    assert first is not None
+    assert try_lock(tmp_path / "lock") is None
+    code = "import sys, pathlib; from common.locks import try_lock; print(try_lock(pathlib.Path(sys.argv[1])) is None)"
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "True\n"
+    first.close()
+    again = try_lock(tmp_path / "lock")
+    assert again is not None
+    again.close()

@@ -19,7 +19,6 @@ from tests.models.sounds import noise, padded
 from tests.models.test_registry import WIDE
 
 QUICK = {"audiotransformer_pico", "passt_pico", "mn01_as", "dymn04_as", "resnet10_small"}
-SLOW = {"efficientnet_b0", "eres2net", "ast_pico"}  # with 35 s
 
 
 def list_cases(quick: set[str]) -> list:
@@ -70,7 +69,7 @@ def make_clips(model, *seconds: float) -> list[Tensor]:
     return clips
 
 
-@pytest.mark.parametrize("name", list_cases(QUICK | SLOW))
+@pytest.mark.parametrize("name", list_cases(QUICK))
 @torch.inference_mode()
 def test_batch_mates_and_their_order_change_nothing(name: str) -> None:
     model = build(name)
@@ -82,7 +81,7 @@ def test_batch_mates_and_their_order_change_nothing(name: str) -> None:
     torch.testing.assert_close(model.predict(batch[order]), together[order], atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", list_cases(QUICK | SLOW))
+@pytest.mark.parametrize("name", list_cases(QUICK))
 @torch.inference_mode()
 def test_padding_changes_nothing(name: str) -> None:
     model = build(name)
@@ -115,7 +114,7 @@ def test_every_part_of_a_long_clip_counts(name: str) -> None:
     assert unchanged == []
 
 
-@pytest.mark.parametrize("name", list_cases(QUICK | SLOW))
+@pytest.mark.parametrize("name", list_cases(QUICK))
 @torch.inference_mode()
 def test_half_the_precision_changes_little(name: str) -> None:
     model = build(name)

@@ -4,6 +4,7 @@ import re
 from dataclasses import fields
 from functools import partial
 
+import numpy as np
 import pytest
 
 from common.errors import UserError
@@ -156,3 +157,8 @@ def test_front_end_settings_reach_every_network_of_convolutions():
         MobileNetV3Student(n_mel=40)
     with pytest.raises(TypeError, match="unexpected keyword argument 'n_mel'"):
         MobileNetV3(n_mel=40)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = create_model("audiotransformer_pico", depth=np.int64(1), drop_rate=np.float32(0.0))
+    assert len(model.blocks) == 1

@@ -522,7 +522,7 @@ def test_an_interrupted_export_leaves_nothing(model, folder, tmp_path, monkeypat
 def test_damaged_weights_are_reported_before_anything_is_written(model, tmp_path):
     damaged = tagger(labels=NAMES)
     damaged.outputlayer[1].bias.data[0] = float("nan")
-    with pytest.raises(UserError, match="weights are damaged|NaN or infinite"):
+    with pytest.raises(UserError, match=r"weights are damaged|NaN or infinite"):
         export(damaged, tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from audio.clips import load_clip, load_clips
-from audio.isolation import _idle
+from audio.decoder_processes import _idle
 from audio.manifest import read_manifest
 from audio.pack import pack
 from tagging.files import TagOptions, tag_files

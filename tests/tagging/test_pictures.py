@@ -6,9 +6,11 @@ from matplotlib.image import imread
 import audio.decoders
 import tagging.pictures
 from audio.io import AudioBlocks, AudioReadError
+from audio.limits import SoundLimits
 from tagging.files import TaggedFile, TaggedWindow, TagOptions, tag_files
 from tagging.parts import SINGLE_PROCESS
 from tagging.pictures import MAX_COLUMNS, MAX_LABELS, Pictures, compute_spectrogram, draw
+from tagging.session import open_outputs
 from tests.tagging.sounds import RATE, Meter, silence, steady
 from tests.tagging.test_outputs import NAMES
 
@@ -148,3 +150,17 @@ def test_a_sound_that_is_gone_when_it_is_drawn_is_reported_of(tmp_path):
     pictures.close([path])
     assert pictures.faults == {str(path): "there is no such file"}
     assert not (tmp_path / "pictures" / "a.wav.png").exists()
+
+
+def test_pictures_have_the_limits_of_tagging(tmp_path):
+    path = tone(tmp_path / "a.wav", 20, 0.5, rate=90)
+    faults = []
+    for lowest_rate in (50, 100):
+        limits = SoundLimits(lowest_rate=lowest_rate)
+        (pictures,) = open_outputs([path], {}, SINGLE_PROCESS, plot=tmp_path / str(lowest_rate), limits=limits)
+        pictures.write(TaggedFile(path, [TaggedWindow(0, 0.5, [("tone", 0.5)])]))
+        pictures.close([path])
+        faults += [pictures.faults]
+    assert (tmp_path / "50" / "a.wav.png").exists()
+    assert faults[0] == {}
+    assert "90 Hz" in faults[1][str(path)]
