@@ -50,10 +50,13 @@ class PreparedRun:
 
     def fit(self) -> dict[str, Any]:
         """Train to the end; return the metrics of the final model and the path of its weights."""
-        result = self.run.fit(self.state)
-        if self.run.ranks.is_main:
-            self.folder.finish(result)
-        return result
+        try:
+            result = self.run.fit(self.state)
+            if self.run.ranks.is_main:
+                self.folder.finish(result)
+            return result
+        finally:
+            self.folder.unlock()  # a program that goes on, such as a notebook, may resume the run
 
 
 def prepare_run(
