@@ -50,9 +50,12 @@ class PreparedRun:
 
     def fit(self) -> dict[str, Any]:
         """Train to the end; return the metrics of the final model and the path of its weights."""
-        result = self.run.fit(self.state)
-        if self.run.ranks.is_main:
-            self.folder.finish(result)
+        try:
+            result = self.run.fit(self.state)
+            if self.run.ranks.is_main:
+                self.folder.finish(result)
+        finally:
+            self.folder.unlock()  # the same process may resume a run that was stopped
         return result
 
 
