@@ -54,9 +54,9 @@ class PreparedRun:
             result = self.run.fit(self.state)
             if self.run.ranks.is_main:
                 self.folder.finish(result)
-            return result
         finally:
-            self.folder.unlock()  # a program that goes on, such as a notebook, may resume the run
+            self.folder.unlock()  # the same process may resume a run that was stopped
+        return result
 
 
 def prepare_run(

@@ -65,7 +65,7 @@ class RunFolder:
         self._lock: IO[bytes] | None = None
 
     def lock(self, seconds: float | None = None) -> bool:
-        """Lock the folder, which is created if it is missing, until the process ends.
+        """Lock the folder, which is created if it is missing, until `unlock` or the end of the process.
 
         Args:
             seconds: to wait for another process that has locked it; None for `LOCK_SECONDS`.
