@@ -116,7 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
             overwrite=options.overwrite,
             limits=limits,
         )
-        kept = "the outputs hold all finished files, and the same command tags the others" if outputs else "no output"
+        kept = "nothing is written" if options.quiet or not engine.labels else "the tags so far are printed"
+        if outputs:
+            kept = "the outputs hold all finished files, and the same command tags the others"
         with note_when_stopped(kept):
             is_complete = session.run(paths, outputs, options.quiet)
     if not is_complete:

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -249,18 +249,18 @@ class ClipLoader(DataLoader[Any]):
 
     def __init__(self, dataset: Dataset[Any], n_workers: int, **options: Any) -> None:
         n = min(n_workers, os.cpu_count() or 1)
-        if n:
-            process_folder()  # before they are forked
-        super().__init__(dataset, num_workers=n, worker_init_fn=_start_worker, **options)
+        start = partial(_start_worker, str(process_folder())) if n else None
+        super().__init__(dataset, num_workers=n, worker_init_fn=start, **options)
 
     def __iter__(self) -> Any:
         """Return an iterator over batches; it raises `UserError` if a loader process has died."""
-        return _explain_dead_workers(super().__iter__())
+        batches = super().__iter__()
+        return _explain_dead_workers(batches) if self.num_workers else batches
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(folder: str, _: int) -> None:
     start_worker()
-    tempfile.tempdir = str(process_folder())  # of the parent: Python's sockets would stay when it is killed
+    tempfile.tempdir = folder  # of the parent: Python's sockets would stay when it is killed
 
 
 def _explain_dead_workers(batches: Iterator[Any]) -> Iterator[Any]:

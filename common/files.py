@@ -273,12 +273,13 @@ def reserve_partial(target: Path) -> Iterator[Path]:
         remove_dead_partials(folder)
         _CLEANED.add(folder.absolute())
     token, lock = _lock_token(target)
-    partial = folder / f".{target.name}.{token}.partial"
+    partial, process = folder / f".{target.name}.{token}.partial", os.getpid()
     try:
         yield partial
     finally:
-        _remove(partial)
-        (folder / _lock_name(token)).unlink(missing_ok=True)
+        if os.getpid() == process:  # and not one that was forked in the block and ends
+            _remove(partial)
+            (folder / _lock_name(token)).unlink(missing_ok=True)
         lock.close()  # only now: a lock that is released before would be that of a dead process
         _WRITING.discard(token)
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -65,7 +65,7 @@ class _Handler:
             self.respond(number)
             return
         if _prints():
-            os.write(2, b"\nstopped\n" if is_first else b"\nstopped at once\n")  # print is not safe in a handler
+            write_error("\nstopped\n" if is_first else "\nstopped at once\n")
         os._exit(128 + number)
 
     def install(self) -> dict[signal.Signals, object]:
@@ -80,6 +80,13 @@ _HANDLER = _Handler()
 def _prints() -> bool:
     """Return whether this process prints messages that all ranks of a run would print."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def write_error(message: str) -> None:
+    """Write to standard error, if there is one, where `print` is not safe: in a handler, or before `os._exit`."""
+    if sys.stderr is not None:  # else descriptor 2 may be that of any file
+        with suppress(OSError):  # of a terminal that is gone
+            os.write(2, message.encode())
 
 
 def _is_entry_point() -> bool:
@@ -113,19 +120,25 @@ def respond_to_signals(respond: Callable[[int], None] = _raise) -> Iterator[None
 
 @contextmanager
 def note_when_stopped(note: str) -> Iterator[None]:
-    """Add a sentence to errors and stops in the block, for the message: what is kept, and what to do."""
+    """Add a sentence to the message of a stop in the block: what is kept, and what to do.
+
+    It is added to errors of the machine as well, such as a full disk or a dead process, but not to those of the input.
+    """
     try:
         yield
     except BaseException as error:
-        error.add_note(note)
+        causes = (error, error.__cause__)  # the cause of a UserError
+        if any(isinstance(cause, KeyboardInterrupt | OSError | EOFError | RuntimeError) for cause in causes):
+            error.add_note(note)
         raise
 
 
 def print_stop(error: KeyboardInterrupt) -> int:
     """Print that the command was stopped and what is kept; return the exit status: 130 for Ctrl-C, 143 for SIGTERM."""
     notes = getattr(error, "__notes__", None) or ["unfinished files were removed"]
-    if _prints():
-        print(f"\nstopped: {'; '.join(dict.fromkeys(notes))}", file=sys.stderr)
+    if _prints() and sys.stderr is not None:
+        with suppress(OSError):  # of a terminal that is gone
+            print(f"\nstopped: {'; '.join(dict.fromkeys(notes))}", file=sys.stderr)
     return 128 + getattr(error, "number", signal.SIGINT)
 
 
@@ -143,11 +156,16 @@ def start_worker(_: int = 0) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         parent = multiprocessing.parent_process()
         pid = os.getppid() if parent is None or parent.pid is None else parent.pid
-        threading.Thread(target=_watch_parent, args=(pid,), daemon=True).start()
+        # Of a process that the fork server has forked, only the sentinel tells the end of its parent. Elsewhere the
+        # sentinel may not: processes that were forked later hold on to it.
+        sentinel = None if parent is None or os.getppid() == pid else parent.sentinel
+        threading.Thread(target=_watch_parent, args=(pid, sentinel), daemon=True).start()
 
 
-def _watch_parent(parent: int) -> None:
-    while os.getppid() == parent:
+def _watch_parent(parent: int, sentinel: int | None) -> None:
+    from multiprocessing.connection import wait
+
+    while os.getppid() == parent if sentinel is None else not wait([sentinel], 0):
         received = signal.sigtimedwait({signal.SIGTERM}, WATCH_SECONDS)
         if received is not None and received.si_pid == parent:
             break

@@ -33,5 +33,5 @@ def process_folder() -> Path:
     """
     is_long = len(os.fsencode(tempfile.gettempdir())) > LONGEST
     stack = ExitStack()
-    atexit.register(stack.close)
+    atexit.register(stack.close)  # a process that is forked inherits it, and `reserve_partial` lets it remove nothing
     return stack.enter_context(temporary_folder("/tmp" if is_long else None))

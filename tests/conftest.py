@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,13 @@ LONGEST = (
     "test_onnx",
     "test_runtimes",
 )
+
+
+def pytest_configure() -> None:
+    """Let signals end commands also where `nohup`, or a shell that starts the tests in the background, ignores them."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,8 +8,11 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import torch.distributed as dist
+
+from common.interrupts import write_error
 
 ENDED = 1 << 40  # added to the count of a rank that ends with an error
 ENDED_SECONDS = 5.0  # after which a rank that still waits for such a rank ends
@@ -53,7 +56,8 @@ class Heartbeat:
         """Stop the threads; with `failed`, the other ranks learn that this one has ended."""
         self._stopped.set()
         if failed and time.monotonic() - self._store_time < MISSED_BEATS * self.interval:
-            self.store.add(f"count/{self.rank}", ENDED)
+            with suppress(RuntimeError):  # the process that keeps the store has just ended
+                self.store.add(f"count/{self.rank}", ENDED)
 
     def _beat(self) -> None:
         while not self._stopped.wait(self.interval):
@@ -79,7 +83,7 @@ class Heartbeat:
             last = now
             found = self.describe_missing(self.timeout, now)
             if found and not self._stopped.is_set():
-                os.write(2, f"\nerror: {found}; {self.hint}\n".encode())
+                write_error(f"\nerror: {found}; {self.hint}\n")
                 os._exit(1)
 
     def describe_missing(self, seconds: float, now: float | None = None) -> str:

@@ -137,9 +137,12 @@ class RunFolder:
         """Do what remains once the result is written: update the links, and remove the states last."""
         run, parent = self.path.name, self.path.parent
         for link, target in ((parent / "latest", run), (parent.parent / "latest", f"{parent.name}/{run}")):
-            with reserve_partial(link) as partial:
-                partial.symlink_to(target)
-                os.replace(partial, link)
+            try:
+                with reserve_partial(link) as partial:
+                    partial.symlink_to(target)
+                    os.replace(partial, link)
+            except OSError as error:  # a file system without links, for example
+                logger.warning("%s cannot be made a link to %s: %s", link, target, error.strerror)
         States(self.path / "states").clear()
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -218,6 +219,7 @@ class StoreWriter:
         self.items = SeededItems(chunks, self.replay, config.seed)
         items = content.list_items(len(chunks))
         self.parts = np.array_split(items, content.n_parts(len(items), world_size))
+        self.numbers = range(rank, len(self.parts), world_size)  # of the parts of this rank
         sample_rates = content.source.sample_rates
         self.hash_sounds = config.layout == "native" and bool(sample_rates)  # without rates no sound is read
         self.dataset = ReplayDataset(pack, self.items, sample_rates, hash_sounds=self.hash_sounds)
@@ -287,20 +289,25 @@ class StoreWriter:
 
         Where another process writes parts of this rank, they are awaited, and only what is missing then is written.
         """
-        with lock_shares(self.folder, range(self.rank, len(self.parts), self.world_size), self.content.store.what):
+        # A finished store may lie in a folder that cannot be written.
+        lock = lock_shares(self.folder, self.numbers, self.content.store.what)
+        with lock if self._find_missing() else nullcontext():
             return self._save()
 
-    def _save(self) -> Path:
+    def _find_missing(self) -> list[_Part]:
+        """Return the parts of this rank that are not written yet."""
         store = self.content.store
         of_rank = [
-            _Part(epoch, number, items)
+            _Part(epoch, number, self.parts[number])
             for epoch in range(1, self.config.epochs + 1)
-            for number, items in enumerate(self.parts)
-            if number % self.world_size == self.rank
+            for number in self.numbers
         ]
-        missing = [part for part in of_rank if not store.get_path(self.folder, part.epoch, part.number).is_file()]
-        if len(missing) < len(of_rank):
-            logger.info("%d of %d files exist already", len(of_rank) - len(missing), len(of_rank))
+        return [part for part in of_rank if not store.get_path(self.folder, part.epoch, part.number).is_file()]
+
+    def _save(self) -> Path:
+        missing, n_parts = self._find_missing(), self.config.epochs * len(self.numbers)
+        if len(missing) < n_parts:
+            logger.info("%d of %d files exist already", n_parts - len(missing), n_parts)
         loader = ClipLoader(
             self.dataset,
             self.config.num_workers,
@@ -308,7 +315,9 @@ class StoreWriter:
             collate_fn=collate,
         )
         batches = iter(loader)
-        with tqdm(total=sum(len(part.items) for part in missing), desc=store.what, unit="chunk") as progress:
+        with tqdm(
+            total=sum(len(part.items) for part in missing), desc=self.content.store.what, unit="chunk"
+        ) as progress:
             for part in missing:
                 self._write_part(part, batches, progress)
         return self.folder

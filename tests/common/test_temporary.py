@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 
 MAKE = "import os, sys; from common.temporary import process_folder; print(process_folder(), flush=True); {}"
@@ -27,6 +29,16 @@ def test_a_killed_process_leaves_a_folder_that_the_next_one_removes():
         found, status = run(Path(folder), "assert not os.listdir(process_folder())")
         assert (status, found.parent) == (0, Path(folder))
         assert not os.listdir(folder)
+
+
+@pytest.mark.parametrize("end", ["sys.exit()", "os._exit(0)", "raise SystemExit"])
+def test_a_forked_process_that_ends_leaves_the_folder_to_its_parent(tmp_path, end):
+    folder, status = run(
+        tmp_path,
+        f"import gc\nif not os.fork():\n  {end}\nos.wait(); gc.collect(); assert process_folder().is_dir()",
+    )
+    assert status == 0
+    assert not folder.exists()
 
 
 def test_a_tmpdir_that_is_too_long_for_a_socket_is_not_used(tmp_path):

@@ -18,7 +18,7 @@ import torch
 
 from common.errors import UserError
 from models import downloads, get_model_entry, load_model, save_checkpoint
-from models.downloads import download, file_name
+from models.downloads import download, file_name, transfer
 from models.loading import fetch
 from probing.probe import probe
 from run import Runner
@@ -145,10 +145,8 @@ def test_what_is_no_address_is_refused(url):
 
 def test_a_silent_server_is_left_after_the_limit(server):
     server.ways["/a/model.pt"] = ["silent"] * 9
-    began = time.monotonic()
     with pytest.raises(UserError, match=r"cannot be downloaded \(no answer within 0\.3 s\): download the file to "):
         load_model(f"{server.url}/a/model.pt")
-    assert time.monotonic() - began < 3
     assert len(server.requests) == 3
 
 
@@ -251,11 +249,12 @@ def test_published_weights_are_found_under_their_published_name(server):
         fetch("http://127.0.0.1:9/mn04_as_mAP_432.pt")
 
 
-def test_without_a_server_the_message_has_what_to_fetch_and_where_to_put_it(server):
-    began = time.monotonic()
+def test_without_a_server_the_message_has_what_to_fetch_and_where_to_put_it(server, monkeypatch):
+    tries = []
+    monkeypatch.setattr(downloads, "transfer", lambda *arguments: (tries.append(1), transfer(*arguments)))
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/x\.pt cannot be downloaded \(.*refused\)"):
         download("http://127.0.0.1:9/x.pt")
-    assert time.monotonic() - began < 1
+    assert len(tries) == 1
 
 
 def _download_in_process(url, folder):
@@ -288,13 +287,13 @@ def test_a_stopped_download_is_continued_by_the_next(server, tmp_path, how):
     )
     assert process.stdout.readline()
     half = len(server.files["/a/model.pt"]) // 2
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if any(path.stat().st_size >= half for path in server.cache.glob(".*.part.pt")):
             break
         time.sleep(0.01)
     process.send_signal(how)
-    process.wait(20)
+    process.wait(60)
     assert load_model(url).labels[0] == "rain"
     assert server.requests[1:] == [("/a/model.pt", f"bytes={half}-")]
     assert len(names(server)) == 1

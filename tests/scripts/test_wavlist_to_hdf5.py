@@ -102,7 +102,7 @@ def test_a_killed_packing_leaves_no_pack_and_no_workers_behind(sounds: Path) -> 
     for i in range(3000):
         os.link("my_sounds/a.wav", f"my_sounds/link{i}.wav")
     process = subprocess.Popen([sys.executable, str(SCRIPT), "list.tsv", "out", "-n", "2"], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not list(Path("out/hdf5").glob(".list.packing/.list_0.h5.*.partial")) and time.monotonic() < deadline:
         time.sleep(0.02)
     workers = children_of(process.pid)
@@ -111,6 +111,7 @@ def test_a_killed_packing_leaves_no_pack_and_no_workers_behind(sounds: Path) -> 
     assert len(workers) == 2
     assert list(Path("out/hdf5").glob("*.h5")) == []
     assert not Path("out/labels").exists()
+    deadline = time.monotonic() + 60
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(alive, workers))

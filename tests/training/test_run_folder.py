@@ -1,5 +1,6 @@
 """Which run a command resumes, beside other processes that end, are killed, or have another clock."""
 
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from time import sleep
 
 import pytest
 
@@ -38,12 +40,6 @@ def other_process(path: Path, then: Callable[[RunFolder], None]) -> Iterator[Non
         os.waitpid(child, 0)
 
 
-def finish_soon(folder: RunFolder) -> None:
-    """Finish while the other process waits for the lock."""
-    time.sleep(0.3)
-    folder.finish({})
-
-
 def make(parent, name="2026-01-01_00-00-00_aaaaaaaa"):
     """An unfinished run with a state, which no process has locked."""
     folder = RunFolder(parent / name)
@@ -54,9 +50,18 @@ def make(parent, name="2026-01-01_00-00-00_aaaaaaaa"):
 
 
 @pytest.mark.parametrize("resume", ["auto", "the folder"])
-def test_a_start_beside_a_run_that_is_ending_sees_that_it_has_finished(tmp_path, resume):
-    run = make(tmp_path)
-    with other_process(run.path, finish_soon):
+def test_a_start_beside_a_run_that_is_ending_sees_that_it_has_finished(tmp_path, monkeypatch, resume):
+    run, (receiver, sender) = make(tmp_path), os.pipe()
+
+    def finish_later(folder: RunFolder) -> None:
+        """Finish while the other process waits for the lock."""
+        os.read(receiver, 1)
+        folder.finish({})
+
+    with other_process(run.path, finish_later):
+        monkeypatch.setattr(run_folder, "LOCK_SECONDS", 60.0)
+        monkeypatch.setattr(run_folder, "POLL_SECONDS", 0.01)
+        monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: (os.write(sender, b"1"), sleep(seconds)))
         if resume == "auto":
             folder, _, is_resumed = choose_folder(tmp_path, IDENTITY, resume)
             assert (is_resumed, folder.path.name > run.path.name) == (False, True)
@@ -79,6 +84,21 @@ def test_what_a_process_killed_at_the_end_has_left_is_completed_by_the_next_star
     assert os.readlink(tmp_path / "latest") == f"m/{run.path.name}"
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [older.path.name, run.path.name, "latest"]
     assert not (run.path / "states").exists()
+
+
+def test_a_run_ends_without_links_where_there_can_be_none(tmp_path, monkeypatch, caplog):
+    def symlink(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    run = make(tmp_path / "m")
+    monkeypatch.setattr(os, "symlink", symlink)
+    run.finish({})
+    assert f"{tmp_path}/m/latest cannot be made a link to {run.path.name}: Operation not permitted" in caplog.text
+    assert sorted(os.listdir(tmp_path / "m")) == [run.path.name]
+    assert not (run.path / "states").exists()
+    caplog.clear()
+    choose_folder(tmp_path / "m", IDENTITY, "auto")
+    assert not caplog.records
 
 
 def test_a_folder_that_another_process_is_making_is_left_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import h5py
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from audio.dataset import Pack
+from common import locks
 from common.errors import UserError
 from common.locks import lock_shares
 from distill.replay import Replay
@@ -119,6 +121,19 @@ def test_finished_files_are_kept_and_missing_ones_made_alike(tone_pack, pack, te
     assert (tmp_path / "logits_ep1_0.h5").stat().st_mtime_ns == kept
     after = arrays(tmp_path, 2)
     assert all(np.array_equal(before[k], after[k]) for k in before)
+
+
+def test_a_finished_store_is_read_only_for_the_same_command(tone_pack, pack, teacher, tmp_path, monkeypatch):
+    teaching(config(tone_pack), pack, teacher, tmp_path).save()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(locks, "open", refuse, raising=False)
+    monkeypatch.setattr(os, "replace", refuse)
+    assert teaching(config(tone_pack), pack, teacher, tmp_path).save() == tmp_path
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
 def test_more_epochs_can_be_added_but_other_settings_not_mixed_in(tone_pack, pack, teacher, other_teacher, tmp_path):
