@@ -16,6 +16,7 @@ from audio.clip_blocks import ClipBlocks
 from audio.errors import AudioReadError
 from audio.isolation import IsolatedBlocks, describe_failure
 from audio.limits import DEFAULT_LIMITS, SoundLimits
+from common.errors import UserError
 
 _CLIPS_IN_FLIGHT = 8  # for each worker
 _MAX_HELD = 1_000_000_000  # bytes of clips that wait for an earlier one
@@ -70,6 +71,7 @@ def load_clip(
 
     Raises:
         DecoderStartError: the machine cannot start another process.
+        UserError: its memory has run out, in this process while another one decodes.
     """
     blocks: ClipBlocks | IsolatedBlocks
     if isolated:
@@ -83,6 +85,8 @@ def load_clip(
     except AudioReadError as error:
         return Clip(fault=error.kind, reason=error.reason)
     except Exception as error:  # no file may keep the others from being packed
+        if isinstance(error, MemoryError) and isolated:
+            raise UserError(f"memory ran out while {path} was read: give fewer --n_workers") from None
         if isolated:  # what the other process does not report is a fault of the machine, or cancelled
             raise
         return Clip(fault="unreadable", reason=describe_failure(error, limits))

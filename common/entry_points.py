@@ -37,6 +37,9 @@ def print_user_errors(function: Callable[P, R]) -> Callable[P, R]:
             named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
             fail("; ".join([named, *getattr(error, "__notes__", [])]))
         except RuntimeError as error:
+            if str(error) == "can't start new thread":  # by Python, also where memory is all that is missing
+                reason = f"{error}: give fewer workers or threads, or raise the limits of processes or memory"
+                fail("; ".join([reason, *getattr(error, "__notes__", [])]))
             if dead := describe_dead_worker(error):  # PyTorch raises it wherever the process is at that moment
                 fail("; ".join([dead, *getattr(error, "__notes__", [])]))
             raise

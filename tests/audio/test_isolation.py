@@ -1,6 +1,5 @@
 """A sound file that crashes, hangs or overfeeds its decoder costs only itself, in packing and in tagging."""
 
-import errno
 import math
 import os
 import resource
@@ -23,7 +22,7 @@ import audio.isolation
 import tagging.files
 from audio.clip_blocks import ClipBlocks
 from audio.clips import Clip, load_clip, load_clips
-from audio.decoder_processes import CancelledError, DecoderProcess, DecoderStartError
+from audio.decoder_processes import CancelledError, DecoderProcess
 from audio.errors import AudioReadError
 from audio.io import AudioBlocks
 from audio.isolation import IsolatedBlocks
@@ -282,36 +281,6 @@ def test_a_relative_path_is_that_of_the_working_directory_of_now(tmp_path: Path,
     (tmp_path / "2" / "in").mkdir()
     monkeypatch.chdir(tmp_path / "1")
     assert len(read(IsolatedBlocks("link/../x.wav"))) == 2000  # beside the folder that the link leads to
-
-
-@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
-@pytest.mark.usefixtures("no_idle")
-def test_a_machine_that_starts_no_decoder_ends_the_work_and_blames_no_file(good, monkeypatch, number) -> None:
-    def fail(*args, **more):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(
-        socket if number == errno.EMFILE else subprocess, {errno.EMFILE: "socketpair"}.get(number, "Popen"), fail
-    )
-    n_open = len(os.listdir("/proc/self/fd"))
-    sentence = rf"a process that decodes cannot be started \({os.strerror(number)}\).*--n_workers"
-    with pytest.raises(DecoderStartError, match=sentence):
-        list(load_clips([good], lambda path, cancelled: load_clip(path, RATE, isolated=True), 2))
-    with pytest.raises(DecoderStartError, match=sentence):
-        list(tag_files(Meter(), [good]))
-    assert len(os.listdir("/proc/self/fd")) == n_open
-
-
-@pytest.mark.parametrize(
-    ("code", "seconds", "words"),
-    [("import os; os.abort()", 60, "SIGABRT"), ("import time; time.sleep(60)", 0.1, "did not start within 0 s")],
-)
-@pytest.mark.usefixtures("no_idle")
-def test_a_decoder_that_does_not_start_is_described_before_it_is_ended(good, monkeypatch, code, seconds, words) -> None:
-    monkeypatch.setattr(audio.decoder_processes, "_CODE", code)
-    monkeypatch.setattr(audio.decoder_processes, "_START_SECONDS", seconds)
-    with pytest.raises(DecoderStartError, match=words):
-        list(IsolatedBlocks(good))
 
 
 def test_a_decoder_that_was_killed_while_idle_or_within_a_file_costs_no_good_file(tmp_path: Path, good: Path) -> None:
