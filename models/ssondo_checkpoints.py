@@ -45,7 +45,8 @@ def read_ssondo(content: Mapping[str, Any], origin: str) -> tuple[dict[str, Tens
         raise UserError(f"{origin}: its state_dict holds values that are no tensors")
     try:
         config = _read_config(content["training_config"], origin)
-    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+    # RuntimeError: of a tensor in place of a number
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{origin}: its training_config is not as S-SONDO writes it ({type(error).__name__}: {error!s:.200}); give "
             f"`-m NAME --weights FILE` with a file that holds the weights alone"

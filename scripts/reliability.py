@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # First: signals are handled from here on, also during the slow imports.
 from common.entry_points import print_user_errors  # isort: split
 
+import argparse
 import datetime
 import platform
 import re
@@ -57,6 +58,8 @@ def format_figures(tried: Counter[str], n_passed: int, n_failed: int) -> str:
 @print_user_errors
 def main(arguments: list[str]) -> int:
     """Run the tests and write the figures; return the exit status of pytest."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser.parse_known_args(arguments)[1]
     page = PAGE.read_text(encoding="utf-8")
     if not any(argument.startswith("tests/") for argument in arguments):
         arguments = [*arguments, *sorted(set(re.findall(r"tests/\w+/\w+\.py", page)))]
