@@ -271,6 +271,9 @@ def _explain_dead_workers(batches: Iterator[Any]) -> Iterator[Any]:
         if dead is None:
             raise
         raise UserError(dead) from error
+    finally:  # processes that are at work would miss the folder of their sockets, which is removed at the end
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
 
 
 def pad_batch(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

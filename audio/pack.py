@@ -24,6 +24,7 @@ from audio.pack_report import Report
 from audio.shards import ShardWriter
 from common.errors import UserError, some
 from common.files import whole_file, write_json
+from common.interrupts import note_when_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -121,9 +122,10 @@ def pack(
         report_path = manifest.with_suffix(".report.json")
         report.files = [str(packing.final_path(number)) for number in range(len(packing.finished))]
         report.files += [str(manifest), str(report_path)]
-        packing.publish(partial(_write_manifest, manifest, packed, size_per_file))
-        write_json(report_path, report.as_json())
-        packing.remove()
+        with note_when_stopped("all clips are packed, and the same command puts the shards in their places"):
+            packing.publish(partial(_write_manifest, manifest, packed, size_per_file))
+            write_json(report_path, report.as_json())
+            packing.remove()
     return report
 
 

@@ -4,7 +4,8 @@
 
 Each PATH is a packed list (TSV) or a shard (.h5): every clip is compared with its checksum; the folder of a store: all
 values are read and checked; a run's folder: its states and checkpoints; a checkpoint, a .safetensors file or a Hugging
-Face folder. Prints one line for each, and what is damaged. The exit status is 1 if anything is.
+Face folder. Prints one line for each, and what is damaged. The exit status is 1 if anything is, and 2 for
+paths of other kinds.
 """
 
 import sys
@@ -22,6 +23,7 @@ import numpy as np
 from pydantic import Field
 
 from audio.dataset import Pack
+from audio.manifest import read_manifest
 from audio.shards import Shard
 from common.errors import Faults, UserError, some
 from common.options import Options, parse_arguments
@@ -48,8 +50,17 @@ class CheckOptions(Options):
 
 def check_pack(path: Path) -> str:
     """Compare all clips of a packed list with their checksums; return what was checked."""
-    pack = Pack.open(path)
     faults = Faults(str(path), limit=20)
+    try:
+        pack = Pack.open(path)
+    except UserError as error:
+        faults.add(str(error))
+        for name in read_manifest(path, required=("filename", "hdf5path"))["hdf5path"].unique():
+            if Path(name).is_file():  # of the other shards, too, every damaged clip is named
+                with faults.noted():
+                    check_shard(Path(name))
+        faults.raise_if_any()
+        raise
     if pack.n_missing:
         faults.add(f"{pack.n_missing} clips of the list are not in their shards")
     for number, shard in enumerate(pack.shards):
@@ -121,42 +132,47 @@ def check_model(path: Path) -> str:
     return f"{len(state)} tensors"
 
 
-def choose_check(path: Path) -> tuple[str, Callable[[Path], str]]:
-    """Return what a path is, and the function that checks it.
-
-    Raises:
-        UserError: it is none of the kinds that can be checked.
-    """
+def choose_check(path: Path) -> tuple[str, Callable[[Path], str]] | None:
+    """Return what a path is, and the function that checks it; None if it is none of the kinds that can be checked."""
     if path.is_dir():
         if any(path.glob("*_ep*_*.h5")):
             return "store", check_store
         if (path / "run.json").is_file():
             return "run", check_run
-    elif path.suffix.lower() == ".tsv":
-        return "pack", check_pack
-    elif path.suffix.lower() in (".h5", ".hdf5"):
-        return "shard", check_shard
-    return "model", check_model
+        is_model = (path / "config.json").is_file() or any(path.glob("*.pt"))
+    else:
+        is_model = path.suffix.lower() in (".pt", ".pth", ".ckpt", ".safetensors")
+        if path.suffix.lower() == ".tsv":
+            return "pack", check_pack
+        if path.suffix.lower() in (".h5", ".hdf5"):
+            return "shard", check_shard
+    return ("model", check_model) if is_model else None
 
 
 @print_user_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check all paths, and print a line for each."""
     options = parse_arguments(CheckOptions, __doc__, arguments)
-    damaged = 0
-    for path in map(Path, options.paths):
-        if not path.exists():
-            damaged += 1
-            print(f"{path}: no such file or folder")
+    paths = [Path(path) for path in options.paths]
+    for folder in [path for path in paths if path.is_dir() and choose_check(path) is None]:  # OUTDIR of the packer
+        place = paths.index(folder)
+        paths[place : place + 1] = sorted(folder.glob("labels/*.tsv")) or [folder]
+    status = 0
+    for path in paths:
+        chosen = choose_check(path) if path.exists() else None
+        if chosen is None:
+            status = max(status, 2)
+            found = "is nothing that can be checked" if path.exists() else "does not exist"
+            print(f"{path} {found}; expected a packed list, a shard, a store, a run or a model")
             continue
-        kind, check = choose_check(path)
+        kind, check = chosen
         try:
             print(f"{path}: {kind} intact ({check(path)})")
         except UserError as error:
-            damaged += 1
+            status = 1
             print(f"{path}: DAMAGED, or no {kind}\n{error}")
-    if damaged:
-        sys.exit(1)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # First: signals are handled from here on, also during the slow imports.
 from common.entry_points import print_user_errors  # isort: split
 
+import io
 import json
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +33,7 @@ import soundfile
 from pydantic import Field
 from tqdm.contrib.concurrent import thread_map
 
-from common.files import write_json, write_text
+from common.files import explain_write_errors, write_json, write_text
 from common.options import Options, parse_arguments
 
 RECIPE = 3  # part of the settings: increase it when the sounds change, so that folders are made again
@@ -418,7 +419,10 @@ def write_clip(folder: Path, settings: dict, split: str, index: int) -> str:
     """Write one clip of a split and return its row of the table."""
     name = f"audio/{split}/{index:04d}.wav"
     clip, labels = make_clip(settings["seed"], split, index, settings["seconds"], settings["sample_rate"])
-    soundfile.write(folder / name, clip, settings["sample_rate"], subtype="PCM_16")
+    content = io.BytesIO()  # not a path: libsndfile hides the errors of a disk
+    soundfile.write(content, clip, settings["sample_rate"], subtype="PCM_16", format="WAV")
+    with explain_write_errors(folder / name):
+        (folder / name).write_bytes(content.getvalue())
     return f"{name}\t{';'.join(map(str, labels))}\n"
 
 

@@ -1,11 +1,13 @@
 """Processes that share one output: locks, and the base class of outputs, whose last process joins all parts."""
 
+import atexit
 import fcntl
 import glob
 import json
 import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -94,6 +96,14 @@ def lock(path: Path, share: Share) -> None:
         if time.monotonic() > deadline:
             raise UserError(f"{path} is being written by another process: wait for its end, or write elsewhere")
         time.sleep(LOCK_TIMEOUT / 20)
+
+
+@atexit.register
+def unlock_all() -> None:
+    """Release all outputs: an error or a stop has ended the command before it could."""
+    for path in list(_LOCKS):
+        with suppress(OSError):
+            unlock(path)
 
 
 def unlock(path: Path) -> None:

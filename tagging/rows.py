@@ -220,8 +220,12 @@ class RowFile:
         meta = meta_path(self.path)
         partial = meta.with_name(f".{meta.name}.partial")
         with explain_write_errors(meta):
-            partial.write_text(json.dumps({"bytes": self.n_whole, "made_with": self.settings}), encoding="utf-8")
-            os.replace(partial, meta)
+            try:
+                partial.write_text(json.dumps({"bytes": self.n_whole, "made_with": self.settings}), encoding="utf-8")
+                os.replace(partial, meta)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
 
 
 class TagTable(Output):
@@ -381,6 +385,12 @@ def escape_name(name: str) -> str:
     A backslash that would be read as the beginning of such an escape is written as \x5c; any other name stays as it is.
     """
     return _LITERAL.sub(r"\\x5c", name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def make_printable(text: str) -> str:
+    r"""Escape what a terminal would act on: control characters in names of files and labels."""
+    plain = escape_name(text)
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in plain)
 
 
 def unescape_name(name: str) -> str:

@@ -22,7 +22,7 @@ from tagging.files import TaggedFile, TaggedWindow, TagOptions, create_windows, 
 from tagging.outputs import check_format, check_removable, open_output, remove_output
 from tagging.parts import SINGLE_PROCESS, Output, Share, lock, unlock
 from tagging.pictures import Pictures
-from tagging.rows import describe_warnings, escape_name, has_lost_sound
+from tagging.rows import describe_warnings, has_lost_sound, make_printable
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Session:
                 for output in outputs:
                     output.write(file if isinstance(output, EmbeddingFile) else shown)
                 if not quiet and self.engine.labels and file.fault is None:
-                    progress.write("\n".join([escape_name(str(file.path)), *format_windows(shown.windows)]))
+                    progress.write("\n".join(map(make_printable, [str(file.path), *format_windows(shown.windows)])))
                 progress.update()
         closed = [output.close(paths) for output in outputs]
         # The last process at the last output: all others have finished every output, so their faults are known.
@@ -284,5 +284,5 @@ def _fingerprint(path: Path) -> str:
 
 def _print_list(files: dict[str, str], headline: str) -> None:
     if files:
-        lines = [f"{headline}:", *(f"  {escape_name(name)}: {reason}" for name, reason in files.items())]
+        lines = [f"{headline}:", *(make_printable(f"  {name}: {reason}") for name, reason in files.items())]
         print("\n".join(lines), file=sys.stderr)

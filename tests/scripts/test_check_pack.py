@@ -123,3 +123,31 @@ def test_weights_that_are_not_finite_are_damage(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "bad.pt", model)
     with pytest.raises(UserError, match="finite"):
         check_pack.check_model(tmp_path / "bad.pt")
+
+
+def test_wrong_paths_are_no_damage_and_every_damaged_shard_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(6):
+        soundfile.write(tmp_path / f"{i}.wav", np.full(3000, i + 1, np.int16), 16000)
+    listed = tmp_path / "mine.tsv"
+    listed.write_text("filename\n" + "".join(f"{i}.wav\n" for i in range(6)))
+    pack(read_manifest(listed), listed, tmp_path / "out", "mine", size_per_file=2, n_workers=0, progress=False)
+    check_pack.main([str(tmp_path / "out")])  # the folder of the pack
+    assert "6 clips in 3 shards" in capsys.readouterr().out
+    for path in ("nowhere", str(tmp_path), str(tmp_path / "0.wav")):
+        with pytest.raises(SystemExit) as end:
+            check_pack.main([path])
+        assert end.value.code == 2
+        assert "DAMAGED" not in capsys.readouterr().out
+    shards = sorted((tmp_path / "out" / "hdf5").glob("*.h5"))
+    content = bytearray(shards[0].read_bytes())
+    content[content.index(np.full(3000, 1, np.int16).tobytes()) + 100] ^= 1
+    shards[0].write_bytes(content)
+    shards[1].unlink()
+    with pytest.raises(SystemExit) as end:
+        check_pack.main([str(tmp_path / "out" / "labels" / "mine.tsv")])
+    assert end.value.code == 1
+    output = capsys.readouterr().out
+    assert "'0.wav' is damaged" in output
+    assert "mine_1.h5' does not exist" in output

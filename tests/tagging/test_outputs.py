@@ -17,7 +17,7 @@ from common.errors import UserError
 from tagging.files import TaggedFile, TaggedWindow
 from tagging.outputs import name_targets, open_output
 from tagging.parts import SINGLE_PROCESS, Share
-from tagging.rows import COLUMNS, escape_name, unescape_name
+from tagging.rows import COLUMNS, escape_name, make_printable, unescape_name
 from tagging.session import open_outputs
 
 SETTINGS = {"model": "pico.pt", "chunk_length": 10.0, "threshold": None}
@@ -567,3 +567,7 @@ def test_a_name_too_long_for_a_file_beside_others_is_that_files_fault(tmp_path):
     assert list(output.faults) == [str(paths[0])]
     assert "too long" in output.faults[str(paths[0])]
     assert (tmp_path / "tracks" / "short.wav.txt").exists()
+
+
+def test_names_and_labels_do_not_control_the_terminal():
+    assert make_printable("a\x1b[31m\n\udce4 ä.wav") == r"a\x1b[31m\n\xe4 ä.wav"
