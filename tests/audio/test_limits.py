@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from audio import decoder_processes
 from audio.clip_blocks import ClipBlocks
 from audio.clips import load_clip
 from audio.errors import AudioReadError
@@ -100,7 +101,8 @@ def peak_mb(pid: int) -> float:
 
 
 def measure(blocks: IsolatedBlocks, seconds: float) -> float:
-    """Decode up to so many seconds in a process; returns its highest memory in MB."""
+    """Decode up to so many seconds in a process of its own; returns its highest memory in MB."""
+    decoder_processes._end_all()  # those of earlier tests may have had more
     peak, n_samples = 0.0, 0
     for block in blocks:
         n_samples += len(block)
