@@ -21,6 +21,7 @@ from common.files import explain_write_errors
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
+SHARES_LOCK = ".shares.lock"
 _TIMEOUT = 1.0  # seconds; a process that was just killed may hold its locks for a moment
 
 
@@ -140,7 +141,7 @@ def lock_shares(folder: Path, numbers: Iterable[int], what: str) -> Iterator[Non
         what: is done, for the message.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, ordered = folder / ".shares.lock", sorted(numbers)  # in one order: none waits for one that waits for it
+    path, ordered = folder / SHARES_LOCK, sorted(numbers)  # in one order: none waits for one that waits for it
     is_logged = False
     while True:
         with open(path, "ab") as file:

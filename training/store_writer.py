@@ -19,7 +19,7 @@ from audio.cutting import Chunks
 from audio.dataset import ClipLoader, Pack
 from common.errors import UserError
 from common.files import remove_dead_partials, sha256, write_json
-from common.locks import lock_shares
+from common.locks import SHARES_LOCK, lock_shares
 from common.parsing import read_json
 from distill.batch import Batch
 from distill.dataset import ReplayDataset, collate
@@ -289,9 +289,10 @@ class StoreWriter:
 
         Where another process writes parts of this rank, they are awaited, and only what is missing then is written.
         """
-        # A finished store may lie in a folder that cannot be written.
         lock = lock_shares(self.folder, self.numbers, self.content.store.what)
-        with lock if self._find_missing() else nullcontext():
+        # A finished store may lie in a folder that cannot be written. Locking removes what a killed process has left.
+        needs_lock = self._find_missing() or (self.folder / SHARES_LOCK).exists()
+        with lock if needs_lock else nullcontext():
             return self._save()
 
     def _find_missing(self) -> list[_Part]:

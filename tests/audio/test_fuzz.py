@@ -157,7 +157,7 @@ SOUNDS = st.tuples(
 
 
 def test_a_sound_of_any_length_rate_and_channels_is_whole(tmp_path: Path) -> None:
-    @short(80)
+    @short(25)
     @given(SOUNDS)
     def check(sound) -> None:
         check_whole(tmp_path, *sound)
