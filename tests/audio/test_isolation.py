@@ -20,6 +20,7 @@ import audio.clips
 import audio.decoder_processes
 import audio.isolation
 import tagging.files
+from audio import decoder_processes
 from audio.clip_blocks import ClipBlocks
 from audio.clips import Clip, load_clip, load_clips
 from audio.decoder_processes import CancelledError, DecoderProcess
