@@ -89,12 +89,7 @@ def pack(
     paths = [resolve(clip_name, list_path) for clip_name in names]
     load = partial(load_clip, sample_rate=sample_rate, stereo=stereo, limits=limits, isolated=n_workers > 0)
     settings = {"sample_rate": sample_rate, "layout": layout, "stereo": stereo, "size_per_file": size_per_file}
-    settings |= {
-        "fullname": fullname,
-        "list": _hash(os.fsencode(Path(list_path).absolute())),
-        "clips": _hash(table.to_csv(index=False).encode("utf-8", "surrogateescape")),
-    }
-    settings["limits"] = vars(limits)
+    settings |= {"fullname": fullname, "limits": vars(limits), **_hash_list(list_path, table)}
     with lock_pack(output / hdf5_folder, name):
         complete_publishing(manifest, get_progress_folder(output / hdf5_folder, name))
         packing = PackProgress(output / hdf5_folder, name, settings, paths)
@@ -119,18 +114,15 @@ def pack(
         packed = table.iloc[list(lengths)].drop(columns="hdf5path", errors="ignore").assign(hdf5path="")
         if add_duration:
             packed["duration"] = [f"{n_samples / sample_rate:.6g}" for n_samples in lengths.values()]
-        report_path = manifest.with_suffix(".report.json")
-        report.files = [str(packing.final_path(number)) for number in range(len(packing.finished))]
-        report.files += [str(manifest), str(report_path)]
-        with note_when_stopped("all clips are packed, and the same command puts the shards in their places"):
-            packing.publish(partial(_write_manifest, manifest, packed, size_per_file))
-            write_json(report_path, report.as_json())
-            packing.remove()
+        _publish(packing, manifest, packed, report, size_per_file)
     return report
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _hash_list(list_path: str | Path, table: pd.DataFrame) -> dict[str, str]:
+    """Return the SHA-256 of a list's path, which need not be UTF-8, and of its rows."""
+    rows = table.to_csv(index=False).encode("utf-8", "surrogateescape")
+    contents = {"list": os.fsencode(Path(list_path).absolute()), "clips": rows}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def _describe_kept(packing: PackProgress, n_clips: int) -> str:
@@ -139,6 +131,17 @@ def _describe_kept(packing: PackProgress, n_clips: int) -> str:
         kept = f"{packing.n_done} of {n_clips} clips are kept in {packing.folder}"
         return f"{kept}, and the same command goes on behind them"
     return "nothing is kept, since no shard was finished (--size_per_file makes shards smaller)"
+
+
+def _publish(packing: PackProgress, manifest: Path, packed: pd.DataFrame, report: Report, size_per_file: int) -> None:
+    """Put the finished shards in their places, and write the manifest and the report."""
+    report_path = manifest.with_suffix(".report.json")
+    report.files = [str(packing.final_path(number)) for number in range(len(packing.finished))]
+    report.files += [str(manifest), str(report_path)]
+    with note_when_stopped("all clips are packed, and the same command puts the shards in their places"):
+        packing.publish(partial(_write_manifest, manifest, packed, size_per_file))
+        write_json(report_path, report.as_json())
+        packing.remove()
 
 
 def _write_manifest(manifest: Path, packed: pd.DataFrame, size_per_file: int, shards: Sequence[Path]) -> None:
