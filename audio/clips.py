@@ -96,7 +96,7 @@ def load_clip(
     return Clip(samples, "", "", blocks.source_rate, blocks.silent, blocks.clipped, blocks.warnings)
 
 
-class _Held:
+class _MemoryLimit:
     """The bytes of clips that are decoded and not yet yielded, limited in the order of the list."""
 
     def __init__(self) -> None:
@@ -138,29 +138,29 @@ def load_clips(paths: Sequence[Path], load: Callable[..., Clip], n_workers: int)
     if n_workers == 0:
         yield from map(load, paths)
         return
-    held = _Held()
+    memory = _MemoryLimit()
 
-    def load_held(position: int, path: Path) -> Clip:
-        clip = load(path, cancelled=held.cancelled)
-        held.add(position, clip.n_bytes)
+    def load_limited(position: int, path: Path) -> Clip:
+        clip = load(path, cancelled=memory.cancelled)
+        memory.add(position, clip.n_bytes)
         return clip
 
     pending: deque[Future[Clip]] = deque()
     with ThreadPoolExecutor(n_workers) as pool:
         try:
             for position, path in enumerate(paths):
-                pending.append(pool.submit(load_held, position, path))
+                pending.append(pool.submit(load_limited, position, path))
                 if len(pending) >= n_workers * _CLIPS_IN_FLIGHT:
-                    yield _take(pending, held)
+                    yield _pop_first(pending, memory)
             while pending:
-                yield _take(pending, held)
+                yield _pop_first(pending, memory)
         finally:
-            held.cancel()
+            memory.cancel()
             for future in pending:
                 future.cancel()
 
 
-def _take(pending: deque[Future[Clip]], held: _Held) -> Clip:
+def _pop_first(pending: deque[Future[Clip]], memory: _MemoryLimit) -> Clip:
     clip = pending.popleft().result()
-    held.remove(clip.n_bytes)
+    memory.remove(clip.n_bytes)
     return clip

@@ -239,7 +239,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
 
 class ClipLoader(DataLoader[Any]):
-    """A DataLoader whose processes end with this one, and which says so if one of them has died.
+    """A DataLoader whose processes end with this one; one that has died is an error with its cause.
 
     Args:
         dataset: the clips.

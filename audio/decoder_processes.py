@@ -197,10 +197,10 @@ _lock = threading.Lock()
 def start_processes(n: int) -> None:
     """Start processes ahead of their first files, so that they are ready when these come."""
     for _ in range(n - len(_idle)):
-        give_back(DecoderProcess())
+        release(DecoderProcess())
 
 
-def borrow() -> DecoderProcess:
+def acquire() -> DecoderProcess:
     """Return an idle process, or a new one where there is none."""
     with _lock:
         while _idle:
@@ -211,7 +211,7 @@ def borrow() -> DecoderProcess:
     return DecoderProcess()
 
 
-def give_back(process: DecoderProcess) -> None:
+def release(process: DecoderProcess) -> None:
     """Keep a process for the next file, or end it where there are enough."""
     with _lock:
         if len(_idle) < _MAX_IDLE:

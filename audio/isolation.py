@@ -28,8 +28,8 @@ from audio.decoder_processes import (
     DecoderEndedError,
     DecoderProcess,
     DecoderStartError,
-    borrow,
-    give_back,
+    acquire,
+    release,
     start_processes,
 )
 from audio.errors import AudioReadError
@@ -94,7 +94,7 @@ class IsolatedBlocks:
             if not error.is_ended:
                 raise
         except DecoderEndedError as error:
-            # A file that can be read again is not to blame for a process that was killed, perhaps while it was idle.
+            # A process that was killed, perhaps while it was idle, is no fault of a file that can be read again.
             if not (self._is_regular() and (error.is_killed or not self._n_given)):
                 raise AudioReadError(self.path, f"cannot be decoded ({error})") from None
         else:
@@ -106,7 +106,7 @@ class IsolatedBlocks:
 
     def _decode(self, is_fresh: bool = False) -> Iterator[np.ndarray]:
         """Yield the blocks that were not given yet, of a new process or of an idle one."""
-        process = self.process = DecoderProcess() if is_fresh else borrow()
+        process = self.process = DecoderProcess() if is_fresh else acquire()
         is_free = False
         n_blocks = 0
         try:
@@ -129,7 +129,7 @@ class IsolatedBlocks:
         finally:
             self.process = None
             if is_free:
-                give_back(process)
+                release(process)
             else:
                 process.kill()
         if "reason" in message:

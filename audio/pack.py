@@ -21,7 +21,7 @@ from audio.limits import DEFAULT_LIMITS, SoundLimits
 from audio.manifest import name_fault, normalise, resolve
 from audio.pack_progress import PackProgress, complete_publishing, get_progress_folder, lock_pack
 from audio.pack_report import Report
-from audio.shards import ShardWriter
+from audio.shard_writer import ShardWriter
 from common.errors import UserError, some
 from common.files import whole_file, write_json
 from common.interrupts import note_when_stopped

@@ -43,7 +43,7 @@ class StoredArchive:
     def read_into(self, name: str, buffer: memoryview) -> None:
         """Read a member of exactly the length of the buffer."""
         if self.members[name].file_size != len(buffer):
-            raise ValueError(f"{name} has {self.members[name].file_size} bytes, its description says {len(buffer)}")
+            raise ValueError(f"{name} has {self.members[name].file_size} bytes; its description has {len(buffer)}")
         step = 1 << 20  # within a processor's cache, since checksum and copy both read it
         with self.zip.open(self.members[name]) as member:
             for start in range(0, len(buffer), step):

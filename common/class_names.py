@@ -1,11 +1,11 @@
-"""Names of classes that come with a model or a table, whose faults are told in one place."""
+"""Checks of class names, for models and tables alike."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def is_writable(text: str) -> bool:
-    """Whether text can be written as UTF-8: pickles and JSON may contain halves of characters."""
+    """Return whether text can be written as UTF-8: pickles and JSON may contain halves of characters."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

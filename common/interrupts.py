@@ -156,7 +156,7 @@ def start_worker(_: int = 0) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         parent = multiprocessing.parent_process()
         pid = os.getppid() if parent is None or parent.pid is None else parent.pid
-        # Of a process that the fork server has forked, only the sentinel tells the end of its parent. Elsewhere the
+        # Of a process that the fork server has forked, only the sentinel shows the end of its parent. Elsewhere the
         # sentinel may not: processes that were forked later hold on to it.
         sentinel = None if parent is None or os.getppid() == pid else parent.sentinel
         threading.Thread(target=_watch_parent, args=(pid, sentinel), daemon=True).start()

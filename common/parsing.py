@@ -8,8 +8,10 @@ refused in every file and on every command line, with the place and the reason.
 import json
 import math
 import os
+import reprlib
 import stat
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,7 +57,7 @@ def read_bounded(path: str | Path, limit: int) -> str:
     """
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
-        # Python allocates what it is told to read; a device or a pipe has no size.
+        # Python allocates as much as is to be read; a device or a pipe has no size.
         content = file.read(min(limit, status.st_size) + 1 if stat.S_ISREG(status.st_mode) else limit + 1)
     if len(content) > limit:
         raise ValueError(f"it has more than {limit:,} bytes")
@@ -132,18 +134,33 @@ def read_record(path: str | Path, kind: type[RecordT], remedy: str) -> RecordT:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        raise UserError(f"{path}: {describe_invalid(error)}; {remedy}") from None
+        raise UserError(f"{path}: {some(describe_faults(error), 3)}; {remedy}") from None
 
 
-def describe_invalid(error: ValidationError) -> str:
-    """Return what Pydantic found wrong, in a clause."""
-    return some(
-        (
-            f"{'.'.join(map(str, fault['loc'])) or 'it'} is {shorten(repr(fault['input']), 80)}: {fault['msg']}"
-            for fault in error.errors(include_url=False)
-        ),
-        3,
-    )
+def describe_faults(error: ValidationError) -> list[str]:
+    """Return a sentence for each value that Pydantic refused."""
+    sentences: dict[str, str] = {}
+    for fault in error.errors(include_url=False):
+        # Members of unions are in the place as well, such as list[str].
+        place = ".".join(str(part) for part in fault["loc"] if isinstance(part, int) or part.isidentifier())
+        reason = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        if fault["type"] == "missing":
+            sentence = f"{place} is missing"
+        elif isinstance(fault["input"], dict) and fault["type"] == "value_error":  # between values
+            sentence = f"{place}: {reason}" if place else reason
+        else:
+            sentence = f"{place} is {format_value(fault['input'])}: {reason}"
+        sentences.setdefault(place, sentence)
+    return list(sentences.values())
+
+
+def format_value(value: Any) -> str:
+    """Return a value as text of bounded length, whatever is nested in it."""
+    if isinstance(value, Mapping | list | tuple | set):
+        return reprlib.repr(value)[:100]
+    if isinstance(value, str | bytes | int | float | None):
+        return shorten(ascii(value), 100)
+    return f"a {type(value).__name__}"
 
 
 def shorten(text: str, limit: int = 200) -> str:

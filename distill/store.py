@@ -27,7 +27,7 @@ from audio.manifest import NameIndex
 from common.errors import Faults, UserError, some
 from common.files import create_hdf5, whole_file
 from common.parquet import PARQUET_ERRORS, read_parquet, read_row_count
-from common.parsing import describe_invalid, read_json
+from common.parsing import describe_faults, read_json
 from distill.published_meta import read_published_meta
 from distill.replay import REFERENCE_RATE, Replay
 from distill.sound_check import Check, check_sounds
@@ -184,7 +184,7 @@ class TargetStore:
         except UserError as error:
             faults.add(str(error))
         except ValidationError as error:
-            faults.add(f"{path}: {describe_invalid(error)}; save the targets again")
+            faults.add(f"{path}: {some(describe_faults(error), 3)}; save the targets again")
         return empty, StoreMeta()
 
     def _open(self, epoch: int, part: int) -> h5py.File:

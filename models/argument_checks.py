@@ -35,7 +35,7 @@ def _find_types(factory: Callable[..., Any]) -> dict[str, Any]:
 def find_argument_faults(factory: Callable[..., Any], given: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each argument whose value is not of its type or outside its bounds.
 
-    Names of modes and schedules of token merging are left to the network, which has more to say of them.
+    Names of modes and schedules of token merging are checked by the network, whose messages are more specific.
     """
     types, faults = _find_types(factory), []
     for name, value in given.items():
@@ -70,7 +70,7 @@ def _add_fields(kind: Any) -> Any:
 
 
 def restore_front_end(description: Mapping[str, Any]) -> FrontEnd:
-    """Build a front-end from what a file says of it, see `FrontEnd.description`.
+    """Build a front-end from its description in a file, see `FrontEnd.description`.
 
     Raises:
         UserError: an unknown class or argument, or an argument of another type or outside its bounds.

@@ -1,7 +1,6 @@
-"""What a file says of the model in it, checked before anything is built: names, types and bounds of its entries."""
+"""Descriptions of models in files, checked before anything is built: names, types and bounds of their entries."""
 
 import itertools
-import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from common.class_names import find_label_fault, is_writable
 from common.errors import Faults, UserError
+from common.parsing import describe_faults
 from models.base import Activation
 from models.headed import Head
 from models.labels import MAX_CLASSES
@@ -33,13 +33,13 @@ Text = Annotated[str, AfterValidator(_check_writable)]
 
 
 class Description(BaseModel):
-    """Entries of a file; those with other names are not looked at."""
+    """Entries of a file; those with other names are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
 
 class HeadFacts(Description):
-    """What a head's file says of its training, as far as this project reads it."""
+    """The facts of a head's training that this project reads."""
 
     name: Text | None = None
     model: Text | None = None
@@ -125,30 +125,6 @@ def check_description(kind: type[Kind], given: Mapping[str, Any], subject: str) 
             faults.add(sentence)
         faults.raise_if_any()
         raise
-
-
-def describe_faults(error: ValidationError) -> list[str]:
-    """Return a sentence for each wrong entry."""
-    sentences: dict[str, str] = {}
-    for fault in error.errors(include_url=False):
-        # members of unions are in the place as well, such as list[str]
-        place = ".".join(str(part) for part in fault["loc"] if isinstance(part, int) or part.isidentifier())
-        says = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-        if fault["type"] == "missing":
-            sentence = f"{place} is missing"
-        elif isinstance(fault["input"], dict) and fault["type"] == "value_error":  # between entries
-            sentence = f"{place}: {says}" if place else says
-        else:
-            sentence = f"{place} is {show(fault['input'])}: {says}"
-        sentences.setdefault(place, sentence)
-    return list(sentences.values())
-
-
-def show(value: Any) -> str:
-    """Return a value as text of bounded length, whatever is nested in it."""
-    if isinstance(value, Mapping | list | tuple | set):
-        return reprlib.repr(value)[:100]
-    return ascii(value)[:100] if isinstance(value, str | bytes | int | float | None) else f"a {type(value).__name__}"
 
 
 def restore_head(config: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> Head:

@@ -78,7 +78,7 @@ def download(url: str, name: str | None = None) -> Path:
         with wait_for_lock(folder / f".{key}.lock", f"another process is downloading {url}: waiting for it"):
             if not path.is_file():
                 logger.info("downloading %s to %s", url, path)
-                # its suffix tells the format
+                # the suffix is that of the format
                 _download(url, folder / f".{key}.part{path.suffix}", path, file_name(url))
     except (OSError, http.client.HTTPException, UserError, _TransferError) as error:
         raise UserError(
@@ -100,7 +100,7 @@ def find_copy(url: str, name: str | None = None) -> Path | None:
         and hashed.is_file()
         and _find_hash_fault(hashed, hashed.name) is None
     ):
-        return hashed  # of torch.hub: the content is the one that the name says
+        return hashed  # of torch.hub: its content has the hash in its name
     return None
 
 
@@ -154,7 +154,7 @@ def _find_hash_fault(path: Path, name: str) -> str | None:
     found = _HASH.search(name)
     if found is None or sha256(path).startswith(found[1]):
         return None
-    return f"its SHA-256 does not begin with {found[1]}, as its name says"
+    return f"its SHA-256 does not begin with {found[1]}, the hash in its name"
 
 
 def _facts_of(part: Path) -> Path:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from common.errors import Faults, UserError, did_you_mean, some
 from common.files import whole_file
+from common.parsing import format_value
 from models.argument_checks import find_argument_faults
 from models.base import Activation, AudioTagger
 from models.creation import count_weights, create_model
-from models.description import FORMAT_VERSION, ModelDescription, check_description, restore_head, show
+from models.description import FORMAT_VERSION, ModelDescription, check_description, restore_head
 from models.downloads import download, file_name, find_copy
 from models.headed import HEAD, Head, HeadedTagger
 from models.huggingface import is_huggingface_folder, read_huggingface
@@ -250,7 +251,7 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     if config is None:
         config = {}
     if not isinstance(config, Mapping):
-        raise UserError(f"{path}: its config is {show(config)}; expected names and values")
+        raise UserError(f"{path}: its config is {format_value(config)}; expected names and values")
     check_description(ModelDescription, config, f"{path}: its config")
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), Mapping):

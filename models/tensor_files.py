@@ -153,11 +153,11 @@ def _read_legacy(file: mmap.mmap) -> Any:
     content = _read_pickle(file, storages, len(file))
     keys = [key.decode() if isinstance(key, bytes) else key for key in PlainUnpickler(file, {}).load()]
     if sorted(keys) != sorted(storages.values):
-        raise ValueError("its storages are others than its description says")
+        raise ValueError("its storages are not those of its description")
     for key in keys:
         values = storages.values[key]
         if struct.unpack("<q", file.read(8))[0] != len(values):
-            raise ValueError(f"storage {key} has another length than its description says")
+            raise ValueError(f"storage {key} has another length than in its description")
         _get_memory(values)[:] = file.read(values.nbytes)
     return content
 

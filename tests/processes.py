@@ -2,11 +2,15 @@
 
 import atexit
 import os
+import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.conftest import ROOT, torchrun
 
 
 def fork(function: Callable[[], Any], log: Path) -> int:
@@ -43,3 +47,36 @@ def find_processes(session: int) -> list[int]:
         if int(its_session) == session and state != "Z":
             found.append(int(path.parent.name))
     return found
+
+
+def find_children(pid: int) -> list[int]:
+    """Return the child processes of a process, in the order of their start."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(child) for child in found.stdout.split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process has not ended; one that nobody waits for has."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
+    """Wait for a condition, and fail if it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def start_ranks(*words: str | Path, options: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Start a command of the project with two ranks, in a session of its own; its output is piped."""
+    return subprocess.Popen(
+        [sys.executable, *torchrun(), *options, *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )

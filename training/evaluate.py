@@ -89,7 +89,7 @@ def predict_pack(
     The input of a head is the same as in `run.py probe`: the mean embedding of the chunks of a clip, cut as for the
     training of the head, weighted by their lengths, in the precision of stored embeddings.
 
-    Each rank computes a part of the batches, and all get all results. A run that is told to stop (`stop`) does not
+    Each rank computes a part of the batches, and all get all results. A run that is to stop (`stop`) does not
     compute the rest: all ranks raise `StopSignal`.
     """
     ranks = ranks or Ranks()

@@ -21,7 +21,7 @@ DELAY = 4  # steps
 
 
 class StopRequest:
-    """The signal that tells a run to stop, known to all ranks.
+    """The signal that stops a run, shared by all ranks.
 
     Args:
         ranks: the processes of the run.

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from audio.cutting import Chunks
 from audio.dataset import ClipDataset, Pack, pad_batch
-from audio.shards import LAYOUTS, ShardWriter
+from audio.shard_writer import ShardWriter
+from audio.shards import LAYOUTS
 from common.errors import UserError
 
 N = 24

@@ -31,6 +31,7 @@ from audio.limits import DEFAULT_LIMITS, SoundLimits
 from tagging.files import TagOptions, tag_files
 from tests.audio.sound_bytes import RATE, noisy, wav
 from tests.conftest import ROOT
+from tests.processes import is_alive
 from tests.tagging.sounds import Meter, steady
 
 IMPATIENT = SoundLimits(stall_seconds=0.5)
@@ -221,13 +222,6 @@ def test_a_decoder_ends_with_the_process_that_it_decodes_for(silent_pipe: Path) 
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_alive(pid)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
 
 
 def test_a_forked_process_starts_decoders_of_its_own(good: Path) -> None:

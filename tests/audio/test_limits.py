@@ -1,4 +1,4 @@
-"""What a sound file may demand: rates, channels and memory have limits, whatever its header says."""
+"""Limits of sound files: rates, channels and memory, whatever the header announces."""
 
 import os
 import struct

@@ -1,7 +1,6 @@
 """Shards of others: a clip has the samples that were packed, or there is a sentence; in little memory."""
 
 import random
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,16 @@ import numpy as np
 import pytest
 
 from audio.hdf5 import check_dataset, find_dataset, get_dataset
-from audio.shards import Shard, ShardWriter
+from audio.shard_writer import ShardWriter
+from audio.shards import Shard
 from common.errors import UserError
 from tagging.embeddings import EmbeddingFile
 from tagging.files import TaggedFile, TaggedWindow
 from tagging.parts import SINGLE_PROCESS
 from tests.distill.test_store_attacks import mutate_bytes
+from tests.hdf5_files import link_dataset as link
+from tests.hdf5_files import make_virtual, peak_mb
+from tests.hdf5_files import replace_dataset as replace
 
 CLIPS = [np.arange(100 * number, 100 * number + 700, dtype=np.int16) for number in range(5)]
 MEMORY_MB = 600  # that a refused file may add to the process
@@ -40,32 +43,6 @@ def read_all(path: Path) -> dict[str, list[int]]:
 EXPECTED = {f"a/{number}.wav": clip.tolist() for number, clip in enumerate(CLIPS)}
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def replace(path: Path, name: str, **arguments: Any) -> None:
-    with h5py.File(path, "r+") as file:
-        del file[name]
-        file.create_dataset(name, **arguments)
-
-
-def link(path: Path, name: str, target: Any) -> None:
-    with h5py.File(path, "r+") as file:
-        del file[name]
-        file[name] = target
-
-
-def make_virtual(path: Path, name: str) -> None:
-    with h5py.File(path.with_name("other.h5"), "w") as other:
-        other["x"] = np.zeros(700, "i2")
-    layout = h5py.VirtualLayout((700,), "i2")
-    layout[:] = h5py.VirtualSource("other.h5", "x", (700,))
-    with h5py.File(path, "r+") as file:
-        del file[name]
-        file.create_virtual_dataset(name, layout)
-
-
 def set_attribute(path: Path, name: str, value: Any) -> None:
     with h5py.File(path, "r+") as file:
         file.attrs[name] = value
@@ -79,7 +56,7 @@ FLAT_ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "samples of another file": (lambda p: link(p, "samples", h5py.ExternalLink("/tmp/x.h5", "y")), "not followed"),
     "offsets of another place": (lambda p: link(p, "offsets", h5py.SoftLink("/names")), "not followed"),
-    "virtual samples": (lambda p: make_virtual(p, "samples"), "takes its values from other files"),
+    "virtual samples": (lambda p: make_virtual(p, "samples", (700,), "i2"), "takes its values from other files"),
     "a terabyte that is not there": (lambda p: replace(p, "samples", shape=(1 << 39,), dtype="i2"), "declares 1,099,"),
     "a billion names": (lambda p: replace(p, "names", shape=(10**9,), dtype=h5py.string_dtype()), "declares 8,000,"),
     "a billion offsets": (
@@ -111,7 +88,7 @@ CLIP_ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda p: replace(p, NAME, shape=(700,), dtype="i2", external=[("/etc/passwd", 0, 1400)]),
         "takes its values from other files",
     ),
-    "a virtual clip": (lambda p: make_virtual(p, NAME), "takes its values from other files"),
+    "a virtual clip": (lambda p: make_virtual(p, NAME, (700,), "i2"), "takes its values from other files"),
     "a terabyte that is not there": (lambda p: replace(p, NAME, shape=(1 << 39,), dtype="i2"), "declares 1,099,"),
     "chunks that are not there": (
         lambda p: replace(p, NAME, shape=(1 << 39,), dtype="i2", compression="gzip"),

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from audio.hdf5 import describe_lock
-from audio.shards import LAYOUTS, Shard, ShardWriter
+from audio.shard_writer import ShardWriter
+from audio.shards import LAYOUTS, Shard
 from common.errors import UserError
 
 LENGTHS = [5, 1, 300_000, 262_144, 17]  # within a block, across blocks, exactly one
@@ -72,7 +73,7 @@ def test_a_shard_is_pickled_without_its_handles(shard: Shard) -> None:
 
 
 def test_blocks_are_written_as_they_fill_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("audio.shards._BLOCK_SAMPLES", 100)
+    monkeypatch.setattr("audio.shard_writer._BLOCK_SAMPLES", 100)
     with ShardWriter(tmp_path / "x.h5", 16000) as writer:
         for i in range(10):
             writer.append(str(i), np.full(60, i, np.int16))

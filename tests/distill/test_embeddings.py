@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from audio.dataset import Pack
-from audio.shards import ShardWriter
+from audio.shard_writer import ShardWriter
 from common.errors import UserError
 from distill.embeddings import EmbeddingStore, StoredEmbeddings, compute_clip_embeddings
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import random
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from audio.dataset import Pack
-from audio.shards import ShardWriter
+from audio.shard_writer import ShardWriter
 from common.errors import UserError
 from distill.clusters import Clusters, write_clusters
 from distill.embeddings import EmbeddingStore, StoredEmbeddings, compute_clip_embeddings
 from distill.store_checks import find_faulty_class, find_faulty_probability, find_non_finite
 from distill.targets import SoftTargetStore, StoredTargets
+from tests.hdf5_files import link_dataset, make_virtual, peak_mb, replace_dataset
 
 N = 6
 MEMORY_MB = 600  # that a refused file may add to the process
@@ -91,32 +91,6 @@ def use_embeddings(folder: Path, pack: Pack) -> list[float]:
     return compute_clip_embeddings(stored.store, pack).ravel().tolist()
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def replace_dataset(path: Path, name: str, **arguments: Any) -> None:
-    with h5py.File(path, "r+") as file:
-        del file[name]
-        file.create_dataset(name, **arguments)
-
-
-def link_dataset(path: Path, name: str, link: Any) -> None:
-    with h5py.File(path, "r+") as file:
-        del file[name]
-        file[name] = link
-
-
-def make_virtual(path: Path, name: str) -> None:
-    with h5py.File(path.with_name("other.h5"), "w") as other:
-        other["x"] = np.zeros((N, 3))
-    layout = h5py.VirtualLayout((N, 3), "f2")
-    layout[:] = h5py.VirtualSource("other.h5", "x", (N, 3))
-    with h5py.File(path, "r+") as file:
-        del file[name]
-        file.create_virtual_dataset(name, layout)
-
-
 VALUES, INDEXES = np.full((N, 3), 0.5, "f2"), np.tile([3, 1, 8], (N, 1)).astype("i2")
 
 
@@ -171,7 +145,7 @@ HDF5_ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a link to another file": (lambda p: link_dataset(p, "seeds", h5py.ExternalLink("/tmp/x.h5", "y")), "not followed"),
     "a link to another place": (lambda p: link_dataset(p, "seeds", h5py.SoftLink("/topk_values")), "not followed"),
-    "a virtual dataset": (lambda p: make_virtual(p, "topk_values"), "takes its values from other files"),
+    "a virtual dataset": (lambda p: make_virtual(p, "topk_values", (N, 3), "f2"), "takes its values from other files"),
 }  # fmt: skip
 
 

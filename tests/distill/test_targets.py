@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from audio.dataset import Pack
-from audio.shards import ShardWriter
+from audio.shard_writer import ShardWriter
 from common.errors import UserError
 from distill.targets import SoftTargetStore, StoredTargets, rebuild_target
 from tests.distill.stores import write_epoch

@@ -15,6 +15,7 @@ import yaml
 from common import interrupts
 from models import create_model, save_checkpoint
 from tests.conftest import ROOT, run_command
+from tests.processes import find_children
 from tests.training.test_resume import LABELS_ONLY, SETTINGS
 
 ENTRY_POINTS = [path for folder in (ROOT, ROOT / "scripts") for path in sorted(folder.glob("*.py"))]
@@ -91,13 +92,13 @@ def test_a_loader_process_that_is_killed_is_one_sentence(tone_pack, tmp_path, co
     with subprocess.Popen(
         [sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
-        workers: list[bytes] = []
+        workers: list[int] = []
         while not workers:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
             if command == "evaluate" or list(tmp_path.rglob("step=000000003.json")):
-                workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()
-        os.kill(int(workers[0]), signal.SIGKILL)
+                workers = find_children(process.pid)
+        os.kill(workers[0], signal.SIGKILL)
         errors = process.communicate()[1]
     assert process.returncode == 1
     assert "error: a process that loads clips has died" in errors

@@ -9,7 +9,7 @@ import pytest
 from audio.dataset import Pack
 from audio.manifest import NameIndex, read_manifest
 from audio.pack import pack
-from audio.shards import ShardWriter
+from audio.shard_writer import ShardWriter
 from common.errors import UserError
 from tests.audio.test_odd_names import write_sound
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from audio.dataset import ClipDataset, Pack
 from audio.manifest import NameIndex, read_manifest
 from audio.pack import pack
-from audio.shards import ShardWriter
+from audio.shard_writer import ShardWriter
 from common.errors import UserError
 from tests.audio.test_io import peak_hertz, sine
 

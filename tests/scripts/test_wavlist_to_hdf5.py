@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from audio.manifest import read_manifest
 from scripts.wavlist_to_hdf5 import main
 from tests.audio.test_io import sine
 from tests.conftest import ROOT
+from tests.processes import find_children, is_alive, wait_until
 
 SCRIPT = ROOT / "scripts" / "wavlist_to_hdf5.py"
 
@@ -86,32 +86,17 @@ def test_a_wrong_command_ends_in_a_sentence_and_leaves_nothing(
     assert not Path("out").exists()
 
 
-def children_of(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(child) for child in found.split()]
-
-
-def alive(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes by /proc")
 def test_a_killed_packing_leaves_no_pack_and_no_workers_behind(sounds: Path) -> None:
     Path("list.tsv").write_text("filename\n" + "\n".join(f"my_sounds/link{i}.wav" for i in range(3000)) + "\n")
     for i in range(3000):
         os.link("my_sounds/a.wav", f"my_sounds/link{i}.wav")
     process = subprocess.Popen([sys.executable, str(SCRIPT), "list.tsv", "out", "-n", "2"], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(Path("out/hdf5").glob(".list.packing/.list_0.h5.*.partial")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    workers = children_of(process.pid)
+    wait_until(lambda: list(Path("out/hdf5").glob(".list.packing/.list_0.h5.*.partial")))
+    workers = find_children(process.pid)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert len(workers) == 2
     assert list(Path("out/hdf5").glob("*.h5")) == []
     assert not Path("out/labels").exists()
-    deadline = time.monotonic() + 60
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(map(alive, workers))
+    wait_until(lambda: not any(map(is_alive, workers)))

@@ -10,7 +10,7 @@ import yaml
 
 from audio.dataset import Pack
 from audio.io import to_int16
-from audio.shards import ShardWriter
+from audio.shard_writer import ShardWriter
 from common.errors import Faults, UserError
 from common.files import sha256, write_json
 from models import create_model

@@ -12,7 +12,7 @@ import torch
 
 from audio.dataset import Pack
 from audio.io import read_audio, to_int16
-from audio.shards import ShardWriter
+from audio.shard_writer import ShardWriter
 from common.errors import UserError
 from tests.training.test_loop import settings, train
 from training import baseline as baseline_module

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from audio.dataset import Pack
-from audio.shards import ShardWriter
+from audio.shard_writer import ShardWriter
 from common.errors import Faults
 from models.labels import audioset_labels
 from training.labelled import list_pack_classes, open_labelled

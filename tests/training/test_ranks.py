@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from distill.dataset import EpochBatches
 from models import load_model
 from run import Runner
 from tests.conftest import ROOT, run_command, torchrun
-from tests.processes import find_processes
+from tests.processes import find_children, find_processes, start_ranks, wait_until
 from tests.training.test_resume import LABELS_ONLY, SETTINGS, lines_of, the_run, weights_of
 from training.evaluate import evaluate
 from training.labelled import open_labelled
@@ -139,20 +137,9 @@ def test_a_rank_that_dies_is_started_again_and_training_goes_on(tone_pack, tmp_p
     path = configure(tmp_path, tone_pack, epochs=12, num_workers=1)
     whole = train(path, tmp_path / "whole", launcher=torchrun())
     words = ["run.py", "train", str(path), "--outputpath", str(tmp_path / "runs")]
-    with subprocess.Popen(
-        [sys.executable, *torchrun(), "--max-restarts", "2", *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as launcher:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "runs").glob("*/*/*/states/step=00000001*.json")):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True)
-        os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+    with start_ranks(*words, options=("--max-restarts", "2")) as launcher:
+        wait_until(lambda: list((tmp_path / "runs").glob("*/*/*/states/step=00000001*.json")))
+        os.kill(find_children(launcher.pid)[-1], signal.SIGKILL)
         output = launcher.communicate()[0]
     assert launcher.returncode == 0, output
     folder = the_run(tmp_path / "runs")
@@ -168,21 +155,9 @@ def test_a_rank_that_dies_is_started_again_and_training_goes_on(tone_pack, tmp_p
 def test_a_rank_that_is_killed_or_frozen_is_named_by_the_other_which_ends(tone_pack, tmp_path, rank, number, seconds):
     path = configure(tmp_path, tone_pack, epochs=10000, num_workers=1, rank_timeout=5)
     words = ["run.py", "train", str(path), "--outputpath", str(tmp_path / "runs")]
-    with subprocess.Popen(
-        [sys.executable, *torchrun(), *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as launcher:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "runs").glob("*/*/*/states/step=00000001*.json")):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True)
-        pid = int(ranks.stdout.split()[rank])
+    with start_ranks(*words) as launcher:
+        wait_until(lambda: list((tmp_path / "runs").glob("*/*/*/states/step=00000001*.json")))
+        pid = find_children(launcher.pid)[rank]
         os.kill(pid, number)
         output = launcher.communicate(timeout=90)[0]  # torchrun itself waits 30 s for a frozen process
     assert re.search(rf"error: rank {rank} \(process {pid} on \S+\) does not respond for {seconds} s", output), output

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from audio.dataset import Pack
-from audio.shards import Shard, ShardWriter
+from audio.shard_writer import ShardWriter
+from audio.shards import Shard
 from common.errors import UserError
 from distill.embeddings import EmbeddingStore, StoredEmbeddings
 from distill.sound_check import COMPARED, compute_fingerprint

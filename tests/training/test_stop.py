@@ -1,4 +1,4 @@
-"""A run that is told to stop finishes its step, saves a state and ends; resumed, it ends as if nothing had happened."""
+"""A run that is stopped finishes its step, saves a state and ends; resumed, it ends as if nothing had happened."""
 
 import os
 import shutil
@@ -15,7 +15,8 @@ import yaml
 from common import interrupts
 from models.base import AudioTagger
 from run import Runner
-from tests.conftest import ROOT, torchrun
+from tests.conftest import ROOT
+from tests.processes import find_children, start_ranks, wait_until
 from tests.training.test_resume import LABELS_ONLY, SETTINGS, assert_same, lines_of, the_run, weights_of
 from training.trainer import Trainer
 
@@ -112,27 +113,14 @@ def test_two_ranks_stop_after_the_same_step_and_resume_exactly(tone_pack, tmp_pa
     path.write_text(yaml.safe_dump(SETTINGS | LABELS_ONLY | settings | {"batch_size": 8, "valid_every": 60}))
 
     def start(output):
-        words = ["run.py", "train", str(path), "--outputpath", str(tmp_path / output)]
-        return subprocess.Popen(
-            [sys.executable, *torchrun(), *words],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        return start_ranks("run.py", "train", path, "--outputpath", tmp_path / output)
 
     with start("whole") as launcher:
         output = launcher.communicate()[0]
         assert launcher.returncode == 0, output
     with start("runs") as launcher:
-        deadline = time.monotonic() + 120
-        while not any(p.stat().st_size > 500 for p in tmp_path.glob("runs/*/*/*/metrics.jsonl")):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True)
-        pids = [int(pid) for pid in ranks.stdout.split()]
+        wait_until(lambda: any(p.stat().st_size > 500 for p in tmp_path.glob("runs/*/*/*/metrics.jsonl")))
+        pids = find_children(launcher.pid)
         if signalled == "the process group":  # with the launcher and the loader processes, as a scheduler does
             os.killpg(launcher.pid, signal.SIGTERM)
         for pid in {"one rank": pids[1:], "all ranks": pids}.get(signalled, []):
