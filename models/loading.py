@@ -1,4 +1,4 @@
-"""Loading and saving of weights: published ones, checkpoints, runs' folders and Hugging Face folders.
+"""Loading and saving of models: their weights, and the description that they are built from.
 
 A checkpoint is a `torch.save` of {"model": state dict, "config": dict} that contains only tensors and plain values; the
 keys "model" and "model_args" of its config are those of published configurations.
@@ -6,7 +6,6 @@ keys "model" and "model_args" of its config are those of published configuration
 
 import hashlib
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import Faults, UserError, did_you_mean, some
+from common.errors import Faults, UserError, some
 from common.files import whole_file
-from common.parsing import format_value
 from models.argument_checks import find_argument_faults
 from models.base import Activation, AudioTagger
 from models.creation import count_weights, create_model
-from models.description import FORMAT_VERSION, ModelDescription, check_description, restore_head
-from models.downloads import download, file_name, find_copy
+from models.description import FORMAT_VERSION, restore_head
 from models.headed import HEAD, Head, HeadedTagger
-from models.huggingface import is_huggingface_folder, read_huggingface
 from models.parametrizations import fit_plain_weights
 from models.registry import AUDIOSET_CLASSES, get_model_entry, list_models
-from models.source_errors import ONNX, describe_folder, describe_missing, describe_onnx
-from models.ssondo_checkpoints import is_ssondo, read_ssondo
 from models.tensor_files import read_tensors
+from models.weight_sources import find_model_by_url, find_published_weights, is_remote, read_weights
 
 logger = logging.getLogger(__name__)
 
-_TIMM = "timm:"  # prefix of the name of a timm model
 _SPARE_WEIGHTS = 16 << 20  # that a network may have beyond those of its file: positions are stretched
 _PRE_TRAINING_PARTS = ("decoder", "mask_token")  # of a masked auto-encoder, unused in tagging
 
@@ -66,10 +60,10 @@ def load_model(
     Raises:
         UserError: an unknown name, weights that cannot be downloaded or read, or that do not fit.
     """
-    if weights is not None and not _is_remote(str(weights)) and not Path(weights).exists():
+    if weights is not None and not is_remote(str(weights)) and not Path(weights).exists():
         raise UserError(f"{weights}: no such file; `weights` must be the path or URL of a checkpoint")
     is_name = str(source) in list_models()
-    origin = weights or (_find_published_weights(str(source)) if is_name else source)
+    origin = weights or (find_published_weights(str(source)) if is_name else source)
     state, config = read_weights(origin)
     given = {"activation": activation} if activation else {}
     head = None
@@ -77,7 +71,7 @@ def load_model(
         tensors, state = _split_head(state)
         if num_classes is None and labels is None:  # else the last layer is initialised anew and replaces the head
             head = restore_head(config["head"] | given, tensors, str(origin))
-    name = str(source) if is_name else config.get("model") or _find_model_by_url(str(origin))
+    name = str(source) if is_name else config.get("model") or find_model_by_url(str(origin))
     if name not in list_models():
         what = f"names {name!r}, which is no model here" if name else "does not name its model"
         raise UserError(f"{origin} {what}: give `-m NAME --weights {origin}`, NAME one of {some(list_models(), 99)}")
@@ -174,7 +168,7 @@ def load_weights(model: AudioTagger, source: str | Path, *, pre_training: bool =
     Raises:
         UserError: the weights cannot be downloaded or read, or do not fit.
     """
-    origin = _find_published_weights(str(source)) if str(source) in list_models() else source
+    origin = find_published_weights(str(source)) if str(source) in list_models() else source
     state, config = read_weights(origin)
     _fit(model, _split_head(state)[1] if config.get("head") else state, str(origin), pre_training)
 
@@ -217,53 +211,6 @@ def save_checkpoint(path: str | Path, model: AudioTagger, extra: Mapping[str, An
         read_tensors(file.path)  # raises where an entry of `extra` could not be loaded again
 
 
-def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the state dict and the config of a checkpoint.
-
-    Args:
-        source: a file, a URL, a run's folder, a Hugging Face folder, or "timm:NAME".
-
-    Returns:
-        The state dict, and the config, empty where there is none. Where the config has an entry "head" (see
-        `Head.config`), the state dict contains the tensors of that head with the prefix `HEAD`.
-
-    Raises:
-        UserError: it does not exist, cannot be downloaded or read, or contains no state dict.
-    """
-    if str(source).startswith(_TIMM):
-        return _fetch_timm_weights(str(source).removeprefix(_TIMM)), {}
-    if _is_remote(str(source)):
-        path = fetch(str(source))
-    else:
-        path = Path(source)
-        if not path.exists():
-            raise UserError(describe_missing(str(source)))
-    if path.suffix.lower() == ONNX:
-        raise UserError(describe_onnx(path))
-    if path.is_dir():
-        if is_huggingface_folder(path):
-            return read_huggingface(path)
-        path = _choose_checkpoint(path)
-    content = read_tensors(path)
-    if is_ssondo(content):
-        return read_ssondo(content, str(path))
-    config = content.get("config")
-    if config is None:
-        config = {}
-    if not isinstance(config, Mapping):
-        raise UserError(f"{path}: its config is {format_value(config)}; expected names and values")
-    check_description(ModelDescription, config, f"{path}: its config")
-    for key in ("model", "state_dict"):
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
-        raise UserError(f"{path}: found entries {some(map(str, content))}; expected a state dict, or one under 'model'")
-    if all(key.startswith("module.") for key in content):  # saved from torch.nn.DataParallel
-        content = {key.removeprefix("module."): value for key, value in content.items()}
-    return dict(content), dict(config)
-
-
 def _split_head(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split a state dict into those of the head and of the model."""
     tensors = {key.removeprefix(HEAD): value for key, value in state.items() if key.startswith(HEAD)}
@@ -278,90 +225,6 @@ def weights_hash(module: nn.Module, excluded: tuple[str, ...] = ()) -> str:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def fetch(url: str) -> Path:
-    """Return the copy of a URL in torch.hub's cache, see `models.downloads.download`."""
-    return download(url, _find_published_file(url))
-
-
-def needs_download(source: str | Path | None) -> bool:
-    """Whether weights are to be fetched first, which may take long: other faults are reported before.
-
-    Args:
-        source: see `read_weights`, or the name of a model with published weights; None for no weights.
-
-    Raises:
-        UserError: a URL that names no file.
-    """
-    origin = str(source or "")
-    if origin in list_models():
-        origin = get_model_entry(origin).weights or ""
-    return _is_remote(origin) and (origin.startswith(_TIMM) or find_copy(origin, _find_published_file(origin)) is None)
-
-
-def _find_published_file(url: str) -> str | None:
-    """Return the name of a file that the project publishes or links to, None for any other address."""
-    entries = map(get_model_entry, list_models())
-    published = {address for entry in entries for address in (entry.weights, entry.initialisation)}
-    return file_name(url) if url in published else None
-
-
-def _is_remote(origin: str) -> bool:
-    return origin.startswith(("http://", "https://", _TIMM))
-
-
-def _fetch_timm_weights(name: str) -> dict[str, Tensor]:
-    """Return the weights of a timm model, from Hugging Face's cache where they are there."""
-    import timm  # here, since the import takes seconds
-    from huggingface_hub import hf_hub_url, try_to_load_from_cache
-
-    if not timm.is_model(name):
-        raise UserError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
-    config = timm.models.get_pretrained_cfg(name)
-    if config is None or not config.hf_hub_id:
-        raise UserError(f"timm has no weights for {name!r}: give a checkpoint")
-    repository = str(config.hf_hub_id)
-    cached = try_to_load_from_cache(repository, "model.safetensors")
-    if not isinstance(cached, str):
-        url = hf_hub_url(repository, "model.safetensors")
-        cached = str(download(url, f"{repository.rpartition('/')[2]}.safetensors"))
-    read_tensors(cached)
-    return dict(timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": cached}).state_dict())
-
-
-def _find_published_weights(name: str) -> str:
-    weights = get_model_entry(name).weights
-    if weights is None:
-        twin = name.replace("audiotransformer_", "ced_")
-        hint = f" ({twin!r} has)" if twin != name and twin in list_models() else ""
-        raise UserError(f"model {name!r} has no published weights{hint}: give a checkpoint with `--weights PATH`")
-    return weights
-
-
-def _find_model_by_url(url: str) -> str | None:
-    return next((name for name in list_models() if get_model_entry(name).weights == url), None)
-
-
-def _choose_checkpoint(folder: Path) -> Path:
-    """Return the averaged checkpoint of a run, else the best one, else the only one."""
-    files = sorted(folder.glob("*.pt"))
-    for name in ("averaged.pt", "best.pt"):
-        if folder / name in files:
-            return folder / name
-    scored = []
-    for file in files:
-        if match := re.search(r"mAP=(\d*\.\d+)$", file.stem):
-            scored.append((float(match[1]), file))
-        elif match := re.fullmatch(
-            r"best_epoch=\d+_-?\w+=(-?\d+\.?\d*(?:e[+-]?\d+)?)", file.stem
-        ):  # a loss: smallest is best
-            scored.append((-float(match[1]), file))
-    if scored:
-        return max(scored)[1]
-    if len(files) == 1:
-        return files[0]
-    raise UserError(describe_folder(folder, [file.name for file in files]))
 
 
 def _fit(model: AudioTagger, state: Mapping[str, Tensor], origin: str, pre_training: bool = False) -> None:

@@ -20,10 +20,11 @@ from models.base import AudioTagger
 from models.devices import choose_device
 from models.headed import SEGMENT_SECONDS, Head, HeadedTagger
 from models.heads import FOLDER, check_fit, load_head
-from models.loading import load_model, read_weights
+from models.loading import load_model
 from models.registry import get_model_entry, list_models
 from models.ssondo_students import Student
 from models.waveforms import as_waveform
+from models.weight_sources import read_weights
 
 _AT_ONCE = 32  # segments that go through the network together, so that hours of sound fit
 _NEW_HEADS = ("linear", "mlp")

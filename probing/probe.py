@@ -25,7 +25,7 @@ from common.parsing import load_json
 from models.devices import choose_device
 from models.headed import Head
 from models.heads import FOLDER, save_head
-from models.loading import needs_download
+from models.weight_sources import needs_download
 from probing.baseline import fit_baselines
 from probing.data import ProbeSet, make_sort_key, open_clips
 from probing.fit import Examples, FitSettings, FittedHead, fit, predict

@@ -31,7 +31,7 @@ from common.progress import create_progress
 from distill.embeddings import EmbeddingStore
 from distill.store import TargetStore
 from distill.targets import SoftTargetStore
-from models.loading import read_weights
+from models.weight_sources import read_weights
 from training.states import States
 
 

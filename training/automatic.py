@@ -22,8 +22,8 @@ from audio.cutting import Chunks
 from audio.dataset import Pack
 from common.errors import Faults, UserError
 from distill.targets import SoftTargetStore
-from models.loading import read_weights
 from models.registry import ModelEntry, get_model_entry, list_models
+from models.weight_sources import read_weights
 from training.band_limit import measure_band_limits, usable_limit
 from training.config import AUTO, TrainConfig
 from training.labelled import open_pack

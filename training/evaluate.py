@@ -22,9 +22,9 @@ from models import AudioTagger, load_tagger
 from models.devices import choose_device
 from models.headed import HeadedTagger
 from models.heads import check_classes
-from models.loading import needs_download
 from models.source_errors import ONNX
 from models.token_merging import split_setting
+from models.weight_sources import needs_download
 from training.config import Mode
 from training.exported import ExportedTagger, predict_exported
 from training.label_numbers import check_label_numbers

@@ -11,7 +11,7 @@ from distill.mask_check import check_masks
 from distill.published_layout import check_published
 from distill.replay import Replay
 from distill.sources import compute_reference_lengths
-from models.loading import needs_download
+from models.weight_sources import needs_download
 from training.config import SoftTargetConfig
 from training.embedders import open_embedder
 from training.labelled import open_pack

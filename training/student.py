@@ -12,7 +12,7 @@ from common.errors import UserError
 from distill.batch import Batch
 from distill.objectives import Needs
 from models import AudioTagger, create_model, get_model_entry, list_models, load_weights
-from models.loading import needs_download
+from models.weight_sources import needs_download
 from training.averaging import cumulative_statistics
 from training.config import TrainConfig
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from common.errors import UserError
 from models import create_model, get_model_entry, list_models, load_model, load_weights, save_checkpoint
 from models.audio_spectrogram_transformer import AST
-from models.loading import fetch
+from models.weight_sources import fetch
 from tests.models.sounds import noise, padded
 
 SMALL = {"target_length": 64, "depth": 2}  # 12 x 5 patches

@@ -19,7 +19,7 @@ import torch
 from common.errors import UserError
 from models import downloads, get_model_entry, load_model, save_checkpoint
 from models.downloads import download, file_name, transfer
-from models.loading import fetch
+from models.weight_sources import fetch
 from probing.probe import probe
 from run import Runner
 from save_logits import save_logits

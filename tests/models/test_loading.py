@@ -15,7 +15,7 @@ from models import (
     load_weights,
     save_checkpoint,
 )
-from models.loading import fetch
+from models.weight_sources import fetch
 from tests.models.sounds import noise
 
 

@@ -11,9 +11,9 @@ from torch.nn.utils import parametrize
 
 from common.errors import UserError
 from models import create_model, load_model, load_weights, save_checkpoint
-from models.loading import read_weights
 from models.onnx import export_onnx
 from models.parametrizations import bake_parametrizations, register_parametrization
+from models.weight_sources import read_weights
 from tests.models.sounds import noise
 
 logging.getLogger("torch.__trace").propagate = False  # of interest to no reader of a failure
