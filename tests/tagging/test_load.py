@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from audio.clips import load_clip, load_clips
-from audio.decoder_processes import _idle
+from audio.decoder_processes import _end_all, _idle
 from audio.manifest import read_manifest
 from audio.pack import pack
 from tagging.files import TagOptions, tag_files
@@ -19,6 +19,12 @@ from tests.tagging.sounds import RATE, Meter
 def resident_mb(pid: int | str = "self") -> float:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
+@pytest.fixture(autouse=True)
+def new_decoders() -> None:
+    """End the decoders of earlier tests, which may have decoded larger sounds."""
+    _end_all()
 
 
 def measure() -> tuple[float, float, int]:
