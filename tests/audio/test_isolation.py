@@ -202,7 +202,7 @@ def test_processes_and_open_files_are_as_many_after_hundreds_of_files_as_after_a
         if n == 10:
             n_open = len(os.listdir("/proc/self/fd"))
     assert len(used) == 1
-    assert len(os.listdir("/proc/self/fd")) == n_open
+    assert len(os.listdir("/proc/self/fd")) <= n_open
 
 
 def test_a_decoder_ends_with_the_process_that_it_decodes_for(silent_pipe: Path) -> None:

@@ -1,6 +1,7 @@
 """A machine that has no processes, threads, open files or memory left ends packing and tagging; no file is blamed."""
 
 import errno
+import gc
 import os
 import socket
 import subprocess
@@ -54,13 +55,15 @@ def test_a_machine_that_starts_no_decoder_ends_the_work_and_blames_no_file(good,
     monkeypatch.setattr(
         socket if number == errno.EMFILE else subprocess, {errno.EMFILE: "socketpair"}.get(number, "Popen"), fail
     )
+    gc.collect()  # closes what earlier tests have left
     n_open = len(os.listdir("/proc/self/fd"))
     sentence = rf"a process that decodes cannot be started \({os.strerror(number)}\).*--n_workers"
     with pytest.raises(DecoderStartError, match=sentence):
         pack(good)
     with pytest.raises(DecoderStartError, match=sentence):
         list(tag_files(Meter(), [good]))
-    assert len(os.listdir("/proc/self/fd")) == n_open
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= n_open  # decoders that other tests left idle may end meanwhile
 
 
 @pytest.mark.parametrize(
