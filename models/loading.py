@@ -20,7 +20,7 @@ from models.base import Activation, AudioTagger
 from models.creation import count_weights, create_model
 from models.description import FORMAT_VERSION, restore_head
 from models.headed import HEAD, Head, HeadedTagger
-from models.parametrizations import fit_plain_weights
+from models.parametrizations import bake_parametrizations, fit_plain_weights, plain_state
 from models.registry import AUDIOSET_CLASSES, get_model_entry, list_models
 from models.tensor_files import read_tensors
 from models.weight_sources import find_model_by_url, find_published_weights, is_remote, read_weights
@@ -78,6 +78,8 @@ def load_model(
 
     model = _build(name, state, config, num_classes, labels, arguments | given, str(origin))
     _fit(model, state, str(origin))
+    if model.arguments.get("quantize"):
+        bake_parametrizations(model)
     tagger = model if head is None else HeadedTagger(model, head)
     return tagger.to(device).eval()
 
@@ -131,7 +133,7 @@ def _check_size(
         raise UserError(f"{origin}: it describes {n_classes} classes, and has {n_found} weights")
     if not stored:
         return
-    plain = {key: value for key, value in stored.items() if key != "parametrize"}
+    plain = {key: value for key, value in stored.items() if key not in ("parametrize", "quantize")}
     entry, faults = get_model_entry(name), Faults(f"{origin}: the description of {name!r}")
     for key in stored:
         if key not in entry.arguments:
@@ -188,7 +190,7 @@ def save_checkpoint(path: str | Path, model: AudioTagger, extra: Mapping[str, An
     head: Head | None = None
     if isinstance(model, HeadedTagger):
         head, model = model.head, model.model
-    state = model.state_dict()
+    state = plain_state(model)
     config = {
         "format_version": FORMAT_VERSION,
         "model": model.name,
