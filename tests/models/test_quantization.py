@@ -232,7 +232,7 @@ def test_rounded_inputs_have_255_values_and_depend_on_no_other_clip_nor_on_paddi
 @pytest.mark.parametrize(("scheme", "clip"), GRIDS)
 def test_a_checkpoint_has_plain_names_and_loads_as_quantized_values(scheme, clip, activations, tmp_path):
     torch.manual_seed(0)
-    recipe = {"weights": 3, "scheme": scheme, "clip": clip, "activations": activations}
+    recipe = {"weights": 3, "scheme": scheme, "clip": clip, "activations": activations, "start": 0.5}
     model = create_model("audiotransformer_pico", num_classes=3, depth=1, pooling="logit", quantize=recipe).eval()
     save_checkpoint(tmp_path / "a.pt", model)
     state, config = read_weights(tmp_path / "a.pt")
