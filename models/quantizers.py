@@ -8,7 +8,7 @@ Grids:
         these from k-means).
 Ranges (`clip`) of the first two:
     absmax: no weight is clipped.
-    mse: least squared error, found by a search, then followed by one alternating least-squares step per training step.
+    mse: least squared error, found by a search, then followed by alternating least-squares steps while training.
     learned: trained (LSQ, Esser et al., ICLR 2020), as a logarithm (Jain et al., MLSys 2020), since Adam ignores the
         scaling of gradients on which LSQ relies.
 
@@ -29,6 +29,7 @@ from models.quantization_recipe import Quantization
 
 _SHRINKS = (1.0, 0.9, 0.8, 0.72, 0.64, 0.57, 0.5, 0.44, 0.38, 0.33, 0.28, 0.24, 0.2, 0.16, 0.12, 0.08)  # of the range
 _SAMPLE = 256  # weights of a group on which ranges are compared
+_REFINE_EVERY = 4  # training steps: weights move little in between
 _BLOCK = 1 << 19  # weights that a search works on at a time, so that they stay in the cache
 
 
@@ -155,6 +156,9 @@ class FakeQuantize(nn.Module):
         """
         if not bool(weight.isfinite().all()):
             raise UserError("quantize: a weight is NaN or infinite; give a checkpoint of a training that converged")
+        self._fit(weight)
+
+    def _fit(self, weight: Tensor) -> None:
         groups = _group(weight.detach().float(), self.group_size)
         for start in range(0, len(groups), step := max(1, _BLOCK // self.group_size)):
             self._fit_groups(groups[start : start + step], slice(start, start + step))
@@ -217,12 +221,12 @@ class FakeQuantize(nn.Module):
         return found.where((power > 0) & (found > 1e-30), scale)
 
     @torch.no_grad()
-    def advance(self, weight: Tensor, progress: float) -> None:
-        """Follow the weights, before a training step; `progress` is the share of the run that is done."""
-        self.active = progress >= self.settings.start
+    def advance(self, weight: Tensor, step: int, n_steps: int) -> None:
+        """Follow the weights, before a training step, numbered from 0."""
+        self.active = step >= self.settings.start * n_steps
         if self.settings.range == "absmax":
-            self.fit(weight)
-        elif self.settings.range == "mse":
+            self._fit(weight)  # without the check, which would wait for the device
+        elif self.settings.range == "mse" and step % _REFINE_EVERY == 0:
             self.scale = self._refine(_group(weight.float(), self.group_size), self.grid_scale(), self.zero)
 
     def forward(self, weight: Tensor) -> Tensor:
