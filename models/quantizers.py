@@ -28,6 +28,7 @@ from common.errors import UserError
 from models.quantization_recipe import Quantization
 
 _SHRINKS = (1.0, 0.9, 0.8, 0.72, 0.64, 0.57, 0.5, 0.44, 0.38, 0.33, 0.28, 0.24, 0.2, 0.16, 0.12, 0.08)  # of the range
+_SMALLEST = 2.0**-126  # positive normal number of bfloat16 and float32
 _SAMPLE = 256  # weights of a group on which ranges are compared
 _REFINE_EVERY = 4  # training steps: weights move little in between
 _BLOCK = 1 << 19  # weights that a search works on at a time, so that they stay in the cache
@@ -99,9 +100,7 @@ class FakeQuantize(nn.Module):
         UserError: weights that are not finite.
     """
 
-    kept_as: ClassVar[str] = (
-        "quantizer"  # of WEIGHT, in a network without parametrizations: the module WEIGHT_quantizer
-    )
+    kept_as: ClassVar[str] = "quantizer"  # beside a plain WEIGHT, the module is WEIGHT_quantizer
 
     def __init__(self, weight: Tensor, settings: Quantization) -> None:
         super().__init__()
@@ -109,16 +108,16 @@ class FakeQuantize(nn.Module):
         sizes = {"tensor": weight.numel(), "channel": weight[0].numel(), "bucket": settings.bucket_size}
         self.group_size = min(sizes[settings.scope], weight.numel())
         self.active = settings.start == 0
-        n_groups = -(-weight.numel() // self.group_size)
-        self.register_buffer("scale", torch.ones(n_groups))
-        if settings.scheme == "minmax":
-            self.register_buffer("zero_point", torch.zeros(n_groups, dtype=torch.uint8))
+        ones = torch.ones(-(-weight.numel() // self.group_size), device=weight.device)
         if settings.range == "learned":
-            del self.scale
-            self.log_scale = nn.Parameter(torch.zeros(n_groups))  # base 2
-        elif settings.range == "levels":
+            self.log_scale = nn.Parameter(ones)  # base 2
+        else:
+            self.register_buffer("scale", ones)
+        if settings.scheme == "minmax":
+            self.register_buffer("zero_point", ones.to(torch.uint8))
+        if settings.range == "levels":
             # In units of `scale`, the deviation of the group. Flat, since parameters of two axes get weight decay.
-            self.levels = nn.Parameter(torch.zeros(n_groups << self.bits))
+            self.levels = nn.Parameter(ones.repeat_interleave(2**self.bits))
         self.fit(weight)
 
     @property
@@ -138,9 +137,8 @@ class FakeQuantize(nn.Module):
 
     def grid_scale(self) -> Tensor:
         """Return the scale of each group, (G,), rounded to bfloat16."""
-        return _round_scale(self._parameter.exp2() if self.settings.range == "learned" else self._parameter).clamp_min(
-            1e-38
-        )
+        scale = self._parameter.exp2() if self.settings.range == "learned" else self._parameter
+        return _round_scale(scale).clamp_min(_SMALLEST)
 
     def grid_levels(self) -> Tensor:
         """Return the levels of each group, (G,L), ascending, rounded to bfloat16; differentiable."""
@@ -260,8 +258,8 @@ class FakeQuantize(nn.Module):
         groups = _group(weight.float(), self.group_size)
         if self.settings.range == "levels":
             levels = self.grid_levels()
-            codes, zero = _nearest(groups, levels), torch.zeros(self._n_groups)
-            scale = torch.ones_like(zero)
+            codes, scale = _nearest(groups, levels), torch.ones_like(self._parameter)
+            zero = torch.zeros_like(scale)
         else:
             levels, scale, zero = None, self.grid_scale(), self.zero
             codes = self._round(groups, scale, zero) + zero[:, None]
