@@ -13,6 +13,8 @@ from models.argument_checks import find_argument_faults
 from models.base import Activation, AudioTagger
 from models.labels import labels_for
 from models.parametrizations import parametrize_model
+from models.quantization import quantize_model
+from models.quantization_recipe import Quantization
 from models.registry import AUDIOSET_CLASSES, COMMON_ARGUMENTS, check_interface, get_model_entry
 
 _STARTS = ("normal", "uniform", "zero", "zeros", "fill", "erfinv", "mul", "add", "clamp")  # what sets initial weights
@@ -70,6 +72,7 @@ def create_model(
     activation: Activation = "sigmoid",
     band_limit: float | None = None,
     parametrize: Mapping[str, Mapping[str, Any] | None] | None = None,
+    quantize: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> AudioTagger:
     """Build a registered model with fresh weights.
@@ -82,6 +85,7 @@ def create_model(
         band_limit: frequency in hertz above which the front-end ignores the signal, see `FrontEnd.limit_band`; None for
             no limit.
         parametrize: changes of its parameters, see `models.parametrizations`; None for none.
+        quantize: settings of quantized weights, see `models.quantization.Quantization`; None for float weights.
         **arguments: settings of the architecture.
 
     Returns:
@@ -113,4 +117,17 @@ def create_model(
         parametrize_model(model, parametrize)
         arguments["parametrize"] = {name: dict(settings or {}) for name, settings in parametrize.items()}
     model.name, model.arguments, model.labels, model.activation = name, dict(arguments), labels, activation
+    if quantize is not None:
+        quantize_tagger(model, quantize)
     return model
+
+
+def quantize_tagger(model: AudioTagger, settings: Mapping[str, Any]) -> None:
+    """Quantize the weights of a model in place, and store the settings as its argument `quantize`.
+
+    Raises:
+        UserError: invalid settings, see `models.quantization.quantize_model`.
+    """
+    recipe = Quantization.parse(settings)
+    quantize_model(model, recipe)
+    model.arguments["quantize"] = recipe.describe()

@@ -65,22 +65,69 @@ def fit_plain_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str
             key, inside = f"{prefix}{name}", f"{prefix}parametrizations.{name}."
             if key in fitted and not any(other.startswith(inside) for other in fitted):
                 value = fitted.pop(key)
+                own = _pop_prefix(fitted, f"{key}_{kept}.") if (kept := _kept_as(changed)) else {}
                 inverts = all(hasattr(change, "right_inverse") for change in changed.children())
                 inverts &= value.shape == cast(Tensor, getattr(module, name)).shape
                 if inverts:
                     setattr(module, name, value)
                 parts = {f"{inside}{part}": tensor for part, tensor in changed.state_dict().items()}
                 fitted |= parts if inverts else parts | {f"{inside}original": value}
+                fitted |= {f"{inside}0.{part}": tensor for part, tensor in own.items()}
     return fitted
 
 
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict with plain names, where a parametrization has a name to be kept under (`kept_as`).
+
+    The original of X becomes X, tensors of its parametrization become those of X_NAME, a quantizer's for example. Other
+    parametrizations keep their names.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    for path, module in model.named_modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        for name, changed in cast(nn.ModuleDict, module.parametrizations).items():
+            if kept := _kept_as(changed):
+                prefix = f"{path}." if path else ""
+                inside = f"{prefix}parametrizations.{name}."
+                state[f"{prefix}{name}"] = state.pop(f"{inside}original")
+                own = _pop_prefix(state, f"{inside}0.")
+                state |= {f"{prefix}{name}_{kept}.{part}": tensor for part, tensor in own.items()}
+    return state
+
+
+def _kept_as(chain: nn.Module) -> str | None:
+    """Return the name that a weight's only parametrization is kept under."""
+    parts = list(chain.children())
+    return getattr(parts[0], "kept_as", None) if len(parts) == 1 else None
+
+
+def _pop_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Remove the tensors whose names start with a prefix; return them by the rest of their names."""
+    return {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
+
+
 def bake_parametrizations(model: nn.Module) -> None:
-    """Replace parametrizations by plain parameters of their current values, in place."""
+    """Replace parametrizations by plain parameters of the values that they have in evaluation, in place.
+
+    Those with a name to be kept under (`kept_as`) stay beside the parameter, as a module that is not applied.
+    """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            values = {name: getattr(module, name).detach() for name in cast(nn.ModuleDict, module.parametrizations)}
+            chains = cast(nn.ModuleDict, module.parametrizations).eval()  # in training, a change may not be on yet
+            values = {name: getattr(module, name).detach() for name in chains}
+            kept = {
+                f"{name}_{part.kept_as}": part
+                for name in chains
+                for part in chains[name].children()
+                if hasattr(part, "kept_as")
+            }
             # Not `remove_parametrizations`, which deletes the property of the class that a copy of the module shares.
             del module.parametrizations
             module.__class__ = type(module).__bases__[0]
             for name, value in values.items():
                 module.register_parameter(name, nn.Parameter(value))
+            for name, part in kept.items():
+                module.add_module(name, part)
+            if isinstance(module, nn.RNNBase):
+                module._init_flat_weights()  # refers to the new parameters

@@ -10,7 +10,7 @@ from models.base import AudioTagger
 from models.settings import find_arguments
 
 AUDIOSET_CLASSES = 527
-COMMON_ARGUMENTS: dict[str, Any] = {"band_limit": None, "parametrize": None}  # of every model
+COMMON_ARGUMENTS: dict[str, Any] = {"band_limit": None, "parametrize": None, "quantize": None}  # of every model
 _INTERFACE = ("encode", "classify", "pool", "frames", "n_steps")  # methods that every architecture implements
 
 Factory = TypeVar("Factory", bound=Callable[..., AudioTagger])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.errors import UserError, some
 from models import AudioTagger, save_checkpoint
+from models.parametrizations import fit_plain_weights
 from models.tensor_files import read_tensors
 from training.averaging import average_states
 from training.parallel import Ranks
@@ -213,7 +214,7 @@ def _load_best(best: BestCheckpoints, model: AudioTagger, ranks: Ranks) -> Path:
 
 def _load(model: AudioTagger, state: dict[str, Tensor] | None, ranks: Ranks) -> None:
     """Load rank 0's state on every rank: they may have different disks."""
-    model.load_state_dict(ranks.broadcast(state))
+    model.load_state_dict(fit_plain_weights(model, ranks.broadcast(state)))
 
 
 def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distill.batch import Batch
 from distill.random_streams import Stream, derive_seed
+from models.quantization import QuantizationSchedule
 from training.averaging import MovingAverage
 from training.guarded_step import GuardedStep, find_updated_buffers
 from training.loss_module import LossModule
@@ -56,6 +57,7 @@ class Trainer:
             share_batch_norm(model)
             unused = not loss_module.needs.whole_student
             self.wrapped = DistributedDataParallel(loss_module, broadcast_buffers=False, find_unused_parameters=unused)
+        self.quantization = QuantizationSchedule(model)
         self.guard = GuardedStep(optimizer, precision.scaler, find_updated_buffers(model, objective), grad_clip)
 
     def train_mode(self) -> None:
@@ -77,6 +79,7 @@ class Trainer:
             clipping, on the device.
         """
         self._seed_step(number)
+        self.quantization.advance(number, self.total_steps)
         self.guard.keep_buffers()
         total: dict[str, Tensor] = {}
         for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):

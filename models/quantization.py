@@ -1,0 +1,136 @@
+"""Quantized weights as an argument of any model: training with quantization, and quantization after training.
+
+`create_model(NAME, quantize={"weights": 4})` computes with weights of 2^4 values in each group. The optimiser trains
+the latent weights in float32; gradients pass through the rounding as if it were the identity (straight-through
+estimator, Bengio et al., arXiv 1308.3432). Checkpoints hold the latent weights under their plain names with the
+parameters of the grid, `models.load_model` returns a network of quantized weights, and `encode` of its quantizers gives
+the codes. The paper on quantized distillation leaves bit widths, grids and groups open: these are our choices.
+"""
+
+import fnmatch
+from collections.abc import Iterator
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from common.errors import UserError, some
+from models.batch_norm_folding import fold_batch_norm
+from models.quantization_recipe import Quantization
+from models.quantizers import FakeQuantize, InputQuantizer
+
+_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LSTM, nn.GRU, nn.MultiheadAttention)
+
+
+def _quantize_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (cast(nn.Module, module.input_quantizer)(arguments[0]), *arguments[1:])
+
+
+def _weight_names(module: nn.Module) -> list[str]:
+    """Return the names of the weights of a layer that are quantized."""
+    if not isinstance(module, _MODULES):
+        return []
+    names = list(module._parameters)
+    if parametrize.is_parametrized(module):
+        names += list(cast(nn.ModuleDict, module.parametrizations))
+    values = {name: getattr(module, name) for name in names if "weight" in name}
+    return [name for name, value in values.items() if value is not None and value.ndim > 1 and value.numel()]
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d) and 1 < module.groups == module.in_channels
+
+
+def quantize_model(model: nn.Module, recipe: Quantization) -> None:
+    """Quantize the weights of linear, convolutional, recurrent and attention layers, in place, as parametrizations.
+
+    Args:
+        model: with float weights, trained or not. Its front-end is left as it is.
+        recipe: see `Quantization`.
+
+    Raises:
+        UserError: a pattern that fits nothing, no weights left, weights that are not finite, or a model that is
+            quantized already.
+    """
+    if any(True for _ in quantized_weights(model)):
+        raise UserError("quantize: the model is quantized already; give the checkpoint of float weights")
+    if recipe.fold_batch_norm:
+        fold_batch_norm(model)
+    found = {
+        f"{path}.{name}" if path else name: (path, module, name)
+        for path, module in model.named_modules()
+        for name in _weight_names(module)
+        if not path.startswith("front_end")
+    }
+    for pattern in recipe.skip:
+        skipped = [
+            key
+            for key, (path, module, _) in found.items()
+            if fnmatch.fnmatch(key, pattern)
+            or fnmatch.fnmatch(path, pattern)
+            or (pattern == "depthwise" and _is_depthwise(module))
+        ]
+        if not skipped:
+            raise UserError(
+                f"quantize: the pattern {pattern!r} in skip fits no weight that is left; these are {some(found, 12)}"
+            )
+        for key in skipped:
+            del found[key]
+    if not found:
+        raise UserError(
+            f"quantize: no weights are left to quantize after skip {some(recipe.skip)}"
+            if recipe.skip
+            else "quantize: the model has no weights to quantize"
+        )
+    for _, module, name in found.values():
+        quantizer = FakeQuantize(getattr(module, name), recipe)
+        parametrize.register_parametrization(module, name, quantizer, unsafe=True)  # else the grid is fitted twice
+        if recipe.activations and not hasattr(module, "input_quantizer"):
+            module.input_quantizer = InputQuantizer(recipe.start, isinstance(module, nn.Conv1d | nn.Conv2d))
+            module.register_forward_pre_hook(_quantize_input)
+        if isinstance(module, nn.RNNBase):
+            module.register_forward_hook(_detach_weights)
+
+
+def _detach_weights(module: nn.Module, arguments: Any, output: Any) -> None:
+    """Detach the computed weights that a recurrent layer keeps until its next forward pass: others cannot be copied."""
+    flat = cast(list[Tensor], module._flat_weights)
+    module._flat_weights = [weight.detach() for weight in flat]  # type: ignore[assignment]
+
+
+def quantized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, FakeQuantize]]:
+    """Yield the plain name of each quantized weight, its module, its name there, and its quantizer."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if parametrize.is_parametrized(module):
+            for name, chain in cast(nn.ModuleDict, module.parametrizations).items():
+                for part in chain.children():
+                    if isinstance(part, FakeQuantize):
+                        yield f"{prefix}{name}", module, name, part
+        for child, part in module.named_children():
+            if isinstance(part, FakeQuantize) and child.endswith(f"_{part.kept_as}"):
+                name = child.removesuffix(f"_{part.kept_as}")
+                yield f"{prefix}{name}", module, name, part
+
+
+class QuantizationSchedule:
+    """Keeps the grids of a model up to date while it is trained; does nothing for other models.
+
+    Args:
+        model: with its parametrizations.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = [
+            (cast(Any, module).parametrizations[name], quantizer)
+            for _, module, name, quantizer in quantized_weights(model)
+            if parametrize.is_parametrized(module, name)
+        ]
+        self._inputs = [module for module in model.modules() if isinstance(module, InputQuantizer)]
+
+    def advance(self, step: int, n_steps: int) -> None:
+        """Prepare a training step, numbered from 0, of a run of `n_steps`."""
+        for chain, quantizer in self._weights:
+            quantizer.advance(chain.original, step, n_steps)
+        for inputs in self._inputs:
+            inputs.active = step >= inputs.start * n_steps
