@@ -1,8 +1,9 @@
 """The format .ceq: one file with a quantized model, its weights as packed codes. `models.packing` writes it.
 
-A safetensors file with the metadata {"format": "ceq", "version": "1", "sha256": see `compute_digest`}, of tensors with
-one axis, which join those of all weights in the order of the description:
+A safetensors file with the metadata {"format": "ceq/1"}, where 1 is the version, of tensors with one axis, which join
+those of all weights in the order of the description:
 
+    sha256          uint8, the checksum of the others: `compute_digest`.
     description     uint8, JSON compressed by zlib: `PackedDescription`.
     codes           uint8, each weight's codes from a new byte on, ceil(k n / 8) bytes for n codes of k bits. Code i has
                     the bits k i to k i + k - 1 of its bytes, lowest bit first; bit j is bit j mod 8 of byte j // 8.
@@ -34,17 +35,18 @@ from torch import Tensor
 
 from common.errors import UserError, some
 from common.parsing import parse_json
-from models.description import Description, check_description
+from models.description import Description, ModelDescription, check_description
 from models.quantization_recipe import Quantization
 from models.quantizers import Codes, get_grid_state
 
 PACKED = ".ceq"  # suffix
-FORMAT, VERSION = "ceq", "1"
+FORMAT, VERSION = "ceq/", "1"
 MAX_RATIO = 16  # of the bytes of a compressed tensor to those in the file
 _MAX_DESCRIPTION = 4 << 20  # bytes
 _MEMORY = 1 << 20  # bytes, of the decompressor
 _SPARE = 1 << 16  # bytes that a short compressed tensor may have in any case
 DESCRIPTION, CODES, SCALES, ZERO_POINTS, LEVELS = "description", "codes", "scales", "zero_points", "levels"
+DIGEST = "sha256"
 REST, XZ = "rest.", ".xz"
 
 Shape = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=16)]
@@ -119,13 +121,16 @@ def _get_bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def compute_digest(sections: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of format, version, and the name, type, number of values and bytes of each tensor, by name."""
-    digest = hashlib.sha256(f"{FORMAT} {VERSION}\n".encode())
+def compute_digest(sections: Mapping[str, Tensor]) -> Tensor:
+    """Return the SHA-256 of format, version, and the name, type, number of values and bytes of each tensor, by name.
+
+    It is that of "ceq/1", a line feed and, for each tensor, "NAME TYPE NUMBER", a line feed and the bytes.
+    """
+    digest = hashlib.sha256(f"{FORMAT}{VERSION}\n".encode())
     for name, tensor in sorted(sections.items()):
         digest.update(f"{name} {name_type(tensor.dtype)} {len(tensor)}\n".encode())
         digest.update(_get_bytes(tensor))
-    return digest.hexdigest()
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 def name_type(dtype: torch.dtype) -> str:
@@ -158,7 +163,7 @@ def read_packed(path: Path) -> dict[str, Any]:
         for (key, shape), part in zip(layout.items(), parts, strict=True):
             state[key] = (part.float() if description.lossy and dtype == torch.float16 else part).view(shape)
     n_rest = len(state)
-    recipe = Quantization.parse(description.config.get("model_args", {}).get("quantize"))
+    recipe = _read_recipe(description, path)
     for key, codes in _read_codes(sections, description.quantized, recipe):
         grid = {f"{key}_quantizer.{part}": value for part, value in get_grid_state(codes, recipe).items()}
         state |= {key: codes.decode()} | grid
@@ -173,20 +178,21 @@ def _read_sections(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file, after comparing them with its checksum."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            found = (file.metadata() or {}).get("format", "")
+            if not found.startswith(FORMAT):
                 raise UserError(f"{path}: is a safetensors file, but no {PACKED} file of scripts/pack_quantized.py")
-            if metadata.get("version") != VERSION:
+            if (version := found.removeprefix(FORMAT)) != VERSION:
                 raise UserError(
-                    f"{path}: has version {metadata.get('version')!r:.80} of the format, this program reads version "
-                    f"{VERSION}: use the program that wrote it, or pack the checkpoint again"
+                    f"{path}: has version {version!r:.80} of the format, and this program reads version {VERSION}: use "
+                    "the program that wrote it, or pack the checkpoint again"
                 )
             sections = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
     except SafetensorError as error:
         raise ValueError(f"no {PACKED} file, or cut short: {error}") from error
     if any(tensor.ndim != 1 for tensor in sections.values()):
         raise ValueError("a tensor has several axes")
-    if compute_digest(sections) != metadata.get("sha256"):
+    digest = sections.pop(DIGEST, None)
+    if digest is None or not torch.equal(digest, compute_digest(sections)):
         raise ValueError("its content does not have its checksum")
     return sections
 
@@ -202,6 +208,14 @@ def _read_description(packed: Tensor | None, path: Path) -> PackedDescription:
     if not decompressor.eof:
         raise ValueError(f"its description has more than {_MAX_DESCRIPTION} bytes, or is cut short")
     return check_description(PackedDescription, parse_json(text), f"{path}: its description")
+
+
+def _read_recipe(description: PackedDescription, path: Path) -> Quantization:
+    try:
+        config = check_description(ModelDescription, description.config, "its config")
+        return Quantization.parse((config.model_args or {}).get("quantize"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _list_rest(description: PackedDescription) -> list[tuple[str, torch.dtype, Layout]]:
@@ -233,8 +247,8 @@ def _take(sections: dict[str, Tensor], name: str, dtype: torch.dtype, n: int) ->
 def _read_codes(sections: dict[str, Tensor], layout: Layout, recipe: Quantization) -> Iterator[tuple[str, Codes]]:
     """Remove the codes and grids from the tensors of a file; yield those of each weight."""
     sizes = [math.prod(shape) for shape in layout.values()]
-    if not all(sizes):
-        raise ValueError("a quantized weight has no values")
+    if not all(sizes) or not all(layout.values()):
+        raise ValueError("a quantized weight has no values, or no axes")
     group_sizes = [recipe.group_size(shape) for shape in layout.values()]
     n_groups = [-(-n // size) for n, size in zip(sizes, group_sizes, strict=True)]
     bits, n_levels = recipe.weights, 1 << recipe.weights

@@ -17,6 +17,7 @@ from models.loading import describe_checkpoint
 from models.packed import (
     CODES,
     DESCRIPTION,
+    DIGEST,
     FORMAT,
     LEVELS,
     MAX_RATIO,
@@ -112,8 +113,8 @@ def pack_model(model: AudioTagger, *, rest: Rest = "fp32", entropy: bool = False
     sections = {DESCRIPTION: describe(description), **_join_codes(list(codes.values()), recipe, entropy)}
     for kind, tensors in grouped.items():
         sections |= _store(f"{REST}{kind}", torch.cat([value.flatten() for value in tensors.values()]), entropy)
-    metadata = {"format": FORMAT, "version": VERSION, "sha256": compute_digest(sections)}
-    data = save(sections, metadata)
+    # One entry, since safetensors writes several in any order.
+    data = save(sections | {DIGEST: compute_digest(sections)}, {"format": f"{FORMAT}{VERSION}"})
     return PackedModel(data, _measure(data, sections), count_bytes(original) + head, len(codes), description.lossy)
 
 

@@ -114,6 +114,12 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, F
                 yield f"{prefix}{name}", module, name, part
 
 
+def drop_quantizers(model: nn.Module) -> None:
+    """Remove the grids from a model after `bake_parametrizations`, so that only plain weights are left, in place."""
+    for _, module, name, quantizer in list(quantized_weights(model)):
+        delattr(module, f"{name}_{quantizer.kept_as}")
+
+
 class QuantizationSchedule:
     """Keeps the grids of a model up to date while it is trained; does nothing for other models.
 
