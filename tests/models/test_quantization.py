@@ -191,9 +191,9 @@ def test_levels_that_cross_while_trained_stay_a_grid():
 def test_a_grid_follows_the_weights_while_they_are_trained(clip):
     weight = normal(5, 60)
     quantizer = fake(weight, clip=clip, weights=3)
-    for step in range(40):
-        weight = weight + (3 * normal(5, 60, seed=7) - weight) * 0.1
-        quantizer.advance(weight, step / 40)
+    for step in range(201):
+        weight = weight + (3 * normal(5, 60, seed=7) - weight) * 0.02
+        quantizer.advance(weight, step, 201)
     lost = [(each(weight) - weight).square().sum() for each in (quantizer, fake(weight, clip=clip, weights=3))]
     assert lost[0] < 1.05 * lost[1]
 
@@ -205,8 +205,8 @@ def test_weights_are_float_until_the_start_and_quantized_in_evaluation_throughou
     layer = model.blocks[0].mlp.fc1
     original = layer.parametrizations.weight.original
     schedule = QuantizationSchedule(model)
-    for progress, is_float in ((0.0, True), (0.49, True), (0.5, False), (0.9, False)):
-        schedule.advance(progress)
+    for step, is_float in ((0, True), (49, True), (50, False), (90, False)):
+        schedule.advance(step, 100)
         assert torch.equal(layer.weight, original) == is_float
         assert layer.input_quantizer.active != is_float
         model.eval()
@@ -232,7 +232,7 @@ def test_rounded_inputs_have_255_values_and_depend_on_no_other_clip_nor_on_paddi
 @pytest.mark.parametrize(("scheme", "clip"), GRIDS)
 def test_a_checkpoint_has_plain_names_and_loads_as_quantized_values(scheme, clip, activations, tmp_path):
     torch.manual_seed(0)
-    recipe = {"weights": 3, "scheme": scheme, "clip": clip, "activations": activations}
+    recipe = {"weights": 3, "scheme": scheme, "clip": clip, "activations": activations, "start": 0.5}
     model = create_model("audiotransformer_pico", num_classes=3, depth=1, pooling="logit", quantize=recipe).eval()
     save_checkpoint(tmp_path / "a.pt", model)
     state, config = read_weights(tmp_path / "a.pt")
