@@ -116,9 +116,18 @@ def create_model(
     if parametrize:
         parametrize_model(model, parametrize)
         arguments["parametrize"] = {name: dict(settings or {}) for name, settings in parametrize.items()}
-    if quantize is not None:
-        recipe = Quantization.parse(quantize)
-        quantize_model(model, recipe)
-        arguments["quantize"] = recipe.describe()
     model.name, model.arguments, model.labels, model.activation = name, dict(arguments), labels, activation
+    if quantize is not None:
+        quantize_tagger(model, quantize)
     return model
+
+
+def quantize_tagger(model: AudioTagger, settings: Mapping[str, Any]) -> None:
+    """Quantize the weights of a model in place, and store the settings as its argument `quantize`.
+
+    Raises:
+        UserError: invalid settings, see `models.quantization.quantize_model`.
+    """
+    recipe = Quantization.parse(settings)
+    quantize_model(model, recipe)
+    model.arguments["quantize"] = recipe.describe()

@@ -17,7 +17,7 @@ from common.errors import Faults, UserError, some
 from common.files import whole_file
 from models.argument_checks import find_argument_faults
 from models.base import Activation, AudioTagger
-from models.creation import count_weights, create_model
+from models.creation import count_weights, create_model, quantize_tagger
 from models.description import FORMAT_VERSION, restore_head
 from models.headed import HEAD, Head, HeadedTagger
 from models.parametrizations import bake_parametrizations, fit_plain_weights, plain_state
@@ -52,7 +52,7 @@ def load_model(
         labels: names of the classes, by default those of the checkpoint.
         activation: "sigmoid" or "softmax", by default that of the checkpoint.
         device: of the model.
-        **arguments: settings that override those of the checkpoint.
+        **arguments: settings that override those of the checkpoint; `quantize` quantizes float weights.
 
     Returns:
         The model, in evaluation mode.
@@ -76,8 +76,11 @@ def load_model(
         what = f"names {name!r}, which is no model here" if name else "does not name its model"
         raise UserError(f"{origin} {what}: give `-m NAME --weights {origin}`, NAME one of {some(list_models(), 99)}")
 
+    quantize = arguments.pop("quantize", None)
     model = _build(name, state, config, num_classes, labels, arguments | given, str(origin))
     _fit(model, state, str(origin))
+    if quantize is not None:
+        quantize_tagger(model, quantize)
     if model.arguments.get("quantize"):
         bake_parametrizations(model)
     tagger = model if head is None else HeadedTagger(model, head)
@@ -244,16 +247,18 @@ def _fit(model: AudioTagger, state: Mapping[str, Tensor], origin: str, pre_train
     unexpected = [key for key in state if key not in expected]
     differing = [key for key in state if key in expected and state[key].shape != expected[key].shape]
 
-    head = [key for key in expected if key.startswith(f"{model.last_layer}.")]
-    weight = f"{model.last_layer}.weight"
+    last = f"{model.last_layer}."
+    names = [f"{last}weight", f"{last}parametrizations.weight.original"]
+    weight = next((name for name in names if name in expected), names[0])
     if weight in differing and state[weight].shape[1:] == expected[weight].shape[1:]:
         if model.num_classes:
             what = "%s: its last layer has %d classes, the model has %d: the last layer is initialised anew"
         else:
             what = "%s: its last layer of %d outputs is dropped: the model has %d classes and only embeds"
         logger.warning(what, origin, len(state[weight]), model.num_classes)
-        state = {key: value for key, value in state.items() if key not in head}
-        differing = [key for key in differing if key not in head]
+        state = {key: value for key, value in state.items() if not key.startswith(last)}
+        differing = [key for key in differing if not key.startswith(last)]
+        unexpected = [key for key in unexpected if not key.startswith(last)]  # the quantizer of a layer without classes
     elif pre_training and weight in missing:
         layers = model.last_layer.split(".")[0] + "."
         head = [key for key in missing if key.startswith(layers)]

@@ -108,13 +108,13 @@ def _pop_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def bake_parametrizations(model: nn.Module) -> None:
-    """Replace parametrizations by plain parameters of their current values, in place.
+    """Replace parametrizations by plain parameters of the values that they have in evaluation, in place.
 
     Those with a name to be kept under (`kept_as`) stay beside the parameter, as a module that is not applied.
     """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            chains = cast(nn.ModuleDict, module.parametrizations)
+            chains = cast(nn.ModuleDict, module.parametrizations).eval()  # in training, a change may not be on yet
             values = {name: getattr(module, name).detach() for name in chains}
             kept = {
                 f"{name}_{part.kept_as}": part

@@ -11,7 +11,7 @@ import fnmatch
 from collections.abc import Iterator
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from common.errors import UserError, some
@@ -30,9 +30,11 @@ def _weight_names(module: nn.Module) -> list[str]:
     """Return the names of the weights of a layer that are quantized."""
     if not isinstance(module, _MODULES):
         return []
-    return [
-        name for name, value in module._parameters.items() if value is not None and value.ndim > 1 and "weight" in name
-    ]
+    names = list(module._parameters)
+    if parametrize.is_parametrized(module):
+        names += list(cast(nn.ModuleDict, module.parametrizations))
+    values = {name: getattr(module, name) for name in names if "weight" in name}
+    return [name for name, value in values.items() if value is not None and value.ndim > 1 and value.numel()]
 
 
 def _is_depthwise(module: nn.Module) -> bool:
@@ -87,12 +89,13 @@ def quantize_model(model: nn.Module, recipe: Quantization) -> None:
             module.input_quantizer = InputQuantizer(recipe.start, isinstance(module, nn.Conv1d | nn.Conv2d))
             module.register_forward_pre_hook(_quantize_input)
         if isinstance(module, nn.RNNBase):
-            module.register_forward_hook(_forget_weights)
+            module.register_forward_hook(_detach_weights)
 
 
-def _forget_weights(module: nn.Module, arguments: Any, output: Any) -> None:
-    """Drop the computed weights that a recurrent layer keeps, which cannot be copied."""
-    module._flat_weights = []  # type: ignore[assignment]  # computed anew by each forward pass
+def _detach_weights(module: nn.Module, arguments: Any, output: Any) -> None:
+    """Detach the computed weights that a recurrent layer keeps until its next forward pass: others cannot be copied."""
+    flat = cast(list[Tensor], module._flat_weights)
+    module._flat_weights = [weight.detach() for weight in flat]  # type: ignore[assignment]
 
 
 def quantized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, FakeQuantize]]:
@@ -125,9 +128,9 @@ class QuantizationSchedule:
         ]
         self._inputs = [module for module in model.modules() if isinstance(module, InputQuantizer)]
 
-    def advance(self, progress: float) -> None:
-        """Prepare a training step; `progress` is the share of the run that is done, from 0 to 1."""
+    def advance(self, step: int, n_steps: int) -> None:
+        """Prepare a training step, numbered from 0, of a run of `n_steps`."""
         for chain, quantizer in self._weights:
-            quantizer.advance(chain.original, progress)
+            quantizer.advance(chain.original, step, n_steps)
         for inputs in self._inputs:
-            inputs.active = progress >= inputs.start
+            inputs.active = step >= inputs.start * n_steps

@@ -35,6 +35,11 @@ def create_student(config: TrainConfig, labels: list[str] | None, needs: Needs) 
     arguments.pop("outputdim", None)  # published files may repeat the number of classes
     if needs.activation:
         arguments.setdefault("activation", needs.activation)
+    if dict(arguments.get("quantize") or {}).get("fold_batch_norm"):
+        raise UserError(
+            "model_args: quantize: fold_batch_norm is for quantization after training (scripts/quantize.py); in "
+            "training, batch norms are needed"
+        )
     num_classes = None if labels is None else len(labels)  # 0 if there are only embeddings
     model = create_model(config.model, num_classes=num_classes, labels=labels, **arguments)
     if needs.output and model.outputs != needs.output:
