@@ -105,8 +105,7 @@ class FakeQuantize(nn.Module):
     def __init__(self, weight: Tensor, settings: Quantization) -> None:
         super().__init__()
         self.settings, self.bits, self.shape = settings, settings.weights, tuple(weight.shape)
-        sizes = {"tensor": weight.numel(), "channel": weight[0].numel(), "bucket": settings.bucket_size}
-        self.group_size = min(sizes[settings.scope], weight.numel())
+        self.group_size = settings.group_size(weight.shape)
         self.active = settings.start == 0
         ones = torch.ones(-(-weight.numel() // self.group_size), device=weight.device)
         if settings.range == "learned":
@@ -208,8 +207,11 @@ class FakeQuantize(nn.Module):
 
     def _round(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the multiples of the scale that groups (g,n) are rounded to."""
-        low = -zero[:, None]
-        return (groups / scale[:, None]).round_().clamp_(low, low + (2**self.bits - 1))
+        ratio, half = groups / scale[:, None], 2 ** (self.bits - 1)
+        if self.settings.scheme == "symmetric":
+            return ratio.round_().clamp_(-half, half - 1)  # bounds that are tensors take ten times as long
+        zero = zero[:, None]
+        return ratio.add_(zero).round_().clamp_(0, 2 * half - 1).sub_(zero)
 
     def _refine(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the scales (g,) of least squared error for the codes that the present ones give."""
@@ -234,13 +236,8 @@ class FakeQuantize(nn.Module):
         if self.settings.range == "levels":
             return cast(Tensor, _TrainedLevels.apply(weight, self.grid_levels(), self.group_size))
         if self.settings.range == "learned":
-            low = -self.zero
-            return cast(
-                Tensor,
-                _LearnedScale.apply(
-                    weight, self.log_scale, self.grid_scale(), low, low + (2**self.bits - 1), self.group_size
-                ),
-            )
+            grid = self.grid_scale(), self.zero, self.bits, self.group_size
+            return cast(Tensor, _LearnedScale.apply(weight, self.log_scale, *grid))
         with torch.no_grad():
             scale = self.grid_scale()
             multiples = self._round(_group(weight, self.group_size), scale, self.zero)
@@ -269,22 +266,27 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def restore(self, codes: Codes) -> None:
         """Set the grid to that of codes; `forward(codes.decode())` is then `codes.decode()`."""
-        if self.settings.range == "levels":
-            assert codes.levels is not None
-            cast(Tensor, self.scale).fill_(1)
-            self.levels.copy_(codes.levels.flatten())
-        elif self.settings.range == "learned":
-            self.log_scale.copy_(codes.scale.log2())
-        else:
-            cast(Tensor, self.scale).copy_(codes.scale)
-        if self.settings.scheme == "minmax":
-            cast(Tensor, self.zero_point).copy_(codes.zero_point)
+        self.load_state_dict(get_grid_state(codes, self.settings))
+
+
+def get_grid_state(codes: Codes, settings: Quantization) -> dict[str, Tensor]:
+    """Return the state dict of a `FakeQuantize` with the grid of codes."""
+    if settings.range == "levels":
+        assert codes.levels is not None
+        state = {"scale": torch.ones_like(codes.scale), "levels": codes.levels.flatten()}
+    elif settings.range == "learned":
+        state = {"log_scale": codes.scale.log2()}
+    else:
+        state = {"scale": codes.scale}
+    return state | ({"zero_point": codes.zero_point} if settings.scheme == "minmax" else {})
 
 
 def _nearest(groups: Tensor, levels: Tensor) -> Tensor:
     """Return the index of the nearest of ascending levels (G,L) for each of (G,n)."""
-    middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
-    return torch.searchsorted(middles, groups.contiguous())
+    codes = torch.zeros_like(groups, dtype=torch.uint8)
+    for middle in ((levels[:, 1:] + levels[:, :-1]) / 2).unbind(1):
+        codes += groups > middle[:, None]  # 25 times as fast as torch.searchsorted for 16 levels of each row
+    return codes.long()
 
 
 def _fit_levels(groups: Tensor, bits: int) -> Tensor:
@@ -323,27 +325,35 @@ class _LearnedScale(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, log_scale: Tensor, scale: Tensor, low: Tensor, high: Tensor, group_size: int
+        ctx: Any, weight: Tensor, log_scale: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int
     ) -> Tensor:
-        ratio = _group(weight, group_size) / scale[:, None]
-        multiples = ratio.round().clamp_(low[:, None], high[:, None])
-        ctx.save_for_backward(ratio, multiples, scale, low, high)
-        ctx.group_size = group_size
-        return _ungroup(multiples * scale[:, None], weight.shape)
+        zero, top = zero[:, None], 2**bits - 1
+        codes = (_group(weight, group_size) / scale[:, None]).add_(zero)  # before rounding
+        inside = (codes.clamp(0, top) == codes).float()  # products with bool are slow
+        rounded = codes.round().clamp_(0, top)
+        # By the scale, a weight changes by the multiple that it is rounded to, minus its ratio to the scale unless it
+        # is clipped.
+        ctx.save_for_backward(inside, (rounded - zero).sub_(codes.sub_(zero).mul_(inside)), scale)
+        ctx.bits, ctx.group_size = bits, group_size
+        return _ungroup(rounded.sub_(zero).mul_(scale[:, None]), weight.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        ratio, multiples, scale, low, high = ctx.saved_tensors
-        inside = (ratio >= low[:, None]) & (ratio <= high[:, None])
-        groups = _group(gradient, ctx.group_size)
-        if rest := groups.numel() - gradient.numel():
-            groups = groups.clone()
-            groups.view(-1)[-rest:] = 0  # what fills up the last group
-        of_scale = (groups * torch.where(inside, multiples - ratio, multiples)).sum(1)
-        normaliser = (ctx.group_size * ((high - low + 1) / 2 - 1).clamp_min(1)).sqrt()
-        of_log = of_scale * scale * math.log(2) / normaliser
+        inside, by_scale, scale = ctx.saved_tensors
+        groups = _group_gradient(gradient, ctx.group_size)
+        normaliser = math.sqrt(ctx.group_size * max(1, 2 ** (ctx.bits - 1) - 1))
+        of_log = torch.linalg.vecdot(groups, by_scale) * scale * (math.log(2) / normaliser)
         return _ungroup(groups * inside, gradient.shape), of_log, None, None, None, None
+
+
+def _group_gradient(gradient: Tensor, n: int) -> Tensor:
+    """(...) -> (G,n), with zeros for what fills up the last group."""
+    groups = _group(gradient, n)
+    if rest := groups.numel() - gradient.numel():
+        groups = groups.clone()
+        groups.view(-1)[-rest:] = 0
+    return groups
 
 
 class _TrainedLevels(torch.autograd.Function):
@@ -360,10 +370,7 @@ class _TrainedLevels(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
         (codes,) = ctx.saved_tensors
-        groups = _group(gradient, ctx.group_size)
-        if rest := groups.numel() - gradient.numel():
-            groups = groups.clone()
-            groups.view(-1)[-rest:] = 0
+        groups = _group_gradient(gradient, ctx.group_size)
         of_levels = groups.new_zeros(len(groups), ctx.n_levels).scatter_add_(1, codes, groups)
         return gradient, of_levels, None
 
