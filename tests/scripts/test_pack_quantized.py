@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -145,7 +146,8 @@ def test_a_file_is_taken_wherever_a_checkpoint_is(checkpoint, tmp_path):
             words = command.replace("MODEL", model).replace("NAME", name).replace("PACK", packed).split()
             done = run_command(ROOT / words[0], *words[1:], cwd=tmp_path)
             assert done.returncode == 0, done.stderr
-    assert Path("plain.csv").read_text() == Path("packed.csv").read_text()
+    tables = [pd.read_csv(f"{name}.csv") for name in ("plain", "packed")]
+    pd.testing.assert_frame_equal(*tables, atol=1e-5)  # batches may differ
     scores = [json.loads(Path(f"{name}_scores.json").read_text()) for name in ("plain", "packed")]
     assert scores[0]["mAP"] == scores[1]["mAP"]
     stores = [SoftTargetStore(next(Path("logits", name).rglob("meta.json")).parent) for name in ("plain", "packed")]
