@@ -135,7 +135,7 @@ def test_a_file_is_taken_wherever_a_checkpoint_is(checkpoint, tmp_path):
     Path("store.yaml").write_text(store)
     commands = [
         "inference.py sounds -m MODEL --output NAME.csv",
-        "run.py evaluate MODEL --test_data PACK --output NAME_scores.json",
+        "run.py evaluate MODEL --test_data PACK --output NAME_scores",
         "run.py probe MODEL --name NAME --train_data PACK --test_data PACK",
         "save_logits.py store.yaml --model MODEL --name NAME",
         "export_onnx.py -m MODEL --precision fp32 --output NAME.onnx",
@@ -148,7 +148,7 @@ def test_a_file_is_taken_wherever_a_checkpoint_is(checkpoint, tmp_path):
             assert done.returncode == 0, done.stderr
     tables = [pd.read_csv(f"{name}.csv") for name in ("plain", "packed")]
     pd.testing.assert_frame_equal(*tables, atol=1e-5)  # batches may differ
-    scores = [json.loads(Path(f"{name}_scores.json").read_text()) for name in ("plain", "packed")]
+    scores = [json.loads(Path(f"{name}_scores/evaluation_tones.json").read_text()) for name in ("plain", "packed")]
     assert scores[0]["mAP"] == scores[1]["mAP"]
     stores = [SoftTargetStore(next(Path("logits", name).rglob("meta.json")).parent) for name in ("plain", "packed")]
     for key, values in stores[0].read_arrays(1).items():
