@@ -25,7 +25,7 @@ from models.headed import HEAD, HeadedTagger
 from models.labels import audioset_labels
 from models.layers import Block
 from models.parametrizations import bake_parametrizations
-from models.quantization import quantized_weights
+from models.quantization import drop_quantizers
 from models.resnet import ResNet10
 from models.tensor_files import read_tensors
 
@@ -130,8 +130,14 @@ def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str
     folder = Path(folder)
     model = copy.deepcopy(model)
     bake_parametrizations(model)  # `transformers` loads plain weights only
+    drop_quantizers(model)
     network = get_network(model)
-    _drop_quantizers(network)
+    recipe = network.arguments.pop("quantize", None) or {}
+    if used := [name for name in ("activations", "fold_batch_norm") if recipe.get(name)]:
+        raise UserError(
+            f"{model.name}: the code of a folder for transformers does not compute the setting {used[0]} of quantize; "
+            "use export_onnx.py, or quantize without it"
+        )
     if isinstance(network, ResNet10):
         settings = huggingface_resnet.resnet_settings(network)
         state = huggingface_resnet.resnet_to_huggingface(network.state_dict())
@@ -158,23 +164,6 @@ def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str
     # Not `save_file`, which would let only its owner read the file.
     write_bytes(folder / "model.safetensors", save(state, metadata={"format": "pt"}))
     write_json(folder / "config.json", config)
-
-
-def _drop_quantizers(network: AudioTagger) -> None:
-    """Leave the quantized values of weights as plain weights, in place.
-
-    Raises:
-        UserError: the network computes what the code in a folder does not.
-    """
-    recipe = network.arguments.pop("quantize", None) or {}
-    for setting in ("activations", "fold_batch_norm"):
-        if recipe.get(setting):
-            raise UserError(
-                f"{network.name}: the code in a folder for transformers does not have the setting {setting} of "
-                "quantize; use export_onnx.py, or quantize without it"
-            )
-    for _, module, name, quantizer in list(quantized_weights(network)):
-        delattr(module, f"{name}_{quantizer.kept_as}")
 
 
 def get_network(model: AudioTagger) -> AudioTransformer | ResNet10:

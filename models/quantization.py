@@ -37,7 +37,8 @@ def _weight_names(module: nn.Module) -> list[str]:
     return [name for name, value in values.items() if value is not None and value.ndim > 1 and value.numel()]
 
 
-def _is_depthwise(module: nn.Module) -> bool:
+def is_depthwise(module: nn.Module) -> bool:
+    """Return whether a layer is a convolution of each channel by itself."""
     return isinstance(module, nn.Conv1d | nn.Conv2d) and 1 < module.groups == module.in_channels
 
 
@@ -68,7 +69,7 @@ def quantize_model(model: nn.Module, recipe: Quantization) -> None:
             for key, (path, module, _) in found.items()
             if fnmatch.fnmatch(key, pattern)
             or fnmatch.fnmatch(path, pattern)
-            or (pattern == "depthwise" and _is_depthwise(module))
+            or (pattern == "depthwise" and is_depthwise(module))
         ]
         if not skipped:
             raise UserError(
@@ -111,6 +112,12 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, F
             if isinstance(part, FakeQuantize) and child.endswith(f"_{part.kept_as}"):
                 name = child.removesuffix(f"_{part.kept_as}")
                 yield f"{prefix}{name}", module, name, part
+
+
+def drop_quantizers(model: nn.Module) -> None:
+    """Remove the grids from a model after `bake_parametrizations`, so that only plain weights are left, in place."""
+    for _, module, name, quantizer in list(quantized_weights(model)):
+        delattr(module, f"{name}_{quantizer.kept_as}")
 
 
 class QuantizationSchedule:

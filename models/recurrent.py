@@ -99,6 +99,7 @@ class RecurrentTagger(AudioTagger):
         self.layers = nn.ModuleList(_CELLS[cell](width, hidden_size, batch_first=True) for width in widths)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(hidden_size, num_classes)
+        nn.init.zeros_(self.classifier.bias)  # until `init_from_data` sets it to what is known of the classes
 
     def encode(
         self, mel: Tensor, n_frames: Tensor | None = None, *, keep: Keep | None = None, layers: Sequence[int] = ()

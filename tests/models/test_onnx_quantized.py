@@ -186,19 +186,23 @@ def test_weights_that_the_graph_has_in_another_form_stay_float_with_a_warning(ca
         embed_codes(write_graph("LSTM", weights, settings, x, 21), model, CodeType(4, 21, {}))
 
 
-def tagger(name="audiotransformer_pico", quantize=None, **arguments):
-    """A small tagger whose output differs from sound to sound, as `load_model` gives it."""
+def tagger(name="audiotransformer_pico", quantize=None):
+    """A small tagger whose output differs from sound to sound, quantized as by `load_model`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        defaults = {"audiotransformer_pico": {"pooling": "logit", "depth": 1}, "lstm_small": {"hidden_size": 32}}
-        model = create_model(name, num_classes=5, quantize=quantize, **defaults.get(name, {}) | arguments)
+        defaults = {"pooling": "logit", "depth": 1} if name == "audiotransformer_pico" else {}
+        defaults = {"hidden_size": 32} if name.endswith("_small") else defaults
+        model = create_model(name, num_classes=5, **defaults)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 1.0
         with torch.no_grad():
             model(torch.stack([noise(16000, seed, 10.0**-seed) for seed in range(4)]))
-            last = model.get_submodule(model.last_layer)
-            last.weight = nn.Parameter(last.weight / last.weight.std() * 0.3)
+        nn.init.normal_(model.get_submodule(model.last_layer).weight, std=0.3)
+    if quantize:
+        recipe = Quantization(**quantize)
+        quantize_model(model, recipe)
+        model.arguments["quantize"] = recipe.describe()
     bake_parametrizations(model.eval())
     return model
 
@@ -251,7 +255,7 @@ def test_what_does_not_suit_model_or_opset_is_refused_before_the_export(quantize
 
 @pytest.mark.parametrize("name", ["lstm_small", pytest.param("gru_small", marks=pytest.mark.long)])
 def test_int8_runs_lstm_layers_in_8_bits_and_says_that_it_has_no_such_gru(name, tmp_path, caplog):
-    model = tagger(name, hidden_size=32)
+    model = tagger(name)
     targets = {precision: tmp_path / f"{precision}.onnx" for precision in ("fp32", "int8")}
     differences = export_onnx(model, targets)
     assert differences["fp32"] < 1e-5
@@ -276,7 +280,7 @@ def test_int8_runs_lstm_layers_in_8_bits_and_says_that_it_has_no_such_gru(name, 
 )
 @pytest.mark.parametrize("name", ["audiotransformer_pico", "mn01_as", "lstm_small", "gru_small"])
 def test_every_kind_of_network_is_exported_as_trained(name, quantize, tmp_path):
-    model = tagger(name, quantize, **({"hidden_size": 32} if "small" in name else {}))
+    model = tagger(name, quantize)
     (difference,) = export_onnx(model, {"quantized": tmp_path / "x.onnx"}, waveform=True).values()
     assert difference < (0.05 if "activations" in quantize else 1e-5)
     names = types(onnx.load(tmp_path / "x.onnx"))
