@@ -186,7 +186,7 @@ def test_weights_that_the_graph_has_in_another_form_stay_float_with_a_warning(ca
         embed_codes(write_graph("LSTM", weights, settings, x, 21), model, CodeType(4, 21, {}))
 
 
-def tagger(name="audiotransformer_pico", quantize=None):
+def tagger(name, quantize=None):
     """A small tagger whose output differs from sound to sound, quantized as by `load_model`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -209,11 +209,11 @@ def tagger(name="audiotransformer_pico", quantize=None):
 
 def test_the_command_writes_the_quantized_file_of_a_quantized_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model = tagger(quantize={"weights": 4})
+    model = tagger("lstm_small", {"weights": 4})
     save_checkpoint("model.pt", model)
     command.main(["-m", "model.pt"])
-    assert capsys.readouterr().out.startswith("audiotransformer_pico.quantized.onnx: 0.")
-    graph = onnx.load("audiotransformer_pico.quantized.onnx")
+    assert capsys.readouterr().out.startswith("lstm_small.quantized.onnx: 0.")
+    graph = onnx.load("lstm_small.quantized.onnx")
     facts = {entry.key: entry.value for entry in graph.metadata_props}
     assert graph.opset_import[0].version == 21
     assert json.loads(facts["session_options"]) == SESSION_OPTIONS
@@ -225,7 +225,7 @@ def test_the_command_writes_the_quantized_file_of_a_quantized_model(tmp_path, mo
     assert stored == sorted(getattr(module, name).numel() // 2 for _, module, name, _ in quantized_weights(model))
 
     wave = torch.stack([noise(16000, seed) for seed in range(3)])
-    engine = OnnxEngine("audiotransformer_pico.quantized.onnx")
+    engine = OnnxEngine("lstm_small.quantized.onnx")
     assert (engine.precision, engine.batch_size) == ("quantized", 8)
     expected = load_model("model.pt").predict(wave).numpy()
     assert expected.std(0).max() > 0.01
