@@ -42,6 +42,7 @@ from models.creation import create_model
 from models.fourier import PortableFrontEnd
 from models.headed import HeadedTagger
 from models.labels import AUDIOSET_LABELS
+from models.onnx_recurrent import replace_recurrent_layers
 from models.parametrizations import bake_parametrizations
 from models.vit import SpectrogramTransformer
 
@@ -85,7 +86,7 @@ def export_onnx(
     bake_parametrizations(model)  # a quantiser finds constants only
     takes: Input = "waveform" if waveform else "feats"
     wave = _sounds(2, model.sample_rate)
-    network = _trace(_Network(model), model.front_end(wave), "feats", "prob")
+    network = _trace(_Network(replace_recurrent_layers(model)), model.front_end(wave), "feats", "prob")
     front_end = _trace(PortableFrontEnd(model.front_end), wave, "waveform", "mel") if waveform else None
     differences: dict[Precision, float] = {}
     with ExitStack() as files:
@@ -238,7 +239,8 @@ def _trace(module: nn.Module, example: Tensor, name_in: str, name_out: str) -> o
             cause = str(error.__cause__ or error).strip().splitlines()[0]
             raise UserError(
                 f"the model cannot be traced for ONNX ({cause}): `forward_export` must depend on shapes alone. Usual "
-                "causes are nn.LSTM and nn.GRU, conditions on values, and `len(x)` in place of `x.shape[0]`"
+                "causes are conditions on values, `len(x)` in place of `x.shape[0]`, and an nn.LSTM or nn.GRU of "
+                "several layers or two directions (give each layer a module of its own)"
             ) from error
     assert program is not None
     graph = program.model_proto
