@@ -13,16 +13,19 @@ from common.errors import UserError
 def fold_batch_norm(model: nn.Module) -> None:
     """Fold each batch norm whose input is the output of one convolution or linear layer, in place.
 
-    The output stays the same up to float rounding. The layer gets a bias; the batch norm becomes an identity, or its
-    activation where it has one (timm's `BatchNormAct2d`). Others, such as those of an input, stay.
+    The output stays the same up to float rounding, which is checked. The layer gets a bias; the batch norm becomes an
+    identity, or its activation where it has one (timm's `BatchNormAct2d`). Others, such as those of an input, stay.
 
     Args:
-        model: a tagger; which layers follow each other is observed on a second of silence.
+        model: a tagger; which layers follow each other is observed on a second of noise.
 
     Raises:
-        UserError: there is nothing to fold.
+        UserError: there is nothing to fold, or the output of such a layer is used elsewhere as well.
     """
-    pairs = _find_pairs(model)
+    was_training = model.training
+    model.eval()
+    noise = 0.1 * torch.randn(1, cast(Any, model).sample_rate, generator=torch.Generator().manual_seed(0))
+    pairs, expected = _find_pairs(model, noise)
     if not pairs:
         raise UserError("fold_batch_norm: no batch norm follows a convolution; leave it out")
     names = {module: name for name, module in model.named_modules()}
@@ -31,10 +34,16 @@ def fold_batch_norm(model: nn.Module) -> None:
         parent, _, child = names[norm].rpartition(".")
         rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
         setattr(model.get_submodule(parent), child, nn.Sequential(*rest) if rest else nn.Identity())
+    with torch.no_grad():
+        differs = not torch.allclose(cast(Callable[[Tensor], Tensor], model)(noise), expected, rtol=1e-2, atol=1e-3)
+    model.train(was_training)
+    if differs:
+        raise UserError("fold_batch_norm: the output of a convolution is used beside its batch norm; leave it out")
 
 
-def _find_pairs(model: nn.Module) -> list[tuple[nn.Module, _BatchNorm]]:
-    """Return each layer with the batch norm that takes its output, in the order of computation."""
+@torch.no_grad()
+def _find_pairs(model: nn.Module, waveform: Tensor) -> tuple[list[tuple[nn.Module, _BatchNorm]], Tensor]:
+    """Return each layer with the batch norm that takes its output, in the order of computation; the model's output."""
     made: dict[int, tuple[Tensor, nn.Module]] = {}  # the tensors are kept, so that no address is used twice
     calls: dict[nn.Module, int] = {}
     pairs: list[tuple[nn.Module, _BatchNorm]] = []
@@ -54,16 +63,12 @@ def _find_pairs(model: nn.Module) -> list[tuple[nn.Module, _BatchNorm]]:
             hooks.append(module.register_forward_hook(keep))
         elif isinstance(module, _BatchNorm):
             hooks.append(module.register_forward_pre_hook(match))
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
-            cast(Callable[[Tensor], Tensor], model)(torch.zeros(1, cast(Any, model).sample_rate))
+        output = cast(Callable[[Tensor], Tensor], model)(waveform)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]
+    return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1], output
 
 
 @torch.no_grad()

@@ -3,12 +3,15 @@
     python scripts/benchmark.py train [--model ced_tiny] [--seconds 10] [--batch_size 16] [--compile] [--mode fp32]
     python scripts/benchmark.py train --device cuda --mode bf16 --compile --batch_size 128 --peak_tflops 989
     python scripts/benchmark.py tag [--sounds FOLDER] [--model ced_tiny] [--rounds 3]
+    python scripts/benchmark.py quantize [--model lstm_small] [--seconds 10] [--batch_size 16]
     python scripts/benchmark.py tome [--model ast_base] [--seconds 10] [--r 40] [--attention sdpa,naive]
 
 `train` times the project's training step and a plain one, written as in published code: attention weights materialised,
 masks and mixup clip by clip, one tensor after another in the optimiser, the loss read every step. Weights, batch and
 random numbers are the same, so both have the same losses. All candidates run in one process and in alternation, so that
 other load on the machine affects them alike.
+
+`quantize` times the project's training step with float and with quantized weights, in alternation.
 
 `tag` times whole processes that tag a folder, and the same sound in one long file: inference.py with PyTorch and with
 ONNX Runtime, and a plain script that processes one file at a time. Probabilities are compared.
@@ -38,6 +41,7 @@ import torch
 
 from common.commands import run_commands
 from common.temporary import temporary_folder
+from models import create_model
 from models.devices import choose_device
 from scripts.benchmarks.tag import benchmark_tagging
 from scripts.benchmarks.timing import compute_tflops, describe_device, format_table, time_steps
@@ -102,6 +106,55 @@ class Benchmark:
             f"{steps} steps"
         )
         print(format_table(measured, "plain", batch_size, "clips/s", columns))
+
+    @print_user_errors
+    def quantize(
+        self,
+        model: str = "ced_tiny",
+        seconds: float = 10.0,
+        batch_size: int = 16,
+        weights: int = 4,
+        steps: int = 1,
+        rounds: int = 10,
+        mode: str = "fp32",
+        device: str = "auto",
+        num_classes: int = 527,
+        seed: int = 0,
+    ) -> None:
+        """Time the training step of a model with float and with quantized weights.
+
+        Args:
+            model: any model with logits.
+            seconds: length of the clips.
+            batch_size: clips of a step.
+            weights: bits of a weight.
+            steps: of each candidate in a round.
+            rounds: of all candidates.
+            mode: precision, as in a training configuration.
+            device: auto, cpu or cuda.
+            num_classes: C.
+            seed: of weights and sounds.
+        """
+        where = choose_device(device)
+        recipes: dict[str, dict[str, Any] | None] = {
+            "float": None,
+            f"{weights} bits, mse": {"weights": weights, "clip": "mse"},
+            f"{weights} bits, learned": {"weights": weights, "clip": "learned"},
+            f"{weights} bits, levels": {"weights": weights, "scheme": "levels"},
+        }
+        candidates = {}
+        for name, recipe in recipes.items():
+            torch.manual_seed(seed)
+            pooling: dict[str, Any] = {"pooling": "logit"} if model.startswith(("ced_", "audiotransformer_")) else {}
+            network = create_model(model, num_classes=num_classes, quantize=recipe, **pooling).to(where)
+            candidates[name] = make_project_step(network, mode, where, compiled=False)
+        batch = make_batch(network, batch_size, seconds, where, seed)
+        measured = time_steps(candidates, batch, rounds, steps, where)
+        print(
+            f"training steps of {model}, {mode}, {batch_size} clips of {seconds:g} s; PyTorch {torch.__version__}, "
+            f"{describe_device(where)}; medians of {rounds} rounds of {steps} steps"
+        )
+        print(format_table(measured, "float", batch_size, "clips/s", {}))
 
     @print_user_errors
     def tag(

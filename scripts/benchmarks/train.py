@@ -17,6 +17,7 @@ from distill.objectives import plan_objective
 from distill.replay import REFERENCE_RATE, Replay
 from models import create_model
 from models.audiotransformer import AudioTransformer
+from models.base import AudioTagger
 from models.ced_mel import CedMel
 from scripts.benchmarks.plain import FREQUENCY_MASK, TIME_MASK, plain_logits, plain_masks, plain_mel, plain_mixup
 from training.loss_module import LossModule
@@ -40,7 +41,7 @@ def create_transformer(name: str, num_classes: int) -> AudioTransformer:
     return cast(AudioTransformer, create_model(name, num_classes=num_classes, pooling="logit"))
 
 
-def make_batch(model: AudioTransformer, batch_size: int, seconds: float, device: torch.device, seed: int) -> Batch:
+def make_batch(model: AudioTagger, batch_size: int, seconds: float, device: torch.device, seed: int) -> Batch:
     """Return a batch of noise with random targets, on its device.
 
     Args:
@@ -68,7 +69,7 @@ def make_batch(model: AudioTransformer, batch_size: int, seconds: float, device:
     ).to(device)
 
 
-def make_project_step(model: AudioTransformer, mode: str, device: torch.device, compiled: bool) -> Step:
+def make_project_step(model: AudioTagger, mode: str, device: torch.device, compiled: bool) -> Step:
     """Return the project's training step of `model`."""
     plan = plan_objective("target", loss="BCEWithLogitsLoss")
     objective = plan.build(model)
