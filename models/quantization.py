@@ -128,9 +128,9 @@ class QuantizationSchedule:
         ]
         self._inputs = [module for module in model.modules() if isinstance(module, InputQuantizer)]
 
-    def advance(self, progress: float) -> None:
-        """Prepare a training step; `progress` is the share of the run that is done, from 0 to 1."""
+    def advance(self, step: int, n_steps: int) -> None:
+        """Prepare a training step, numbered from 0, of a run of `n_steps`."""
         for chain, quantizer in self._weights:
-            quantizer.advance(chain.original, progress)
+            quantizer.advance(chain.original, step, n_steps)
         for inputs in self._inputs:
-            inputs.active = progress >= inputs.start
+            inputs.active = step >= inputs.start * n_steps

@@ -8,7 +8,7 @@ Grids:
         these from k-means).
 Ranges (`clip`) of the first two:
     absmax: no weight is clipped.
-    mse: least squared error, found by a search, then followed by one alternating least-squares step per training step.
+    mse: least squared error, found by a search, then followed by alternating least-squares steps while training.
     learned: trained (LSQ, Esser et al., ICLR 2020), as a logarithm (Jain et al., MLSys 2020), since Adam ignores the
         scaling of gradients on which LSQ relies.
 
@@ -28,7 +28,9 @@ from common.errors import UserError
 from models.quantization_recipe import Quantization
 
 _SHRINKS = (1.0, 0.9, 0.8, 0.72, 0.64, 0.57, 0.5, 0.44, 0.38, 0.33, 0.28, 0.24, 0.2, 0.16, 0.12, 0.08)  # of the range
+_SMALLEST = 2.0**-126  # positive normal number of bfloat16 and float32
 _SAMPLE = 256  # weights of a group on which ranges are compared
+_REFINE_EVERY = 4  # training steps: weights move little in between
 _BLOCK = 1 << 19  # weights that a search works on at a time, so that they stay in the cache
 
 
@@ -98,9 +100,7 @@ class FakeQuantize(nn.Module):
         UserError: weights that are not finite.
     """
 
-    kept_as: ClassVar[str] = (
-        "quantizer"  # of WEIGHT, in a network without parametrizations: the module WEIGHT_quantizer
-    )
+    kept_as: ClassVar[str] = "quantizer"  # beside a plain WEIGHT, the module is WEIGHT_quantizer
 
     def __init__(self, weight: Tensor, settings: Quantization) -> None:
         super().__init__()
@@ -108,16 +108,16 @@ class FakeQuantize(nn.Module):
         sizes = {"tensor": weight.numel(), "channel": weight[0].numel(), "bucket": settings.bucket_size}
         self.group_size = min(sizes[settings.scope], weight.numel())
         self.active = settings.start == 0
-        n_groups = -(-weight.numel() // self.group_size)
-        self.register_buffer("scale", torch.ones(n_groups))
-        if settings.scheme == "minmax":
-            self.register_buffer("zero_point", torch.zeros(n_groups, dtype=torch.uint8))
+        ones = torch.ones(-(-weight.numel() // self.group_size), device=weight.device)
         if settings.range == "learned":
-            del self.scale
-            self.log_scale = nn.Parameter(torch.zeros(n_groups))  # base 2
-        elif settings.range == "levels":
+            self.log_scale = nn.Parameter(ones)  # base 2
+        else:
+            self.register_buffer("scale", ones)
+        if settings.scheme == "minmax":
+            self.register_buffer("zero_point", ones.to(torch.uint8))
+        if settings.range == "levels":
             # In units of `scale`, the deviation of the group. Flat, since parameters of two axes get weight decay.
-            self.levels = nn.Parameter(torch.zeros(n_groups << self.bits))
+            self.levels = nn.Parameter(ones.repeat_interleave(2**self.bits))
         self.fit(weight)
 
     @property
@@ -137,9 +137,8 @@ class FakeQuantize(nn.Module):
 
     def grid_scale(self) -> Tensor:
         """Return the scale of each group, (G,), rounded to bfloat16."""
-        return _round_scale(self._parameter.exp2() if self.settings.range == "learned" else self._parameter).clamp_min(
-            1e-38
-        )
+        scale = self._parameter.exp2() if self.settings.range == "learned" else self._parameter
+        return _round_scale(scale).clamp_min(_SMALLEST)
 
     def grid_levels(self) -> Tensor:
         """Return the levels of each group, (G,L), ascending, rounded to bfloat16; differentiable."""
@@ -155,6 +154,9 @@ class FakeQuantize(nn.Module):
         """
         if not bool(weight.isfinite().all()):
             raise UserError("quantize: a weight is NaN or infinite; give a checkpoint of a training that converged")
+        self._fit(weight)
+
+    def _fit(self, weight: Tensor) -> None:
         groups = _group(weight.detach().float(), self.group_size)
         for start in range(0, len(groups), step := max(1, _BLOCK // self.group_size)):
             self._fit_groups(groups[start : start + step], slice(start, start + step))
@@ -206,8 +208,11 @@ class FakeQuantize(nn.Module):
 
     def _round(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the multiples of the scale that groups (g,n) are rounded to."""
-        low = -zero[:, None]
-        return (groups / scale[:, None]).round_().clamp_(low, low + (2**self.bits - 1))
+        ratio, half = groups / scale[:, None], 2 ** (self.bits - 1)
+        if self.settings.scheme == "symmetric":
+            return ratio.round_().clamp_(-half, half - 1)  # bounds that are tensors take ten times as long
+        zero = zero[:, None]
+        return ratio.add_(zero).round_().clamp_(0, 2 * half - 1).sub_(zero)
 
     def _refine(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the scales (g,) of least squared error for the codes that the present ones give."""
@@ -217,12 +222,12 @@ class FakeQuantize(nn.Module):
         return found.where((power > 0) & (found > 1e-30), scale)
 
     @torch.no_grad()
-    def advance(self, weight: Tensor, progress: float) -> None:
-        """Follow the weights, before a training step; `progress` is the share of the run that is done."""
-        self.active = progress >= self.settings.start
+    def advance(self, weight: Tensor, step: int, n_steps: int) -> None:
+        """Follow the weights, before a training step, numbered from 0."""
+        self.active = step >= self.settings.start * n_steps
         if self.settings.range == "absmax":
-            self.fit(weight)
-        elif self.settings.range == "mse":
+            self._fit(weight)  # without the check, which would wait for the device
+        elif self.settings.range == "mse" and step % _REFINE_EVERY == 0:
             self.scale = self._refine(_group(weight.float(), self.group_size), self.grid_scale(), self.zero)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -232,13 +237,8 @@ class FakeQuantize(nn.Module):
         if self.settings.range == "levels":
             return cast(Tensor, _TrainedLevels.apply(weight, self.grid_levels(), self.group_size))
         if self.settings.range == "learned":
-            low = -self.zero
-            return cast(
-                Tensor,
-                _LearnedScale.apply(
-                    weight, self.log_scale, self.grid_scale(), low, low + (2**self.bits - 1), self.group_size
-                ),
-            )
+            grid = self.grid_scale(), self.zero, self.bits, self.group_size
+            return cast(Tensor, _LearnedScale.apply(weight, self.log_scale, *grid))
         with torch.no_grad():
             scale = self.grid_scale()
             multiples = self._round(_group(weight, self.group_size), scale, self.zero)
@@ -256,8 +256,8 @@ class FakeQuantize(nn.Module):
         groups = _group(weight.float(), self.group_size)
         if self.settings.range == "levels":
             levels = self.grid_levels()
-            codes, zero = _nearest(groups, levels), torch.zeros(self._n_groups)
-            scale = torch.ones_like(zero)
+            codes, scale = _nearest(groups, levels), torch.ones_like(self._parameter)
+            zero = torch.zeros_like(scale)
         else:
             levels, scale, zero = None, self.grid_scale(), self.zero
             codes = self._round(groups, scale, zero) + zero[:, None]
@@ -281,8 +281,10 @@ class FakeQuantize(nn.Module):
 
 def _nearest(groups: Tensor, levels: Tensor) -> Tensor:
     """Return the index of the nearest of ascending levels (G,L) for each of (G,n)."""
-    middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
-    return torch.searchsorted(middles, groups.contiguous())
+    codes = torch.zeros_like(groups, dtype=torch.uint8)
+    for middle in ((levels[:, 1:] + levels[:, :-1]) / 2).unbind(1):
+        codes += groups > middle[:, None]  # 25 times as fast as torch.searchsorted for 16 levels of each row
+    return codes.long()
 
 
 def _fit_levels(groups: Tensor, bits: int) -> Tensor:
@@ -321,27 +323,35 @@ class _LearnedScale(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, log_scale: Tensor, scale: Tensor, low: Tensor, high: Tensor, group_size: int
+        ctx: Any, weight: Tensor, log_scale: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int
     ) -> Tensor:
-        ratio = _group(weight, group_size) / scale[:, None]
-        multiples = ratio.round().clamp_(low[:, None], high[:, None])
-        ctx.save_for_backward(ratio, multiples, scale, low, high)
-        ctx.group_size = group_size
-        return _ungroup(multiples * scale[:, None], weight.shape)
+        zero, top = zero[:, None], 2**bits - 1
+        codes = (_group(weight, group_size) / scale[:, None]).add_(zero)  # before rounding
+        inside = (codes.clamp(0, top) == codes).float()  # products with bool are slow
+        rounded = codes.round().clamp_(0, top)
+        # By the scale, a weight changes by the multiple that it is rounded to, minus its ratio to the scale unless it
+        # is clipped.
+        ctx.save_for_backward(inside, (rounded - zero).sub_(codes.sub_(zero).mul_(inside)), scale)
+        ctx.bits, ctx.group_size = bits, group_size
+        return _ungroup(rounded.sub_(zero).mul_(scale[:, None]), weight.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        ratio, multiples, scale, low, high = ctx.saved_tensors
-        inside = (ratio >= low[:, None]) & (ratio <= high[:, None])
-        groups = _group(gradient, ctx.group_size)
-        if rest := groups.numel() - gradient.numel():
-            groups = groups.clone()
-            groups.view(-1)[-rest:] = 0  # what fills up the last group
-        of_scale = (groups * torch.where(inside, multiples - ratio, multiples)).sum(1)
-        normaliser = (ctx.group_size * ((high - low + 1) / 2 - 1).clamp_min(1)).sqrt()
-        of_log = of_scale * scale * math.log(2) / normaliser
+        inside, by_scale, scale = ctx.saved_tensors
+        groups = _group_gradient(gradient, ctx.group_size)
+        normaliser = math.sqrt(ctx.group_size * max(1, 2 ** (ctx.bits - 1) - 1))
+        of_log = torch.linalg.vecdot(groups, by_scale) * scale * (math.log(2) / normaliser)
         return _ungroup(groups * inside, gradient.shape), of_log, None, None, None, None
+
+
+def _group_gradient(gradient: Tensor, n: int) -> Tensor:
+    """(...) -> (G,n), with zeros for what fills up the last group."""
+    groups = _group(gradient, n)
+    if rest := groups.numel() - gradient.numel():
+        groups = groups.clone()
+        groups.view(-1)[-rest:] = 0
+    return groups
 
 
 class _TrainedLevels(torch.autograd.Function):
@@ -358,10 +368,7 @@ class _TrainedLevels(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
         (codes,) = ctx.saved_tensors
-        groups = _group(gradient, ctx.group_size)
-        if rest := groups.numel() - gradient.numel():
-            groups = groups.clone()
-            groups.view(-1)[-rest:] = 0
+        groups = _group_gradient(gradient, ctx.group_size)
         of_levels = groups.new_zeros(len(groups), ctx.n_levels).scatter_add_(1, codes, groups)
         return gradient, of_levels, None
 

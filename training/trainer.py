@@ -79,7 +79,7 @@ class Trainer:
             clipping, on the device.
         """
         self._seed_step(number)
-        self.quantization.advance(number / self.total_steps)
+        self.quantization.advance(number, self.total_steps)
         self.guard.keep_buffers()
         total: dict[str, Tensor] = {}
         for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):

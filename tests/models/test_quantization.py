@@ -191,9 +191,9 @@ def test_levels_that_cross_while_trained_stay_a_grid():
 def test_a_grid_follows_the_weights_while_they_are_trained(clip):
     weight = normal(5, 60)
     quantizer = fake(weight, clip=clip, weights=3)
-    for step in range(40):
-        weight = weight + (3 * normal(5, 60, seed=7) - weight) * 0.1
-        quantizer.advance(weight, step / 40)
+    for step in range(201):
+        weight = weight + (3 * normal(5, 60, seed=7) - weight) * 0.02
+        quantizer.advance(weight, step, 201)
     lost = [(each(weight) - weight).square().sum() for each in (quantizer, fake(weight, clip=clip, weights=3))]
     assert lost[0] < 1.05 * lost[1]
 
@@ -205,8 +205,8 @@ def test_weights_are_float_until_the_start_and_quantized_in_evaluation_throughou
     layer = model.blocks[0].mlp.fc1
     original = layer.parametrizations.weight.original
     schedule = QuantizationSchedule(model)
-    for progress, is_float in ((0.0, True), (0.49, True), (0.5, False), (0.9, False)):
-        schedule.advance(progress)
+    for step, is_float in ((0, True), (49, True), (50, False), (90, False)):
+        schedule.advance(step, 100)
         assert torch.equal(layer.weight, original) == is_float
         assert layer.input_quantizer.active != is_float
         model.eval()
