@@ -38,7 +38,7 @@ class Interval:
     def of(cls, draws: np.ndarray) -> "Interval":
         """Return the interval of a value and its draws, (1 + R,): the first is that of the clips as they are."""
         tail = 50 * (1 - COVERAGE)
-        return cls(float(draws[0]), *np.percentile(draws[1:], [tail, 100 - tail]).tolist())
+        return cls(float(draws[0]), *np.nanpercentile(draws[1:], [tail, 100 - tail]).tolist())
 
 
 def pool_folds(parts: Iterable[tuple[list[str], np.ndarray]], names: list[str]) -> np.ndarray:
@@ -180,7 +180,7 @@ def describe_systems(systems: list[System], positive: np.ndarray, seed: int = 0)
         for metric, draws in (
             ("AUC, %", 100 * (new["AUC"] / old["AUC"] - 1)),
             ("EER, points", 100 * (new["EER"] - old["EER"])),
-            ("EER, %", 100 * (new["EER"] / old["EER"] - 1)),
+            ("EER, %", 100 * (new["EER"] / np.where(old["EER"] > 0, old["EER"], np.nan) - 1)),
         ):
             found = Interval.of(draws)
             digits = 0 if metric == "EER, %" else 2

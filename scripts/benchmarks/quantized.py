@@ -60,7 +60,7 @@ class QuantizedOptions(Options):
     data: str  # TSV of a pack with the columns `labels` and `fold`
     events: list[str] = ["dog bark", "baby cry", "person sneeze"]  # labels that are detected; all others are `other`
     published: str | None = "mn04_as"  # a teacher that tags AudioSet's classes; null = none
-    published_weights: str | None = None  # its weights; null = they are downloaded
+    published_weights: str | None = None  # its weights, which the teacher trained here starts from; null = downloaded
     audioset: list[str] = ["/m/0bt9lr", "/t/dd00002", "/m/01hsr_"]  # AudioSet's class of each event, for `published`
     teacher: str = "trainconfig/quantized_esc10_teacher.yaml"  # configuration of the teacher trained here
     targets: str = "logitconfig/quantized_esc10.yaml"  # configuration of its soft targets
@@ -145,7 +145,8 @@ class Experiment:
         if options.published and not self._record("published", fold, 1).exists():
             model = load_model(options.published, weights=options.published_weights)
             self.tag("published", fold, 1, model, [display_name(each) for each in options.audioset])
-        teacher = self.train("teacher", fold, 1, options.teacher)
+        start = {"pretrained": options.published_weights} if options.published_weights else {}
+        teacher = self.train("teacher", fold, 1, options.teacher, **start)
         targets = {"train_data": str(self._list("train", fold)), "model": teacher}
         writer = prepare_store(options.targets, targets | {"outputpath": str(self.folder / "logits")})
         store = str(writer.save())  # nothing is computed again
@@ -179,7 +180,10 @@ class Experiment:
 
 
 def count_bytes(model: AudioTagger) -> int:
-    """Return the bytes of a model without its front-end: packed codes, a scale of 16 bits a group, the rest in 32 bits."""
+    """Return the bytes of a model of `load_model` without its front-end.
+
+    Those of packed codes, of a scale of 16 bits for each group, and of everything else in 32 bits.
+    """
     total = 0
     coded = {id(getattr(module, name)): quantizer for _, module, name, quantizer in quantized_weights(model)}
     quantizers = {id(part) for quantizer in coded.values() for part in quantizer.modules()}
