@@ -146,7 +146,7 @@ class System:
 
 def list_comparisons(names: Iterable[str]) -> list[tuple[str, str]]:
     """Return the pairs of systems whose difference is of interest, the second one being the reference."""
-    pairs = [("distilled", "alone"), ("continued", "distilled")]
+    pairs = [("mixtures", "alone"), ("distilled", "alone"), ("distilled", "mixtures"), ("continued", "distilled")]
     known = set(names)
     for name in names:
         if name.startswith("joint"):

@@ -40,6 +40,7 @@ from common.parsing import load_json
 from models import AudioTagger, load_model
 from models.quantization import quantized_weights
 from scripts.benchmarks.detection import System, describe_systems, draw_systems, pool_folds
+from scripts.benchmarks.mixtures import write_mixtures
 from training.baseline import fit_baseline
 from training.evaluate import predict_pack
 from training.figures import render_png
@@ -51,7 +52,6 @@ from training.prepare_store import prepare_store
 logger = logging.getLogger(__name__)
 
 OTHER = "other"  # the label of clips without an event
-AUGMENTATION = ("wavtransforms", "spectransforms", "mask_fill")  # of the stored targets, and so of the student alone
 
 
 class QuantizedOptions(Options):
@@ -64,9 +64,12 @@ class QuantizedOptions(Options):
     audioset: list[str] = ["/m/0bt9lr", "/t/dd00002", "/m/01hsr_"]  # AudioSet's class of each event, for `published`
     teacher: str = "trainconfig/quantized_esc10_teacher.yaml"  # configuration of the teacher trained here
     targets: str = "logitconfig/quantized_esc10.yaml"  # configuration of its soft targets
+    labels: str = "trainconfig/quantized_esc10_labels.yaml"  # configuration of the student without a teacher
     student: str = "trainconfig/quantized_esc10.yaml"  # configuration of the distilled student
+    mixtures: int = Field(1280, ge=1)  # of training clips, which the student is distilled on as well
+    control_epochs: int = Field(0, ge=0)  # also train a student on the labels of these mixtures; 0 = do not
     bits: list[int] = [8, 4, 3, 2]  # of quantized weights
-    joint_epochs: int = Field(10, ge=1)  # epochs of training on, with quantization or without
+    joint_epochs: int = Field(2, ge=1)  # epochs of training on, with quantization or without
     joint_lr: float = Field(0.001, gt=0)  # peak learning rate of these
     seeds: int = Field(3, ge=1)
     only: list[int] = []  # folds to run; none are named = all
@@ -148,13 +151,18 @@ class Experiment:
         start = {"pretrained": options.published_weights} if options.published_weights else {}
         teacher = self.train("teacher", fold, 1, options.teacher, **start)
         targets = {"train_data": str(self._list("train", fold)), "model": teacher}
-        writer = prepare_store(options.targets, targets | {"outputpath": str(self.folder / "logits")})
-        store = str(writer.save())  # nothing is computed again
-        labels_only = {"objective": "target", "objective_args": {}}
-        labels_only |= {key: getattr(writer.config, key) for key in AUGMENTATION}
-        self.train("alone", fold, seed, options.student, **labels_only)
-        distilled = self.train("distilled", fold, seed, options.student, logitspath=store)
-        more = {"logitspath": store, "pretrained": distilled, "epochs": options.joint_epochs}
+        train, mixed = self._list("train", fold), self._list("mixed", fold)
+        if not mixed.exists():
+            write_mixtures(Pack.open(str(train)), options.mixtures, fold, mixed, OTHER)
+        targets = {"train_data": str(mixed), "model": teacher, "outputpath": str(self.folder / "logits")}
+        store = str(prepare_store(options.targets, targets).save())  # what exists is not computed again
+        taught = {"train_data": str(mixed), "logitspath": store}
+        self.train("alone", fold, seed, options.labels)
+        if options.control_epochs:
+            control = {"train_data": str(mixed), "epochs": options.control_epochs, "mixup": None}
+            self.train("mixtures", fold, seed, options.labels, **control)
+        distilled = self.train("distilled", fold, seed, options.student, **taught)
+        more = taught | {"pretrained": distilled, "epochs": options.joint_epochs}
         more |= {"optimizer_args.lr": options.joint_lr, "warmup_epochs": 1}
         self.train("continued", fold, seed, options.student, **more)
         for bits in options.bits:
@@ -165,7 +173,7 @@ class Experiment:
 
     def collect(self) -> Iterator[System]:
         """Yield the systems with the pooled scores of the seeds that are finished in all folds."""
-        names = ["baseline", "published", "teacher", "alone", "distilled", "continued"]
+        names = ["baseline", "published", "teacher", "alone", "mixtures", "distilled", "continued"]
         names += [f"{kind}{bits}" for kind in ("joint", "after") for bits in self.options.bits]
         for name in names:
             seeds = []
