@@ -10,12 +10,17 @@ A MID is a class as well as its display name is: either is found by the other (`
 
 import csv
 import functools
+import io
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow
+import pyarrow.compute
+import pyarrow.csv
 
 from audio.io import AUDIO_EXTENSIONS, FOREIGN_EXTENSIONS, find_audio_files
 from common.errors import Faults, UserError
@@ -30,6 +35,7 @@ _HEADER = re.compile(
 )
 # A "Y" that downloads have before the video's id of 11 characters; start, or start and end, in seconds or milliseconds.
 _SOUND = re.compile(r"Y?([A-Za-z0-9_-]{11})(?:_(\d+(?:\.\d+)?))?(?:_(\d+(?:\.\d+)?))?")
+_NUMBER = r"\d+(?:\.\d+)?"
 _MAX_LISTED = 20
 
 
@@ -69,10 +75,56 @@ def read_segments(path: str | Path, content: bytes) -> pd.DataFrame:
     Raises:
         UserError: lines that are no segments.
     """
-    rows, faults = [], Faults(str(path), _MAX_LISTED)
     header = _HEADER.match(content)
-    n_above = content[: header.end()].count(b"\n") if header else 0
-    for number, line in enumerate(content[header.end() if header else 0 :].decode("utf-8").split("\n"), n_above + 1):
+    start = header.end() if header else 0
+    table = _read_regular(content[start:])
+    if table is None:
+        table = _read_lines(path, content[start:], content[:start].count(b"\n"))
+    folder = Path(path).parent
+    try:
+        sounds = [file.relative_to(folder).as_posix() for file in find_audio_files([folder])]
+    except UserError:
+        sounds = []
+    names = "Y" + table["ytid"] + "_" + table["start_seconds"] + ".wav"
+    found = np.array(find_segments(table, sounds), dtype=np.int64)
+    there = np.flatnonzero(found >= 0)
+    names.iloc[there] = [sounds[place] for place in found[there]]
+    logger.info(
+        "%s: AudioSet's list of %d segments; %d of them have a sound below %s",
+        path, len(table), len(there), folder.resolve(),
+    )  # fmt: skip
+    table.insert(0, "filename", names)
+    return table
+
+
+def _read_regular(body: bytes) -> pd.DataFrame | None:
+    """Read lines that are all segments with a quoted list, as published; None where one is not."""
+    names = ["ytid", "start_seconds", "end_seconds", "labels"]
+    lines = body.rstrip(b"\n").replace(b", ", b",")
+    try:
+        found = pyarrow.csv.read_csv(
+            io.BytesIO(lines),
+            read_options=pyarrow.csv.ReadOptions(column_names=names),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(names, pyarrow.large_string()), strings_can_be_null=False
+            ),
+        )
+    except pyarrow.ArrowInvalid:
+        return None
+    is_number = [pyarrow.compute.match_substring_regex(found[name], f"^{_NUMBER}$") for name in names[1:3]]
+    if found.num_rows != lines.count(b"\n") + 1 or not all(pyarrow.compute.all(mask).as_py() for mask in is_number):
+        return None
+    for name, odd in (("ytid", r"^#|\s"), ("labels", r'["\s]')):
+        if pyarrow.compute.any(pyarrow.compute.match_substring_regex(found[name], odd)).as_py():
+            return None
+    found = found.set_column(3, "labels", pyarrow.compute.replace_substring(found["labels"], ",", ";"))
+    return found.combine_chunks().to_pandas().astype(str)
+
+
+def _read_lines(path: str | Path, body: bytes, n_above: int) -> pd.DataFrame:
+    """Read segments line by line; `n_above` lines are above `body`."""
+    rows, faults = [], Faults(str(path), _MAX_LISTED)
+    for number, line in enumerate(body.decode("utf-8").split("\n"), n_above + 1):
         if not line.strip() or line.startswith("#"):
             continue
         fields = [field.strip() for field in line.split(",", 3)]
@@ -82,23 +134,7 @@ def read_segments(path: str | Path, content: bytes) -> pd.DataFrame:
             continue
         faults.add(f'line {number}: found {line!r}, expected {", ".join(COLUMNS)} with the last one in "quotes"')
     faults.raise_if_any()
-    table = pd.DataFrame(rows, columns=["ytid", "start_seconds", "end_seconds", "labels"], dtype=str)
-    folder = Path(path).parent
-    try:
-        sounds = [file.relative_to(folder).as_posix() for file in find_audio_files([folder])]
-    except UserError:
-        sounds = []
-    found = find_segments(table, sounds)
-    names = [
-        sounds[place] if place >= 0 else f"Y{ytid}_{start}.wav"
-        for place, ytid, start in zip(found, table["ytid"], table["start_seconds"], strict=True)
-    ]
-    logger.info(
-        "%s: AudioSet's list of %d segments; %d of them have a sound below %s",
-        path, len(table), sum(place >= 0 for place in found), folder.resolve(),
-    )  # fmt: skip
-    table.insert(0, "filename", pd.Series(names, dtype=str))
-    return table
+    return pd.DataFrame(rows, columns=["ytid", "start_seconds", "end_seconds", "labels"], dtype=str)
 
 
 def is_segment_table(table: pd.DataFrame) -> bool:
@@ -120,6 +156,8 @@ def find_segments(table: pd.DataFrame, sounds: Sequence[str]) -> list[int]:
             stem = name.rpartition("/")[2]
         if found := _SOUND.fullmatch(stem):
             of_id.setdefault(found[1], []).append((place, [float(text) for text in found.groups()[1:] if text]))
+    if not of_id:
+        return [-1] * len(table)
     result = []
     for ytid, start, end in zip(table["ytid"], table["start_seconds"], table["end_seconds"], strict=True):
         best, most = -1, -1
@@ -137,4 +175,4 @@ def _agree(times: list[float], span: list[float]) -> bool:
 
 
 def _is_number(text: str) -> bool:
-    return re.fullmatch(r"\d+(?:\.\d+)?", text) is not None
+    return re.fullmatch(_NUMBER, text) is not None

@@ -3,6 +3,8 @@
 A class is a name; AudioSet's identifiers (/m/09x0r) and display names ("Speech") stand for each other.
 """
 
+import csv
+import io
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +42,15 @@ def list_classes(cells: Iterable[str]) -> list[str]:
     if all(name.isascii() and name.isdigit() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
+
+
+def format_label_table(classes: Iterable[str]) -> str:
+    """Lay out classes as a table in AudioSet's format: index,mid,display_name; no MID for other classes."""
+    table = io.StringIO("index,mid,display_name\n")
+    table.seek(0, io.SEEK_END)
+    writer = csv.writer(table, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerows([index, other_name(name) or "", name] for index, name in enumerate(classes))
+    return table.getvalue()
 
 
 def fold_spelling(label: str) -> str:

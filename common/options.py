@@ -53,6 +53,7 @@ class Options(BaseModel):
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ()  # given without a name, in this order; a list takes all that follow
     SHORT: ClassVar[Mapping[str, str]] = {}  # name → letter
+    MANY: ClassVar[tuple[str, ...]] = ()  # lists of text that take all words up to the next option, with their commas
     SPELLING: ClassVar[str] = "--{}"  # format of a name in messages
 
     @field_validator("*", mode="before")
@@ -218,8 +219,9 @@ def _create_parser(kind: type[Options], description: str) -> argparse.ArgumentPa
             )
             continue
         flags = [f"-{kind.SHORT[key.name]}"] if key.name in kind.SHORT else []
-        n_values = "?" if _takes(field, bool) else None
-        parser.add_argument(*flags, f"--{key.name}", metavar="VALUE", nargs=n_values, help=about)
+        n_values = "?" if _takes(field, bool) else "+" if key.name in kind.MANY else None
+        action = "extend" if key.name in kind.MANY else "store"
+        parser.add_argument(*flags, f"--{key.name}", metavar="VALUE", nargs=n_values, action=action, help=about)
     return parser
 
 

@@ -9,7 +9,6 @@ Names below `body.` in the state dict are timm's.
 Letters: B batch, F mel bands, T frames, C classes, D channels, H heads; primes mark what is left after striding.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -25,8 +24,7 @@ from models.kaldi_mel import KaldiMel
 from models.pooled_cnn import PooledCNN
 from models.registry import register_model
 from models.settings import Number, Positive, Rate
-
-logger = logging.getLogger(__name__)
+from models.weight_adaptation import adapt_picture_weights
 
 Pooling = Literal["mean", "attention"]
 
@@ -141,20 +139,8 @@ class EfficientNet(PooledCNN):
         return tagged / tagged.sum(1, keepdim=True)  # each class has weights of its own
 
     def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take timm's weights for pictures, too: colours become their mean, the classifier is left out, with a notice.
-
-        As in CMKD.
-        """
-        if "conv_stem.weight" not in state:
-            return dict(state)
-        body = {f"body.{key}": value for key, value in state.items() if not key.startswith("classifier.")}
-        stem = body["body.conv_stem.weight"]
-        if stem.ndim == 4 and stem.shape[1] > 1:
-            logger.warning("the first layer is for %d colours: their weights become one, their mean", stem.shape[1])
-            body["body.conv_stem.weight"] = stem.mean(1, keepdim=True)
-        if len(body) < len(state):
-            logger.warning("the classifier of pictures is left out")
-        return body
+        """Take timm's weights for pictures, too, see `adapt_picture_weights`."""
+        return adapt_picture_weights(state, "conv_stem", "classifier")
 
 
 for _name in ("efficientnet_b0", "efficientnet_b2"):

@@ -25,6 +25,7 @@ from models.headed import HEAD, HeadedTagger
 from models.labels import audioset_labels
 from models.layers import Block
 from models.parametrizations import bake_parametrizations
+from models.quantization import drop_quantizers
 from models.resnet import ResNet10
 from models.tensor_files import read_tensors
 
@@ -121,14 +122,22 @@ def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str
         extra: more entries of config.json.
 
     Raises:
-        UserError: the model has a single class and softmax, which transformers does not take.
+        UserError: the model has a single class and softmax, which transformers does not take, or was quantized with
+            rounded inputs or folded batch norms.
     """
     if model.activation == "softmax" and model.num_classes == 1:
         raise UserError(f"{model.name} has one class and softmax, so that its only probability is always 1")
     folder = Path(folder)
     model = copy.deepcopy(model)
     bake_parametrizations(model)  # `transformers` loads plain weights only
+    drop_quantizers(model)
     network = get_network(model)
+    recipe = network.arguments.pop("quantize", None) or {}
+    if used := [name for name in ("activations", "fold_batch_norm") if recipe.get(name)]:
+        raise UserError(
+            f"{model.name}: the code of a folder for transformers does not compute the setting {used[0]} of quantize; "
+            "use export_onnx.py, or quantize without it"
+        )
     if isinstance(network, ResNet10):
         settings = huggingface_resnet.resnet_settings(network)
         state = huggingface_resnet.resnet_to_huggingface(network.state_dict())

@@ -190,6 +190,19 @@ def save_checkpoint(path: str | Path, model: AudioTagger, extra: Mapping[str, An
         UserError: `extra` would overwrite entries that describe the model, or cannot be read back safely.
     """
     extra = dict(extra or {})
+    state, config = describe_checkpoint(model)
+    extra_config = dict(extra.pop("config", None) or {})
+    reserved = [key for key in extra_config if key in config] + [key for key in extra if key == "model"]
+    if reserved:
+        raise UserError(f"{path}: the entries {some(reserved)} describe the model and cannot be given")
+    with whole_file(path) as file:
+        torch.save({"model": state, "config": {**extra_config, **config}, **extra}, file)
+        file.finish()
+        read_tensors(file.path)  # raises where an entry of `extra` could not be loaded again
+
+
+def describe_checkpoint(model: AudioTagger) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state dict and the config of a model's checkpoint; it may have a head."""
     head: Head | None = None
     if isinstance(model, HeadedTagger):
         head, model = model.head, model.model
@@ -206,14 +219,7 @@ def save_checkpoint(path: str | Path, model: AudioTagger, extra: Mapping[str, An
     if head is not None:
         config["head"] = head.config()
         state |= {f"{HEAD}{key}": value for key, value in head.state_dict().items()}
-    extra_config = dict(extra.pop("config", None) or {})
-    reserved = [key for key in extra_config if key in config] + [key for key in extra if key == "model"]
-    if reserved:
-        raise UserError(f"{path}: the entries {some(reserved)} describe the model and cannot be given")
-    with whole_file(path) as file:
-        torch.save({"model": state, "config": {**extra_config, **config}, **extra}, file)
-        file.finish()
-        read_tensors(file.path)  # raises where an entry of `extra` could not be loaded again
+    return state, config
 
 
 def _split_head(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """The settings of quantized weights, as an argument of a model, with their checks."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -86,6 +87,11 @@ class Quantization:
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain values, complete with their defaults."""
         return asdict(self) | {"skip": list(self.skip)}
+
+    def group_size(self, shape: Sequence[int]) -> int:
+        """Return the number of consecutive values of a weight that share a scale."""
+        n = math.prod(shape)
+        return min(n, {"tensor": n, "channel": n // shape[0], "bucket": self.bucket_size}[self.scope])
 
     @property
     def range(self) -> str:

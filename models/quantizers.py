@@ -105,8 +105,7 @@ class FakeQuantize(nn.Module):
     def __init__(self, weight: Tensor, settings: Quantization) -> None:
         super().__init__()
         self.settings, self.bits, self.shape = settings, settings.weights, tuple(weight.shape)
-        sizes = {"tensor": weight.numel(), "channel": weight[0].numel(), "bucket": settings.bucket_size}
-        self.group_size = min(sizes[settings.scope], weight.numel())
+        self.group_size = settings.group_size(weight.shape)
         self.active = settings.start == 0
         ones = torch.ones(-(-weight.numel() // self.group_size), device=weight.device)
         if settings.range == "learned":
@@ -267,16 +266,19 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def restore(self, codes: Codes) -> None:
         """Set the grid to that of codes; `forward(codes.decode())` is then `codes.decode()`."""
-        if self.settings.range == "levels":
-            assert codes.levels is not None
-            cast(Tensor, self.scale).fill_(1)
-            self.levels.copy_(codes.levels.flatten())
-        elif self.settings.range == "learned":
-            self.log_scale.copy_(codes.scale.log2())
-        else:
-            cast(Tensor, self.scale).copy_(codes.scale)
-        if self.settings.scheme == "minmax":
-            cast(Tensor, self.zero_point).copy_(codes.zero_point)
+        self.load_state_dict(get_grid_state(codes, self.settings))
+
+
+def get_grid_state(codes: Codes, settings: Quantization) -> dict[str, Tensor]:
+    """Return the state dict of a `FakeQuantize` with the grid of codes."""
+    if settings.range == "levels":
+        assert codes.levels is not None
+        state = {"scale": torch.ones_like(codes.scale), "levels": codes.levels.flatten()}
+    elif settings.range == "learned":
+        state = {"log_scale": codes.scale.log2()}
+    else:
+        state = {"scale": codes.scale}
+    return state | ({"zero_point": codes.zero_point} if settings.scheme == "minmax" else {})
 
 
 def _nearest(groups: Tensor, levels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reading of files of tensors: those of `torch.save` in both of its formats, and safetensors.
+"""Reading of files of tensors: those of `torch.save` in both of its formats, safetensors, and quantized models.
 
 A file may come from a stranger: pickles are read by `common.pickles`, no tensor is larger than what the file holds of
 it, and the checksums of an archive, which `torch.load` leaves out, are verified. What is no such file, is damaged or
@@ -22,6 +22,7 @@ from common.archives import StoredArchive
 from common.errors import UserError
 from common.parsing import check_regular_file
 from common.pickles import ForeignObjectError, PlainUnpickler, build_set, check_expansion, check_key
+from models.packed import PACKED, read_packed
 from models.source_errors import describe_kind
 
 _ARCHIVE = b"PK\x03\x04"
@@ -40,7 +41,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     """Read a file of tensors and plain values.
 
     Args:
-        path: a file of `torch.save`, or of safetensors if `.safetensors` is among its suffixes.
+        path: a file of `torch.save`, of safetensors if `.safetensors` is among its suffixes, or of `models.packed`.
 
     Returns:
         Its content, with names that are text.
@@ -51,7 +52,9 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     check_regular_file(path)
     try:
-        content = dict(load_file(path)) if ".safetensors" in path.suffixes else _read_torch(path)
+        content = _read(path)
+    except UserError:
+        raise
     except ForeignObjectError as error:
         raise UserError(
             f"{path}: contains more than tensors and plain values ({error}). Pickled code is never executed: save the "
@@ -80,6 +83,12 @@ def _describe(error: Exception) -> str:
     """Return the first line of an error's message, cut, or its type."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines and not isinstance(error, KeyError | struct.error) else type(error).__name__
+
+
+def _read(path: Path) -> Any:
+    if PACKED in path.suffixes:
+        return read_packed(path)
+    return dict(load_file(path)) if ".safetensors" in path.suffixes else _read_torch(path)
 
 
 def _read_torch(path: Path) -> Any:

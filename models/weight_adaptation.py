@@ -28,6 +28,32 @@ def adapt_image_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept | {_PATCHES: state[_PATCHES].sum(1, keepdim=True)}
 
 
+def adapt_picture_weights(state: Mapping[str, Tensor], stem: str, classifier: str) -> dict[str, Tensor]:
+    """Fit timm's CNNs for pictures to spectrograms: one channel that is the mean of the colours, no classifier.
+
+    As in CMKD, with a notice. Weights without a layer `stem` are returned as they are.
+
+    Args:
+        state: weights.
+        stem: name of the first convolution.
+        classifier: name of the last layer.
+
+    Returns:
+        The weights, their names behind `body.`.
+    """
+    key = f"{stem}.weight"
+    if key not in state:
+        return dict(state)
+    body = {f"body.{name}": value for name, value in state.items() if not name.startswith(f"{classifier}.")}
+    first = state[key]
+    if first.ndim == 4 and first.shape[1] > 1:
+        logger.warning("the first layer is for %d colours: their weights become one, their mean", first.shape[1])
+        body[f"body.{key}"] = first.mean(1, keepdim=True)
+    if len(body) < len(state):
+        logger.warning("the classifier of pictures is left out")
+    return body
+
+
 def fit_time_embedding(name: str, embedding: Tensor, n_columns: int) -> Tensor:
     """Crop or interpolate a time embedding to another number of patch columns, with a warning.
 

@@ -3,8 +3,8 @@
     python scripts/check_pack.py data/mine/labels/train.tsv logits/mine/train/chunk_10 experiments/own_teacher/latest
 
 Each PATH is a packed list (TSV) or a shard (.h5): every clip is compared with its checksum; the folder of a store: all
-values are read and checked; a run's folder: its states and checkpoints; a checkpoint, a .safetensors file or a Hugging
-Face folder. Prints one line for each, and what is damaged. The exit status is 1 if anything is, and 2 for
+values are read and checked; a run's folder: its states and checkpoints; a checkpoint, a .safetensors or .ceq file or a
+Hugging Face folder. Prints one line for each, and what is damaged. The exit status is 1 if anything is, and 2 for
 paths of other kinds.
 """
 
@@ -31,6 +31,7 @@ from common.progress import create_progress
 from distill.embeddings import EmbeddingStore
 from distill.store import TargetStore
 from distill.targets import SoftTargetStore
+from models.packed import PACKED
 from models.weight_sources import read_weights
 from training.states import States
 
@@ -141,7 +142,7 @@ def choose_check(path: Path) -> tuple[str, Callable[[Path], str]] | None:
             return "run", check_run
         is_model = (path / "config.json").is_file() or any(path.glob("*.pt"))
     else:
-        is_model = path.suffix.lower() in (".pt", ".pth", ".ckpt", ".safetensors")
+        is_model = path.suffix.lower() in (".pt", ".pth", ".ckpt", ".safetensors", PACKED)
         if path.suffix.lower() == ".tsv":
             return "pack", check_pack
         if path.suffix.lower() in (".h5", ".hdf5"):

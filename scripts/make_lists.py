@@ -3,6 +3,7 @@ r"""Make lists of sounds for training, validation and testing: train.tsv, valid.
     python scripts/make_lists.py my_sounds
     python scripts/make_lists.py my_sounds --pattern '{label}_{speaker}_{}.wav'
     python scripts/make_lists.py ESC-50-master --table ESC-50-master/meta/esc50.csv
+    python scripts/make_lists.py my_sounds --labels Dog "Baby cry" --negatives 500
 
 Labels are the folders below FOLDER, or come from a pattern of names, or from a table. Lists are stratified by label;
 groups (speakers, recordings) and files of the same content are never split. The lists are tab-separated, with the
@@ -24,19 +25,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project i
 from common.entry_points import print_user_errors  # isort: split
 
 import shlex
+from dataclasses import asdict
 
 import pandas as pd
 
+from audio.selection import compute_order, select_clips
+from common.errors import UserError
 from common.options import parse_arguments
 from scripts.lists.groups import Groups, find_groups
 from scripts.lists.labels import Clips, label_sounds
 from scripts.lists.list_files import write_lists
 from scripts.lists.name_patterns import suggest_groups
 from scripts.lists.options import ListOptions
-from scripts.lists.report import describe_folder, describe_lists, format_lines
+from scripts.lists.report import describe_folder, describe_lists, describe_selection, format_lines
 from scripts.lists.sound_folders import SoundFolder, find_identical, find_sounds
 from scripts.lists.splits import Split, choose_split_column, draw_split, keep_published
-from scripts.lists.stratification import compute_order
 
 
 @print_user_errors
@@ -45,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(ListOptions, __doc__, arguments)
     sounds = find_sounds(options.folder)
     clips = label_sounds(sounds, options)
+    selected = _select(clips, options) if options.selects else []
     column = choose_split_column(clips.table, options.split_column)
     if column:
         clips.keep(clips.table[column] != "", f"sounds with nothing in the column {column!r}")
@@ -52,7 +56,17 @@ def main(arguments: list[str] | None = None) -> None:
     groups = find_groups(clips.table, options.group, [[sounds.names[i] for i in rows] for rows in same])
     split = _split(clips, groups, column, options)
     written = _write(sounds, clips, split, groups, options)
-    print("\n".join([*_describe(sounds, clips, split, groups, options), *written]))
+    print("\n".join([*_describe(sounds, clips, split, groups, options, selected), *written]))
+
+
+def _select(clips: Clips, options: ListOptions) -> list[str]:
+    """Keep the clips of some labels, and others as negatives; return lines of the report."""
+    if not clips.has_labels:
+        raise UserError("--labels, --min_clips and --balanced choose clips by their labels, and there are none")
+    list_path = options.table or options.folder
+    selection = select_clips(clips.table, options.selection, options.read_ontology(list_path))
+    clips.table = selection.take(clips.table)
+    return describe_selection(selection, options.find_ontology(list_path))
 
 
 def _split(clips: Clips, groups: Groups, column: str, options: ListOptions) -> Split:
@@ -88,6 +102,7 @@ def _write(sounds: SoundFolder, clips: Clips, split: Split, groups: Groups, opti
         "labels": clips.source,
         "groups": groups.columns,
         "seed": options.seed,
+        "selection": asdict(options.selection) if options.selects else None,
         "clips": {name: len(rows) for name, rows in lists.items()},
     }
     removed = write_lists(folder, lists, record, options.overwrite)
@@ -99,8 +114,10 @@ def _write(sounds: SoundFolder, clips: Clips, split: Split, groups: Groups, opti
     return lines + format_lines("next", *(shlex.join([*pack, path, str(folder / "mine")]) for path in paths))
 
 
-def _describe(sounds: SoundFolder, clips: Clips, split: Split, groups: Groups, options: ListOptions) -> list[str]:
-    lines = describe_folder(sounds, len(clips.table))
+def _describe(
+    sounds: SoundFolder, clips: Clips, split: Split, groups: Groups, options: ListOptions, selected: list[str]
+) -> list[str]:
+    lines = describe_folder(sounds, len(clips.table)) + selected
     lines += format_lines("labels", f"from {clips.source}" if clips.has_labels else "none", *clips.notes)
     n_groups = f"{len(set(groups.by_column.tolist())):,} by {' and '.join(groups.columns)}"
     lines += format_lines("groups", n_groups if groups.columns else "none", *groups.notes)

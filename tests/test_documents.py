@@ -198,6 +198,30 @@ def test_the_commands_on_embeddings_end_with_a_head_on_a_student(packed):
     assert (packed / "heads/embedded.pt").is_file()
 
 
+@pytest.mark.long
+def test_the_commands_on_quantization_run(packed):
+    write_segments(packed)
+    command = "python save_logits.py logitconfig/own_teacher.yaml --model data/model.pt --epochs 2"
+    run(command.split(), packed)
+    run_page(ROOT / "docs/quantization.md", packed, {r"--negatives \d+": "--negatives 2"})
+    table = pd.read_csv(packed / "data/detector/labels/train.tsv", sep="\t")
+    counts = {"Dog": 4, "Baby cry, infant cry": 4, "Gunshot, gunfire": 4, "Other": 2}
+    assert table["labels"].value_counts().to_dict() == counts
+
+
+def write_segments(folder: Path) -> None:
+    """Write AudioSet's lists with a few segments each, whose sounds are beside them."""
+    sounds = sorted((folder / "my_sounds").rglob("*.wav"))
+    mids = ("/m/0bt9lr", "/t/dd00002", "/m/032s66", "/m/09x0r")  # dog, baby cry, gunshot, speech
+    for letter, name in zip("abc", ("unbalanced_train", "balanced_train", "eval"), strict=True):
+        rows = [(f"{letter * 10}{number}", mids[number % 4]) for number in range(8)]
+        lines = [f'{ytid}, 30.000, 40.000, "{mid}"' for ytid, mid in rows]
+        text = "\n".join(["# YTID, start_seconds, end_seconds, positive_labels", *lines])
+        (folder / f"{name}_segments.csv").write_text(text + "\n")
+        for number, (ytid, _) in enumerate(rows):
+            shutil.copy(sounds[number], folder / f"{ytid}.wav")
+
+
 def test_the_commands_on_reliability_find_no_damage(packed):
     run_page(ROOT / "docs/reliability.md", packed)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binom, t
 
-from training.metrics import average_precision_and_auc
+from training.ranking import Ranking
 
 MAX_PERMUTATIONS, MIN_PERMUTATIONS = 20, 3
 MAX_CELLS = 20_000_000  # clips x classes x permutations: two seconds
@@ -52,7 +52,7 @@ def compute_chance_bounds(scores: np.ndarray, targets: np.ndarray, seed: int) ->
     figures = []
     for _ in range(n):
         order = random.permutation(n_clips)
-        figures.append(np.mean([average_precision_and_auc(scores[:, c], positive[order, c])[0] for c in present]))
+        figures.append(np.mean([Ranking.of(scores[:, c], positive[order, c]).average_precision() for c in present]))
     bound = np.mean(figures) + t.ppf(CONFIDENCE, n - 1) * np.std(figures, ddof=1) * np.sqrt(1 + 1 / n)
     top1 = None
     if (positive.sum(axis=1) == 1).all():

@@ -1,5 +1,6 @@
 """Evaluating a model on a labelled pack."""
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from pydantic import Field
 from audio.cutting import Chunks
 from audio.dataset import ClipDataset, ClipLoader, Pack, pad_batch
 from common.errors import Faults
-from common.files import whole_file, write_json
+from common.files import whole_file, write_bytes, write_json
 from common.interrupts import StopSignal
 from common.options import MergingOption, Options, read_options
 from common.progress import create_progress
@@ -26,7 +27,9 @@ from models.source_errors import ONNX
 from models.token_merging import split_setting
 from models.weight_sources import needs_download
 from training.config import Mode
+from training.detection_figure import detection_figure
 from training.exported import ExportedTagger, predict_exported
+from training.figures import render_png
 from training.label_numbers import check_label_numbers
 from training.labelled import LabelledPack, open_labelled, open_pack
 from training.metrics import Metrics, evaluate_scores
@@ -193,7 +196,14 @@ def _warn_of_missing_band(model: AudioTagger, pack: Pack) -> None:
 
 
 def write_results(folder: Path, name: str, metrics: Metrics, data: LabelledPack) -> Path:
-    """Write NAME.json (metrics, clips used and missing) and NAME_per_class.csv to `folder`; return the former."""
+    """Write the results of an evaluation to `folder`.
+
+    NAME.json has all metrics and the clips used and missing, NAME_per_class.csv the metrics of each class as a table,
+    NAME_roc_det.png the curves of up to a dozen classes.
+
+    Returns:
+        The path of NAME.json.
+    """
     prevalence = data.multi_hot().mean(axis=0)
     counts = {
         "data": str(data.pack.manifest),
@@ -204,7 +214,10 @@ def write_results(folder: Path, name: str, metrics: Metrics, data: LabelledPack)
     target = folder / f"{name}.json"
     with whole_file(folder / f"{name}_per_class.csv") as file:
         metrics.per_class.to_csv(file, index=False)
-    write_json(target, counts | metrics.as_dict())
+    if metrics.curves:
+        write_bytes(folder / f"{name}_roc_det.png", render_png(detection_figure(metrics.curves)))
+    per_class = json.loads(metrics.per_class.to_json(orient="records", double_precision=15))  # null where undefined
+    write_json(target, counts | metrics.as_dict() | {"per_class": per_class})
     return target
 
 

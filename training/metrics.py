@@ -1,4 +1,4 @@
-"""Metrics of classification: mAP, mAUC, d-prime, lwlrap and accuracies, for multi-label and single-label sets.
+"""Metrics of classification: mAP, mAUC, EER, d-prime, lwlrap, accuracies, for multi-label and single-label sets.
 
 Shapes: N clips, C classes.
 """
@@ -13,7 +13,9 @@ import pandas as pd
 
 from common.columns import align_columns
 from common.errors import UserError, some
+from training.ranking import GRID, Curve, Ranking, misses_on_grid
 
+MAX_CURVES = 12  # classes whose ROC curves are readable in one plot, and whose measures in one summary
 AUC_MARGIN = 1e-6  # AUCs are clipped to [margin, 1 - margin], which keeps d-prime within +-6.72
 
 
@@ -26,6 +28,7 @@ class Metrics:
         n_classes_scored: number of these classes.
         n_classes_absent: number of classes without a positive clip, which are left out.
         mAUC: mean area under the ROC curve over the classes with both positive and negative clips.
+        mEER: mean equal error rate over the same classes, see `Ranking.equal_error_rate`.
         d_prime: sqrt(2) times the normal quantile of mAUC, which is first clipped to [1e-6, 1 - 1e-6].
         lwlrap: label-weighted label-ranking average precision: the mean over all labels of all clips of the precision
             of the clip's ranking at that label.
@@ -33,7 +36,9 @@ class Metrics:
         hit1_among_present: share of the labelled clips whose highest score, among the classes that occur in the set,
             is one of their labels.
         n_clips: number of clips.
-        per_class: one row a class: index, label, n_positive, AP, AUC (NaN where undefined).
+        per_class: one row a class: index, label, n_positive, AP, AUC, EER and its threshold (NaN where undefined).
+        curves: ROC curves of the classes with both positive and negative clips; of more than `MAX_CURVES`, their mean
+            and those of the lowest, the median and the highest equal error rate.
         confusion: (C, C) counts of clips, rows the true class, columns the class with the highest score; None unless
             every clip has exactly one label.
     """
@@ -42,58 +47,44 @@ class Metrics:
     n_classes_scored: int
     n_classes_absent: int
     mAUC: float | None  # noqa: N815
+    mEER: float | None  # noqa: N815
     d_prime: float | None
     lwlrap: float
     top1: float | None
     hit1_among_present: float
     n_clips: int
     per_class: pd.DataFrame
+    curves: list[Curve]
     confusion: np.ndarray | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the metrics without the tables, for JSON."""
-        return {name: value for name, value in vars(self).items() if name not in ("per_class", "confusion")}
+        """Return the metrics without the tables and curves, for JSON."""
+        return {name: value for name, value in vars(self).items() if name not in ("per_class", "curves", "confusion")}
 
     def summary(self) -> str:
-        """Return a table of two aligned columns, metric and value; undefined metrics are left out."""
+        """Return a table of two aligned columns, metric and value, and of few classes a table with a row a class.
+
+        Undefined metrics are left out.
+        """
         absent = f" ({self.n_classes_absent} absent from the set, not counted)" if self.n_classes_absent else ""
         rows = [("clips", str(self.n_clips)), ("classes scored", f"{self.n_classes_scored}{absent}")]
-        for name in ("mAP", "mAUC", "d_prime", "lwlrap", "top1", "hit1_among_present"):
+        for name in ("mAP", "mAUC", "mEER", "d_prime", "lwlrap", "top1", "hit1_among_present"):
             value = getattr(self, name)
             if value is not None:
                 rows.append((name.replace("_", " "), f"{value:.4f}"))
-        return align_columns(rows)
+        if len(self.per_class) > MAX_CURVES:
+            return align_columns(rows)
+        classes: list[tuple[str, ...]] = [("class", "clips", "AP", "AUC", "EER", "threshold")]
+        for row in self.per_class.itertuples():
+            values = (row.AP, row.AUC, row.EER, row.EER_threshold)
+            texts = ("-" if math.isnan(value) else f"{value:.4f}" for value in values)
+            classes.append((str(row.label), str(row.n_positive), *texts))
+        return f"{align_columns(rows)}\n\n{align_columns(classes, '<>')}"
 
 
 def d_prime(auc: float) -> float:
     """Return sqrt(2) * z(auc), z the quantile of the standard normal; finite because auc is clipped by 1e-6."""
     return math.sqrt(2) * NormalDist().inv_cdf(min(max(auc, AUC_MARGIN), 1 - AUC_MARGIN))
-
-
-def average_precision_and_auc(scores: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
-    """Return one class's average precision and area under the ROC curve, from a single sort.
-
-    Both equal scikit-learn's `average_precision_score` and `roc_auc_score`; one sort for the two, and checks made once
-    rather than for each class, bring 20,000 clips of 527 classes from 6 seconds to less than one.
-
-    Args:
-        scores: (N,) finite.
-        positive: (N,) bool with at least one True.
-
-    Returns:
-        The precision averaged over the recall steps, equal scores being one step; the area, NaN without negatives.
-    """
-    order = np.argsort(-scores)
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # the last clip of each distinct score
-    hits = np.cumsum(positive[order])[ends]  # positives at or above each distinct score
-    new_hits = np.diff(hits, prepend=0)
-    misses = ends + 1 - hits
-    precision = float((new_hits * (hits / (ends + 1))).sum() / hits[-1])
-    if misses[-1] == 0:
-        return precision, math.nan
-    # a pair of a positive and a negative counts 1 in the right order and 1/2 when equal
-    pairs = (np.diff(misses, prepend=0) * (hits - new_hits / 2)).sum()
-    return precision, float(pairs / (hits[-1] * misses[-1]))
 
 
 def evaluate_scores(scores: Any, targets: Any, labels: list[str] | None = None) -> Metrics:
@@ -125,31 +116,57 @@ def evaluate_scores(scores: Any, targets: Any, labels: list[str] | None = None) 
     n_positive = positive.sum(axis=0)  # (C,)
     if not n_positive.any():
         raise UserError(f"none of the {n_clips} clips has a label, so no metric is defined")
-    precisions, areas = np.full(n_classes, np.nan), np.full(n_classes, np.nan)
-    for index in np.flatnonzero(n_positive):  # absent classes stay NaN: 0.0 would lower the mean
-        precisions[index], areas[index] = average_precision_and_auc(scores[:, index], positive[:, index])
-    mean_area = float(np.nanmean(areas)) if np.isfinite(areas).any() else None
+    names = [str(index) for index in range(n_classes)] if labels is None else labels
+    per_class, curves = _evaluate_classes(scores, positive, names)
 
     n_labels = positive.sum(axis=1)  # (N,)
     labelled, present = n_labels > 0, np.flatnonzero(n_positive)
     best_present = present[scores[:, present].argmax(axis=1)]  # (N,)
     hits = positive[np.arange(n_clips), best_present][labelled]
     confusion = _confusion(positive, scores) if (n_labels == 1).all() else None
-    names = [str(index) for index in range(n_classes)] if labels is None else labels
-    columns = {"index": range(n_classes), "label": names, "n_positive": n_positive, "AP": precisions, "AUC": areas}
+    has_both = bool(per_class["AUC"].notna().any())
+    mean_area = float(per_class["AUC"].mean()) if has_both else None
     return Metrics(
-        mAP=float(np.nanmean(precisions)),
+        mAP=float(per_class["AP"].mean()),
         n_classes_scored=len(present),
         n_classes_absent=n_classes - len(present),
         mAUC=mean_area,
+        mEER=float(per_class["EER"].mean()) if has_both else None,
         d_prime=None if mean_area is None else d_prime(mean_area),
         lwlrap=_lwlrap(scores, positive),
         top1=None if confusion is None else float(confusion.trace() / n_clips),
         hit1_among_present=float(hits.mean()),
         n_clips=n_clips,
-        per_class=pd.DataFrame(columns),
+        per_class=per_class,
+        curves=curves,
         confusion=confusion,
     )
+
+
+def _evaluate_classes(scores: np.ndarray, positive: np.ndarray, names: list[str]) -> tuple[pd.DataFrame, list[Curve]]:
+    """Return the measures of each class and the curves to draw, see `Metrics`; absent classes are NaN."""
+    n_classes = len(names)
+    values = np.full((n_classes, 4), np.nan)  # not 0, which would lower the mean
+    few, total, curves = n_classes <= MAX_CURVES, np.zeros(len(GRID)), []
+    n_positive = positive.sum(axis=0)
+    for index in np.flatnonzero(n_positive):
+        ranking = Ranking.of(scores[:, index], positive[:, index])
+        values[index] = ranking.average_precision(), ranking.auc(), *ranking.equal_error_rate()
+        if few and ranking.has_both:
+            curves.append(Curve(names[index], *ranking.curve(), float(values[index, 2])))
+        elif ranking.has_both:
+            total += misses_on_grid(ranking)
+    table = pd.DataFrame({"index": range(n_classes), "label": names, "n_positive": n_positive})
+    table[["AP", "AUC", "EER", "EER_threshold"]] = values
+    both = np.flatnonzero(np.isfinite(values[:, 2]))
+    if few or not len(both):
+        return table, curves
+    curves.append(Curve(f"mean of {len(both)} classes", GRID, total / len(both), None))
+    order = both[np.argsort(values[both, 2], kind="stable")]
+    for index in dict.fromkeys([order[0], order[len(order) // 2], order[-1]]):
+        ranking = Ranking.of(scores[:, index], positive[:, index])
+        curves.append(Curve(names[index], *ranking.curve(), float(values[index, 2])))
+    return table, curves
 
 
 def _as_table(targets: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -15,8 +15,9 @@ import yaml
 
 from common.files import write_bytes, write_text
 from training.baseline import Baseline, compare_with_baseline
+from training.detection_figure import detection_figure
 from training.figures import confusion_figure, curves_figure, render_png
-from training.metrics import Metrics
+from training.metrics import MAX_CURVES, Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchaudio", "timm", "numpy", "pandas", "h5py", "soundfile", "soxr", "safetensors")
@@ -27,6 +28,7 @@ PAIRS_ALONE = 30  # and without one
 DEFINITIONS = {
     "mAP": ("mAP", "average precision, mean over the classes that occur"),
     "mAUC": ("mAUC", "area under the ROC curve, mean over classes"),
+    "mEER": ("mEER", "equal error rate of false alarms and misses, mean over classes (lower is better)"),
     "d_prime": ("d\u2032", "√2 times the normal quantile of mAUC"),
     "lwlrap": ("lwlrap", "label-weighted label-ranking average precision"),
     "top1": ("top-1", "clips whose highest score is their label"),
@@ -140,6 +142,8 @@ def _results(metrics: Metrics) -> dict[str, Any]:
         "best": scored.head(min(RANKED, len(scored) - n_worst)).to_dict("records"),
         "worst": scored.tail(n_worst).iloc[::-1].to_dict("records"),
         "per_class": table.to_dict("records"),
+        "few_classes": len(table) <= MAX_CURVES,
+        "curves": _data_uri(render_png(detection_figure(metrics.curves))) if metrics.curves else None,
         "confusion": None if metrics.confusion is None else _confusion(metrics.confusion, table.label.tolist()),
     }
 

@@ -1,7 +1,5 @@
 """Folders of runs: settings, log, states, results and checkpoints; and the choice of the run to resume."""
 
-import csv
-import io
 import json
 import logging
 import os
@@ -18,6 +16,7 @@ import yaml
 from pydantic import BaseModel
 from tqdm import tqdm
 
+from audio.labels import format_label_table
 from common.errors import UserError, some
 from common.files import remove_dead_partials, reserve_partial, sha256, write_json, write_text
 from common.locks import POLL_SECONDS, try_lock
@@ -120,11 +119,7 @@ class RunFolder:
         if not self.lock():
             raise UserError(f"{self.path} is in use by another process; start again")
         write_text(self.path / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
-        table = io.StringIO()
-        table.write("index,mid,display_name\n")
-        writer = csv.writer(table, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        writer.writerows([index, "", label] for index, label in enumerate(labels))
-        write_text(self.path / "class_labels_indices.csv", table.getvalue())
+        write_text(self.path / "class_labels_indices.csv", format_label_table(labels))
         automatic = {key: {"value": choice.value, "reason": choice.reason} for key, choice in (chosen or {}).items()}
         write_json(self.path / "run.json", {"identity": identity, "given": given, "automatic": automatic})
 

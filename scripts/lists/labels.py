@@ -241,7 +241,7 @@ def _describe_missing_labels(sounds: SoundFolder, folders: list[list[str]], prop
 
 def _label_by_table(sounds: SoundFolder, options: ListOptions) -> Clips:
     path = options.table
-    table = read_manifest(path, required=(), delimiter=_find_delimiter(path))
+    table = read_manifest(path, required=(), delimiter=find_delimiter(path))
     names = _choose_column(table, path, options.filename_column, FILENAME_COLUMNS, "filename_column", "file names")
     labels = ""
     if "none" not in (options.label_column, options.label_level):
@@ -276,7 +276,8 @@ def _label_by_table(sounds: SoundFolder, options: ListOptions) -> Clips:
     return clips
 
 
-def _find_delimiter(path: str) -> str:
+def find_delimiter(path: str) -> str:
+    """Return the mark that separates the columns of a table: a tab, a comma or a semicolon."""
     header = load_text(path).partition(b"\n")[0].decode(errors="replace")
     return "\t" if "\t" in header else max(",;", key=header.count)
 
@@ -287,7 +288,7 @@ def _choose_column(
     """Return the column given, or the first usual one of the table, in upper or lower case."""
     if given:
         if given not in table:
-            read_manifest(path, required=(given,), delimiter=_find_delimiter(path))  # raises, with the nearest name
+            read_manifest(path, required=(given,), delimiter=find_delimiter(path))  # raises, with the nearest name
         return given
     columns = {str(column).strip().lower(): str(column) for column in reversed(table.columns)}
     chosen = next((columns[name] for name in usual if name in columns), None)

@@ -1,14 +1,56 @@
-"""The options of make_lists.py, and how labels and lists follow from them."""
+"""The options of make_lists.py and make_subset.py, and how labels and lists follow from them."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
 
+from audio import ontology
+from audio.ontology import Ontology
+from audio.selection import SelectionSettings
 from common.options import Options
 
 
-class ListOptions(Options):
+class SelectionOptions(Options):
+    """The clips to choose by their labels, see `audio.selection`."""
+
+    MANY: ClassVar[tuple[str, ...]] = ("labels",)
+
+    labels: list[str] = Field([])  # only clips of these, each in quotes: names of the list, or AudioSet's MIDs
+    # clips without any of --labels, which are drawn; null = as many as there are clips with one, or all others
+    negatives: int | None = Field(None, ge=0)
+    negative_label: str = "Other"  # of these
+    min_clips: int = Field(
+        1, ge=1
+    )  # fewest clips of a label; of all labels, where none is given, rarer ones are left out
+    balanced: bool = False  # draw as many clips of each label as the rarest has (and as many others)
+    # AudioSet's ontology.json: clips of a kind of a label (Bark) count as clips of the label (Dog); null = the file of
+    # that name beside the list, none = no ontology
+    ontology: str | None = None
+    seed: int = Field(42, ge=0)  # of everything that is drawn
+
+    @property
+    def selection(self) -> SelectionSettings:
+        """What to choose."""
+        return SelectionSettings(
+            self.labels, self.negatives, self.min_clips, self.balanced, self.seed, self.negative_label
+        )
+
+    def find_ontology(self, path: str) -> str | None:
+        """Return the path of the ontology for a list, None for none."""
+        beside = Path(path).parent / ontology.FILE
+        if self.ontology is None:
+            return str(beside) if beside.is_file() else None
+        return None if self.ontology == "none" else self.ontology
+
+    def read_ontology(self, path: str) -> Ontology | None:
+        """Read the ontology for a list, if there is one."""
+        found = self.find_ontology(path)
+        return None if found is None else Ontology.read(found)
+
+
+class ListOptions(SelectionOptions):
     """What make_lists.py was given."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("folder",)
@@ -37,9 +79,13 @@ class ListOptions(Options):
     # of the table or the pattern, whose lists or folds are kept (split or fold, where there is one); none to draw new
     # ones
     split_column: str = ""
-    seed: int = Field(42, ge=0)  # of the split
     compare_content: bool = True  # keep files of the same bytes in one list; only files of equal size are read
     overwrite: bool = False  # replace lists in the output folder that this command did not make
+
+    @property
+    def selects(self) -> bool:
+        """Whether clips are chosen by their labels."""
+        return bool(self.labels or self.balanced or self.min_clips > 1)
 
     @property
     def given_shares(self) -> list[str]:
@@ -50,6 +96,8 @@ class ListOptions(Options):
         """Yield a sentence for each group of options that cannot be given together."""
         if not self.folds and self.valid + self.test >= 1:
             yield f"--valid {self.valid:g} and --test {self.test:g} leave no clips to train on; expected a sum below 1"
+        if self.negatives is not None and not self.labels:
+            yield f"--negatives {self.negatives} is the number of clips without any of --labels, which are missing"
         for name in ("valid", "test"):
             if self.folds and getattr(self, name) and name in self.model_fields_set:
                 yield (

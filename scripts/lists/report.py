@@ -3,6 +3,7 @@
 import pandas as pd
 
 from audio.labels import describe_lookalikes
+from audio.selection import Selection
 from common.columns import align_columns
 from common.errors import some
 from scripts.lists.groups import Groups
@@ -34,6 +35,18 @@ def describe_folder(sounds: SoundFolder, n_clips: int) -> list[str]:
     for text in sounds.describe_skipped():
         lines += format_lines("skipped", text)
     return lines
+
+
+def describe_selection(selection: Selection, ontology: str | None) -> list[str]:
+    """Return the sentences on the clips that were chosen by their labels."""
+    by_kind = sum(selection.n_by_kind.values())
+    kinds = f"counted by {ontology}: {by_kind:,}" if ontology else "not counted: there is no ontology (--ontology)"
+    lines = format_lines("selected", f"{len(selection.rows):,} clips", f"clips of kinds of a label {kinds}")
+    rows = [("", "in the list", "by a kind", "selected")]
+    for label, n in selection.n_chosen.items():
+        n_by_kind = f"{selection.n_by_kind[label]:,}" if label in selection.n_by_kind else ""
+        rows.append((escape_text(label), f"{selection.n_found[label]:,}", n_by_kind, f"{n:,}"))
+    return [*lines, "", align_columns(rows, "<>"), ""]
 
 
 def describe_lists(table: pd.DataFrame, split: Split, groups: Groups) -> list[str]:

@@ -102,7 +102,7 @@ def keep_published(
         labels: of each clip, see `stratify`.
         groups: of each clip, int (N,).
         valid: share of valid in the train clips; 0 for none.
-        order: of each clip, see `compute_order`.
+        order: of each clip, see `audio.selection.compute_order`.
     """
     list_names = read_published_lists(values)
     column = str(values.name)
@@ -135,7 +135,7 @@ def draw_split(labels: Sequence[str], groups: np.ndarray, options: ListOptions, 
         labels: of each clip, see `stratify`.
         groups: of each clip, int (N,).
         options: the shares, or the number of folds.
-        order: of each clip, see `compute_order`.
+        order: of each clip, see `audio.selection.compute_order`.
 
     Raises:
         UserError: a list or a fold is empty.

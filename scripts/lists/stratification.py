@@ -9,7 +9,6 @@ there are lists without it, only these lists are considered.
 N clips, L lists.
 """
 
-import hashlib
 import heapq
 import math
 from collections import Counter
@@ -22,13 +21,6 @@ from tqdm import tqdm
 _MAX_GROUPS, _MAX_CELLS, _MAX_COMPARED = 10_000, 5_000_000, 20_000_000
 _MAX_PASSES = 5
 _MIN_GAIN = 1e-6
-
-
-def compute_order(names: Sequence[str], seed: int) -> np.ndarray:
-    """Return a pseudo-random number for each name, which depends on name and seed only, uint64 (N,)."""
-    prefix = f"{seed}\0".encode()
-    digests = [hashlib.blake2b(prefix + name.encode("utf-8"), digest_size=8).digest() for name in names]
-    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
 
 
 def stratify(
@@ -45,7 +37,7 @@ def stratify(
         labels: of each clip, joined by ";"; "" for none.
         groups: of each clip, int (N,), from 0.
         shares: of the L lists, with sum 1.
-        order: of each clip, (N,), by which ties are resolved: see `compute_order`.
+        order: of each clip, (N,), by which ties are resolved: see `audio.selection.compute_order`.
         first_has_all: the first list (train) gets a group of every label.
 
     Returns:

@@ -46,6 +46,24 @@ def test_a_list_of_segments_is_a_list_of_sounds(tmp_path: Path, head: str) -> No
 
 
 @pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS.replace('"/m/012xff"', "/m/012xff"),
+        ROWS.replace("\n", "\n\n", 1),
+        ROWS.replace("\n", "\n# a comment\n", 1),
+        ROWS.replace("/m/09x0r,/t", " /m/09x0r , /t"),
+        ROWS.replace('"\n', '" \n'),
+        ROWS.replace(", ", ",\t"),
+        ROWS + "\n",
+    ],
+    ids=["unquoted", "blank line", "comment", "spaces", "space at the end", "tabs", "blank end"],
+)
+def test_a_list_that_is_not_quite_as_published_is_the_same_list(tmp_path: Path, rows: str) -> None:
+    (tmp_path / "one").mkdir()
+    assert read_manifest(write(tmp_path, HEAD + rows)).equals(read_manifest(write(tmp_path / "one")))
+
+
+@pytest.mark.parametrize(
     ("name", "is_it"),
     [
         ("--PJHxphWEs.wav", True),

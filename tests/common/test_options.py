@@ -15,6 +15,7 @@ class Small(Options):
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("sounds",)
     SHORT: ClassVar[dict[str, str]] = {"model": "m"}
+    MANY: ClassVar[tuple[str, ...]] = ("labels",)
 
     sounds: list[str] = Field([])  # files
     model: str  # a name
@@ -26,6 +27,7 @@ class Small(Options):
     names: str | list[str] | None = None  # one or several
     merging: MergingOption = None  # of tokens
     folder: Path | None = None  # for output
+    labels: list[str] = Field([])  # to choose
 
     def conflicts(self):
         """Yield a sentence for what cannot be combined."""
@@ -50,6 +52,11 @@ class Small(Options):
         ("-m x --folder 2024", {"model": "x", "folder": Path("2024")}),
         ("-m x --folder 2024-01-01,b", {"model": "x", "folder": Path("2024-01-01,b")}),
         ("-m x --merging 16", {"model": "x", "merging": 16}),
+        (
+            "a.wav -m x --labels a,b c --quick",
+            {"sounds": ["a.wav"], "model": "x", "labels": ["a,b", "c"], "quick": True},
+        ),
+        ("--labels=a --labels b -m x c.wav", {"sounds": ["c.wav"], "model": "x", "labels": ["a", "b"]}),
         ("-m x --merging 16,-1", {"model": "x", "merging": [16, -1]}),
     ],
 )

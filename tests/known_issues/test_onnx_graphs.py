@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from models import create_model
-from models.onnx import _CONVERSIONS, _trace, export_onnx
+from models.onnx import _CONVERSIONS, export_onnx
+from models.onnx_tracing import _trace
 from tagging.onnx_engine import OnnxEngine
 from tests.models.sounds import noise
 
@@ -57,7 +58,7 @@ class Ceiling(nn.Module):
 @pytest.mark.parametrize("length", [5, 10, 11])
 def test_negative_quotients_of_shapes_are_rounded_down_in_graphs(length):
     # PyTorch's exporter writes a division that rounds towards zero; `models.onnx` has one of its own.
-    graph = _trace(Ceiling(), torch.zeros(2, 3, 25), "feats", "prob")
+    graph = _trace(Ceiling(), torch.zeros(2, 3, 25), "feats", "prob", 18)
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     found = session.run(None, {"feats": np.zeros((1, 3, length), np.float32)})[0]
     assert found.item() == -(-length // 10)
@@ -79,7 +80,7 @@ def test_eight_bit_products_do_not_overflow_the_sixteen_bits_they_are_added_in()
     # On processors without VNNI two products of 8 by 8 bits saturate; mn04's probabilities were off by 0.28.
     model = Saturating()
     given = torch.full((1, 64, 20), 7.0)
-    graph = _CONVERSIONS["int8"](_trace(model, given.repeat(2, 1, 1), "feats", "prob"))
+    graph = _CONVERSIONS["int8"](_trace(model, given.repeat(2, 1, 1), "feats", "prob", 18))
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     found = session.run(None, {"feats": given.numpy()})[0]
     np.testing.assert_allclose(found, model(given).detach().numpy(), rtol=0.01)

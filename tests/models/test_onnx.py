@@ -15,7 +15,8 @@ from models import attach_head, create_model, load_model, save_checkpoint
 from models.audiotransformer import AudioTransformer
 from models.headed import Head
 from models.labels import AUDIOSET_LABELS, audioset_labels, read_labels
-from models.onnx import _compare, export_onnx, resize_chunks, write_label_table
+from models.onnx import export_onnx, resize_chunks, write_label_table
+from models.onnx_comparison import compare
 from tests.models.sounds import noise
 
 logging.getLogger("torch.__trace").propagate = False  # of interest to no reader of a failure
@@ -328,9 +329,9 @@ def test_eight_bits_do_not_excuse_a_graph_that_computes_something_else(fault, ei
     graph.graph.node.append(added)
     graph.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(constant), "wrong"))
     onnx.save(graph, tmp_path / "wrong.onnx")
-    assert _compare(path, model, "waveform", "int8", "right.onnx") < 0.05
+    assert compare(path, model, "waveform", "int8", "right.onnx") < 0.05
     with pytest.raises(UserError, match=r"wrong\.onnx: its (log-odds|probabilities)"):
-        _compare(tmp_path / "wrong.onnx", model, "waveform", "int8", "wrong.onnx")
+        compare(tmp_path / "wrong.onnx", model, "waveform", "int8", "wrong.onnx")
 
 
 def test_the_label_table_is_read_back_and_quotes_every_name(tmp_path):

@@ -19,6 +19,7 @@ SIZES = {
     "efficientnet_b0": {"n_mels": 64},
     "efficientnet_b0 attention": {"n_mels": 64, "pooling": "attention"},
     "resnet10_small": {},
+    "densenet121_audio": {"n_mels": 32},
     "mobilenetv3": {"width": 0.1},
     "dymn": {"width": 0.1},
     "eres2net": {"m_channels": 4, "num_blocks": [1] * 5},
@@ -50,6 +51,8 @@ def stages(model):
         return list(network.features)
     if hasattr(network, "in_c"):
         return [network.in_c, *network.layers, network.out_c]
+    if hasattr(network, "parts"):
+        return [network.body.get_submodule(names[-1]) for names in network.parts.stages]
     if hasattr(network, "body"):
         return [network.body.bn1, *network.body.blocks, network.body.bn2]
     if hasattr(network, "stem"):

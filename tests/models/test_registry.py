@@ -16,6 +16,7 @@ from tests.models.sounds import noise
 # Seconds to build and up to 300 MB to store; each is the twin of a model that is tested, but for its width or name.
 WIDE = {"mn30_as", "mn40_as", "mn40_as_ext", "mn40_as_no_im_pre"}
 WIDE |= {"audiotransformer_small", "audiotransformer_base", "audiotransformer_base_4740", "dymn20_as", "eres2net_base"}
+WIDE |= {"resnet50_audio"}
 WIDE |= {f"{teacher}-{student}" for teacher in ("matpac", "m2d") for student in ("mobilenetv3", "dymn", "eres2net")}
 
 

@@ -11,7 +11,8 @@ from sklearn.metrics import (
 )
 
 from common.errors import UserError
-from training.metrics import average_precision_and_auc, d_prime, evaluate_scores
+from training.metrics import d_prime, evaluate_scores
+from training.ranking import Ranking
 
 
 def slow_average_precision(scores, positive):
@@ -196,8 +197,8 @@ def test_a_list_of_names_of_another_length_is_refused():
 
 
 def test_one_class_at_chance_has_half_the_area():
-    precision, area = average_precision_and_auc(np.zeros(10), np.arange(10) < 3)
-    assert (precision, area) == (pytest.approx(0.3), 0.5)
+    ranking = Ranking.of(np.zeros(10), np.arange(10) < 3)
+    assert (ranking.average_precision(), ranking.auc()) == (pytest.approx(0.3), 0.5)
 
 
 def test_the_size_of_audioset_takes_seconds():

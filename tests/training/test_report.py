@@ -17,6 +17,7 @@ from training.metrics import evaluate_scores
 from training.report import collect_versions, draw_curves, find_most_confused, write_report
 
 FACTS = {"model": "ced_tiny", "seed": "42", "device": "<cpu>"}
+MEASURES = ("AP", "AUC", "EER", "EER_threshold")
 CONFIG = {"model": "ced_tiny", "optimizer_args": {"lr": 0.001}, "train_data": "a & b.tsv"}
 
 
@@ -176,7 +177,7 @@ def test_the_report_holds_every_figure(tmp_path):
     metrics = evaluate_scores(scores, truth, labels)
     page = page_of(tmp_path, metrics)
     text = page.text
-    for value in (metrics.mAP, metrics.mAUC, metrics.d_prime, metrics.lwlrap, metrics.top1):
+    for value in (metrics.mAP, metrics.mAUC, metrics.mEER, metrics.d_prime, metrics.lwlrap, metrics.top1):
         assert any(row[1] == f"{value:.4f}" for row in page.rows if len(row) == 3)
     assert "400 clips; 29 classes scored, 1 without clips, not counted." in text
     prevalence = metrics.per_class.n_positive[:29] / 400
@@ -193,10 +194,10 @@ def test_the_report_holds_every_figure(tmp_path):
     ranked = [row for row in page.rows if len(row) == 4 and row[0] != "class" and "." in row[2]][:20]
     expected = [*table.head(10).itertuples(), *table[:29].tail(10)[::-1].itertuples()]
     assert [row[:3] for row in ranked] == [[row.label, str(row.n_positive), f"{row.AP:.4f}"] for row in expected]
-    whole = [row for row in page.rows if len(row) == 5 and row[0] != "index"]
+    whole = [row for row in page.rows if len(row) == 7 and row[0] != "index"]
     assert [row[1] for row in whole] == labels
-    assert whole[3][2:] == [str(table.n_positive[3]), f"{table.AP[3]:.4f}", f"{table.AUC[3]:.4f}"]
-    assert whole[29][2:] == ["0", "-", "-"]
+    assert whole[3][2:] == [str(table.n_positive[3]), *(f"{table[name][3]:.4f}" for name in MEASURES)]
+    assert whole[29][2:] == ["0", "-", "-", "-", "-"]
     assert "details" in page.tags
     assert page.picture(0).shape[1] > 900
 
@@ -207,7 +208,7 @@ def test_confusions_are_those_of_scikit_learn(tmp_path):
     expected = confusion_matrix(truth, scores.argmax(axis=1))
     wrong = expected - np.diag(np.diag(expected))
     page = page_of(tmp_path, metrics)
-    assert len(page.pictures) == 2
+    assert len(page.pictures) == 3
     start = next(index for index, row in enumerate(page.rows) if row[:2] == ["true class", "predicted class"])
     pairs = page.rows[start + 1 :]
     assert len(pairs) == 10
@@ -225,7 +226,7 @@ def test_confusions_are_those_of_scikit_learn(tmp_path):
 
 def test_more_classes_than_a_picture_can_show_are_listed_as_pairs(tmp_path):
     page = page_of(tmp_path, evaluate_scores(*single_label(51)))
-    assert len(page.pictures) == 1  # the curves
+    assert len(page.pictures) == 2  # of training, and ROC and DET
     assert "not drawn for more than 50 classes" in page.text
     assert len([row for row in page.rows if row[-1].endswith("%")]) == 30
 

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from audio.selection import compute_order
 from common.errors import UserError
 from scripts.lists.groups import find_groups, join_groups
 from scripts.lists.options import ListOptions
@@ -15,7 +16,7 @@ from scripts.lists.splits import (
     keep_published,
     read_published_lists,
 )
-from scripts.lists.stratification import compute_order, stratify
+from scripts.lists.stratification import stratify
 
 SHARES = [0.6, 0.2, 0.2]
 
