@@ -132,9 +132,12 @@ def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str
     bake_parametrizations(model)  # `transformers` loads plain weights only
     drop_quantizers(model)
     network = get_network(model)
-    recipe = network.arguments.get("quantize") or {}
+    recipe = network.arguments.pop("quantize", None) or {}
     if used := [name for name in ("activations", "fold_batch_norm") if recipe.get(name)]:
-        raise UserError(f"{model.name} has {used[0]} in quantize, which the exported code does not compute")
+        raise UserError(
+            f"{model.name}: the code of a folder for transformers does not compute the setting {used[0]} of quantize; "
+            "use export_onnx.py, or quantize without it"
+        )
     if isinstance(network, ResNet10):
         settings = huggingface_resnet.resnet_settings(network)
         state = huggingface_resnet.resnet_to_huggingface(network.state_dict())

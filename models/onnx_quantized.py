@@ -266,7 +266,7 @@ def _lay_out(graph: onnx.ModelProto, name: str, values: str, shape: torch.Size, 
 
 
 def _add(graph: onnx.ModelProto, name: str, values: Any) -> str:
-    graph.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+    graph.graph.initializer.append(numpy_helper.from_array(np.asarray(values, order="C"), name))
     return name
 
 

@@ -43,14 +43,16 @@ class RecurrentOperator(nn.Module):
 
     def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
+        self.quantize_input = getattr(layer, "input_quantizer", nn.Identity())
         self.operator, self.hidden_size = _OPERATORS[type(layer)][0], layer.hidden_size
-        ordered = {name: order_gates(layer, value.detach()) for name, value in layer.named_parameters()}
+        ordered = {name: order_gates(layer, value.detach()) for name, value in layer.named_parameters(recurse=False)}
         for name in ("weight_ih_l0", "weight_hh_l0"):
             self.register_buffer(name, ordered[name][None])
         self.register_buffer("bias_l0", torch.cat([ordered["bias_ih_l0"], ordered["bias_hh_l0"]])[None])
 
     def forward(self, x: Tensor, before: None = None) -> tuple[Tensor, None]:
         """(B,T,F) -> (B,T,D), from a state of zeros."""
+        x = self.quantize_input(x)
         # PyTorch's reset gate acts on the product of matrix and state, not on the state.
         linear = {"linear_before_reset": 1} if self.operator == "GRU" else {}
         y = torch.onnx.ops.symbolic(

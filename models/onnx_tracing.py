@@ -6,7 +6,7 @@ Letters: B batch, F mel bands, T frames, S samples, C classes.
 import math
 import operator
 import warnings
-from typing import Any, cast
+from typing import Any
 
 import onnx
 import torch
@@ -34,9 +34,7 @@ def trace_network(model: AudioTagger, mel: Tensor, opset: int, keep_weights: boo
     Raises:
         UserError: the model cannot be traced.
     """
-    return _trace(
-        _Network(cast(AudioTagger, replace_recurrent_layers(model))), mel, "feats", "prob", opset, keep_weights
-    )
+    return _trace(_Network(replace_recurrent_layers(model)), mel, "feats", "prob", opset, keep_weights)
 
 
 def trace_front_end(front_end: FrontEnd, wave: Tensor, opset: int) -> onnx.ModelProto:

@@ -19,6 +19,7 @@ import onnxruntime
 
 from common.class_names import find_label_fault
 from common.errors import UserError, some
+from common.onnx_runtime import create_options
 from common.parsing import parse_json
 from common.samples import as_clips
 from tagging.base import MAX_THREADS
@@ -58,7 +59,7 @@ class OnnxEngine:
         labels: names of the C classes.
         max_samples: length of the longest clip supported, None for any length.
         batch_size: clips per call that use it well.
-        precision: "fp32", "fp16" or "int8".
+        precision: "fp32", "fp16", "int8" or "quantized".
         takes: "waveform" or "feats".
         front_end: class and arguments of the front-end, also where it is in the graph.
 
@@ -73,7 +74,7 @@ class OnnxEngine:
             raise UserError(f"{path}: {what}; export_onnx.py writes one")
         n_cores = _n_cores()
         self.n_threads = n_threads or min(n_cores, MAX_THREADS)
-        options = onnxruntime.SessionOptions()
+        options = create_options()
         options.intra_op_num_threads = max(n_cores // self.n_threads, 1)
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # errors are in the exceptions
@@ -93,7 +94,7 @@ class OnnxEngine:
             ) from error
         self._read_facts(facts, inputs, outputs)
         # Published files do not have their precision; they are as fast one by one.
-        self._one_by_one = facts.get("precision") not in ("fp32", "fp16")
+        self._one_by_one = facts.get("precision") not in ("fp32", "fp16", "quantized")
         self.batch_size = 1 if self._one_by_one else 8
         self._features: FrontEnd | None = None
         self.max_samples: int | None = None
