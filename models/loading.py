@@ -21,6 +21,7 @@ from models.creation import count_weights, create_model, quantize_tagger
 from models.description import FORMAT_VERSION, restore_head
 from models.headed import HEAD, Head, HeadedTagger
 from models.parametrizations import bake_parametrizations, fit_plain_weights, plain_state
+from models.quantizers import FakeQuantize
 from models.registry import AUDIOSET_CLASSES, get_model_entry, list_models
 from models.tensor_files import read_tensors
 from models.weight_sources import find_model_by_url, find_published_weights, is_remote, read_weights
@@ -229,10 +230,13 @@ def _split_head(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def weights_hash(module: nn.Module, excluded: tuple[str, ...] = ()) -> str:
-    """Return the SHA-256 of the names and values of a state dict, without names that start with one of `excluded`."""
+    """Return the SHA-256 of the names and values of a state dict, without names that start with one of `excluded`.
+
+    Grids of quantized weights, whose values they determine, are left out.
+    """
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
-        if not name.startswith(excluded):
+        if not name.startswith(excluded) and f"_{FakeQuantize.kept_as}." not in name:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
