@@ -73,7 +73,9 @@ def write_graph(kind, weights, settings, x, opset):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * (4 if kind in GATES else x.ndim))],
         initializers,
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=13 if opset == 25 else 10
+    )
 
 
 def run_graph(graph, x, *, decode_at_each_run=False):
