@@ -125,8 +125,8 @@ def _check_names(names: pd.Series) -> None:
     repeated = names[names.duplicated()]
     if len(repeated):
         raise UserError(
-            f"{len(repeated)} rows name a clip that an earlier row names ({some(repeated.unique(), 3)}); remove them, "
-            "or join their labels by ';' in one row"
+            f"rows with the name of an earlier row: {len(repeated)} ({some(repeated.unique(), 3)}); remove them, or "
+            "join their labels by ';' in one row"
         )
 
 
@@ -174,9 +174,9 @@ def _check_counts(settings: SelectionSettings, n_found: Mapping[str, int]) -> li
     few = {target: n for target, n in n_found.items() if n < settings.min_clips}
     if few and settings.labels:
         target, n = next(iter(few.items()))
-        more = f" (and {len(few) - 1} more labels)" if len(few) > 1 else ""
+        more = f" (and too few of {len(few) - 1} more labels)" if len(few) > 1 else ""
         raise UserError(
-            f"the list has {n or 'no'} clips of {target!r}{more}; expected at least {settings.min_clips} (--min_clips)"
+            f"clips of {target!r} in the list: {n}{more}; expected at least {settings.min_clips} (--min_clips)"
         )
     targets = [target for target in n_found if target not in few]
     if not targets:

@@ -18,7 +18,6 @@ of the coder is a whole number of codes.
 """
 
 import hashlib
-import itertools
 import json
 import lzma
 import math
@@ -255,7 +254,7 @@ def _read_codes(sections: dict[str, Tensor], layout: Layout, recipe: Quantizatio
     width = get_width(bits) if CODES + XZ in sections else bits
     n_bytes = [count_packed_bytes(width, n) for n in sizes]
     packed = _take(sections, CODES, torch.uint8, sum(n_bytes)).split(n_bytes)
-    levels = scales = None
+    levels = None
     if recipe.scheme == "levels":
         levels = _take(sections, LEVELS, torch.bfloat16, n_levels * sum(n_groups)).float().view(-1, n_levels)
         if not bool((levels.diff(dim=1) >= 0).all()):
@@ -271,13 +270,15 @@ def _read_codes(sections: dict[str, Tensor], layout: Layout, recipe: Quantizatio
             zeros = torch.full((sum(n_groups),), n_levels >> 1, dtype=torch.uint8)
         if int(zeros.max()) >= n_levels:
             raise ValueError(f"a zero point is {int(zeros.max())}, expected at most {n_levels - 1}")
-    starts = itertools.accumulate(n_groups, initial=0)
-    for (key, shape), data, size, n, start in zip(layout.items(), packed, group_sizes, sizes, starts, strict=False):
+    grids = zip(
+        scales.split(n_groups),
+        zeros.split(n_groups),
+        [None] * len(sizes) if levels is None else levels.split(n_groups),
+        strict=True,
+    )
+    weights = zip(layout.items(), packed, group_sizes, sizes, strict=True)
+    for ((key, shape), data, size, n), grid in zip(weights, grids, strict=True):
         values = torch.from_numpy(unpack_bits(data.numpy(), width, n))
         if int(values.max()) >= n_levels:
             raise ValueError(f"{key} has the code {int(values.max())}, expected at most {n_levels - 1}")
-        rows = slice(start, start + -(-n // size))
-        yield (
-            key,
-            Codes(values.view(shape), bits, size, scales[rows], zeros[rows], None if levels is None else levels[rows]),
-        )
+        yield key, Codes(values.view(shape), bits, size, *grid)

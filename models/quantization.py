@@ -11,7 +11,7 @@ import fnmatch
 from collections.abc import Iterator
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from common.errors import UserError, some
@@ -89,14 +89,20 @@ def quantize_model(model: nn.Module, recipe: Quantization) -> None:
         if recipe.activations and not hasattr(module, "input_quantizer"):
             module.input_quantizer = InputQuantizer(recipe.start, isinstance(module, nn.Conv1d | nn.Conv2d))
             module.register_forward_pre_hook(_quantize_input)
-        if isinstance(module, nn.RNNBase):
-            module.register_forward_hook(_detach_weights)
+        if isinstance(module, nn.RNNBase) and len(cast(nn.ModuleDict, module.parametrizations)) == 1:
+            _allow_copies(module)
 
 
-def _detach_weights(module: nn.Module, arguments: Any, output: Any) -> None:
-    """Detach the computed weights that a recurrent layer keeps until its next forward pass: others cannot be copied."""
-    flat = cast(list[Tensor], module._flat_weights)
-    module._flat_weights = [weight.detach() for weight in flat]  # type: ignore[assignment]
+def _allow_copies(module: nn.RNNBase) -> None:
+    """Make a parametrized recurrent layer copy without the computed weights that it keeps, which cannot be copied."""
+    kind = cast(Any, type(module))  # of this layer alone, made by `register_parametrization`
+    copy_parametrized = kind.__deepcopy__
+
+    def copy(module: Any, memo: dict[int, Any]) -> Any:
+        module._flat_weights = [weight.detach() for weight in module._flat_weights]  # until the next forward pass
+        return copy_parametrized(module, memo)
+
+    kind.__deepcopy__ = copy
 
 
 def quantized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, FakeQuantize]]:

@@ -251,6 +251,52 @@ class RecurrentTagger(AudioTagger):
         return self.classifier(self.dropout(clip.float()))
 
 
+class RecurrentSound:
+    """A sound whose output is computed while its samples come; neither samples nor steps are kept.
+
+    Args:
+        model: in evaluation mode, without a front-end that centres frames.
+    """
+
+    def __init__(self, model: RecurrentTagger) -> None:
+        self.model, self.state = model, model.initial_state()
+        self._samples = self.model.classifier.weight.new_zeros(0)  # from the start of the next frame on
+        self._n_frames = 0
+
+    @torch.inference_mode()
+    def push(self, samples: Tensor) -> None:
+        """Add samples (S,) at the model's sample rate; those of a second are computed at once."""
+        self._samples = torch.cat([self._samples, samples.to(self._samples)])
+        if len(self._samples) >= self.model.sample_rate:
+            self._step()
+
+    @torch.inference_mode()
+    def predict(self) -> Tensor:
+        """Return the probabilities (C,) of all samples so far, as `AudioTagger.predict` does.
+
+        Raises:
+            UserError: there are no samples so far, or the output is NaN.
+        """
+        self._step()
+        if self._n_frames:
+            frames = self._samples.new_zeros(1, self.model.front_end.n_mels, 0)
+        else:  # shorter than a frame, which the front-end pads
+            frames = self.model.front_end(self._samples[None])
+        output, _ = self.model.step(frames, self.state)
+        if not bool(output.isfinite().all()):
+            raise UserError(f"the output of {self.model.name} is NaN: its weights are damaged or its training diverged")
+        return self.model.probabilities(output)[0]
+
+    def _step(self) -> None:
+        """Compute the frames that are complete."""
+        front_end = self.model.front_end
+        if len(self._samples) >= front_end.min_samples:
+            frames = front_end(self._samples[None])
+            _, self.state = self.model.step(frames, self.state)
+            self._n_frames += frames.shape[2]
+            self._samples = self._samples[frames.shape[2] * front_end.hop_size :].clone()  # a view would keep all
+
+
 def _valid(states: Tensor, n_steps: Tensor) -> Tensor:
     """Return which steps of (B,T',D) belong to their clip, bool (B,T')."""
     return torch.arange(states.shape[1], device=states.device) < n_steps[:, None].to(states.device)

@@ -99,7 +99,7 @@ def _read_list(path: str, options: SubsetOptions) -> pd.DataFrame:
     sounds = find_sounds(options.folder)
     table = label_sounds(sounds, ListOptions.model_validate({"folder": options.folder, "table": path})).table
     table["filename"] = [sounds.path(name) for name in table["filename"]]
-    return table
+    return table.drop(columns="hdf5path", errors="ignore")  # names in a pack are others
 
 
 def _join(tables: Sequence[pd.DataFrame], options: SubsetOptions) -> pd.DataFrame:
@@ -127,7 +127,7 @@ def _locate(paths: pd.Series, lists: np.ndarray) -> pd.Series:
     """Return paths for a list in another folder: those that exist beside their own list, below its folder."""
     places = {pair: resolve(*pair) for pair in set(zip(paths, lists, strict=True))}
     found = [places[pair] for pair in zip(paths, lists, strict=True)]
-    exists = {place: place.exists() for place in set(found)}
+    exists = {place: os.path.exists(place) for place in set(found)}  # not Path.exists, which raises for long names
     return pd.Series([str(new) if exists[new] else old for new, old in zip(found, paths, strict=True)], dtype=str)
 
 

@@ -33,3 +33,15 @@ class Engine(Protocol):
     def predict(self, clips: Sequence[np.ndarray]) -> np.ndarray:
         """Return the probabilities, float32 (B,C), of clips (S,) of any lengths, see `common.samples.as_clips`."""
         ...
+
+
+class ContinuedSound(Protocol):
+    """A sound whose probabilities are computed while its samples come, see `TorchEngine.open_sound`."""
+
+    def push(self, samples: np.ndarray) -> None:
+        """Add samples (S,) at the engine's sample rate."""
+        ...
+
+    def predict(self) -> np.ndarray:
+        """Return the probabilities, float32 (C,), of all samples so far."""
+        ...

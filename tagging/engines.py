@@ -13,7 +13,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.samples import as_clips
-from tagging.base import MAX_THREADS, Engine
+from tagging.base import MAX_THREADS, ContinuedSound, Engine
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,17 @@ class TorchEngine:
         valid = [frames[i, : self.model.n_steps(len(clip))] for i, clip in enumerate(clips)]  # without padding
         return whole.float().cpu().numpy(), valid
 
+    @property
+    def has_state(self) -> bool:
+        """Whether the model continues sounds, see `open_sound`."""
+        from models.recurrent import RecurrentTagger
+
+        return bool(self.labels) and isinstance(self.model, RecurrentTagger)
+
+    def open_sound(self) -> ContinuedSound:
+        """Start a sound that the model computes while its samples come; only if it `has_state`."""
+        return _TorchSound(self.model)
+
     def _batch(self, clips: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return zero-padded waveforms (B,S) and lengths (B,)."""
         import torch
@@ -90,6 +101,24 @@ class TorchEngine:
             row[: len(clip)] = clip
         lengths = torch.tensor([len(clip) for clip in clips])
         return torch.from_numpy(batch).to(self.device), lengths.to(self.device)
+
+
+class _TorchSound:
+    """A sound of a recurrent model, from and to NumPy."""
+
+    def __init__(self, model: AudioTagger) -> None:
+        from models.recurrent import RecurrentSound, RecurrentTagger
+
+        assert isinstance(model, RecurrentTagger)
+        self.sound = RecurrentSound(model)
+
+    def push(self, samples: np.ndarray) -> None:
+        import torch
+
+        self.sound.push(torch.from_numpy(np.ascontiguousarray(samples)))
+
+    def predict(self) -> np.ndarray:
+        return self.sound.predict().float().cpu().numpy()
 
 
 def open_engine(

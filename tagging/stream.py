@@ -15,8 +15,10 @@ from audio.streams import Encoding, StreamDecoder
 from common.errors import UserError
 from common.interrupts import StopSignal
 from tagging.base import Engine
+from tagging.engines import TorchEngine
 from tagging.files import TaggedWindow, TagOptions, create_windows, tag_windows
 from tagging.session import format_windows
+from tagging.windows import StateWindows, Windows
 
 
 class StreamTagger:
@@ -53,7 +55,9 @@ class StreamTagger:
         self.engine = engine
         self.options = options or TagOptions()
         self.sample_rate = sample_rate or engine.sample_rate
-        self._windows = create_windows(engine, chunk_seconds, hop_seconds)
+        self._windows: Windows | StateWindows = create_windows(engine, chunk_seconds, hop_seconds)
+        if isinstance(engine, TorchEngine) and engine.has_state and not self.options.embeddings:
+            self._windows = StateWindows(self._windows, engine.open_sound)
         self._finished = False
         self._converter: Converter | None = None
         self._shapes: dict[tuple[int, int], None] = {}  # sample rates and channels so far; a dict keeps their order
@@ -123,7 +127,7 @@ class StreamTagger:
             windows = self._flush()
             self._shapes[shape] = None
             self._converter = Converter(*shape, self.engine.sample_rate, None)
-        return windows + self._tag(self._windows.push(self._converter.push(block, False)))
+        return windows + self._push(self._converter.push(block, False))
 
     def finish(self) -> list[TaggedWindow]:
         """Tag what remains at the end of the stream; nothing the second time."""
@@ -131,6 +135,8 @@ class StreamTagger:
             return []
         windows = self._flush()
         self._finished = True
+        if isinstance(self._windows, StateWindows):
+            return windows + self._select(self._windows.finish())
         return windows + self._tag(self._windows.finish())
 
     def _flush(self) -> list[TaggedWindow]:
@@ -142,9 +148,16 @@ class StreamTagger:
         if converter.mixer is not None:
             self._n_opposite += converter.mixer.n_opposite / converter.rate
             self._n_mixed += converter.mixer.n_samples / converter.rate
-        return self._tag(self._windows.push(rest))
+        return self._push(rest)
+
+    def _push(self, samples: np.ndarray) -> list[TaggedWindow]:
+        """Add samples (S,) at the engine's rate and tag the windows that they complete."""
+        if isinstance(self._windows, StateWindows):
+            return self._select(self._windows.push(samples))
+        return self._tag(self._windows.push(samples))
 
     def _tag(self, cuts: Iterator[tuple[int, np.ndarray]]) -> list[TaggedWindow]:
+        """Tag windows, given by first sample and samples."""
         tagged = []
         rate = self.engine.sample_rate
         for start, samples in cuts:
@@ -152,6 +165,14 @@ class StreamTagger:
             tag_windows(self.engine, [samples], [window], self.options)
             tagged.append(window)
         return tagged
+
+    def _select(self, computed: Iterator[tuple[int, int, np.ndarray]]) -> list[TaggedWindow]:
+        """Select the tags of windows, given by first sample, number of samples and probabilities."""
+        rate, labels = self.engine.sample_rate, self.engine.labels
+        return [
+            TaggedWindow(start / rate, (start + n_samples) / rate, self.options.select(row, labels))
+            for start, n_samples, row in computed
+        ]
 
 
 def tag_stream(

@@ -1,10 +1,12 @@
 """Cut a stream of samples into windows: the same cuts for a file and a stream, of any length."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from common.errors import UserError
+from tagging.base import ContinuedSound
 
 
 class Windows:
@@ -46,7 +48,48 @@ class Windows:
 
     def finish(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield what remains at the end of the sound, if it is in no window yet."""
-        covered = self._start - self.hop + self.size if self._start else 0
-        n_remaining = self.n_received - max(covered, self._start)
-        if n_remaining >= (self.shortest if self._start else 1):
+        if self.is_last(self._start, self.n_received):
             yield self._start, self._kept[self._start - self._first :]
+
+    def is_last(self, start: int, n_samples: int) -> bool:
+        """Whether an incomplete window from `start` on is the last one of a sound of `n_samples` samples."""
+        covered = start - self.hop + self.size if start else 0
+        return n_samples - max(covered, start) >= (self.shortest if start else 1)
+
+
+class StateWindows:
+    """Probabilities of the same windows, by a model with a state: each is computed while its samples come.
+
+    No samples are kept, so that memory does not depend on the length of windows.
+
+    Args:
+        cuts: the windows, without samples so far.
+        open_sound: starts a window.
+    """
+
+    def __init__(self, cuts: Windows, open_sound: Callable[[], ContinuedSound]) -> None:
+        self.cuts, self.open_sound = cuts, open_sound
+        self.n_received = 0
+        self._open: deque[tuple[int, ContinuedSound]] = deque()  # index of the first sample, and the window
+        self._next = 0  # start of the window that is opened next
+
+    def push(self, block: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Add samples (S,) and yield the windows that they complete: first sample, samples, probabilities (C,)."""
+        while len(block):
+            if self._next == self.n_received:
+                self._open.append((self._next, self.open_sound()))
+                self._next += self.cuts.hop
+            stop = min([self._next, *(start + self.cuts.size for start, _ in self._open)])
+            part, block = np.split(block, [stop - self.n_received])
+            self.n_received += len(part)
+            for _, sound in self._open:
+                sound.push(part)
+            if self._open and self._open[0][0] + self.cuts.size == self.n_received:
+                start, sound = self._open.popleft()
+                yield start, self.cuts.size, sound.predict()
+
+    def finish(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield what remains at the end of the sound, if it is in no window yet."""
+        if self._open and self.cuts.is_last(self._open[0][0], self.n_received):
+            start, sound = self._open[0]
+            yield start, self.n_received - start, sound.predict()

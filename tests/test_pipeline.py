@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import h5py
+import matplotlib.image
 import pandas as pd
 import pytest
 import torch
@@ -98,12 +99,26 @@ def test_the_student_has_the_teachers_classes_without_labels(student):
 
 def test_evaluate_prints_every_figure_and_writes_per_class_results(student, tone_pack):
     out = succeed("run.py", "evaluate", student, "--test_data", tone_pack).stdout
-    for figure in ("mAP", "mAUC", "d prime", "lwlrap", "top1", "clips used: 28, missing from the pack: 0"):
+    for figure in (
+        "mAP",
+        "mAUC",
+        "mEER",
+        "threshold",
+        "d prime",
+        "lwlrap",
+        "top1",
+        "clips used: 28, missing from the pack: 0",
+    ):
         assert figure in out
     table = pd.read_csv(student / "evaluation_tones_per_class.csv")
     assert table["label"].tolist() == [f"tone {i}" for i in range(7)]
     assert table["n_positive"].tolist() == [4] * 7
+    picture = matplotlib.image.imread(student / "evaluation_tones_roc_det.png")
+    assert picture.shape[1] > 1000
     again = json.loads((student / "evaluation_tones.json").read_text())
+    for name in ("EER", "EER_threshold"):
+        assert [row[name] for row in again["per_class"]] == pytest.approx(table[name].tolist())
+        assert name.split("_")[-1] in out
     assert again["mAP"] == pytest.approx(json.loads((student / "results.json").read_text())["mAP"], abs=1e-6)
 
 

@@ -85,7 +85,9 @@ def check_run(outputs: Path, config: TrainConfig) -> None:
 
 
 # Of files that differ in the size of the student alone, one is enough for every day.
-TWINS = re.compile(r"(balanced_mixup_(mini|small|base)|full_audiotransformer_(mini|small|base))_.*|.*_cmkd_passt")
+TWINS = re.compile(
+    r"(balanced_mixup_(mini|small|base)|full_audiotransformer_(mini|small|base))_.*|.*_cmkd_passt|quantized_audioset.*"
+)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_every_file_runs_from_start_to_end_without_data(path, tmp_path, monkeypa
     shallow = {"model_args.depth": 1} if deep else {}
     if config.model.startswith("ast_"):
         shallow |= {"model_args.embed_dim": 64, "model_args.num_heads": 1}
-    if config.model.startswith("efficientnet_"):
+    if config.model.startswith(("efficientnet_", "resnet50_")):
         shallow |= {"model_args.n_mels": 32}
     monkeypatch.chdir(tmp_path)  # where no data/ and logits/ can be
     Runner(seed=1).train(str(path), smoke=True, outputpath=str(tmp_path / "runs"), **shallow)

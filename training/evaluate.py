@@ -1,5 +1,6 @@
 """Evaluating a model on a labelled pack."""
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -197,8 +198,8 @@ def _warn_of_missing_band(model: AudioTagger, pack: Pack) -> None:
 def write_results(folder: Path, name: str, metrics: Metrics, data: LabelledPack) -> Path:
     """Write the results of an evaluation to `folder`.
 
-    NAME.json has the metrics and the clips used and missing, NAME_per_class.csv those of each class, NAME_roc_det.png
-    the curves of up to a dozen classes.
+    NAME.json has all metrics and the clips used and missing, NAME_per_class.csv the metrics of each class as a table,
+    NAME_roc_det.png the curves of up to a dozen classes.
 
     Returns:
         The path of NAME.json.
@@ -215,7 +216,8 @@ def write_results(folder: Path, name: str, metrics: Metrics, data: LabelledPack)
         metrics.per_class.to_csv(file, index=False)
     if metrics.curves:
         write_bytes(folder / f"{name}_roc_det.png", render_png(detection_figure(metrics.curves)))
-    write_json(target, counts | metrics.as_dict())
+    per_class = json.loads(metrics.per_class.to_json(orient="records", double_precision=15))  # null where undefined
+    write_json(target, counts | metrics.as_dict() | {"per_class": per_class})
     return target
 
 

@@ -116,8 +116,8 @@ def test_the_labels_that_a_clip_had_are_kept_and_other_columns_too():
     [
         (["Dog", "Cat"], SelectionSettings(["Dgo"]), "no clip has the label 'Dgo' (did you mean 'Dog'?)"),
         (["Dog bark", "Cat"], SelectionSettings(["dog"]), "no clip has the label 'dog'; labels: Dog bark, Cat"),
-        (["Dog", "Cat"], SelectionSettings(["Howl"]), "the list has no clips of 'Howl'; expected at least 1"),
-        (["Dog", "Cat"], SelectionSettings(["Dog"], min_clips=2), "the list has 1 clips of 'Dog'; expected at least 2"),
+        (["Dog", "Cat"], SelectionSettings(["Howl"]), "clips of 'Howl' in the list: 0; expected at least 1"),
+        (["Dog", "Cat"], SelectionSettings(["Dog"], min_clips=2), "clips of 'Dog' in the list: 1; expected at least 2"),
         (["Dog", "Cat"], SelectionSettings(min_clips=2), "none of the 2 labels has 2 clips"),
         (["Dog", "Cat"], SelectionSettings(["Dog"], negatives=2), "2 negatives are to be drawn, but only 1 of the 2"),
         (["Dog", "Other"], SelectionSettings(["Other"]), "negatives cannot have the label 'Other'"),
@@ -136,7 +136,7 @@ def test_faults_are_sentences(labels, settings, sentence):
 
 def test_a_clip_that_is_named_twice_is_refused():
     table = pd.DataFrame({"filename": ["a", "b", "a"], "labels": ["x", "y", "x"]})
-    with pytest.raises(UserError, match="1 rows name a clip that an earlier row names \\(a\\)"):
+    with pytest.raises(UserError, match="rows with the name of an earlier row: 1 \\(a\\)"):
         select_clips(table, SelectionSettings(["x"]))
 
 

@@ -347,6 +347,16 @@ def test_patterns_leave_weights_out(layers, skip, left_out):
     assert [name for name, *_ in quantized_weights(layers)] == [name for name in QUANTIZED if name not in left_out]
 
 
+def test_a_recurrent_model_is_copied_before_after_and_between_its_passes():
+    model = create_model("lstm_small", num_classes=2, hidden_size=4, quantize={"weights": 4})
+    copies = [copy.deepcopy(model), copy.deepcopy(model.to("cpu"))]
+    output = model(SOUND).sum()
+    copies.append(copy.deepcopy(model))
+    output.backward()
+    for each in (model, *copies):
+        assert torch.equal(each.eval()(SOUND), copy.deepcopy(each)(SOUND))
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from common.errors import UserError
-from models import create_model, list_models
+from models import create_model, list_models, load_model, save_checkpoint
 from models.onnx import export_onnx
 from models.parametrizations import bake_parametrizations
 from models.recurrent import SIZES, RecurrentTagger
@@ -242,8 +242,27 @@ def test_weights_may_be_parametrized_and_baked_and_the_baked_network_copied(name
     torch.testing.assert_close(baked.forward_spectrogram(mel), half.forward_spectrogram(mel))
 
 
-@pytest.mark.parametrize("name", ["lstm_small", "gru_small"])
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("activations", [None, 8])
+@torch.no_grad()
+def test_a_quantized_network_continues_sounds_as_well(activations, tmp_path):
+    model = build(quantize={"weights": 4, "activations": activations})
+    save_checkpoint(tmp_path / "model.pt", model)
+    loaded = load_model(tmp_path / "model.pt")
+    mel, state = spectrogram(2, 30), loaded.initial_state(2)
+    for start in range(0, 30, 7):
+        output, state = loaded.step(mel[:, :, start : start + 7], state)
+    torch.testing.assert_close(output, loaded.forward_spectrogram(mel), atol=1e-5, rtol=1e-5)
+    assert all(len(row.unique()) <= 16 for layer in loaded.layers for row in layer.weight_hh_l0)
+
+
+QUICK_EXPORTS = {("lstm_small", "linear_softmax"), ("gru_small", "mean")}
+EXPORTS = [
+    pytest.param(name, pooling, marks=[] if (name, pooling) in QUICK_EXPORTS else pytest.mark.long)
+    for name, pooling in itertools.product(("lstm_small", "gru_small"), POOLINGS)
+]
+
+
+@pytest.mark.parametrize(("name", "pooling"), EXPORTS)
 def test_an_export_holds_recurrent_operators_and_takes_any_batch_and_length(name, pooling, tmp_path):
     path = tmp_path / "model.onnx"
     # which compares with PyTorch for 1 to 5 clips of 1 sample to 10 seconds

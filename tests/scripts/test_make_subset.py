@@ -144,9 +144,9 @@ def test_a_second_call_changes_nothing_and_other_files_stay(run, tmp_path):
     ("rows", "words", "sentence"),
     [
         ([["x", "Dog"], ["y", "Cat"]], ["--labels", "Dgo"], "a.tsv: no clip has the label 'Dgo' (did you mean 'Dog'?)"),
-        ([["x", "Dog"], ["y", "Cat"]], ["--labels", "Bark"], "a.tsv: the list has no clips of 'Bark'"),
+        ([["x", "Dog"], ["y", "Cat"]], ["--labels", "Bark"], "a.tsv: clips of 'Bark' in the list: 0"),
         ([["x", "Dog"], ["y", "Cat"]], ["--labels", "Dog", "--negatives", "2"], "2 negatives are to be drawn"),
-        ([["x", "Dog"], ["x", "Cat"]], ["--labels", "Dog"], "a.tsv: 1 rows name a clip that an earlier row names (x)"),
+        ([["x", "Dog"], ["x", "Cat"]], ["--labels", "Dog"], "a.tsv: rows with the name of an earlier row: 1 (x)"),
         ([["x", ""], ["y", ""]], ["--labels", "Dog"], "a.tsv: no clip of the list has a label"),
         ([], ["--labels", "Dog"], "a.tsv: the table has a header but no rows"),
         ([["x", "Dog"], ["y", "Cat"]], [], "--labels is missing"),
