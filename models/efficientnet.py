@@ -24,7 +24,7 @@ from models.kaldi_mel import KaldiMel
 from models.pooled_cnn import PooledCNN
 from models.registry import register_model
 from models.settings import Number, Positive, Rate
-from models.weight_adaptation import adapt_picture_weights
+from models.weight_adaptation import adapt_image_cnn_weights
 
 Pooling = Literal["mean", "attention"]
 
@@ -139,8 +139,8 @@ class EfficientNet(PooledCNN):
         return tagged / tagged.sum(1, keepdim=True)  # each class has weights of its own
 
     def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take timm's weights for pictures, too, see `adapt_picture_weights`."""
-        return adapt_picture_weights(state, "conv_stem", "classifier")
+        """Take timm's weights for pictures, too, see `adapt_image_cnn_weights`."""
+        return adapt_image_cnn_weights(state, "conv_stem", "classifier")
 
 
 for _name in ("efficientnet_b0", "efficientnet_b2"):

@@ -21,6 +21,7 @@ from models.creation import count_weights, create_model, quantize_tagger
 from models.description import FORMAT_VERSION, restore_head
 from models.headed import HEAD, Head, HeadedTagger
 from models.parametrizations import bake_parametrizations, fit_plain_weights, plain_state
+from models.quantization_recipe import Quantization
 from models.quantizers import FakeQuantize
 from models.registry import AUDIOSET_CLASSES, get_model_entry, list_models
 from models.tensor_files import read_tensors
@@ -179,15 +180,24 @@ def load_weights(model: AudioTagger, source: str | Path, *, pre_training: bool =
     state, config = read_weights(origin)
     if config.get("head"):
         state = _split_head(state)[1]
-    if not _have_same_grids(_stored_settings(config, model.name).get("quantize"), model.arguments.get("quantize")):
+    stored, own = _stored_settings(config, model.name).get("quantize"), model.arguments.get("quantize")
+    if (stored or {}).get("fold_batch_norm") and not (own or {}).get("fold_batch_norm"):
+        raise UserError(
+            f"{origin}: its batch norms are folded into its convolutions (fold_batch_norm), so that it can be trained "
+            "no further; give the checkpoint that it was made of"
+        )
+    if not _have_same_grids(stored, own):
         state = {key: value for key, value in state.items() if f"_{FakeQuantize.kept_as}." not in key}
     _fit(model, state, str(origin), pre_training)
 
 
 def _have_same_grids(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
     """Whether the grids of weights that were quantized with some settings suit others; None for float weights."""
-    names = ("weights", "scope", "scheme", "clip", "bucket_size")
-    return all((one or {}).get(name) == (other or {}).get(name) for name in names)
+    if not one or not other:
+        return not one and not other
+    names = ("weights", "scope", "scheme", "range", "bucket_size")
+    a, b = Quantization.parse(one), Quantization.parse(other)
+    return all(getattr(a, name) == getattr(b, name) for name in names)
 
 
 def save_checkpoint(path: str | Path, model: AudioTagger, extra: Mapping[str, Any] | None = None) -> None:

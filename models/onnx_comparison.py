@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.onnx_runtime import create_options
 from models.base import AudioTagger
 from models.headed import HeadedTagger
-from models.quantizers import InputQuantizer
+from models.straight_through import ActivationQuantizer
 from models.vit import SpectrogramTransformer
 
 Precision = Literal["fp32", "fp16", "int8", "quantized"]
@@ -68,7 +68,7 @@ def compare(path: Path, model: AudioTagger, takes: Input, precision: Precision, 
         UserError: it is larger than the precision explains, or the runtime does not take the file.
     """
     session = onnxruntime.InferenceSession(str(path), create_options(), providers=["CPUExecutionProvider"])
-    has_rounding = any(isinstance(module, InputQuantizer) for module in model.modules())
+    has_rounding = any(isinstance(module, ActivationQuantizer) for module in model.modules())
     tolerance = max(TOLERANCE[precision], ROUNDED_TOLERANCE if has_rounding else 0)
     largest, pairs = 0.0, []
     for seed, (n_clips, n_samples) in enumerate(_shapes_to_compare(model), 1):

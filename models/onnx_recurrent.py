@@ -43,7 +43,7 @@ class RecurrentOperator(nn.Module):
 
     def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
-        self.quantize_input = getattr(layer, "input_quantizer", nn.Identity())
+        self.quantize_input = getattr(layer, "activation_quantizer", nn.Identity())
         self.operator, self.hidden_size = _OPERATORS[type(layer)][0], layer.hidden_size
         ordered = {name: order_gates(layer, value.detach()) for name, value in layer.named_parameters(recurse=False)}
         for name in ("weight_ih_l0", "weight_hh_l0"):

@@ -257,7 +257,7 @@ def _read_codes(sections: dict[str, Tensor], layout: Layout, recipe: Quantizatio
     levels = None
     if recipe.scheme == "levels":
         levels = _take(sections, LEVELS, torch.bfloat16, n_levels * sum(n_groups)).float().view(-1, n_levels)
-        if not bool((levels.diff(dim=1) >= 0).all()):
+        if not bool(levels.isfinite().all() & (levels.diff(dim=1) >= 0).all()):
             raise ValueError("its levels are not finite, or not ascending")
         scales, zeros = torch.ones(len(levels)), torch.zeros(len(levels), dtype=torch.uint8)
     else:

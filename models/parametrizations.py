@@ -68,8 +68,8 @@ def fit_plain_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str
                 own = _pop_prefix(fitted, f"{key}_{kept}.") if (kept := _kept_as(changed)) else {}
                 inverts = all(hasattr(change, "right_inverse") for change in changed.children())
                 inverts &= value.shape == cast(Tensor, getattr(module, name)).shape
-                if inverts:
-                    setattr(module, name, value)
+                if inverts:  # a copy on the model's device, since its parameter shares the memory of what is set
+                    setattr(module, name, value.to(getattr(module, name), copy=True))
                 parts = {f"{inside}{part}": tensor for part, tensor in changed.state_dict().items()}
                 fitted |= parts if inverts else parts | {f"{inside}original": value}
                 fitted |= {f"{inside}0.{part}": tensor for part, tensor in own.items()}

@@ -7,7 +7,7 @@ Grids:
     levels: 2^k values that are trained ("differentiable quantization" of Polino et al.; theirs start from quantiles,
         these from k-means).
 Ranges (`clip`) of the first two:
-    absmax: no weight is clipped.
+    absmax: no weight is clipped; in training, the grid is that of the weights before a step.
     mse: least squared error, found by a search, then followed by alternating least-squares steps while training.
     learned: trained (LSQ, Esser et al., ICLR 2020), as a logarithm (Jain et al., MLSys 2020), since Adam ignores the
         scaling of gradients on which LSQ relies.
@@ -19,13 +19,14 @@ Letters: G groups, n weights of a group, L = 2^k levels.
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
 from models.quantization_recipe import Quantization
+from models.straight_through import LearnedScale, StraightThrough, TrainedLevels, find_nearest, group, ungroup
 
 _SHRINKS = (1.0, 0.9, 0.8, 0.72, 0.64, 0.57, 0.5, 0.44, 0.38, 0.33, 0.28, 0.24, 0.2, 0.16, 0.12, 0.08)  # of the range
 _SMALLEST = 2.0**-126  # positive normal number of bfloat16 and float32
@@ -56,24 +57,12 @@ class Codes:
 
     def decode(self) -> Tensor:
         """Return the weights, float32 of the tensor's shape."""
-        codes = _group(self.codes, self.group_size)
+        codes = group(self.codes, self.group_size)
         if self.levels is not None:
             values = self.levels.gather(1, codes.long())
         else:
             values = (codes.float() - self.zero_point.float()[:, None]) * self.scale[:, None]
-        return _ungroup(values, self.codes.shape)
-
-
-def _group(tensor: Tensor, n: int) -> Tensor:
-    """(...) -> (G,n); a last group that is shorter is filled up with the last value."""
-    flat = tensor.flatten()
-    if rest := -len(flat) % n:
-        flat = torch.cat([flat, flat[-1:].expand(rest)])
-    return flat.view(-1, n)
-
-
-def _ungroup(groups: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    return groups.flatten()[: math.prod(shape)].view(shape)
+        return ungroup(values, self.codes.shape)
 
 
 def _round_up(scale: Tensor) -> Tensor:
@@ -142,7 +131,7 @@ class FakeQuantize(nn.Module):
     def grid_levels(self) -> Tensor:
         """Return the levels of each group, (G,L), ascending, rounded to bfloat16; differentiable."""
         levels = (self.levels.view(self._n_groups, -1) * cast(Tensor, self.scale)[:, None]).sort(dim=1).values
-        return cast(Tensor, _StraightThrough.apply(levels, _round_scale(levels.detach())))
+        return cast(Tensor, StraightThrough.apply(levels, _round_scale(levels.detach())))
 
     @torch.no_grad()
     def fit(self, weight: Tensor) -> None:
@@ -154,16 +143,18 @@ class FakeQuantize(nn.Module):
         if not bool(weight.isfinite().all()):
             raise UserError("quantize: a weight is NaN or infinite; give a checkpoint of a training that converged")
         self._fit(weight)
+        if not bool(self._parameter.isfinite().all()):
+            raise UserError("quantize: a weight is too large for the scale of a grid; expected less than 1e36")
 
     def _fit(self, weight: Tensor) -> None:
-        groups = _group(weight.detach().float(), self.group_size)
+        groups = group(weight.detach().float(), self.group_size)
         for start in range(0, len(groups), step := max(1, _BLOCK // self.group_size)):
             self._fit_groups(groups[start : start + step], slice(start, start + step))
 
     def _fit_groups(self, groups: Tensor, rows: slice) -> None:
         """Fit the grids of some groups (g,n)."""
         if self.settings.range == "levels":
-            scale = groups.std(dim=1, unbiased=False).clamp_min(1e-30)
+            scale = groups.std(dim=1, unbiased=False).clamp_min(_SMALLEST)
             cast(Tensor, self.scale)[rows] = scale
             self.levels.view(self._n_groups, -1)[rows] = _fit_levels(groups / scale[:, None], self.bits)
             return
@@ -174,7 +165,7 @@ class FakeQuantize(nn.Module):
             low = -extent * ((top >> 1) + 1)
         else:
             extent = (high - low) / top
-        extent = _round_up(torch.where(extent > 1e-30, extent, torch.ones_like(extent)))
+        extent = _round_up(torch.where(extent > _SMALLEST, extent, torch.ones_like(extent)))
         zero = (-low / extent).round().clamp(0, top)
         if self.settings.range != "absmax":
             extent, zero = self._search(groups, extent, zero, low)
@@ -218,7 +209,7 @@ class FakeQuantize(nn.Module):
         multiples = self._round(groups, scale, zero)
         power = torch.linalg.vecdot(multiples, multiples)
         found = _round_scale(torch.linalg.vecdot(multiples, groups) / power.clamp_min(1))
-        return found.where((power > 0) & (found > 1e-30), scale)
+        return found.where((power > 0) & (found > _SMALLEST), scale)
 
     @torch.no_grad()
     def advance(self, weight: Tensor, step: int, n_steps: int) -> None:
@@ -227,26 +218,27 @@ class FakeQuantize(nn.Module):
         if self.settings.range == "absmax":
             self._fit(weight)  # without the check, which would wait for the device
         elif self.settings.range == "mse" and step % _REFINE_EVERY == 0:
-            self.scale = self._refine(_group(weight.float(), self.group_size), self.grid_scale(), self.zero)
+            self.scale = self._refine(group(weight.float(), self.group_size), self.grid_scale(), self.zero)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the quantized weight."""
         if self.training and not self.active:
-            return weight
+            trained = [parameter.sum() for parameter in self.parameters()]
+            return weight + 0.0 * sum(trained) if trained else weight  # several processes expect gradients of all
         quantized = self._quantize(weight)
         return quantized if self.training else quantized + 0.0  # makes 0.0 of -0.0, which codes do not have
 
     def _quantize(self, weight: Tensor) -> Tensor:
         if self.settings.range == "levels":
-            return cast(Tensor, _TrainedLevels.apply(weight, self.grid_levels(), self.group_size))
+            return cast(Tensor, TrainedLevels.apply(weight, self.grid_levels(), self.group_size))
         if self.settings.range == "learned":
             grid = self.grid_scale(), self.zero, self.bits, self.group_size
-            return cast(Tensor, _LearnedScale.apply(weight, self.log_scale, *grid))
+            return cast(Tensor, LearnedScale.apply(weight, self.log_scale, *grid))
         with torch.no_grad():
             scale = self.grid_scale()
-            multiples = self._round(_group(weight, self.group_size), scale, self.zero)
-            quantized = _ungroup(multiples.mul_(scale[:, None]), self.shape)
-        return cast(Tensor, _StraightThrough.apply(weight, quantized))
+            multiples = self._round(group(weight, self.group_size), scale, self.zero)
+            quantized = ungroup(multiples.mul_(scale[:, None]), self.shape)
+        return cast(Tensor, StraightThrough.apply(weight, quantized))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Fit the grid to a weight that replaces the present one."""
@@ -256,15 +248,15 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def encode(self, weight: Tensor) -> Codes:
         """Return the codes of a weight, which may be quantized already."""
-        groups = _group(weight.float(), self.group_size)
+        groups = group(weight.float(), self.group_size)
         if self.settings.range == "levels":
             levels = self.grid_levels()
-            codes, scale = _nearest(groups, levels), torch.ones_like(self._parameter)
+            codes, scale = find_nearest(groups, levels), torch.ones_like(self._parameter)
             zero = torch.zeros_like(scale)
         else:
             levels, scale, zero = None, self.grid_scale(), self.zero
             codes = self._round(groups, scale, zero) + zero[:, None]
-        codes = _ungroup(codes, self.shape).to(torch.uint8)
+        codes = ungroup(codes, self.shape).to(torch.uint8)
         return Codes(codes, self.bits, self.group_size, scale, zero.to(torch.uint8), levels)
 
     @torch.no_grad()
@@ -277,20 +269,13 @@ def get_grid_state(codes: Codes, settings: Quantization) -> dict[str, Tensor]:
     """Return the state dict of a `FakeQuantize` with the grid of codes."""
     if settings.range == "levels":
         assert codes.levels is not None
-        state = {"scale": torch.ones_like(codes.scale), "levels": codes.levels.flatten()}
+        scale = codes.levels.std(dim=1, unbiased=False).clamp_min(_SMALLEST)  # about that of the weights
+        state = {"scale": scale, "levels": (codes.levels / scale[:, None]).flatten()}
     elif settings.range == "learned":
         state = {"log_scale": codes.scale.log2()}
     else:
         state = {"scale": codes.scale}
     return state | ({"zero_point": codes.zero_point} if settings.scheme == "minmax" else {})
-
-
-def _nearest(groups: Tensor, levels: Tensor) -> Tensor:
-    """Return the index of the nearest of ascending levels (G,L) for each of (G,n)."""
-    codes = torch.zeros_like(groups, dtype=torch.uint8)
-    for middle in ((levels[:, 1:] + levels[:, :-1]) / 2).unbind(1):
-        codes += groups > middle[:, None]  # 25 times as fast as torch.searchsorted for 16 levels of each row
-    return codes.long()
 
 
 def _fit_levels(groups: Tensor, bits: int) -> Tensor:
@@ -307,96 +292,3 @@ def _fit_levels(groups: Tensor, bits: int) -> Tensor:
         means = (sums.gather(1, ends).diff(dim=1) / counts.clamp_min(1)).float()
         levels = means.where(counts > 0, levels)
     return levels
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The second argument, with the gradient of the first."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:
-        return quantized
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0], None
-
-
-class _LearnedScale(torch.autograd.Function):
-    """Round to a grid whose scale is trained, by its logarithm to base 2; gradients as in LSQ.
-
-    Clipped weights get no gradient. The gradient of the scale is divided by sqrt(n (2^(k-1) - 1)).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, log_scale: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int
-    ) -> Tensor:
-        zero, top = zero[:, None], 2**bits - 1
-        codes = (_group(weight, group_size) / scale[:, None]).add_(zero)  # before rounding
-        inside = (codes.clamp(0, top) == codes).float()  # products with bool are slow
-        rounded = codes.round().clamp_(0, top)
-        # By the scale, a weight changes by the multiple that it is rounded to, minus its ratio to the scale unless it
-        # is clipped.
-        ctx.save_for_backward(inside, (rounded - zero).sub_(codes.sub_(zero).mul_(inside)), scale)
-        ctx.bits, ctx.group_size = bits, group_size
-        return _ungroup(rounded.sub_(zero).mul_(scale[:, None]), weight.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient,) = gradients
-        inside, by_scale, scale = ctx.saved_tensors
-        groups = _group_gradient(gradient, ctx.group_size)
-        normaliser = math.sqrt(ctx.group_size * max(1, 2 ** (ctx.bits - 1) - 1))
-        of_log = torch.linalg.vecdot(groups, by_scale) * scale * (math.log(2) / normaliser)
-        return _ungroup(groups * inside, gradient.shape), of_log, None, None, None, None
-
-
-def _group_gradient(gradient: Tensor, n: int) -> Tensor:
-    """(...) -> (G,n), with zeros for what fills up the last group."""
-    groups = _group(gradient, n)
-    if rest := groups.numel() - gradient.numel():
-        groups = groups.clone()
-        groups.view(-1)[-rest:] = 0
-    return groups
-
-
-class _TrainedLevels(torch.autograd.Function):
-    """The nearest of the levels (G,L); their gradients are sums over the weights that each of them represents."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, levels: Tensor, group_size: int) -> Tensor:
-        codes = _nearest(_group(weight, group_size), levels)
-        ctx.save_for_backward(codes)
-        ctx.n_levels, ctx.group_size = levels.shape[1], group_size
-        return _ungroup(levels.gather(1, codes), weight.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient,) = gradients
-        (codes,) = ctx.saved_tensors
-        groups = _group_gradient(gradient, ctx.group_size)
-        of_levels = groups.new_zeros(len(groups), ctx.n_levels).scatter_add_(1, codes, groups)
-        return gradient, of_levels, None
-
-
-class InputQuantizer(nn.Module):
-    """Rounds the input of a layer to 8 bits, symmetric, with a scale for each clip and time step.
-
-    Args:
-        start: see `Quantization`.
-        time_last: the last axis is time, as for convolutions; otherwise it is the channels.
-    """
-
-    def __init__(self, start: float, time_last: bool) -> None:
-        super().__init__()
-        self.start, self.time_last, self.active = start, time_last, start == 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the rounded input, of the same shape."""
-        if self.training and not self.active:
-            return x
-        with torch.no_grad():
-            axes = tuple(range(1, x.ndim - 1)) if self.time_last else (x.ndim - 1,)
-            scale = x.abs().amax(axes, keepdim=True).clamp_min(1e-30) / 127
-            rounded = (x / scale).round() * scale
-        return cast(Tensor, _StraightThrough.apply(x, rounded)) if x.requires_grad else rounded

@@ -28,7 +28,7 @@ def adapt_image_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept | {_PATCHES: state[_PATCHES].sum(1, keepdim=True)}
 
 
-def adapt_picture_weights(state: Mapping[str, Tensor], stem: str, classifier: str) -> dict[str, Tensor]:
+def adapt_image_cnn_weights(state: Mapping[str, Tensor], stem: str, classifier: str) -> dict[str, Tensor]:
     """Fit timm's CNNs for pictures to spectrograms: one channel that is the mean of the colours, no classifier.
 
     As in CMKD, with a notice. Weights without a layer `stem` are returned as they are.

@@ -76,10 +76,18 @@ class Metrics:
             return align_columns(rows)
         classes: list[tuple[str, ...]] = [("class", "clips", "AP", "AUC", "EER", "threshold")]
         for row in self.per_class.itertuples():
-            values = (row.AP, row.AUC, row.EER, row.EER_threshold)
-            texts = ("-" if math.isnan(value) else f"{value:.4f}" for value in values)
-            classes.append((str(row.label), str(row.n_positive), *texts))
+            texts = ["-" if math.isnan(value) else f"{value:.4f}" for value in (row.AP, row.AUC, row.EER)]
+            classes.append((str(row.label), str(row.n_positive), *texts, format_threshold(row.EER_threshold)))
         return f"{align_columns(rows)}\n\n{align_columns(classes, '<>')}"
+
+
+def format_threshold(threshold: float) -> str:
+    """Return a threshold of four digits that is not above it, so that a score equal to it is still detected."""
+    if math.isnan(threshold) or threshold <= 0:
+        return "-" if math.isnan(threshold) else "0"
+    digit = 10.0 ** (math.floor(math.log10(threshold)) - 3)
+    text = f"{math.floor(threshold / digit) * digit:.4g}"
+    return text if float(text) <= threshold else f"{(math.floor(threshold / digit) - 1) * digit:.4g}"
 
 
 def d_prime(auc: float) -> float:

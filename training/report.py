@@ -17,7 +17,7 @@ from common.files import write_bytes, write_text
 from training.baseline import Baseline, compare_with_baseline
 from training.detection_figure import detection_figure
 from training.figures import confusion_figure, curves_figure, render_png
-from training.metrics import MAX_CURVES, Metrics
+from training.metrics import MAX_CURVES, Metrics, format_threshold
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchaudio", "timm", "numpy", "pandas", "h5py", "soundfile", "soxr", "safetensors")
@@ -80,6 +80,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["threshold"] = format_threshold
     environment.filters["metric"] = lambda value: "-" if value is None or math.isnan(value) else f"{value:.4f}"
     page = environment.get_template("report.html.jinja").render(
         title=title,

@@ -11,10 +11,11 @@ from torch.nn.utils import parametrize
 
 from common.errors import UserError
 from models import create_model, load_model, load_weights, save_checkpoint
-from models.parametrizations import bake_parametrizations
+from models.parametrizations import bake_parametrizations, fit_plain_weights
 from models.quantization import QuantizationSchedule, quantize_model, quantized_weights
 from models.quantization_recipe import Quantization
-from models.quantizers import FakeQuantize, InputQuantizer
+from models.quantizers import FakeQuantize
+from models.straight_through import ActivationQuantizer
 from models.weight_sources import read_weights
 from tests.models.sounds import noise
 
@@ -208,7 +209,7 @@ def test_weights_are_float_until_the_start_and_quantized_in_evaluation_throughou
     for step, is_float in ((0, True), (49, True), (50, False), (90, False)):
         schedule.advance(step, 100)
         assert torch.equal(layer.weight, original) == is_float
-        assert layer.input_quantizer.active != is_float
+        assert layer.activation_quantizer.active != is_float
         model.eval()
         assert len(layer.weight[0].unique()) <= 4
         model.train()
@@ -217,15 +218,15 @@ def test_weights_are_float_until_the_start_and_quantized_in_evaluation_throughou
 def test_rounded_inputs_have_255_values_and_depend_on_no_other_clip_nor_on_padding():
     x = normal(3, 5, 40).requires_grad_()
     for time_last in (False, True):
-        rounded = InputQuantizer(0.0, time_last)(x)
+        rounded = ActivationQuantizer(0.0, time_last)(x)
         scale = x.abs().amax((1,) if time_last else (2,), keepdim=True) / 127
         torch.testing.assert_close(rounded, (x / scale).round() * scale)
-        torch.testing.assert_close(InputQuantizer(0.0, time_last)(x[1:2]), rounded[1:2])
+        torch.testing.assert_close(ActivationQuantizer(0.0, time_last)(x[1:2]), rounded[1:2])
     padded = torch.cat([x, torch.full((3, 5, 6), 50.0)], dim=2)
-    assert torch.equal(InputQuantizer(0.0, True)(padded)[..., :40], InputQuantizer(0.0, True)(x))
+    assert torch.equal(ActivationQuantizer(0.0, True)(padded)[..., :40], ActivationQuantizer(0.0, True)(x))
     rounded.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
-    assert torch.equal(InputQuantizer(0.0, False)(torch.zeros(2, 3)), torch.zeros(2, 3))
+    assert torch.equal(ActivationQuantizer(0.0, False)(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("activations", [None, 8])
@@ -411,6 +412,75 @@ def test_weights_that_are_not_finite_and_models_that_are_quantized_are_refused(l
             quantize_model(each, Quantization())
 
 
+def test_weights_of_another_type_and_device_are_copied_into_a_quantized_model():
+    """`set_`, by which PyTorch sets the original of a parametrization, takes neither, and would share memory."""
+    torch.manual_seed(0)
+    plain = {name: value.half() for name, value in create_model("lstm_small", num_classes=2).state_dict().items()}
+    model = create_model("lstm_small", num_classes=2, quantize={"weights": 4})
+    model.load_state_dict(fit_plain_weights(model, plain))
+    original = model.classifier.parametrizations.weight.original
+    assert torch.equal(original, plain["classifier.weight"].float())
+    with torch.no_grad():
+        original.zero_()
+    assert plain["classifier.weight"].any()
+    other = create_model("lstm_small", num_classes=2, quantize={"weights": 4}).to("meta")
+    plain = {name: torch.zeros(value.shape) for name, value in plain.items()}
+    with pytest.raises(RuntimeError, match="item"):  # of the fit, which reads values, and not of `set_`
+        fit_plain_weights(other, plain)
+
+
+@pytest.mark.parametrize("recipe", [{"clip": "learned"}, {"scheme": "levels"}])
+def test_all_parameters_have_gradients_before_the_start(recipe):
+    model = create_model("audiotransformer_pico", num_classes=3, depth=1, quantize={"start": 0.5} | recipe)
+    model(SOUND).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    quantizer = model.blocks[0].mlp.fc1.parametrizations.weight[0]
+    assert not any(parameter.grad.any() for parameter in quantizer.parameters())
+
+
+def test_inputs_are_rounded_in_half_precision_also_where_they_are_silent():
+    x = torch.cat([torch.zeros(1, 5), normal(1, 5)]).half()
+    found = ActivationQuantizer(0.0, False)(x)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found, x, rtol=0, atol=0.02)
+
+
+def test_a_recurrent_layer_computes_each_weight_once_in_a_pass(monkeypatch):
+    model = create_model("lstm_small", num_classes=2, quantize={"weights": 4}).eval()
+    calls = []
+    monkeypatch.setattr(FakeQuantize, "forward", lambda self, weight: calls.append(self) or weight)
+    model.forward_spectrogram(normal(1, 64, 20))
+    assert len(calls) == len(set(calls)) == 5
+
+
+def test_the_grid_of_levels_has_the_units_of_training_when_it_is_restored():
+    weight = 0.03 * normal(6, 100)
+    quantizer, other = fake(weight, scheme="levels"), fake(normal(6, 100), scheme="levels")
+    other.restore(quantizer.encode(weight))
+    assert torch.equal(other.grid_levels(), quantizer.grid_levels())
+    torch.testing.assert_close(other.levels, quantizer.levels, rtol=0.5, atol=0.2)
+
+
+def test_patterns_that_overlap_are_taken(layers):
+    quantize_model(layers, Quantization(skip=("lstm.*", "lstm.weight_ih_l0")))
+    assert not [name for name, *_ in quantized_weights(layers) if name.startswith("lstm")]
+
+
+def test_groups_of_fewer_weights_than_levels_and_other_parametrizations_are_refused(layers):
+    with pytest.raises(UserError, match=r"conv\.weight has groups of 9 weights, which need no 16 levels"):
+        quantize_model(layers, Quantization(scheme="levels"))
+    parametrize.register_parametrization(layers.linear, "weight", nn.Identity())
+    with pytest.raises(UserError, match="have parametrizations already"):
+        quantize_model(layers, Quantization())
+
+
+def test_weights_near_the_limits_of_float32_are_refused_or_kept():
+    with pytest.raises(UserError, match="a weight is too large"):
+        fake(torch.full((2, 8), 3.4e38), clip="absmax", weights=2)
+    small = 1e-33 * normal(4, 50)
+    assert F.mse_loss(fake(small).eval()(small) / 1e-33, small / 1e-33) < 0.02
+
+
 @pytest.mark.parametrize("name", ["mn01_as", "resnet10_small", "efficientnet_b0"])
 def test_batch_norms_are_folded_without_a_change_of_the_output(name):
     torch.manual_seed(0)
@@ -442,3 +512,5 @@ def test_a_folded_network_is_saved_and_loaded(tmp_path):
     save_checkpoint(tmp_path / "b.pt", folded)
     assert torch.equal(load_model(tmp_path / "b.pt").predict(SOUND), folded.predict(SOUND))
     torch.testing.assert_close(folded.predict(SOUND), plain.eval().predict(SOUND), atol=0.05, rtol=0)
+    with pytest.raises(UserError, match="folded into its convolutions"):
+        load_weights(create_model("resnet10_small", num_classes=3, quantize={"weights": 8}), tmp_path / "b.pt")

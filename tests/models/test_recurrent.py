@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from common.errors import UserError
 from models import create_model, list_models, load_model, save_checkpoint
 from models.onnx import export_onnx
+from models.packing import count_bytes, pack_model
 from models.parametrizations import bake_parametrizations
 from models.recurrent import SIZES, RecurrentTagger
 from tests.models.sounds import noise, padded
@@ -205,13 +206,9 @@ def test_networks_have_the_size_that_the_formula_says(name):
 
 
 def test_four_bits_of_lstm_medium_are_two_percent_of_a_resnet50():
-    model = create_model("lstm_medium", num_classes=3)
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    n_weights, n_rows = sum(map(Tensor.numel, matrices)), sum(map(len, matrices))
-    rest = [each for each in model.state_dict().values() if each.ndim < 2]
-    rest = sum(each.numel() * each.element_size() for each in rest)
-    resnet50 = 23_501_760 + 2049 * 3  # weights of `resnet50_audio`
-    assert (n_weights / 2 + 2 * n_rows + rest) / (4 * resnet50) < 0.02
+    model = create_model("lstm_medium", num_classes=3, quantize={"weights": 4, "clip": "absmax"})
+    bake_parametrizations(model)
+    assert len(pack_model(model).data) < 0.02 * count_bytes(create_model("resnet50_audio", num_classes=3))
 
 
 class Halve(nn.Module):

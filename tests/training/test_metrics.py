@@ -11,7 +11,7 @@ from sklearn.metrics import (
 )
 
 from common.errors import UserError
-from training.metrics import d_prime, evaluate_scores
+from training.metrics import d_prime, evaluate_scores, format_threshold
 from training.ranking import Ranking
 
 
@@ -207,3 +207,10 @@ def test_the_size_of_audioset_takes_seconds():
     start = time.perf_counter()
     evaluate_scores(scores, targets)
     assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.12345678, 1.0, 2.00009e-5, 0.99999, 0.3, 1e-12, 0.1])
+def test_a_printed_threshold_detects_the_score_that_it_is(threshold):
+    printed = float(format_threshold(threshold))
+    assert 0.998 * threshold <= printed <= threshold
+    assert format_threshold(math.nan) == "-"

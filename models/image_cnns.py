@@ -19,7 +19,7 @@ from models.kaldi_mel import KaldiMel
 from models.pooled_cnn import PooledCNN, run_stages
 from models.registry import register_model
 from models.settings import Rate
-from models.weight_adaptation import adapt_picture_weights
+from models.weight_adaptation import adapt_image_cnn_weights
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ _PARTS = {
 }
 
 
-class PictureCNN(PooledCNN):
+class ImageCNN(PooledCNN):
     """A CNN for pictures with one input channel; gives logits.
 
     Args:
@@ -96,9 +96,9 @@ class PictureCNN(PooledCNN):
         return self.classifier(self.dropout(clip))
 
     def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take timm's weights for pictures, too, see `adapt_picture_weights`."""
-        return adapt_picture_weights(state, self.parts.stem, self.parts.classifier)
+        """Take timm's weights for pictures, too, see `adapt_image_cnn_weights`."""
+        return adapt_image_cnn_weights(state, self.parts.stem, self.parts.classifier)
 
 
 for _variant in _PARTS:
-    register_model(f"{_variant}_audio", initialisation=f"timm:{_variant}")(partial(PictureCNN, _variant))
+    register_model(f"{_variant}_audio", initialisation=f"timm:{_variant}")(partial(ImageCNN, _variant))
