@@ -12,6 +12,7 @@ from common.errors import UserError
 from distill.batch import Batch
 from distill.objectives import Needs
 from models import AudioTagger, create_model, get_model_entry, list_models, load_weights
+from models.quantization_recipe import Quantization
 from models.weight_sources import needs_download
 from training.averaging import cumulative_statistics
 from training.config import TrainConfig
@@ -35,7 +36,7 @@ def create_student(config: TrainConfig, labels: list[str] | None, needs: Needs) 
     arguments.pop("outputdim", None)  # published files may repeat the number of classes
     if needs.activation:
         arguments.setdefault("activation", needs.activation)
-    if dict(arguments.get("quantize") or {}).get("fold_batch_norm"):
+    if arguments.get("quantize") is not None and Quantization.parse(arguments["quantize"]).fold_batch_norm:
         raise UserError(
             "model_args: quantize: fold_batch_norm is for quantization after training (scripts/quantize.py); in "
             "training, batch norms are needed"
