@@ -80,9 +80,10 @@ def test_every_system_is_run_once_and_compared(folds, tmp_path, capsys):
     assert ("joint2", "after2") in compared
     assert (folder / "quantized.png").stat().st_size > 5000
     record = folder / "scores" / "joint2" / "fold1_seed1.json"
-    assert json.loads(record.read_text())["bytes"] < 0.15 * json.loads(
-        (folder / "scores" / "alone" / "fold1_seed1.json").read_text()
-    )["bytes"]
+    assert (
+        json.loads(record.read_text())["bytes"]
+        < 0.15 * json.loads((folder / "scores" / "alone" / "fold1_seed1.json").read_text())["bytes"]
+    )
     written = record.stat().st_mtime_ns
     main(arguments)  # nothing is run again
     assert record.stat().st_mtime_ns == written
