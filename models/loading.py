@@ -21,6 +21,7 @@ from models.creation import count_weights, create_model, quantize_tagger
 from models.description import FORMAT_VERSION, restore_head
 from models.headed import HEAD, Head, HeadedTagger
 from models.parametrizations import bake_parametrizations, fit_plain_weights, plain_state
+from models.quantizers import FakeQuantize
 from models.registry import AUDIOSET_CLASSES, get_model_entry, list_models
 from models.tensor_files import read_tensors
 from models.weight_sources import find_model_by_url, find_published_weights, is_remote, read_weights
@@ -167,6 +168,7 @@ def load_weights(model: AudioTagger, source: str | Path, *, pre_training: bool =
     Args:
         model: to load into.
         source: a file, URL or folder, the name of a model with published weights, or "timm:NAME".
+            Grids of quantized weights are taken where the model has the same, see `models.quantization`.
         pre_training: the weights come from masked pre-training: the last layers may be missing, and parts that only
             pre-training uses are dropped, both with a warning.
 
@@ -175,7 +177,17 @@ def load_weights(model: AudioTagger, source: str | Path, *, pre_training: bool =
     """
     origin = find_published_weights(str(source)) if str(source) in list_models() else source
     state, config = read_weights(origin)
-    _fit(model, _split_head(state)[1] if config.get("head") else state, str(origin), pre_training)
+    if config.get("head"):
+        state = _split_head(state)[1]
+    if not _have_same_grids(_stored_settings(config, model.name).get("quantize"), model.arguments.get("quantize")):
+        state = {key: value for key, value in state.items() if f"_{FakeQuantize.kept_as}." not in key}
+    _fit(model, state, str(origin), pre_training)
+
+
+def _have_same_grids(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether the grids of weights that were quantized with some settings suit others; None for float weights."""
+    names = ("weights", "scope", "scheme", "clip", "bucket_size")
+    return all((one or {}).get(name) == (other or {}).get(name) for name in names)
 
 
 def save_checkpoint(path: str | Path, model: AudioTagger, extra: Mapping[str, Any] | None = None) -> None:
@@ -229,10 +241,13 @@ def _split_head(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def weights_hash(module: nn.Module, excluded: tuple[str, ...] = ()) -> str:
-    """Return the SHA-256 of the names and values of a state dict, without names that start with one of `excluded`."""
+    """Return the SHA-256 of the names and values of a state dict, without names that start with one of `excluded`.
+
+    Grids of quantized weights, whose values they determine, are left out.
+    """
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
-        if not name.startswith(excluded):
+        if not name.startswith(excluded) and f"_{FakeQuantize.kept_as}." not in name:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

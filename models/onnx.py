@@ -181,8 +181,14 @@ def _keep_float32(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 def _to_float16(graph: onnx.ModelProto) -> onnx.ModelProto:
     # Sums of what is scattered, as in token merging, are float32 alone in ONNX Runtime on CPUs.
-    kept = [*DEFAULT_OP_BLOCK_LIST, "ScatterND", "ScatterElements"]
-    halved = convert_float_to_float16(graph, keep_io_types=True, op_block_list=kept)
+    kept = {*DEFAULT_OP_BLOCK_LIST, "ScatterND", "ScatterElements"}
+    operators = {node.op_type for node in graph.graph.node}
+    is_recurrent = bool(operators & {"LSTM", "GRU"})
+    if is_recurrent:  # which it has in float32 alone, and crashes at where others are not: only weights are halved
+        kept |= operators
+    halved = convert_float_to_float16(
+        graph, keep_io_types=True, op_block_list=list(kept), force_fp16_initializers=is_recurrent
+    )
     nodes = {node.output[0]: node for node in halved.graph.node}  # the converter casts a shared constant twice
     del halved.graph.node[:]
     halved.graph.node.extend(nodes.values())

@@ -167,7 +167,6 @@ def embed_codes(graph: onnx.ModelProto, model: nn.Module, code_type: CodeType) -
     others = list(graph.graph.node)
     del graph.graph.node[:]
     graph.graph.node.extend([*nodes, *others])
-    graph.ir_version = max(graph.ir_version, helper.find_min_ir_version_for(graph.opset_import))
     return graph
 
 

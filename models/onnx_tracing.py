@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 import torch
+from onnx import helper
 from onnx.compose import add_prefix
 from onnxscript import ir
 from onnxscript import opset18 as op
@@ -137,6 +138,7 @@ def _trace(
             ) from error
     assert program is not None
     graph = program.model_proto
+    graph.ir_version = max(graph.ir_version, helper.find_min_ir_version_for(list(graph.opset_import)))
     # Recorded shapes mislead the quantiser; metadata and documentation name files of this machine.
     del graph.graph.value_info[:]
     for part in (*graph.graph.node, *graph.graph.input, *graph.graph.output, *graph.graph.initializer, graph.graph):

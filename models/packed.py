@@ -36,7 +36,7 @@ from common.errors import UserError, some
 from common.parsing import parse_json
 from models.description import Description, ModelDescription, check_description
 from models.quantization_recipe import Quantization
-from models.quantizers import Codes, get_grid_state
+from models.quantizers import Codes, FakeQuantize, get_grid_state
 
 PACKED = ".ceq"  # suffix
 FORMAT, VERSION = "ceq/", "1"
@@ -164,7 +164,7 @@ def read_packed(path: Path) -> dict[str, Any]:
     n_rest = len(state)
     recipe = _read_recipe(description, path)
     for key, codes in _read_codes(sections, description.quantized, recipe):
-        grid = {f"{key}_quantizer.{part}": value for part, value in get_grid_state(codes, recipe).items()}
+        grid = {f"{key}_{FakeQuantize.kept_as}.{part}": value for part, value in get_grid_state(codes, recipe).items()}
         state |= {key: codes.decode()} | grid
     if sections:
         raise ValueError(f"it has unknown tensors {some(sections)}")

@@ -36,12 +36,12 @@ from models.packed import (
 )
 from models.quantization import quantized_weights
 from models.quantization_recipe import Quantization
-from models.quantizers import Codes
+from models.quantizers import Codes, FakeQuantize
 
 Rest = Literal["fp32", "fp16"]
 
 _FRONT_END = "front_end."
-_QUANTIZER = "_quantizer."
+_QUANTIZER = f"_{FakeQuantize.kept_as}."  # in names of grids
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,10 @@ class FakeQuantize(nn.Module):
         """Return the quantized weight."""
         if self.training and not self.active:
             return weight
+        quantized = self._quantize(weight)
+        return quantized if self.training else quantized + 0.0  # makes 0.0 of -0.0, which codes do not have
+
+    def _quantize(self, weight: Tensor) -> Tensor:
         if self.settings.range == "levels":
             return cast(Tensor, _TrainedLevels.apply(weight, self.grid_levels(), self.group_size))
         if self.settings.range == "learned":

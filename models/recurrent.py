@@ -84,7 +84,7 @@ class RecurrentTagger(AudioTagger):
         hidden_size: Width = 128,
         num_layers: Blocks = 2,
         frame_stride: Annotated[int, Bounds(ge=1, le=64)] = 2,
-        pooling: Pooling = "linear_softmax",
+        pooling: Pooling = "mean",
         dropout: Rate = 0.0,
         **settings: Any,
     ) -> None:

@@ -4,6 +4,7 @@
     python scripts/benchmark.py train --device cuda --mode bf16 --compile --batch_size 128 --peak_tflops 989
     python scripts/benchmark.py tag [--sounds FOLDER] [--model ced_tiny] [--rounds 3]
     python scripts/benchmark.py quantize [--model lstm_small] [--seconds 10] [--batch_size 16]
+    python scripts/benchmark.py export [--model lstm_small,ced_tiny] [--bits 8,4,2] [--rounds 30]
     python scripts/benchmark.py tome [--model ast_base] [--seconds 10] [--r 40] [--attention sdpa,naive]
 
 `train` times the project's training step and a plain one, written as in published code: attention weights materialised,
@@ -15,6 +16,9 @@ other load on the machine affects them alike.
 
 `tag` times whole processes that tag a folder, and the same sound in one long file: inference.py with PyTorch and with
 ONNX Runtime, and a plain script that processes one file at a time. Probabilities are compared.
+
+`export` writes a model as ONNX files in float32, in int8, and with quantized weights, and prints their sizes, times and
+differences from PyTorch.
 
 `tome` times a vision transformer with and without token merging, with fused attention or with the attention of
 published code, and prints the share of the speedup that the number of matrix products allows.
@@ -43,6 +47,7 @@ from common.commands import run_commands
 from common.temporary import temporary_folder
 from models import create_model
 from models.devices import choose_device
+from scripts.benchmarks.export import benchmark_export
 from scripts.benchmarks.tag import benchmark_tagging
 from scripts.benchmarks.timing import compute_tflops, describe_device, format_table, time_steps
 from scripts.benchmarks.tome import Attention, benchmark_merging
@@ -174,6 +179,22 @@ class Benchmark:
         """
         with temporary_folder() as work:
             print(benchmark_tagging(sounds and str(Path(sounds).resolve()), model, chunk_length, rounds, work))
+
+    @print_user_errors
+    def export(self, model: Any = "lstm_small", bits: Any = (8, 4, 2), seconds: float = 10.0, rounds: int = 30) -> None:
+        """Export models to ONNX in all ways, and measure the files.
+
+        Args:
+            model: checkpoints of float weights, or names, which then get random weights; several with commas.
+            bits: of weights that are quantized after training, several with commas.
+            seconds: length of the clip, whose spectrogram is the input.
+            rounds: passes of each file, on one thread.
+        """
+        models = model.split(",") if isinstance(model, str) else model
+        sizes = bits if isinstance(bits, (list, tuple)) else [bits]
+        for source in models:
+            with temporary_folder() as work:
+                print(benchmark_export(source, sizes, seconds, rounds, work), end="\n\n")
 
     @print_user_errors
     def tome(

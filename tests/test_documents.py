@@ -40,6 +40,7 @@ SKIPPED = (
 SUBSTITUTIONS = {
     r"\b(MODEL|TAGGER|STUDENT|TEACHER|CED|RUN_R0|RUN)\b": "data/model.pt",
     r"\bRUN_R8\b": "data/merging.pt",
+    r"\bQUANTIZED\b": "data/quantized.pt",
     r"-m ced_mini\b": "-m data/model.pt",
     r"(probe|--model|-m) mn04_as\b(?! --weights)": r"\1 mn04_as --weights data/mn04_as.pt",
     r"\b(mn04_as_mAP_432|ced_tiny)\.pt": r"data/\1.pt",
@@ -94,7 +95,11 @@ def models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     kinds = [f"Kind {i}" for i in range(3)]
-    for name, arguments in {"model": {}, "merging": {"token_merging": 8}}.items():
+    for name, arguments in {
+        "model": {},
+        "merging": {"token_merging": 8},
+        "quantized": {"quantize": {"weights": 4}},
+    }.items():
         network = create_model("audiotransformer_pico", num_classes=3, labels=kinds, depth=1, **arguments)
         save_checkpoint(folder / f"{name}.pt", network)
     save_checkpoint(folder / "mn04_as.pt", create_model("mn04_as"))

@@ -48,6 +48,13 @@ def run_rounds(candidates: Mapping[str, Callable[[], T]], rounds: int) -> dict[s
     return results
 
 
+def time_once(function: Callable[[], object]) -> float:
+    """Return the seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

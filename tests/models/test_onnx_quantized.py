@@ -73,7 +73,9 @@ def write_graph(kind, weights, settings, x, opset):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * (4 if kind in GATES else x.ndim))],
         initializers,
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=13 if opset == 25 else 10
+    )
 
 
 def run_graph(graph, x, *, decode_at_each_run=False):
@@ -224,11 +226,11 @@ def test_the_command_writes_the_quantized_file_of_a_quantized_model(tmp_path, mo
     stored = sorted(len(tensor.raw_data) for tensor in graph.graph.initializer if "_codes" in tensor.name)
     assert stored == sorted(getattr(module, name).numel() // 2 for _, module, name, _ in quantized_weights(model))
 
-    wave = torch.stack([noise(16000, seed) for seed in range(3)])
+    wave = torch.stack([noise(16000, seed, 10.0**-seed) for seed in range(3)])
     engine = OnnxEngine("lstm_small.quantized.onnx")
     assert (engine.precision, engine.batch_size) == ("quantized", 8)
     expected = load_model("model.pt").predict(wave).numpy()
-    assert expected.std(0).max() > 0.01
+    assert expected.std(0).max() > 0.003
     np.testing.assert_allclose(engine.predict(list(wave.numpy())), expected, atol=1e-5)
 
 
@@ -281,7 +283,8 @@ def test_int8_runs_lstm_layers_in_8_bits_and_says_that_it_has_no_such_gru(name, 
 @pytest.mark.parametrize("name", ["audiotransformer_pico", "mn01_as", "lstm_small", "gru_small"])
 def test_every_kind_of_network_is_exported_as_trained(name, quantize, tmp_path):
     model = tagger(name, quantize)
-    (difference,) = export_onnx(model, {"quantized": tmp_path / "x.onnx"}, waveform=True).values()
+    waveform = quantize["weights"] == 2
+    (difference,) = export_onnx(model, {"quantized": tmp_path / "x.onnx"}, waveform=waveform).values()
     assert difference < (0.05 if "activations" in quantize else 1e-5)
     names = types(onnx.load(tmp_path / "x.onnx"))
     n_weights = len(list(quantized_weights(model)))

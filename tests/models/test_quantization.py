@@ -257,6 +257,18 @@ def test_a_checkpoint_has_plain_names_and_loads_as_quantized_values(scheme, clip
         assert torch.equal(trained.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("recipe", [None, {"weights": 2}, {"weights": 4, "clip": "learned"}])
+def test_training_takes_latent_weights_alone_where_the_grid_is_another(recipe, tmp_path):
+    torch.manual_seed(0)
+    model = create_model("audiotransformer_pico", num_classes=3, depth=1, quantize={"weights": 4})
+    save_checkpoint(tmp_path / "a.pt", model)
+    other = create_model("audiotransformer_pico", num_classes=3, depth=1, quantize=recipe)
+    load_weights(other, tmp_path / "a.pt")
+    weight = model.blocks[0].mlp.fc1.parametrizations.weight.original
+    expected = weight if recipe is None else FakeQuantize(weight, Quantization(**recipe)).eval()(weight)
+    assert torch.equal(other.eval().blocks[0].mlp.fc1.weight, expected)
+
+
 def test_the_last_layer_may_have_another_number_of_classes(tmp_path):
     recipe = {"weights": 4}
     save_checkpoint(tmp_path / "a.pt", create_model("audiotransformer_pico", num_classes=3, depth=1, quantize=recipe))

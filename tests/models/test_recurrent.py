@@ -264,11 +264,14 @@ EXPORTS = [
 
 @pytest.mark.parametrize(("name", "pooling"), EXPORTS)
 def test_an_export_holds_recurrent_operators_and_takes_any_batch_and_length(name, pooling, tmp_path):
-    path = tmp_path / "model.onnx"
+    paths = {precision: tmp_path / f"{precision}.onnx" for precision in ("fp32", "fp16")}
     # which compares with PyTorch for 1 to 5 clips of 1 sample to 10 seconds
-    assert export_onnx(build(name, pooling=pooling), {"fp32": path})["fp32"] < 1e-5
-    operators = [node.op_type for node in onnx.load(path).graph.node]
-    assert operators.count(name[:-6].upper()) == 2
+    differences = export_onnx(build(name, pooling=pooling), paths)
+    assert differences["fp32"] < 1e-5
+    assert differences["fp16"] < 0.01
+    for path in paths.values():
+        operators = [node.op_type for node in onnx.load(path).graph.node]
+        assert operators.count(name[:-6].upper()) == 2
 
 
 def test_every_recurrent_model_is_tested_here():

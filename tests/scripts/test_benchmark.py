@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -174,3 +175,13 @@ def test_whole_processes_tag_alike_and_are_timed(tmp_path, capsys):
     assert "3 files, 3 windows of 1 s" in out
     assert "one file, 3 windows of 1 s" in out
     assert out.count("project, ONNX int8") == 2
+
+
+@pytest.mark.long
+def test_export_prints_size_time_and_difference_of_every_file(capsys):
+    Benchmark().export("lstm_small", bits=(4,), seconds=1.0, rounds=2)
+    rows = [re.split(" {2,}", line) for line in capsys.readouterr().out.splitlines() if line]
+    sizes = {row[0]: float(row[1]) for row in rows[1:]}
+    assert list(sizes) == ["fp32", "int8", "4 bits, as trained"]
+    assert sizes["4 bits, as trained"] < 0.2 * sizes["fp32"]
+    assert sizes["int8"] < 0.3 * sizes["fp32"]
