@@ -77,6 +77,14 @@ class QuantizedOptions(Options):
     only: list[int] = Field([])  # folds to run; none are named = all
     output: str = "experiments/quantized"  # folder for everything
 
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence where AudioSet's classes are not those of the events."""
+        if self.published and len(self.audioset) != len(self.events):
+            yield (
+                f"--audioset has {len(self.audioset)} classes for {len(self.events)} events; give one for each, or "
+                "--published null"
+            )
+
 
 class Experiment:
     """The runs of the experiment, each of which leaves a file with the scores of its held-out clips.
