@@ -256,12 +256,14 @@ def test_the_commands_of_the_results_run(checkout):
     students = "experiments/ssondo_esc10_words_teacher/latest"
     copy = "cp heads/mn_cosine_${t}_s1.json heads/${n}_${t}_s1.json"
     heads = f"for t in esc words; do for n in teacher mn_bds; do {copy}; done; done"
+    short = '--events "Kind 0,Kind 1" --published null --only 1 --bits 4 --mixtures 8'
     changes = {
         r"for k in 1 2 3; do\n(    fold=)": r"for k in 1; do\n\1",
         r"\bRUNS\b": "data/model.pt,data/model.pt,data/model.pt",  # one for each of three packs
         r"--r [\d,]+": "--r 0,2 --rounds 1",
         r"(probe|--model) RUN\b": rf"\1 {students}",
         r"(?=python scripts/compare_probes)": f"{heads}; ",
+        r"benchmarks/quantized\.py": f"\\g<0> {short}",
     }
     run_page(ROOT / "docs/results.md", checkout, changes, "ESC10=$PWD/ESC10 WORDS=$PWD/WORDS s=1 k=1 r=2")
 

@@ -86,7 +86,7 @@ def check_run(outputs: Path, config: TrainConfig) -> None:
 
 # Of files that differ in the size of the student alone, one is enough for every day.
 TWINS = re.compile(
-    r"(balanced_mixup_(mini|small|base)|full_audiotransformer_(mini|small|base))_.*|.*_cmkd_passt|quantized_audioset.*"
+    r"(balanced_mixup_(mini|small|base)|full_audiotransformer_(mini|small|base))_.*|.*_cmkd_passt|quantized_(audioset|esc10).*"
 )
 
 

@@ -1,10 +1,9 @@
 """Mixtures of clips, with which a teacher shows a student more than labels do: a transfer set for distillation.
 
-What a teacher knows beyond the labels of a few hundred clips is how it judges other sounds: whether a bark can still be
-heard in rain, and what is no bark any more at another speed. A mixture of labelled clips has no such label, but a
-teacher's output. (Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015, for transfer sets; Beyer
-et al., "Knowledge distillation: a good teacher is patient and consistent", CVPR 2022, for mixtures. The way of mixing is
-this project's own choice.)
+What a teacher knows beyond the labels of a few hundred clips is its output for other sounds: whether a bark is still a
+bark in rain, or at another speed. A mixture of labelled clips has no such label. (Hinton, Vinyals, Dean, "Distilling
+the knowledge in a neural network", 2015, for transfer sets; Beyer et al., "Knowledge distillation: a good teacher is
+patient and consistent", CVPR 2022, for mixtures. The way of mixing is this project's own choice.)
 
 Letters: S samples.
 """

@@ -58,22 +58,32 @@ class QuantizedOptions(Options):
     """The options of quantized.py."""
 
     data: str  # TSV of a pack with the columns `labels` and `fold`
-    events: list[str] = ["dog bark", "baby cry", "person sneeze"]  # labels that are detected; all others are `other`
+    # labels that are detected; all others become `other`
+    events: list[str] = Field(["dog bark", "baby cry", "person sneeze"])
     published: str | None = "mn04_as"  # a teacher that tags AudioSet's classes; null = none
     published_weights: str | None = None  # its weights, which the teacher trained here starts from; null = downloaded
-    audioset: list[str] = ["/m/0bt9lr", "/t/dd00002", "/m/01hsr_"]  # AudioSet's class of each event, for `published`
+    # AudioSet's class of each event, for `published`
+    audioset: list[str] = Field(["/m/0bt9lr", "/t/dd00002", "/m/01hsr_"])
     teacher: str = "trainconfig/quantized_esc10_teacher.yaml"  # configuration of the teacher trained here
     targets: str = "logitconfig/quantized_esc10.yaml"  # configuration of its soft targets
     labels: str = "trainconfig/quantized_esc10_labels.yaml"  # configuration of the student without a teacher
     student: str = "trainconfig/quantized_esc10.yaml"  # configuration of the distilled student
     mixtures: int = Field(1280, ge=1)  # of training clips, which the student is distilled on as well
     control_epochs: int = Field(0, ge=0)  # also train a student on the labels of these mixtures; 0 = do not
-    bits: list[int] = [8, 4, 3, 2]  # of quantized weights
+    bits: list[int] = Field([8, 4, 3, 2])  # of quantized weights
     joint_epochs: int = Field(2, ge=1)  # epochs of training on, with quantization or without
     joint_lr: float = Field(0.001, gt=0)  # peak learning rate of these
     seeds: int = Field(3, ge=1)
-    only: list[int] = []  # folds to run; none are named = all
+    only: list[int] = Field([])  # folds to run; none are named = all
     output: str = "experiments/quantized"  # folder for everything
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence where AudioSet's classes are not those of the events."""
+        if self.published and len(self.audioset) != len(self.events):
+            yield (
+                f"--audioset has {len(self.audioset)} classes for {len(self.events)} events; give one for each, or "
+                "--published null"
+            )
 
 
 class Experiment:
@@ -91,7 +101,9 @@ class Experiment:
         self.pack = Pack.open(options.data, required=("filename", "hdf5path", "labels", "fold"))
         labels = self.pack.table["labels"].astype(str)
         if missing := [event for event in options.events if event not in set(labels)]:
-            raise UserError(f"{options.data} has no clips of {some(missing)}; its labels are {some(sorted(set(labels)))}")
+            raise UserError(
+                f"{options.data} has no clips of {some(missing)}; its labels are {some(sorted(set(labels)))}"
+            )
         self.labels = labels.where(labels.isin(options.events), OTHER)
         self.folds = sorted(set(self.pack.table["fold"].tolist()))
         for fold in self.folds:
@@ -119,7 +131,9 @@ class Experiment:
     def tag(self, system: str, fold: int, seed: int, model: AudioTagger, classes: list[str], **facts: Any) -> None:
         """Write the probabilities of `classes` of a model."""
         pack = Pack.open(str(self._list("test", fold)))
-        scores = predict_pack(model, pack, batch_size=32, num_workers=0, precision=Precision("fp32", torch.device("cpu")))
+        scores = predict_pack(
+            model, pack, batch_size=32, num_workers=0, precision=Precision("fp32", torch.device("cpu"))
+        )
         columns = [model.labels.index(name) for name in classes]
         self.score(system, fold, seed, scores[:, columns], bytes=count_bytes(model), **facts)
 
@@ -128,7 +142,8 @@ class Experiment:
         record = self._record(system, fold, seed)
         if not record.exists():
             torch.manual_seed(seed)
-            given = {"train_data": str(self._list("train", fold)), "outputpath": str(self.folder / "runs" / f"{system}{fold}")}
+            given: dict[str, Any] = {"train_data": str(self._list("train", fold)), "eval_data": None, "select_on": None}
+            given["outputpath"] = str(self.folder / "runs" / f"{system}{fold}")
             result = prepare_run(config, given | overrides, seed).fit()
             model = load_model(result["weights"])
             self.tag(system, fold, seed, model, self.options.events, weights=result["weights"])
@@ -166,7 +181,8 @@ class Experiment:
         more |= {"optimizer_args.lr": options.joint_lr, "warmup_epochs": 1}
         self.train("continued", fold, seed, options.student, **more)
         for bits in options.bits:
-            self.train(f"joint{bits}", fold, seed, options.student, **more, **{"model_args.quantize": {"weights": bits}})
+            joint = more | {"model_args.quantize": {"weights": bits}}
+            self.train(f"joint{bits}", fold, seed, options.student, **joint)
             if not self._record(f"after{bits}", fold, seed).exists():
                 model = load_model(distilled, quantize={"weights": bits})
                 self.tag(f"after{bits}", fold, seed, model, options.events)

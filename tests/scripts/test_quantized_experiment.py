@@ -43,6 +43,12 @@ def test_an_event_without_clips_is_named(folds):
         Experiment(QuantizedOptions(**options(folds, events=["gunshot"])))
 
 
+def test_a_published_teacher_needs_a_class_for_each_event(folds, capsys):
+    with pytest.raises(SystemExit):
+        main(["--data", str(folds), "--events", "a,b"])
+    assert "--audioset has 3 classes for 2 events" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_bytes_are_packed_codes_a_scale_for_each_row_and_the_rest_in_full(bits, tmp_path):
     plain = create_model("lstm_small", num_classes=4)
