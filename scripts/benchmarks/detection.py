@@ -163,7 +163,8 @@ def describe_systems(systems: list[System], positive: np.ndarray, seed: int = 0)
         seed: of the bootstrap.
     """
     weights = draw_clips(len(positive), seed)
-    rates = {system.name: compute_mean_rates(system.scores, positive, weights) for system in systems}
+    scores = {system.name: system.scores for system in systems}
+    rates = {name: compute_mean_rates(values, positive, weights) for name, values in scores.items()}
     rows = [["system", "kB", "seeds", "AUC", "EER, %"]]
     lines: list[tuple[object, ...]] = []
     for system in systems:
@@ -175,7 +176,8 @@ def describe_systems(systems: list[System], positive: np.ndarray, seed: int = 0)
         rows.append(row)
     changes = [["system", "compared with", "AUC, change in %", "EER, change in points", "EER, change in %"]]
     for name, reference in list_comparisons(rates):
-        new, old = rates[name], rates[reference]
+        n_seeds = min(len(scores[name]), len(scores[reference]))  # compared seed by seed
+        new, old = (compute_mean_rates(scores[each][:n_seeds], positive, weights) for each in (name, reference))
         row = [name, reference]
         for metric, draws in (
             ("AUC, %", 100 * (new["AUC"] / old["AUC"] - 1)),
@@ -204,6 +206,7 @@ def draw_systems(systems: list[System], positive: np.ndarray, seed: int = 0) -> 
         style(axis)
         axis.set_xscale("log")
         axis.set_xlabel("kB, without front-end")
+        axis.set_xticks([100, 200, 500, 1000, 2000, 5000], ["100", "200", "500", "1000", "2000", "5000"])
     for index, kind in enumerate(kinds):
         members = [system for system in sized if system.name.rstrip("0123456789") == kind]
         rates = [compute_mean_rates(system.scores, positive, weights) for system in members]
@@ -211,11 +214,11 @@ def draw_systems(systems: list[System], positive: np.ndarray, seed: int = 0) -> 
             found = [Interval.of(scale * each[metric]) for each in rates]
             values = [each.value for each in found]
             spread = [[each.value - each.low for each in found], [each.high - each.value for each in found]]
-            shift = 1 + 0.04 * (index - len(kinds) / 2)  # else intervals of one size cover each other
+            shift = 1 + 0.025 * (index - len(kinds) / 2)  # else intervals of one size cover each other
             sizes = [shift * (system.n_bytes or 0) / 1000 for system in members]
-            colour, line = COLOURS[index % len(COLOURS)], "-" if len(members) > 1 else ""
+            colour, line = (*COLOURS, INK)[index % (len(COLOURS) + 1)], "-" if len(members) > 1 else ""
             axis.errorbar(sizes, values, spread, color=colour, marker="o", linestyle=line, capsize=3, label=kind)
     axes[0].set_ylabel("EER, %")
     axes[1].set_ylabel("AUC")
-    axes[1].legend(fontsize=8, frameon=False, labelcolor=INK)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", frameon=False, labelcolor=INK)
     return figure

@@ -16,6 +16,7 @@ from scripts.benchmarks.detection import (
     list_comparisons,
     pool_folds,
 )
+from training.ranking import Ranking
 
 
 def make_clips(n=40, seed=0):
@@ -42,6 +43,8 @@ def test_rates_of_weighted_clips_are_those_of_repeated_clips():
         rows = np.repeat(np.arange(len(scores)), draw.astype(int))
         assert auc == pytest.approx(roc_auc_score(positive[rows], scores[rows]))
         assert eer == pytest.approx(slow_eer(scores[rows], positive[rows]), abs=1e-5)
+        evaluated = Ranking.of(scores[rows], positive[rows])  # as in run.py evaluate
+        assert eer == pytest.approx(evaluated.equal_error_rate()[0])
 
 
 @pytest.mark.parametrize(
