@@ -8,6 +8,7 @@ that the difference of two systems has an interval as well.
 Letters: N clips, S seeds, E events, R draws.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -58,7 +59,8 @@ def pool_folds(parts: Iterable[tuple[list[str], np.ndarray]], names: list[str]) 
     for clips, values in parts:
         found += clips
         scores += [values]
-    wrong = sorted(name for name in {*names, *found} if names.count(name) != 1 or found.count(name) != 1)
+    expected, given = Counter(names), Counter(found)
+    wrong = sorted(name for name in {*names, *found} if expected[name] != 1 or given[name] != 1)
     if wrong:
         raise UserError(f"the folds must have each of the {len(names)} clips once, unlike {some(wrong)}")
     row_of = {name: row for row, name in enumerate(found)}

@@ -1,4 +1,4 @@
-"""Mixtures of clips, with which a teacher shows a student more than labels do: a transfer set for distillation.
+"""Mixtures of clips as a transfer set for distillation.
 
 What a teacher knows beyond the labels of a few hundred clips is its output for other sounds: whether a bark is still a
 bark in rain, or at another speed. A mixture of labelled clips has no such label. (Hinton, Vinyals, Dean, "Distilling

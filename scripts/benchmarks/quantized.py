@@ -33,6 +33,7 @@ from pydantic import Field
 
 from audio.audioset import display_name
 from audio.dataset import Pack
+from audio.labels import split_labels
 from common.errors import UserError, some
 from common.files import write_bytes, write_json, write_text
 from common.options import Options, parse_arguments
@@ -93,7 +94,8 @@ class Experiment:
         options: see `QuantizedOptions`.
 
     Raises:
-        UserError: the list has no folds, or lacks an event.
+        UserError: the list has no folds, lacks an event, or has clips of several labels; the folder has runs with other
+            options.
     """
 
     def __init__(self, options: QuantizedOptions) -> None:
@@ -104,7 +106,12 @@ class Experiment:
             raise UserError(
                 f"{options.data} has no clips of {some(missing)}; its labels are {some(sorted(set(labels)))}"
             )
+        if several := [cell for cell in set(labels) if len(split_labels(cell)) > 1]:
+            raise UserError(
+                f"{options.data} has clips of several labels, such as {several[0]!r}; expected one for each clip"
+            )
         self.labels = labels.where(labels.isin(options.events), OTHER)
+        self._check_options()
         self.folds = sorted(set(self.pack.table["fold"].tolist()))
         for fold in self.folds:
             for part, rows in (("train", self.pack.table["fold"] != fold), ("test", self.pack.table["fold"] == fold)):
@@ -115,6 +122,15 @@ class Experiment:
     def positive(self) -> np.ndarray:
         """Which clips have which event, bool (N,E)."""
         return np.stack([self.labels == event for event in self.options.events], axis=1)
+
+    def _check_options(self) -> None:
+        """Record the options that results depend on, or compare them with those of an earlier start."""
+        path, free = self.folder / "options.json", {"only", "seeds", "output", "bits", "control_epochs"}
+        own = self.options.model_dump(mode="json", exclude=free)
+        before = load_json(path) if path.exists() else own
+        if differing := [name for name in own if before.get(name) != own[name]]:
+            raise UserError(f"{self.folder} has runs with other options ({some(differing)}): give another --output")
+        write_json(path, own)
 
     def _list(self, part: str, fold: int) -> Path:
         return self.folder / "lists" / f"{part}{fold}.tsv"
@@ -165,7 +181,6 @@ class Experiment:
             self.tag("published", fold, 1, model, [display_name(each) for each in options.audioset])
         start = {"pretrained": options.published_weights} if options.published_weights else {}
         teacher = self.train("teacher", fold, 1, options.teacher, **start)
-        targets = {"train_data": str(self._list("train", fold)), "model": teacher}
         train, mixed = self._list("train", fold), self._list("mixed", fold)
         if not mixed.exists():
             write_mixtures(Pack.open(str(train)), options.mixtures, fold, mixed, OTHER)

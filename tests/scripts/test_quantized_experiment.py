@@ -43,6 +43,18 @@ def test_an_event_without_clips_is_named(folds):
         Experiment(QuantizedOptions(**options(folds, events=["gunshot"])))
 
 
+def test_clips_of_several_labels_and_a_folder_of_other_options_are_refused(folds):
+    Experiment(QuantizedOptions(**options(folds)))
+    Experiment(QuantizedOptions(**options(folds, seeds=1, only=[1])))
+    with pytest.raises(UserError, match=r"has runs with other options \(joint_lr\): give another --output"):
+        Experiment(QuantizedOptions(**options(folds, joint_lr=0.1)))
+    table = pd.read_csv(folds, sep="\t")
+    table.loc[0, "labels"] += ";rain"
+    table.to_csv(folds, sep="\t", index=False)
+    with pytest.raises(UserError, match="has clips of several labels, such as .*;rain'"):
+        Experiment(QuantizedOptions(**options(folds, events=[table["labels"][1]])))
+
+
 def test_a_published_teacher_needs_a_class_for_each_event(folds, capsys):
     with pytest.raises(SystemExit):
         main(["--data", str(folds), "--events", "a,b"])
