@@ -51,7 +51,7 @@ def test_clips_of_several_labels_and_a_folder_of_other_options_are_refused(folds
     table = pd.read_csv(folds, sep="\t")
     table.loc[0, "labels"] += ";rain"
     table.to_csv(folds, sep="\t", index=False)
-    with pytest.raises(UserError, match="has clips of several labels, such as .*;rain'"):
+    with pytest.raises(UserError, match=r"has clips of several labels, such as .*;rain'"):
         Experiment(QuantizedOptions(**options(folds, events=[table["labels"][1]])))
 
 
