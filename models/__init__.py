@@ -16,7 +16,7 @@ from models.registry import get_model_entry, list_models, register_model
 from models.ssondo import get_ssondo
 
 for _file in pkgutil.iter_modules(__path__):
-    if _file.name != "onnx":  # registers no model, and imports ONNX's exporter and runtime, which takes seconds
+    if not _file.name.startswith("onnx"):  # no models, and imports of ONNX's exporter and runtime, which take seconds
         importlib.import_module(f"{__name__}.{_file.name}")
 
 __all__ = [

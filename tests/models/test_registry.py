@@ -1,5 +1,7 @@
 import logging
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -148,3 +150,9 @@ def test_a_file_in_the_folder_of_models_is_found(tmp_path):
     code = "from models import create_model; print(create_model('tiny_resnet', num_classes=3).num_classes)"
     done = run_command("-c", code, cwd=tmp_path)
     assert (done.stdout, done.stderr) == ("3\n", "")
+
+
+def test_models_are_imported_without_the_exporter_and_the_runtime_of_onnx():
+    code = "import sys, models; print(*sorted({'onnx', 'onnxscript', 'onnxruntime'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""
