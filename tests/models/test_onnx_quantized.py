@@ -168,8 +168,7 @@ def test_other_buckets_are_decoded_in_the_order_of_training(recipe, kind):
 
 
 @pytest.mark.parametrize("kind", ["MatMul", "Conv", "LSTM", "GRU"])
-@pytest.mark.parametrize("bits", [2, 3, 8])
-@pytest.mark.parametrize("scope", ["channel", "tensor"])
+@pytest.mark.parametrize(("scope", "bits"), [("channel", 2), ("channel", 3), ("tensor", 3), ("tensor", 8)])
 def test_trained_levels_are_a_table_beside_compact_codes(scope, bits, kind):
     layer, graph, tensors = embed(kind, weights=bits, scheme="levels", scope=scope)
     assert f"UINT{SIZES[bits]}" in types(graph)
