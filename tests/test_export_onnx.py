@@ -80,7 +80,11 @@ def test_calibration_tells_what_every_precision_costs(checkpoint, model, tone_pa
         (written,) = (tmp_path / source.stem).glob("*.json")
         figures.append(json.loads(written.read_text()))
     assert figures[0]["mAP"] == pytest.approx(expected, abs=1e-6)
+    classes = [each.pop("per_class") for each in figures]
     assert figures[1] == pytest.approx(figures[0], abs=1e-6)
+    for one, other in zip(*classes, strict=True):
+        assert one.pop("label") == other.pop("label")
+        assert one == pytest.approx(other, abs=1e-4)
 
 
 def test_hugging_face_folders_and_longer_chunks_and_one_name_for_one_file(model, tmp_path, caplog):

@@ -98,7 +98,7 @@ def test_tagging_merges_as_set_and_does_not_add_to_tags_made_otherwise(folder, t
 def test_an_export_merges_as_set_and_its_file_takes_no_other_setting(folder, tone_pack, tmp_path, monkeypatch, capsys):
     exported = []
 
-    def export(model, files, waveform):
+    def export(model, files, **options):
         exported.append(model)
         files["fp32"].write_bytes(b"")
         return {"fp32": 0.0}

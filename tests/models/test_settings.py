@@ -86,7 +86,7 @@ WANTED_WINDOWS |= {"mobilenetv3": 1024, "eres2net": 1024}
 
 @pytest.mark.parametrize("name", WANTED)
 def test_a_network_takes_these_arguments_with_these_defaults(name):
-    assert get_model_entry(name).defaults == WANTED[name] | {"band_limit": None, "parametrize": None}
+    assert get_model_entry(name).defaults == WANTED[name] | {"band_limit": None, "parametrize": None, "quantize": None}
     assert set(get_model_entry(name).arguments) == set(get_model_entry(name).defaults)
 
 
