@@ -1,4 +1,5 @@
 import json
+import logging
 import sys
 
 import numpy as np
@@ -30,6 +31,7 @@ ONTOLOGY = json.dumps([{"id": "/m/0bt9lr", "name": "Dog", "child_ids": ["/m/05tn
 def run(tmp_path, monkeypatch, capsys):
     """`run("list.tsv", "--labels", "Dog")` gives the exit status, what was printed, and the errors."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)  # commands of other tests set another
 
     def call(*words, command=main):
         status = 0
