@@ -85,7 +85,7 @@ def create_model(
         band_limit: frequency in hertz above which the front-end ignores the signal, see `FrontEnd.limit_band`; None for
             no limit.
         parametrize: changes of its parameters, see `models.parametrizations`; None for none.
-        quantize: settings of quantized weights, see `models.quantization.Quantization`; None for float weights.
+        quantize: settings of quantized weights, see `models.quantization_recipe.Quantization`; None for float weights.
         **arguments: settings of the architecture.
 
     Returns:

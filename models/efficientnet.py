@@ -139,7 +139,7 @@ class EfficientNet(PooledCNN):
         return tagged / tagged.sum(1, keepdim=True)  # each class has weights of its own
 
     def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take timm's weights for pictures, too, see `adapt_image_cnn_weights`."""
+        """Take timm's ImageNet weights, too, see `adapt_image_cnn_weights`."""
         return adapt_image_cnn_weights(state, "conv_stem", "classifier")
 
 

@@ -1,4 +1,4 @@
-"""CNNs for pictures on mel spectrograms: ResNet-50 and DenseNet-121, teachers of small networks.
+"""Image CNNs on mel spectrograms: ResNet-50 and DenseNet-121, teachers of small networks.
 
 Methods: He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016; Huang, Liu, van der Maaten,
 Weinberger, "Densely connected convolutional networks", CVPR 2017, as timm builds them, with one input channel.
@@ -56,7 +56,7 @@ _PARTS = {
 
 
 class ImageCNN(PooledCNN):
-    """A CNN for pictures with one input channel; gives logits.
+    """An image CNN with one input channel; gives logits.
 
     Args:
         variant: timm's name of the network.
@@ -96,7 +96,7 @@ class ImageCNN(PooledCNN):
         return self.classifier(self.dropout(clip))
 
     def adapt_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take timm's weights for pictures, too, see `adapt_image_cnn_weights`."""
+        """Take timm's ImageNet weights, too, see `adapt_image_cnn_weights`."""
         return adapt_image_cnn_weights(state, self.parts.stem, self.parts.classifier)
 
 

@@ -168,8 +168,8 @@ def load_weights(model: AudioTagger, source: str | Path, *, pre_training: bool =
 
     Args:
         model: to load into.
-        source: a file, URL or folder, the name of a model with published weights, or "timm:NAME".
-            Grids of quantized weights are taken where the model has the same, see `models.quantization`.
+        source: a file, URL or folder, the name of a model with published weights, or "timm:NAME". Grids of
+            quantized weights are taken where the model has the same, see `models.quantization`.
         pre_training: the weights come from masked pre-training: the last layers may be missing, and parts that only
             pre-training uses are dropped, both with a warning.
 

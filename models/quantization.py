@@ -52,7 +52,7 @@ def quantize_model(model: nn.Module, recipe: Quantization) -> None:
         UserError: a pattern that fits nothing, no weights left, groups of fewer weights than levels, weights that are
             not finite, or a model that is quantized or parametrized already.
     """
-    if any(True for _ in quantized_weights(model)):
+    if any(quantized_weights(model)):
         raise UserError("quantize: the model is quantized already; give the checkpoint of float weights")
     if any(map(parametrize.is_parametrized, model.modules())):
         raise UserError("quantize: the weights have parametrizations already; leave out parametrize, or quantize")
@@ -103,7 +103,7 @@ def _check_levels(recipe: Quantization, weights: Mapping[str, nn.Parameter]) -> 
         UserError: one has not.
     """
     for key, weight in weights.items():
-        size = min(recipe.group_size(weight.shape), weight.numel())
+        size = recipe.group_size(weight.shape)
         if recipe.scheme == "levels" and size <= 2**recipe.weights:
             raise UserError(
                 f"quantize: {key} has groups of {size} weights, which need no {2**recipe.weights} levels each; give "

@@ -29,7 +29,7 @@ def adapt_image_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def adapt_image_cnn_weights(state: Mapping[str, Tensor], stem: str, classifier: str) -> dict[str, Tensor]:
-    """Fit timm's CNNs for pictures to spectrograms: one channel that is the mean of the colours, no classifier.
+    """Fit timm's image CNNs to spectrograms: one channel that is the mean of the colours, no classifier.
 
     As in CMKD, with a notice. Weights without a layer `stem` are returned as they are.
 
@@ -50,7 +50,7 @@ def adapt_image_cnn_weights(state: Mapping[str, Tensor], stem: str, classifier: 
         logger.warning("the first layer is for %d colours: their weights become one, their mean", first.shape[1])
         body[f"body.{key}"] = first.mean(1, keepdim=True)
     if len(body) < len(state):
-        logger.warning("the classifier of pictures is left out")
+        logger.warning("the classifier of images is left out")
     return body
 
 

@@ -39,6 +39,7 @@ from common.files import write_bytes, write_json, write_text
 from common.options import Options, parse_arguments
 from common.parsing import load_json
 from models import AudioTagger, load_model
+from models.packing import count_bytes, pack_model
 from models.quantization import quantized_weights
 from scripts.benchmarks.detection import System, describe_systems, draw_systems, pool_folds
 from scripts.benchmarks.mixtures import write_mixtures
@@ -151,7 +152,7 @@ class Experiment:
             model, pack, batch_size=32, num_workers=0, precision=Precision("fp32", torch.device("cpu"))
         )
         columns = [model.labels.index(name) for name in classes]
-        self.score(system, fold, seed, scores[:, columns], bytes=count_bytes(model), **facts)
+        self.score(system, fold, seed, scores[:, columns], bytes=measure_size(model), **facts)
 
     def train(self, system: str, fold: int, seed: int, config: str, **overrides: Any) -> str:
         """Train a model unless that is done; return the path of its weights."""
@@ -218,24 +219,14 @@ class Experiment:
                 yield System(name, np.stack(seeds), found[-1].get("bytes"))
 
 
-def count_bytes(model: AudioTagger) -> int:
-    """Return the bytes of a model of `load_model` without its front-end.
+def measure_size(model: AudioTagger) -> int:
+    """Return the bytes of the weights of a model of `load_model`, packed where it is quantized.
 
-    Those of packed codes, of a scale of 16 bits for each group, and of everything else in 32 bits.
+    Without its front-end, and without labels, settings and names.
     """
-    total = 0
-    coded = {id(getattr(module, name)): quantizer for _, module, name, quantizer in quantized_weights(model)}
-    quantizers = {id(part) for quantizer in coded.values() for part in quantizer.modules()}
-    for path, module in model.named_modules():
-        if path.startswith("front_end") or id(module) in quantizers:
-            continue
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if id(tensor) in coded:
-                codes = coded[id(tensor)].encode(tensor)
-                total += -(-codes.bits * tensor.numel() // 8) + 2 * codes.scale.numel()
-            else:
-                total += 4 * tensor.numel()
-    return total
+    if any(quantized_weights(model)):
+        return sum(size for part, size in pack_model(model).sizes.items() if part != "description")
+    return count_bytes(model)
 
 
 @print_user_errors

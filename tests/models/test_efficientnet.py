@@ -213,7 +213,7 @@ def test_it_starts_from_pictures(pooling, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         load_weights(model, tmp_path / "pictures.pt", pre_training=True)
     assert "3 colours" in caplog.text
-    assert "classifier of pictures is left out" in caplog.text
+    assert "classifier of images is left out" in caplog.text
     assert "initialised anew" in caplog.text
     model.eval()
     grey = torch.randn(2, 64, 70)

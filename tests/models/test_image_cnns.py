@@ -53,7 +53,7 @@ def test_it_starts_from_pictures(variant, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         load_weights(model, tmp_path / "pictures.pt", pre_training=True)
     assert "3 colours" in caplog.text
-    assert "classifier of pictures is left out" in caplog.text
+    assert "classifier of images is left out" in caplog.text
     grey = torch.randn(1, 64, 64)
     with torch.inference_mode():
         expected = pictures.forward_features((grey[:, None] / 3).expand(-1, 3, -1, -1))

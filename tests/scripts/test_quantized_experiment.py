@@ -9,7 +9,7 @@ import yaml
 
 from common.errors import UserError
 from models import create_model, load_model, save_checkpoint
-from scripts.benchmarks.quantized import Experiment, QuantizedOptions, count_bytes, main
+from scripts.benchmarks.quantized import Experiment, QuantizedOptions, main, measure_size
 
 
 @pytest.fixture
@@ -66,11 +66,11 @@ def test_bytes_are_packed_codes_a_scale_for_each_row_and_the_rest_in_full(bits, 
     plain = create_model("lstm_small", num_classes=4)
     save_checkpoint(tmp_path / "plain.pt", plain)
     network = {name: value for name, value in plain.state_dict().items() if not name.startswith("front_end")}
-    assert count_bytes(plain) == sum(4 * value.numel() for value in network.values())
+    assert measure_size(plain) == sum(value.nbytes for value in network.values())
     weights = [value for name, value in network.items() if "weight" in name and value.ndim == 2]
     saved = sum(value.numel() * (32 - bits) // 8 - 2 * len(value) for value in weights)
     quantized = load_model(tmp_path / "plain.pt", quantize={"weights": bits})
-    assert count_bytes(quantized) == count_bytes(plain) - saved
+    assert measure_size(quantized) == measure_size(plain) - saved
 
 
 @pytest.mark.long
