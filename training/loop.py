@@ -150,6 +150,8 @@ class Run:
         config, state = self.config, self.ranks.broadcast(state)
         if state is None and config.init_from_data:
             initialise_from_data(self)
+        if state is None:
+            self.objective.start(self.model)
         self.trainer = self.create_trainer()
         if state is not None:
             load_state(self, state)
