@@ -34,6 +34,7 @@ class LearningCheck:
         total_epochs: number of epochs of the run.
         causes: returns the likely causes, as sentences, given whether the loss has not fallen either.
         ranks: the processes of the run; all get the same result, rank 0 logs.
+        describe_collapse: see `Objective.describe_collapse`.
         enabled: false for runs that are too short to learn anything.
         losses: means over a few steps each, of the current epoch.
         constant: whether the loss is still that of a constant output; None if unknown.
@@ -49,6 +50,7 @@ class LearningCheck:
     total_epochs: int
     causes: Callable[[bool], list[str]]
     ranks: Ranks
+    describe_collapse: Callable[[Mapping[str, float]], str | None] = lambda means: None
     enabled: bool = True
     losses: list[float] = field(default_factory=list)
     constant: bool | None = None
@@ -101,7 +103,7 @@ class LearningCheck:
         if not self.enabled or (entry["step"] < FIRST_SHARE * self.total_steps and not last):
             return more
         figures = []
-        self.collapse = self.targets.objective.describe_collapse(entry)
+        self.collapse = self.describe_collapse(entry)
         if metrics is not None and chance is not None:
             self.clear = metrics.mAP >= CLEARLY * chance.mAP
         if constant_loss is not None:

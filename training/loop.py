@@ -126,7 +126,13 @@ class Run:
         self.window, self.epoch_tally, self.targets = Tally(), Tally(), TargetTally(objective)
         causes = partial(find_likely_causes, self)
         self.learning = LearningCheck(
-            self.targets, self.total_steps, config.epochs, causes, self.ranks, enabled=not config.smoke
+            self.targets,
+            self.total_steps,
+            config.epochs,
+            causes,
+            self.ranks,
+            objective.describe_collapse,
+            enabled=not config.smoke,
         )
         self.step, self.validations_without_improvement, self.seconds = 0, 0, 0.0
         self.epoch_is_open = False  # the last step ended an epoch, which is not validated yet

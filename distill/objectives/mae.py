@@ -89,7 +89,7 @@ class MaskedAutoEncoder(Objective):
         self.decoder = TokenPredictor(student.embed_dim, width, depth)
         size, _ = get_patch_shape(student)
         self.output = nn.Linear(width, size[0] * size[1])
-        self.variance = EmbeddingVariance(student.embed_dim, momentum=0.99)
+        self.variance = EmbeddingVariance(student)
 
     @classmethod
     def needs(cls, settings: MaeSettings) -> Needs:
@@ -101,7 +101,7 @@ class MaskedAutoEncoder(Objective):
         fix_norms(student, check=True)
 
     def forward(self, student: AudioTagger, batch: Batch) -> dict[str, Tensor]:
-        """Return `loss`, and the variance of the embeddings of visible tokens."""
+        """Return `loss`, and the variance of tokens among clips."""
         student = cast(SpectrogramTransformer, student)
         fix_norms(student)
         batch = crop(self.seed, batch, student.target_length)
@@ -119,12 +119,15 @@ class MaskedAutoEncoder(Objective):
             target = (target - mean) / (variance + _EPSILON).sqrt()
         predicted = self.output(self.decoder(encoded, mask))
         error = (predicted.float() - target).square().mean(2)  # (B,M)
-        return {"loss": average_tokens(error, mask.is_target), VARIANCE: self.variance.measure(student.pool(encoded))}
+        return {
+            "loss": average_tokens(error, mask.is_target),
+            VARIANCE: self.variance.measure(encoded, mask.is_visible),
+        }
 
     def after_step(self, student: AudioTagger, step: int, n_steps: int) -> None:
-        """Update the running mean of the embeddings."""
-        self.variance.update()
+        """Update the running means of the tokens."""
+        self.variance.running.update()
 
     def describe_collapse(self, means: Mapping[str, float]) -> str | None:
-        """Return a sentence if all clips have nearly the same embedding."""
+        """Return a sentence if the tokens of all clips are nearly the same."""
         return describe_collapse(means)

@@ -163,6 +163,13 @@ def get_patch_shape(student: SpectrogramTransformer) -> tuple[tuple[int, int], t
     return (projection.kernel_size[0], projection.kernel_size[1]), (projection.stride[0], projection.stride[1])
 
 
+def get_largest_grid(student: SpectrogramTransformer) -> tuple[int, int]:
+    """Return rows and columns of the patch grid of `target_length` frames."""
+    size, stride = get_patch_shape(student)
+    extent = student.front_end.n_mels, student.target_length
+    return (extent[0] - size[0]) // stride[0] + 1, (extent[1] - size[1]) // stride[1] + 1
+
+
 def crop(seed: int, batch: Batch, n_frames: int) -> Batch:
     """Crop spectrograms longer than `n_frames` to so many, from a random frame on, as MATPAC does."""
     longest = batch.mel.shape[2]

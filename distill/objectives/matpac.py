@@ -155,7 +155,7 @@ class Matpac(Objective):
         output: to O predictions of the teacher's output.
         head: of the student.
         teacher_head: its moving average.
-        centre: running mean of the teacher head's output (C,).
+        centre: running mean of the teacher head's output.
         progress: share of the run that has passed, a scalar tensor.
     """
 
@@ -179,7 +179,7 @@ class Matpac(Objective):
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
         self.centre = RunningMean(classes, CENTRE_MOMENTUM)
         self.class_mean = RunningMean(classes, 0.99)
-        self.variance = EmbeddingVariance(embed_dim, 0.99)
+        self.variance = EmbeddingVariance(student)
         self.register_buffer("progress", torch.zeros(()))
 
     @classmethod
@@ -196,8 +196,8 @@ class Matpac(Objective):
         """Return the losses.
 
         Returns:
-            `loss`; its unweighted terms, `loss_prediction` and `loss_classes`; the variance of the teacher's
-            embeddings, and the entropies of the classes, see `distill.objectives.collapse`.
+            `loss`; its unweighted terms, `loss_prediction` and `loss_classes`; the variance of the student's
+            tokens among clips, and the entropies of the classes, see `distill.objectives.collapse`.
         """
         student = cast(SpectrogramTransformer, student)
         fix_norms(student)
@@ -220,7 +220,7 @@ class Matpac(Objective):
         alpha = self.settings.alpha
         losses = {"loss": (1 - alpha) * prediction + alpha * classification}
         losses |= {"loss_prediction": prediction, "loss_classes": classification}
-        return losses | {VARIANCE: self.variance.measure(self.teacher.pool(taught)), **watched}
+        return losses | {VARIANCE: self.variance.measure(encoded, mask.is_visible), **watched}
 
     def _weigh_outputs(self, error: Tensor) -> Tensor:
         """Return the weight of each output, without gradient: (B,M,O) -> (B,M,O)."""
@@ -239,7 +239,7 @@ class Matpac(Objective):
             temperature = first + (last - first) * (cast(Tensor, self.progress) / WARMUP).clamp(max=1)
             probabilities = ((output - self.centre.mean) / temperature).softmax(-1)
             self.centre.add(output, is_target)
-            watched = measure_classes(self.class_mean.value(), probabilities)
+            watched = measure_classes(self.class_mean.value()[0], probabilities)
             self.class_mean.add(probabilities, is_target)
         student = (self.head(predicted) / STUDENT_TEMPERATURE).log_softmax(-1)
         return average_tokens(-(probabilities * student).sum(-1), is_target), watched
@@ -248,7 +248,7 @@ class Matpac(Objective):
     def after_step(self, student: AudioTagger, step: int, n_steps: int) -> None:
         """Update the moving averages, the centre and what depends on the share of the run."""
         progress = step / n_steps
-        for running in (self.centre, self.class_mean, self.variance):
+        for running in (self.centre, self.class_mean, self.variance.running):
             running.update()
         self._follow(self.teacher, student, self._compute_decay(progress, n_steps))
         first, last = (_shorten(each, n_steps) for each in HEAD_DECAYS)

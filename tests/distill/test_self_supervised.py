@@ -102,9 +102,8 @@ def test_the_losses_of_matpac_are_those_of_a_slow_reference(name, progress):
         for token in range(len(targets)):
             target = targets[token]
             choices = outputs[token].split(64)
-            errors = [
-                float((2 - 2 * (choice @ target) / (choice.norm() * target.norm())).detach()) for choice in choices
-            ]
+            cosines = [(choice @ target / (choice.norm() * target.norm())).item() for choice in choices]
+            errors = [2 - 2 * cosine for cosine in cosines]
             best = int(np.argmin(errors))
             if spread < 1e-4:
                 weights = np.eye(len(errors))[best]
@@ -112,9 +111,9 @@ def test_the_losses_of_matpac_are_those_of_a_slow_reference(name, progress):
                 weights = np.exp([-(error - min(errors)) / spread for error in errors])
                 weights /= weights.sum()
             predictions.append((row, float(np.dot(weights, errors))))
-            taught = ((objective.teacher_head(target) - objective.centre.mean) / temperature).softmax(0)
+            taught = ((objective.teacher_head(target) - objective.centre.mean[0]) / temperature).softmax(0)
             output = (objective.head(choices[best]) / 0.1).log_softmax(0)
-            classes.append((row, -float(taught @ output)))
+            classes.append((row, -(taught @ output).item()))
     prediction, classification = (
         np.mean([np.mean([value for row, value in part if row == wanted]) for wanted in range(3)])
         for part in (predictions, classes)
@@ -240,7 +239,7 @@ def test_the_centre_is_the_mean_output_of_the_teachers_head_over_the_tokens_of_t
         mask = draw_mask(5, batch, 0.7, (4, 6), columns)
         tokens = [output[row][mask.is_target[row]] for row in range(3)]
         expected = 0.9 * expected + 0.1 * torch.cat(tokens).mean(0)
-    torch.testing.assert_close(objective.centre.mean, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(objective.centre.mean[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_encoder_computes_visible_tokens_only():
@@ -281,30 +280,49 @@ def test_clips_of_any_length_silence_and_single_clips_have_a_finite_loss(name, n
         assert all(bool(p.grad.isfinite().all()) for p in student.parameters() if p.grad is not None)
 
 
-def test_running_means_are_exact_and_ignore_what_is_not_finite():
-    running = RunningMean(2, 0.5)
+def test_running_means_are_exact_for_each_group_and_ignore_what_is_not_finite():
+    running = RunningMean(2, 0.5, 2)
     running.add(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
-    running.add(torch.tensor([[9.0, 9.0], [8.0, 1.0]]), torch.tensor([False, True]))
+    running.add(torch.tensor([[9.0, 9.0], [8.0, 1.0]]), torch.tensor([False, True]), torch.tensor([0, 1]))
     running.update()
-    assert running.mean.tolist() == [2.0, 1.5]  # half of the means 4, 3
-    assert running.value().tolist() == [4.0, 3.0]
+    assert running.mean.tolist() == [[1.0, 2.0], [4.0, 0.5]]  # half of the means
+    assert running.value().tolist() == [[2.0, 4.0], [8.0, 1.0]]
     running.add(torch.tensor([[torch.inf, 1.0]]))
+    running.add(torch.tensor([[4.0, 1.0]]), None, torch.tensor([1]))
     running.update()
     running.update()
-    assert running.value().tolist() == [4.0, 3.0]
+    assert running.value().tolist() == [[2.0, 4.0], [pytest.approx((4 / 2 + 4 / 2) / 0.75), (0.5 / 2 + 1 / 2) / 0.75]]
+
+
+def test_the_variance_is_that_among_clips_at_each_position():
+    student = make_student()
+    objective = build("mae", student)
+    batch = clips()
+    seen = {}
+    for step in (1, 2):
+        found = objective(student, batch)["token_variance"]
+        objective.after_step(student, step, 10)
+        for row in range(3) if step == 1 else ():
+            one = take(batch, row)
+            mask = mask_of(objective, one)
+            tokens = student.encode(one.mel, keep=lambda f, t, v, mask=mask: mask.visible).tokens[0]
+            for place, token in zip(mask.visible[0].tolist(), tokens, strict=True):
+                seen.setdefault(divmod(place, one.mel.shape[2] // 16), []).append(token / token.norm())
+    common = [float(torch.stack(tokens).mean(0).square().sum()) for tokens in seen.values()]
+    assert float(found) == pytest.approx(1 - np.mean(common), abs=1e-5)
 
 
 def test_collapses_are_described_and_healthy_runs_are_not():
-    healthy = {"embedding_variance": 0.3, "class_entropy": 0.8, "class_uncertainty": 0.4}
+    healthy = {"token_variance": 0.3, "class_entropy": 0.8, "class_uncertainty": 0.4}
     assert describe_collapse(healthy) is None
     assert describe_collapse({"loss": 1.0}) is None
-    assert "nearly the same embedding" in describe_collapse(healthy | {"embedding_variance": 1e-5})
+    assert "tokens of all clips are nearly the same" in describe_collapse(healthy | {"token_variance": 1e-5})
     assert "in one class" in describe_collapse(healthy | {"class_entropy": 0.01})
     assert "the same probability for every class" in describe_collapse(healthy | {"class_uncertainty": 0.9999})
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_embeddings_of_a_collapsed_student_have_no_variance(name):
+def test_the_tokens_of_a_collapsed_student_have_no_variance(name):
     student = make_student()
     objective = build(name, student)
     with torch.no_grad():
@@ -314,8 +332,8 @@ def test_the_embeddings_of_a_collapsed_student_have_no_variance(name):
     for step in range(1, 4):
         losses = objective(student, clips())
         objective.after_step(student, step, 10)
-    assert float(losses["embedding_variance"]) < 1e-5
-    assert "nearly the same embedding" in objective.describe_collapse(
+    assert float(losses["token_variance"]) < 1e-5
+    assert "tokens of all clips are nearly the same" in objective.describe_collapse(
         {key: float(value) for key, value in losses.items()}
     )
 
