@@ -139,8 +139,8 @@ def describe_collapse(means: Mapping[str, float]) -> str | None:
     """Return what has collapsed, from the means of an epoch; None if nothing has."""
     if means.get(VARIANCE, 1.0) < MIN_VARIANCE:
         return (
-            f"the tokens of all clips are nearly the same: their variance among clips is {means[VARIANCE]:.2g}, expected "
-            f"above {MIN_VARIANCE:g}"
+            f"the tokens of all clips are nearly the same: their variance among clips is {means[VARIANCE]:.2g}, "
+            f"expected above {MIN_VARIANCE:g}"
         )
     if means.get(ENTROPY, 1.0) < MIN_ENTROPY:
         return (

@@ -24,7 +24,7 @@ def curves_text(folder):
     return [text.get_text() for axis in figure.axes if (legend := axis.get_legend()) for text in legend.get_texts()]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["mae", pytest.param("matpac", marks=pytest.mark.long), "matpac++"])
 def test_the_loss_falls_and_the_run_gives_a_start_to_a_student_with_classes(config, tone_pack, tmp_path, name):  # noqa: F811
     path = config(name, num_workers=0, train_data=str(tone_pack), epochs=12, **CHANGES)  # its labels are ignored
     folder = train(path, tmp_path / "runs")
