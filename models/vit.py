@@ -36,6 +36,10 @@ class SpectrogramTransformer(AudioTagger):
         outputs: whether the head gives "logits" or "probabilities".
         norm_eps: of the layer norms.
         faults: what a subclass has found wrong with its own arguments.
+        embed_dim: width E of clip embeddings and time steps, None for that of a token.
+
+    Attributes:
+        width: D of a token.
 
     Raises:
         UserError: arguments contradict each other; all faults are listed at once.
@@ -56,6 +60,7 @@ class SpectrogramTransformer(AudioTagger):
         outputs: Outputs,
         norm_eps: float,
         faults: Faults,
+        embed_dim: int | None = None,
     ) -> None:
         width, patch_size, target_length = settings.embed_dim, settings.patch_size, settings.target_length
         if settings.eval_avg not in get_args(Average):
@@ -70,7 +75,8 @@ class SpectrogramTransformer(AudioTagger):
         except UserError as error:
             faults.add(str(error))
         faults.raise_if_any()
-        super().__init__(front_end, num_classes=num_classes, embed_dim=width, outputs=outputs)
+        super().__init__(front_end, num_classes=num_classes, embed_dim=embed_dim or width, outputs=outputs)
+        self.width = width
         self.eval_avg, self.target_length = settings.eval_avg, target_length
         self.patch_size, self.patch_stride = patch_size, settings.patch_stride
         self.time_patch_out, self.freq_patch_out = settings.time_patch_out or 0, settings.freq_patch_out or 0
@@ -198,7 +204,7 @@ class SpectrogramTransformer(AudioTagger):
         if clip is None:
             return columns.masked_fill(~own[..., None], 0.0), number
         number = number.new_zeros(encoded.n_clips).index_add_(0, clip, number)  # (B,)
-        joined = columns.new_zeros(encoded.n_clips, int(number.max()), self.embed_dim)
+        joined = columns.new_zeros(encoded.n_clips, int(number.max()), columns.shape[2])
         joined[torch.arange(joined.shape[1], device=columns.device) < number[:, None]] = columns[own]
         return joined, number
 
