@@ -95,11 +95,11 @@ class MATPAC(SpectrogramTransformer):
         faults = Faults("the settings of MATPAC")
         if pooling not in ("rows", "mean"):
             faults.add(f"pooling must be rows or mean, not {pooling!r}")
-        size, length = transformer.patch_size, transformer.target_length
-        if transformer.patch_stride != size or length % size:
+        (n_bands, n_frames), length = transformer.patch_shape, transformer.target_length
+        if transformer.patch_strides != (n_bands, n_frames) or length % n_frames:
             faults.add(
-                f"patches of {size} with a patch_stride of {transformer.patch_stride} in a target_length of {length}: "
-                "they must lie side by side and fill it"
+                f"patches of {transformer.patch_size} with a patch_stride of {transformer.patch_stride} in a "
+                f"target_length of {length}: they must lie side by side and fill it"
             )
         if transformer.freq_patch_out:
             faults.add("freq_patch_out must be 0: an embedding has a place for every row")
@@ -108,7 +108,7 @@ class MATPAC(SpectrogramTransformer):
         if transformer.embed_dim % 4:
             faults.add(f"embed_dim {transformer.embed_dim} must be a multiple of 4, for positions of two axes")
         self.pooling = pooling
-        rows = mel.n_mels // size if pooling == "rows" else 1
+        rows = mel.n_mels // n_bands if pooling == "rows" else 1
         super().__init__(
             front_end,
             transformer,

@@ -92,7 +92,10 @@ def describe_onnx(path: str | Path) -> str:
 def describe_network(state: Mapping[str, Tensor]) -> str:
     """Return the network that a state dict is of, such as "PaSST"; "" where it is not recognised."""
     known = (kind for start, kind in _TELLTALES.items() if any(name.startswith(start) for name in state))
-    return next(known, "")
+    kind = next(known, "")
+    patches = state.get("patch_embed.proj.weight")
+    is_high = patches is not None and patches.ndim == 4 and patches.shape[2] != patches.shape[3]
+    return "Dasheng" if kind == "CED" and is_high else kind
 
 
 def describe_kind(path: Path) -> str:

@@ -311,7 +311,7 @@ def test_positions_of_another_length_are_computed_where_they_are_the_table(matpa
         load_model("matpac_pico", weights=tmp_path / "learned.pt", target_length=160, depth=2)
 
 
-def test_files_of_other_systems_are_told_in_one_sentence(matpac, tmp_path):
+def test_files_of_other_systems_are_reported_in_one_sentence(matpac, tmp_path):
     torch.save(create_model("audiotransformer_pico").state_dict(), tmp_path / "ced.pt")
     with pytest.raises(UserError, match=r"holds the weights of CED, not of 'matpac_pico'") as caught:
         load_model("matpac_pico", weights=tmp_path / "ced.pt")

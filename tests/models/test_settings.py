@@ -64,6 +64,12 @@ WANTED = {
         **{"sample_rate": 32000, "n_mels": 128, "n_fft": 1024, "win_size": 800, "hop_size": 320},
         **{"f_min": 0.0, "f_max": 15000.0},
     },
+    "dasheng_base": {
+        **{**TRANSFORMER, "target_length": 1008, "patch_size": (64, 4), "patch_stride": (64, 4)},
+        **{"pooling": "logit", "init_bn": True, "center": True},
+        **{"sample_rate": 16000, "n_mels": 64, "n_fft": 512, "win_size": 512, "hop_size": 160},
+        **{"f_min": 0.0, "f_max": 8000.0},
+    },
     "matpac": {
         **{**TRANSFORMER, **NORM, "target_length": 608, "pooling": "rows", "center": False},
         **{"mean": -7.056, "std": 4.193, "sample_rate": 16000, "n_mels": 80, "n_fft": 400, "win_size": 400},
