@@ -102,7 +102,7 @@ class EmbeddingVariance(nn.Module):
     def __init__(self, student: SpectrogramTransformer) -> None:
         super().__init__()
         rows, self.columns = get_largest_grid(student)
-        self.running = RunningMean(student.patch_embed.proj.out_channels, 0.99, rows * self.columns)
+        self.running = RunningMean(student.width, 0.99, rows * self.columns)
 
     @torch.no_grad()
     def measure(self, encoded: Encoded, is_counted: Tensor | None) -> Tensor:

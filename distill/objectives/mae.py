@@ -83,10 +83,10 @@ class MaskedAutoEncoder(Objective):
         super().__init__(settings, student, facts)
         self.seed = facts.seed
         student = check_student(student)
-        width = settings.decoder_width or min(512, max(64, 64 * round(student.embed_dim / 96)))
+        width = settings.decoder_width or min(512, max(64, 64 * round(student.width / 96)))
         depth = settings.decoder_depth or 2
         check_memory("decoder", width, depth)
-        self.decoder = TokenPredictor(student.embed_dim, width, depth)
+        self.decoder = TokenPredictor(student.width, width, depth)
         size, _ = get_patch_shape(student)
         self.output = nn.Linear(width, size[0] * size[1])
         self.variance = EmbeddingVariance(student)

@@ -147,9 +147,12 @@ def fix_norms(student: AudioTagger, *, check: bool = False) -> None:
     Raises:
         UserError: one has none.
     """
+    head = student.last_layer.split(".")[0] + "."
     for name, module in student.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
+            if name.startswith(head):  # of classes, which are not trained
+                continue
             if check and module.num_batches_tracked is not None and not module.num_batches_tracked:
                 raise UserError(
                     f"{student.name}: {name} has no statistics, and batches of masked clips must not change them; set "

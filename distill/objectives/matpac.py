@@ -120,16 +120,16 @@ class ClassHead(nn.Module):
     """Tokens (..., D) -> cosines with the classes' directions, scaled, (..., C): DINO's head.
 
     Args:
-        embed_dim: D.
+        width: D.
         hidden: width of its two hidden layers.
         bottleneck: width of the normalised vectors.
         classes: C.
     """
 
-    def __init__(self, embed_dim: int, hidden: int, bottleneck: int, classes: int) -> None:
+    def __init__(self, width: int, hidden: int, bottleneck: int, classes: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(embed_dim, hidden),
+            nn.Linear(width, hidden),
             nn.GELU(),
             nn.Linear(hidden, hidden),
             nn.GELU(),
@@ -165,17 +165,17 @@ class Matpac(Objective):
         super().__init__(settings, student, facts)
         self.seed = facts.seed
         student = check_student(student)
-        embed_dim = student.embed_dim
-        share = embed_dim / PUBLISHED_WIDTH
-        width = settings.predictor_width or min(512, HEAD_WIDTH * math.ceil(embed_dim / HEAD_WIDTH))
+        width = student.width
+        share = width / PUBLISHED_WIDTH
+        inner = settings.predictor_width or min(512, HEAD_WIDTH * math.ceil(width / HEAD_WIDTH))
         depth = settings.predictor_depth or max(2, round(8 * share))
-        check_memory("predictor", width, depth)
+        check_memory("predictor", inner, depth)
         classes = settings.classes or max(256, round(2048 * share))
         hidden, bottleneck = settings.head_width or max(256, round(2048 * share)), max(64, round(256 * share))
         self.teacher = copy.deepcopy(student).requires_grad_(False)
-        self.predictor = TokenPredictor(embed_dim, width, depth)
-        self.output = nn.Linear(width, settings.outputs * embed_dim)
-        self.head = ClassHead(embed_dim, hidden, bottleneck, classes)
+        self.predictor = TokenPredictor(width, inner, depth)
+        self.output = nn.Linear(inner, settings.outputs * width)
+        self.head = ClassHead(width, hidden, bottleneck, classes)
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
         self.centre = RunningMean(classes, CENTRE_MOMENTUM)
         self.class_mean = RunningMean(classes, 0.99)

@@ -4,8 +4,8 @@ Letters: B clips, f and t rows and columns of the patch grid, N = f t tokens, K 
 tokens, D width of the student, W of the predictor, H heads.
 """
 
-import math
 import os
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from distill.objectives.masking import TokenMask
 from distill.objectives.numbers import read_number
 from models.base import Encoded
 from models.layers import Block, initialise
+from models.matpac import compute_positions
 
 HEAD_WIDTH = 32  # W / H, as in MATPAC: 512 / 16
 _BYTES = 16  # of a parameter in training: weight, gradient, two moments of Adam
@@ -62,14 +63,14 @@ class TokenPredictor(nn.Module):
     of any grid.
 
     Args:
-        embed_dim: D.
+        student_width: D.
         width: W, a multiple of `HEAD_WIDTH`.
         depth: number of blocks.
     """
 
-    def __init__(self, embed_dim: int, width: int, depth: int) -> None:
+    def __init__(self, student_width: int, width: int, depth: int) -> None:
         super().__init__()
-        self.embed = nn.Linear(embed_dim, width)
+        self.embed = nn.Linear(student_width, width)
         self.mask_token = nn.Parameter(torch.zeros(width).normal_(std=0.02))
         self.blocks = nn.ModuleList(Block(width, width // HEAD_WIDTH) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -89,7 +90,7 @@ class TokenPredictor(nn.Module):
         visible = self.embed(encoded.tokens)  # (B,K,W)
         places = torch.cat([mask.visible, mask.masked], 1)
         masked = self.mask_token.to(visible.dtype).expand(len(visible), mask.masked.shape[1], -1)
-        positions = compute_positions(encoded.grid, visible.shape[2], visible.device).to(visible.dtype)
+        positions = _make_positions(encoded.grid, visible.shape[2], visible.device).to(visible.dtype)
         x = torch.cat([visible, masked], 1) + positions[places]
         n_prefix = 0 if encoded.prefix is None else encoded.prefix.shape[1]
         if encoded.prefix is not None:
@@ -103,17 +104,7 @@ class TokenPredictor(nn.Module):
         return self.norm(x[:, n_prefix + mask.visible.shape[1] :])
 
 
-def compute_positions(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
-    """Return fixed positions of a grid of patches: (f t, width), frequency-major.
-
-    Half of the width for the row, half for the column: sines, then cosines, of the index divided by 10000^(2i/width').
-    """
-    halves = []
-    for size, part in zip(grid, (width // 2, width - width // 2), strict=True):
-        n = math.ceil(part / 2)
-        frequency = 10000.0 ** (-torch.arange(n, device=device) / n)
-        angle = torch.arange(size, device=device)[:, None] * frequency
-        halves.append(torch.cat([angle.sin(), angle.cos()], 1)[:, :part])
-    rows, columns = halves
-    table = [rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)]
-    return torch.cat(table, 2).flatten(0, 1)
+@lru_cache(maxsize=8)
+def _make_positions(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
+    """Return the positions of a grid of patches, (f t, width), frequency-major."""
+    return compute_positions(width, *grid)[0, 1:].to(device)
