@@ -11,10 +11,7 @@ _LONG_SECONDS = 60
 
 
 def find_step_seconds(model: AudioTagger) -> float:
-    """Return the time from one step to the next; of a CNN, whose last step may be shorter, on average over a minute."""
-    network = model.model if isinstance(model, HeadedTagger) else model
-    if isinstance(network, SpectrogramTransformer):
-        return network.patch_stride * network.front_end.hop_size / network.sample_rate
+    """Return the time from one step to the next, on average over a minute: chunks and ends may have shorter ones."""
     return _LONG_SECONDS / model.n_steps(_LONG_SECONDS * model.sample_rate)
 
 

@@ -32,8 +32,8 @@ def test_every_model_embeds_clips_and_steps_through_it(name, tmp_path):
     assert clips.dtype == steps.dtype == times.dtype == torch.float32
     assert not clips.requires_grad
     with torch.inference_mode():
-        torch.testing.assert_close(clips[0], build(name).embed(audio[:1])[0][0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(steps[1], build(name).embed(audio[1:])[1][0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(clips[0], build(name).embed(audio[:1])[0][0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(steps[1], build(name).embed(audio[1:])[1][0], atol=1e-3, rtol=1e-3)
     assert torch.equal(times[0], times[1])
     assert (times[0].diff() > 0).all()
     assert 0 < times[0, 0] < 1000 * SECONDS
