@@ -174,7 +174,7 @@ def _draw_cosine(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[st
 
 
 def _draw_variance(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
-    for name, colour in zip(WATCHED, COLOURS, strict=False):
+    for name, colour in zip(WATCHED, COLOURS[: len(WATCHED)], strict=True):
         _draw_line(axis, epochs, name, color=colour, linewidth=1.8, label=name.replace("_", " "))
     axis.axhline(MIN_VARIANCE, **REFERENCE_LINE, label="variance: collapse")
     axis.set_ylim(bottom=0)
