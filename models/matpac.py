@@ -154,6 +154,10 @@ class MATPAC(SpectrogramTransformer):
         """Patch columns that a clip of `n_samples` has, the last one padded."""
         return -(-self.front_end.n_frames(n_samples) // self.patch_size)
 
+    def grid(self, n_frames: int) -> tuple[int, int]:
+        """Rows and columns of the patches of spectrograms of `n_frames` frames, the last column padded."""
+        return self.n_rows, -(-n_frames // self.patch_size)
+
     def _split_chunks(self, mel: Tensor, n_frames: Tensor | None) -> tuple[Tensor, Tensor | None, Encoded]:
         """Pad clips to whole patches and cut long ones into chunks, of which only their own columns take part."""
         n_clips, n_mels, n_total = mel.shape

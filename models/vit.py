@@ -289,6 +289,11 @@ class SpectrogramTransformer(AudioTagger):
         rest = torch.tensor(n_frames - n_full * self.target_length)
         return n_full * self._count_columns(self.target_length) + int(self._count_covered_columns(rest))
 
+    def grid(self, n_frames: int) -> tuple[int, int]:
+        """Rows and columns of the patches of spectrograms of `n_frames` frames, at most `target_length`."""
+        n_frames = self.target_length if self.fixed_length else self._count_usable_frames(n_frames)
+        return self.n_rows, self._count_columns(n_frames)
+
     def _count_columns(self, n_frames: int) -> int:
         return (n_frames - self.patch_size) // self.patch_stride + 1
 

@@ -36,15 +36,7 @@ from common.errors import Faults, UserError
 from distill.batch import Batch
 from distill.objectives.base import Needs, Objective, TrainingFacts, register_objective
 from distill.objectives.collapse import VARIANCE, EmbeddingVariance, RunningMean, describe_collapse, measure_classes
-from distill.objectives.masking import (
-    TokenMask,
-    average_tokens,
-    check_student,
-    count_columns,
-    crop,
-    draw_mask,
-    fix_norms,
-)
+from distill.objectives.masking import average_tokens, check_student, encode_tokens, fix_norms, mask_clips
 from distill.objectives.numbers import read_number
 from distill.objectives.token_predictor import HEAD_WIDTH, TokenPredictor, check_memory, read_mask_ratio, read_size
 from models.base import AudioTagger
@@ -200,19 +192,11 @@ class Matpac(Objective):
             tokens among clips, and the entropies of the classes, see `distill.objectives.collapse`.
         """
         student = cast(SpectrogramTransformer, student)
-        fix_norms(student)
-        batch = crop(self.seed, batch, student.target_length)
-        columns = count_columns(student, batch)
-
-        def draw(grid: tuple[int, int]) -> TokenMask:
-            return draw_mask(self.seed, batch, self.settings.mask_ratio, grid, columns)
-
-        encoded = student.encode(batch.mel, batch.n_frames, keep=lambda f, t, _: draw((f, t)).visible)
-        mask = draw(encoded.grid)
+        batch, mask = mask_clips(self.seed, student, batch, self.settings.mask_ratio)
+        encoded = encode_tokens(student, batch, mask.visible)
         predicted = self.output(self.predictor(encoded, mask)).unflatten(2, (self.settings.outputs, -1))  # (B,M,O,D)
         with torch.no_grad():
-            taught = self.teacher.encode(batch.mel, batch.n_frames, keep=lambda f, t, _: mask.masked)
-            target = cast(Tensor, taught.tokens)  # (B,M,D)
+            target = cast(Tensor, encode_tokens(self.teacher, batch, mask.masked).tokens)  # (B,M,D)
         error = 2 - 2 * F.cosine_similarity(predicted.float(), target.float()[:, :, None], dim=3, eps=1e-6)  # (B,M,O)
         best = error.argmin(2)[..., None, None].expand(-1, -1, 1, predicted.shape[3])
         prediction = average_tokens((self._weigh_outputs(error) * error).sum(2), mask.is_target)

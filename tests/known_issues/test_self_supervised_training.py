@@ -31,7 +31,7 @@ def test_the_centre_is_in_the_units_of_the_outputs_that_it_is_subtracted_from(st
         objective.teacher_head.scale.fill_(5.0)
     outputs = []
     objective.teacher_head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    for step in range(1, 60):
+    for _ in range(60):
         objective(student, batch)
         objective.centre.update()
     centred = outputs[-1].flatten(0, 1).mean(0) - objective.centre.mean[0]
