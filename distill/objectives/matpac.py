@@ -37,6 +37,7 @@ from distill.batch import Batch
 from distill.objectives.base import Needs, Objective, TrainingFacts, register_objective
 from distill.objectives.collapse import VARIANCE, EmbeddingVariance, RunningMean, describe_collapse, measure_classes
 from distill.objectives.masking import average_tokens, check_student, encode_tokens, fix_norms, mask_clips
+from distill.objectives.moving_average import follow, read_decay, shorten_decay
 from distill.objectives.numbers import read_number
 from distill.objectives.token_predictor import HEAD_WIDTH, TokenPredictor, check_memory, read_mask_ratio, read_size
 from models.base import AudioTagger
@@ -95,17 +96,8 @@ class MatpacSettings:
             if self.classes == 1:
                 raise UserError("classes is 1; expected at least 2")
         with faults.noted():
-            self._read_decay()
+            object.__setattr__(self, "decay", read_decay(self.decay))
         faults.raise_if_any()
-
-    def _read_decay(self) -> None:
-        if self.decay is None:
-            return
-        given = self.decay if isinstance(self.decay, list | tuple) else [self.decay]
-        decays = [read_number("decay", each, lambda d: 0 <= d <= 1, "a number from 0 to 1, or two") for each in given]
-        if len(decays) not in (1, 2):
-            raise UserError(f"decay is {self.decay!r}; expected one number, or two: at the start and at the end")
-        object.__setattr__(self, "decay", (decays[0], decays[-1]))
 
 
 class ClassHead(nn.Module):
@@ -234,30 +226,18 @@ class Matpac(Objective):
         progress = step / n_steps
         for running in (self.centre, self.class_mean, self.variance.running):
             running.update()
-        self._follow(self.teacher, student, self._compute_decay(progress, n_steps))
-        first, last = (_shorten(each, n_steps) for each in HEAD_DECAYS)
-        self._follow(self.teacher_head, self.head, first + (last - first) * progress)
+        follow(self.teacher, student, self._compute_decay(progress, n_steps))
+        first, last = (shorten_decay(each, PUBLISHED_STEPS, n_steps) for each in HEAD_DECAYS)
+        follow(self.teacher_head, self.head, first + (last - first) * progress)
         cast(Tensor, self.progress).fill_(progress)
 
     def _compute_decay(self, progress: float, n_steps: int) -> float:
-        first, last = self.settings.decay or (_shorten(each, n_steps) for each in DECAYS)
+        first, last = self.settings.decay or (shorten_decay(each, PUBLISHED_STEPS, n_steps) for each in DECAYS)
         return first + (last - first) * progress
-
-    @staticmethod
-    def _follow(average: nn.Module, module: nn.Module, decay: float) -> None:
-        """Move the average towards a module: decay * average + (1 - decay) * module; buffers are copied."""
-        torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-        for mine, new in zip(average.buffers(), module.buffers(), strict=True):
-            mine.copy_(new)
 
     def describe_collapse(self, means: Mapping[str, float]) -> str | None:
         """Return a sentence if embeddings or classes have collapsed."""
         return describe_collapse(means)
-
-
-def _shorten(decay: float, n_steps: int) -> float:
-    """Return a decay with the same horizon, as a share of the run, as the published one in its run."""
-    return max(0.0, 1 - (1 - decay) * max(1.0, PUBLISHED_STEPS / n_steps))
 
 
 @register_objective("matpac++")
