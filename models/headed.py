@@ -130,6 +130,15 @@ class HeadedTagger(AudioTagger):
         """Return the clip embeddings of the model (B,E)."""
         return self.model.pool(encoded)
 
+    @property
+    def n_layers(self) -> int:
+        """Number of layers of the model."""
+        return self.model.n_layers
+
+    def pool_layers(self, encoded: Encoded) -> dict[int, Tensor]:
+        """Return the clip embeddings of layers of the model, see `AudioTagger.pool_layers`."""
+        return self.model.pool_layers(encoded)
+
     def frames(self, encoded: Encoded) -> Tensor:
         """Return the time step embeddings of the model (B,T',E)."""
         return self.model.frames(encoded)

@@ -6,6 +6,7 @@ one.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, cast, get_args
 
 import torch
@@ -139,9 +140,7 @@ class SpectrogramTransformer(AudioTagger):
         Raises:
             UserError: another number of bands, too few frames for one patch, or no such block.
         """
-        depth = len(self.blocks)
-        if missing := [layer for layer in layers if not -depth <= layer < depth]:
-            raise UserError(f"{self.name} has no layer {missing[0]}: it has {depth}, 0 to {depth - 1}; -1 is the last")
+        self.check_layers(layers)
         rows, columns, encoded = self._split_chunks(mel, n_frames)
         return self._encode_rows(rows, columns, encoded, keep, layers)
 
@@ -165,6 +164,23 @@ class SpectrogramTransformer(AudioTagger):
             return rows if clip is None else join(rows, clip, encoded.n_clips, "mean", encoded.weights)
         columns, n_columns = self._join_columns(encoded)
         return columns.mean(1) if n_columns is None else columns.sum(1) / n_columns.clamp(min=1)[:, None]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def pool_layers(self, encoded: Encoded) -> dict[int, Tensor]:
+        """Embed clips by each block in `encoded.layers`: (B,D) each, see `AudioTagger.pool_layers`."""
+        return {layer: self.pool(self._replace_tokens(encoded, layer)) for layer in encoded.layers}
+
+    def _replace_tokens(self, encoded: Encoded, layer: int) -> Encoded:
+        """Put the tokens of an inner block in place of those after the final norm."""
+        if layer % self.n_layers == self.n_layers - 1:
+            return encoded
+        prefix, tokens = encoded.layers[layer].tensor_split([self.n_prefix], 1)
+        grid = tokens if encoded.kept is not None else tokens.unflatten(1, encoded.grid)
+        return replace(encoded, tokens=grid, prefix=prefix if self.n_prefix else None)
 
     def frames(self, encoded: Encoded) -> Tensor:
         """Embed time steps: the mean over frequency for every patch column (B,T',D), zero behind a clip's end.
