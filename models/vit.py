@@ -234,12 +234,22 @@ class SpectrogramTransformer(AudioTagger):
         Chunks as in `embed_spectrogram`; fewer frames than one patch are followed by silence.
         """
         encoded, inside = self._encode_shapes(mel)
-        rows, by_clip = self.pool_rows(encoded), (mel.shape[0], inside.shape[0])
+        return self._pool_shapes(encoded, inside)
+
+    def embed_layers_export(self, mel: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Clip embeddings of layers of spectrograms (B,F,T) -> (B,D) each; see `embed_export`."""
+        encoded, inside = self._encode_shapes(mel, layers)
+        return [self._pool_shapes(self._replace_tokens(encoded, layer), inside) for layer in layers]
+
+    def _pool_shapes(self, encoded: Encoded, inside: Tensor) -> Tensor:
+        """Embed clips as `pool`, with operations on shapes alone: rows of all clips, `inside` (chunks,T) -> (B,D)."""
+        n_clips = encoded.n_clips
+        rows, by_clip = self.pool_rows(encoded), (n_clips, inside.shape[0])
         if rows is not None:
             return self._mean_of_chunks(rows.unflatten(0, by_clip), inside)
         columns = self._columns(encoded)  # (R,t,D)
         # A column of a chunk counts where its first frame is the clip's own: all of those of a chunk that is full.
-        counted = inside[:, :: self.patch_stride][:, : columns.shape[1]].repeat(mel.shape[0], 1)  # (R,t)
+        counted = inside[:, :: self.patch_stride][:, : columns.shape[1]].repeat(n_clips, 1)  # (R,t)
         if encoded.valid is not None:
             counted = counted * encoded.valid
         total = (columns * counted[..., None]).unflatten(0, by_clip).sum((1, 2))
@@ -252,7 +262,7 @@ class SpectrogramTransformer(AudioTagger):
         share = inside.sum(1, keepdim=True) / inside.sum()  # (chunks,1)
         return (x * share).sum(1)
 
-    def _encode_shapes(self, mel: Tensor) -> tuple[Encoded, Tensor]:
+    def _encode_shapes(self, mel: Tensor, layers: Sequence[int] = ()) -> tuple[Encoded, Tensor]:
         """Encode spectrograms of any length (B,F,T) as rows of B x chunks; and which frames of a chunk are its clip's.
 
         Returns:
@@ -280,7 +290,7 @@ class SpectrogramTransformer(AudioTagger):
         inside = F.pad(mel.new_ones(n_frames), behind).reshape(n_chunks, chunk)
         mel = F.pad(self._normalise(mel, None), behind, value=self.fill)
         chunks = mel.transpose(1, 2).reshape(batch * n_chunks, chunk, mel.shape[1]).transpose(1, 2)  # (R,F,chunk)
-        return self._encode_rows(chunks, columns, Encoded(mel.shape[0])), inside
+        return self._encode_rows(chunks, columns, Encoded(mel.shape[0]), layers=layers), inside
 
     def n_steps(self, n_samples: int) -> int:
         """Patch columns that a clip of `n_samples` has, over all its chunks."""
