@@ -136,16 +136,6 @@ class Ensemble(nn.Module):
         return self.single.embed_clips(*spectrogram(self.single.front_end, batch)).float()
 
     @torch.no_grad()
-    def layer_embeddings(self, batch: Any, spectrogram: ComputeSpectrogram, layers: Sequence[int]) -> list[Tensor]:
-        """Return the clip embeddings of layers (B,E_l), float32; arguments as in `AudioTagger.embed_layers`.
-
-        Raises:
-            UserError: there are several members, or an unknown layer.
-        """
-        embeddings = self.single.embed_layers(*spectrogram(self.single.front_end, batch), layers=layers)
-        return [embedding.float() for embedding in embeddings]
-
-    @torch.no_grad()
     def encode(self, batch: Any, spectrogram: ComputeSpectrogram, layers: Sequence[int] = ()) -> Encoded:
         """Encode a batch with the only member and return some of its layers as well; see `AudioTagger.encode`.
 
