@@ -52,7 +52,7 @@ def make(folder, parts=((0, 1, 2), (3, 4)), epochs=2, chunks=CHUNKS):
 
 def test_every_item_gets_its_own_row_from_any_part_and_epoch(pack, tmp_path):
     source = StoredEmbeddings(make(tmp_path / "s"), pack)
-    assert source.width == WIDTH
+    assert source.widths == (WIDTH,)
     assert list(source.chunks) == [
         (0, 0, 8000), (1, 0, 8000), (1, 8000, 16000), (1, 16000, 20000), (2, 0, 4000)
     ]  # fmt: skip
