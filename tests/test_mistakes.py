@@ -293,6 +293,18 @@ COMMANDS = {
         "run.py train mine.yaml --logitspath runs/done/latest",
         ["has no files logits_ep", "save_logits.py"],
     ),
+    "one store twice": (
+        "run.py train mine.yaml --objective cosine --embeddingspath here,here",
+        ["embeddingspath lists here more than once; give each teacher's store once"],
+    ),
+    "a negative weight of a teacher": (
+        "run.py train mine.yaml --objective cosine --teacher model.pt,audioset.pt --objective_args.weights 1,-1",
+        ["weights is -1; expected a number of at least 0 for each teacher, [1, 2] for example"],
+    ),
+    "two weights of one teacher": (
+        "run.py train mine.yaml --objective cosine --teacher model.pt --loss BCELoss --objective_args.weights 1,2",
+        ["number of weights: 2, of teachers: 1; give one weight for each teacher"],
+    ),
     "a run to go on with that is none": (
         "run.py train mine.yaml --resume nowhere",
         ["no run.json found; expected auto, never"],

@@ -3,11 +3,11 @@
     python scripts/benchmarks/two_teachers.py --weights mn04_as_mAP_432.pt
     python scripts/benchmarks/two_teachers.py --weights mn04_as_mAP_432.pt --only 2    (another seed in another process)
 
-Teachers are a published network (`mn04_as`) and a network that is trained here on the labels of the training part of the
-spoken words. For each seed k, students are distilled from the embeddings of the first, of the second, and of both, on
-the words' training part and on ESC-10 without fold k; then `run.py probe` trains a linear head on each frozen student,
-and on each teacher, for each of the two sets. What is finished is not run again. The table is printed and written to
-OUTPUT/compared/probes.md, probes.csv and probes.png. The lists are those of docs/results.md.
+Teachers are a published network (`mn04_as`) and a network that is trained here on the labels of the training part of
+the spoken words. For each seed k, students are distilled from the embeddings of the first, of the second, and of both,
+on the words' training part and on ESC-10 without fold k; then `run.py probe` trains a linear head on each frozen
+student, and on each teacher, for each of the two sets. What is finished is not run again. The table is printed and
+written to OUTPUT/compared/probes.md, probes.csv and probes.png. The lists are those of docs/results.md.
 """
 
 import sys
@@ -101,7 +101,7 @@ class Experiment:
             head = f"{name}_{task}_s{seed}"
             if (self.folder / "heads" / f"{head}.pt").exists():
                 continue
-            given = {key: self._list(value) for key, value in lists[task].items()}
+            given: dict[str, Any] = {key: self._list(value) for key, value in lists[task].items()}
             given |= {"outputpath": str(self.folder / "heads"), "cache": str(self.folder / "embeddings")}
             given |= {"chunk_length": 1.0, "num_workers": 0, "baseline": False, "name": head}
             report = probe({"model": model, "weights": weights} | given, seed)
@@ -110,8 +110,9 @@ class Experiment:
     def run_seed(self, seed: int) -> None:
         """Run everything that is missing of a seed; the second teacher only once."""
         options, unlabelled = self.options, self._list(f"unlabelled{seed}")
-        words = {key: self._list(f"words_{part}") for key, part in (("train_data", "train"), ("valid_data", "val"))}
-        words |= {"eval_data": self._list("words_test"), "epochs": options.teacher_epochs}
+        parts = {"train_data": "train", "valid_data": "val", "eval_data": "test"}
+        words: dict[str, Any] = {key: self._list(f"words_{part}") for key, part in parts.items()}
+        words["epochs"] = options.teacher_epochs
         second = options.second or self.train("second", 1, options.teacher, words)
         stores = {}
         for name, model, weights in (("first", options.first, options.weights), ("second", second, None)):
@@ -121,7 +122,7 @@ class Experiment:
             self.probe(f"teacher_{name}", seed, model, weights)
         changes = {key: getattr(options, key) for key in ("objective", "epochs") if getattr(options, key)}
         for name, given_stores in {**stores, "both": list(stores.values())}.items():
-            settings = changes | {"train_data": unlabelled, "embeddingspath": given_stores}
+            settings: dict[str, Any] = changes | {"train_data": unlabelled, "embeddingspath": given_stores}
             if name == "both":
                 settings["objective_args.weights"] = options.teacher_weights
             self.probe(f"student_{name}", seed, self.train(name, seed, options.student, settings))
