@@ -11,7 +11,8 @@ from audio.dataset import Pack
 from audio.labels import list_classes
 from common.errors import Faults, UserError, some
 from distill.clusters import Clusters, compute_balance
-from distill.embeddings import EmbeddingStore, JoinedEmbeddings, StoredEmbeddings
+from distill.embeddings import EmbeddingStore, StoredEmbeddings
+from distill.joined_embeddings import JoinedEmbeddings
 from distill.objectives import Needs
 from distill.replay import Replay
 from distill.sources import LabelTargets, SeededItems, TargetSource

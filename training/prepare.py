@@ -11,7 +11,8 @@ from typing import Any
 
 from common.errors import Faults, UserError
 from common.files import sha256
-from distill.embeddings import JoinedEmbeddings, StoredEmbeddings
+from distill.embeddings import StoredEmbeddings
+from distill.joined_embeddings import JoinedEmbeddings
 from distill.mask_check import MaskFindings, check_masks
 from distill.objectives import TrainingFacts
 from distill.sound_check import compute_fingerprint

@@ -9,7 +9,8 @@ import pytest
 from audio.dataset import Pack
 from audio.shard_writer import ShardWriter
 from common.errors import UserError
-from distill.embeddings import EmbeddingStore, JoinedEmbeddings, StoredEmbeddings, compute_clip_embeddings
+from distill.embeddings import EmbeddingStore, StoredEmbeddings, compute_clip_embeddings
+from distill.joined_embeddings import JoinedEmbeddings
 
 RATE, WIDTH = 8000, 3
 
