@@ -6,6 +6,7 @@ one.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, cast, get_args
 
 import torch
@@ -139,9 +140,7 @@ class SpectrogramTransformer(AudioTagger):
         Raises:
             UserError: another number of bands, too few frames for one patch, or no such block.
         """
-        depth = len(self.blocks)
-        if missing := [layer for layer in layers if not -depth <= layer < depth]:
-            raise UserError(f"{self.name} has no layer {missing[0]}: it has {depth}, 0 to {depth - 1}; -1 is the last")
+        self.check_layers(layers)
         rows, columns, encoded = self._split_chunks(mel, n_frames)
         return self._encode_rows(rows, columns, encoded, keep, layers)
 
@@ -165,6 +164,23 @@ class SpectrogramTransformer(AudioTagger):
             return rows if clip is None else join(rows, clip, encoded.n_clips, "mean", encoded.weights)
         columns, n_columns = self._join_columns(encoded)
         return columns.mean(1) if n_columns is None else columns.sum(1) / n_columns.clamp(min=1)[:, None]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def pool_layers(self, encoded: Encoded) -> dict[int, Tensor]:
+        """Embed clips by each block in `encoded.layers`: (B,D) each, see `AudioTagger.pool_layers`."""
+        return {layer: self.pool(self._replace_tokens(encoded, layer)) for layer in encoded.layers}
+
+    def _replace_tokens(self, encoded: Encoded, layer: int) -> Encoded:
+        """Put the tokens of an inner block in place of those after the final norm."""
+        if layer % self.n_layers == self.n_layers - 1:
+            return encoded
+        prefix, tokens = encoded.layers[layer].tensor_split([self.n_prefix], 1)
+        grid = tokens if encoded.kept is not None else tokens.unflatten(1, encoded.grid)
+        return replace(encoded, tokens=grid, prefix=prefix if self.n_prefix else None)
 
     def frames(self, encoded: Encoded) -> Tensor:
         """Embed time steps: the mean over frequency for every patch column (B,T',D), zero behind a clip's end.
@@ -218,12 +234,22 @@ class SpectrogramTransformer(AudioTagger):
         Chunks as in `embed_spectrogram`; fewer frames than one patch are followed by silence.
         """
         encoded, inside = self._encode_shapes(mel)
-        rows, by_clip = self.pool_rows(encoded), (mel.shape[0], inside.shape[0])
+        return self._pool_shapes(encoded, inside)
+
+    def embed_layers_export(self, mel: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Clip embeddings of layers of spectrograms (B,F,T) -> (B,D) each; see `embed_export`."""
+        encoded, inside = self._encode_shapes(mel, layers)
+        return [self._pool_shapes(self._replace_tokens(encoded, layer), inside) for layer in layers]
+
+    def _pool_shapes(self, encoded: Encoded, inside: Tensor) -> Tensor:
+        """Embed clips as `pool`, with operations on shapes alone: rows of all clips, `inside` (chunks,T) -> (B,D)."""
+        n_clips = encoded.n_clips
+        rows, by_clip = self.pool_rows(encoded), (n_clips, inside.shape[0])
         if rows is not None:
             return self._mean_of_chunks(rows.unflatten(0, by_clip), inside)
         columns = self._columns(encoded)  # (R,t,D)
         # A column of a chunk counts where its first frame is the clip's own: all of those of a chunk that is full.
-        counted = inside[:, :: self.patch_stride][:, : columns.shape[1]].repeat(mel.shape[0], 1)  # (R,t)
+        counted = inside[:, :: self.patch_stride][:, : columns.shape[1]].repeat(n_clips, 1)  # (R,t)
         if encoded.valid is not None:
             counted = counted * encoded.valid
         total = (columns * counted[..., None]).unflatten(0, by_clip).sum((1, 2))
@@ -236,7 +262,7 @@ class SpectrogramTransformer(AudioTagger):
         share = inside.sum(1, keepdim=True) / inside.sum()  # (chunks,1)
         return (x * share).sum(1)
 
-    def _encode_shapes(self, mel: Tensor) -> tuple[Encoded, Tensor]:
+    def _encode_shapes(self, mel: Tensor, layers: Sequence[int] = ()) -> tuple[Encoded, Tensor]:
         """Encode spectrograms of any length (B,F,T) as rows of B x chunks; and which frames of a chunk are its clip's.
 
         Returns:
@@ -264,7 +290,7 @@ class SpectrogramTransformer(AudioTagger):
         inside = F.pad(mel.new_ones(n_frames), behind).reshape(n_chunks, chunk)
         mel = F.pad(self._normalise(mel, None), behind, value=self.fill)
         chunks = mel.transpose(1, 2).reshape(batch * n_chunks, chunk, mel.shape[1]).transpose(1, 2)  # (R,F,chunk)
-        return self._encode_rows(chunks, columns, Encoded(mel.shape[0])), inside
+        return self._encode_rows(chunks, columns, Encoded(mel.shape[0]), layers=layers), inside
 
     def n_steps(self, n_samples: int) -> int:
         """Patch columns that a clip of `n_samples` has, over all its chunks."""
