@@ -24,6 +24,7 @@ from common.commands import run_commands
 from common.options import Options
 from probing.options import ProbeOptions
 from probing.probe import probe
+from probing.temporal_support import probe_supports
 from tagging.engines import open_engine
 from training.automatic import describe_train_config
 from training.config import TrainConfig
@@ -122,7 +123,8 @@ class Runner:
             options: --name and either --data (tested by the folds of its column `fold`) or --train_data and --test_data
         """
         log_to(None)
-        print(probe({"model": model or m, **options}, self.seed))
+        run_probe = probe if options.get("temporal_support") in (None, "null") else probe_supports
+        print(run_probe({"model": model or m, **options}, self.seed))
 
 
 if __name__ == "__main__":
