@@ -12,7 +12,6 @@ from common.class_names import find_label_fault, is_writable
 from common.errors import Faults, UserError
 from common.parsing import describe_faults
 from models.base import Activation
-from models.head_inputs import MAX_STEPS
 from models.headed import Head
 from models.labels import MAX_CLASSES
 from models.other_heads import create_head
@@ -29,7 +28,7 @@ _MAX_LAYERS = 1024  # of a model that a head takes
 _ARGUMENTS = {
     "mlp": ("hidden_sizes", "dropout", "layers", "widths"),
     "knn": ("n_examples", "n_neighbours", "layers", "widths"),
-    "prototypes": ("n_prototypes", "steps"),
+    "prototypes": ("n_prototypes", "stride"),
 }
 Labels = list[str] | tuple[str, ...]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -77,7 +76,7 @@ class HeadDescription(Description):
     n_examples: Count = 1
     n_neighbours: Count = 1
     n_prototypes: Count = 1
-    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 1
+    stride: Count = 1
     padded: bool
     facts: HeadFacts
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from common.errors import UserError
 from models.base import AudioTagger, Encoded
 
-MAX_STEPS = 64  # stored time steps of a chunk; CED has 62 in 10 s
+MAX_STEPS = 64  # time steps of a chunk that are stored; CED has 62 in 10 s
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,19 @@ class HeadInput:
 
     Attributes:
         layers: numbers of layers whose clip embeddings are concatenated; none for the model's clip embedding.
-        steps: number R of time steps that are concatenated, see `average_steps`; 0 for clip embeddings.
+        stride: adjacent time steps that are averaged, see `average_steps`; the averages are concatenated. 0 for clip
+            embeddings.
+        steps: number R of averages, with a stride; 0 for as many as the longest clip of a batch has.
     """
 
     layers: tuple[int, ...] = ()
+    stride: int = 0
     steps: int = 0
 
     def read(self, model: AudioTagger, encoded: Encoded) -> Tensor:
         """Return the input of a head (B,I), of what `model.encode(..., layers=self.layers)` gave."""
-        if self.steps:
-            return average_steps(model.frames(encoded), model.count_steps(encoded), self.steps).flatten(1)
+        if self.stride:
+            return average_steps(model.frames(encoded), model.count_steps(encoded), self.stride, self.steps).flatten(1)
         if self.layers:
             pooled = model.pool_layers(encoded)
             return torch.cat([pooled[layer] for layer in self.layers], 1)
@@ -44,31 +47,29 @@ class HeadInput:
         return model.run_spectrogram(lambda encoded: (self.read(model, encoded),), mel, n_frames, self.layers)[0]
 
 
-def average_steps(frames: Tensor, n_steps: Tensor | None, n_out: int) -> Tensor:
-    """Average adjacent time steps so that every clip has the same number.
-
-    As `torch.nn.functional.adaptive_avg_pool1d` over the steps of each clip alone: a clip of fewer steps has some of
-    them several times.
+def average_steps(frames: Tensor, n_steps: Tensor | None, stride: int, n_out: int = 0) -> Tensor:
+    """Average adjacent time steps; clips with fewer than others have their last average several times.
 
     Args:
         frames: (B,T',E).
         n_steps: (B,) steps of each clip, None for T'.
-        n_out: R.
+        stride: number of steps to average; the last average of a clip may be of fewer.
+        n_out: R, 0 for the largest number of averages that a clip has. Of more, the first are returned.
 
     Returns:
         (B,R,E).
     """
-    n_total = frames.shape[1]
-    place = torch.arange(n_out, device=frames.device)
+    if n_steps is None and stride == 1 and n_out in (0, frames.shape[1]):
+        return frames
     if n_steps is None:
-        n_steps = torch.full((1,), n_total, device=frames.device)
+        n_steps = torch.full((frames.shape[0],), frames.shape[1], device=frames.device)
     n_steps = n_steps.to(frames.device).clamp(min=1)[:, None]
-    first = place * n_steps // n_out  # (B,R)
-    end = ((place + 1) * n_steps + n_out - 1) // n_out
-    step = torch.arange(n_total, device=frames.device)
-    counts = (step >= first[..., None]) & (step < end[..., None])  # (B,R,T')
-    weights = counts.to(frames.dtype) / (end - first)[..., None]
-    return weights.expand(frames.shape[0], -1, -1) @ frames
+    place = torch.arange(n_out or -(-frames.shape[1] // stride), device=frames.device)
+    first = torch.minimum(place, (n_steps - 1) // stride) * stride  # (B,R)
+    end = torch.minimum(first + stride, n_steps)
+    step = torch.arange(frames.shape[1], device=frames.device)
+    is_inside = (step >= first[..., None]) & (step < end[..., None])  # (B,R,T')
+    return (is_inside / (end - first)[..., None]).to(frames.dtype) @ frames
 
 
 @torch.no_grad()

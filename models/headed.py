@@ -129,7 +129,11 @@ class Head(nn.Module):
 
     def embed_spectrogram(self, model: AudioTagger, mel: Tensor, n_frames: Tensor | None) -> Tensor:
         """Return its input of one-chunk clips: spectrograms (B,F,T), frames of each (B,) or None -> (B,I)."""
-        return self.reduce(self.input.compute(model, mel, n_frames))
+
+        def read(encoded: Encoded) -> tuple[Tensor]:
+            return (self.reduce(self.input.read(model, encoded)),)
+
+        return model.run_spectrogram(read, mel, n_frames, self.input.layers)[0]
 
     def embed_waveform(
         self, model: AudioTagger, waveform: Tensor, lengths: Tensor | None, *, as_stored: bool = False
@@ -273,7 +277,7 @@ class HeadedTagger(AudioTagger):
             return self.probabilities(
                 self.head(torch.cat(self.model.embed_layers_export(mel, self.head.input.layers), 1))
             )
-        if self.head.input.steps:
+        if self.head.input.stride:
             return self.probabilities(self.forward_spectrogram(mel))
         return self.probabilities(self.head(self.model.embed_export(mel)))
 

@@ -103,7 +103,7 @@ class PrototypeHead(Head):
         embed_dim: E.
         num_classes: C.
         n_prototypes: P.
-        steps: R, see `models.head_inputs.HeadInput`.
+        stride: adjacent time steps that are averaged to a token, see `models.head_inputs.average_steps`.
         **settings: `labels` and `activation`, see `Head`.
 
     Attributes:
@@ -111,13 +111,12 @@ class PrototypeHead(Head):
     """
 
     kind = "prototypes"
+    stride: int
 
-    def __init__(self, embed_dim: int, num_classes: int, *, n_prototypes: int, steps: int, **settings: Any) -> None:
-        if min(n_prototypes, steps) < 1:
-            raise UserError(
-                f"a head of {n_prototypes} prototypes and {steps} time steps: expected at least one of each"
-            )
-        self.n_prototypes, self.steps = n_prototypes, steps
+    def __init__(self, embed_dim: int, num_classes: int, *, n_prototypes: int, stride: int, **settings: Any) -> None:
+        if min(n_prototypes, stride) < 1:
+            raise UserError(f"a head of {n_prototypes} prototypes and stride {stride}: expected at least 1 of each")
+        self.n_prototypes, self.stride = n_prototypes, stride
         super().__init__(embed_dim, num_classes, **settings)
         self.prototypes = nn.Parameter(torch.randn(n_prototypes, embed_dim) * 0.02)
 
@@ -127,7 +126,7 @@ class PrototypeHead(Head):
     @property
     def input(self) -> HeadInput:
         """What it takes of a model."""
-        return HeadInput(steps=self.steps)
+        return HeadInput(stride=self.stride)
 
     @property
     def width(self) -> int:
@@ -136,7 +135,7 @@ class PrototypeHead(Head):
 
     def reduce(self, chunks: Tensor) -> Tensor:
         """Compare time steps with prototypes: (B,R E) -> the largest similarity of each in the chunk (B,P)."""
-        tokens = (chunks.unflatten(1, (self.steps, self.embed_dim)) - self.mean) / self.scale  # (B,R,E)
+        tokens = (chunks.unflatten(1, (-1, self.embed_dim)) - self.mean) / self.scale  # (B,R,E)
         signs = torch.where(self.prototypes >= 0, 1.0, -1.0).to(tokens.dtype)
         signs = signs + (self.prototypes - self.prototypes.detach())  # straight through
         return (F.normalize(tokens, dim=2) @ signs.T).amax(1)
@@ -147,7 +146,7 @@ class PrototypeHead(Head):
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of its kind as plain values."""
-        return {"n_prototypes": self.n_prototypes, "steps": self.steps}
+        return {"n_prototypes": self.n_prototypes, "stride": self.stride}
 
 
 KINDS: dict[str, type[Head]] = {kind.kind: kind for kind in (Head, NeighbourHead, PrototypeHead)}

@@ -41,7 +41,9 @@ class FitSettings:
         prototypes: for each class, of a head of kind "prototypes".
         layers: of the model that the embeddings are of; none for the model's clip embedding.
         widths: of the clip embeddings of `layers`.
-        steps: time steps that the embeddings consist of; 0 for clip embeddings.
+        steps: time steps that the embeddings consist of, each the average of `stride` of the model's; 0 for clip
+            embeddings.
+        stride: see `models.head_inputs.average_steps`.
     """
 
     hidden_sizes: tuple[int, ...] = ()
@@ -58,10 +60,11 @@ class FitSettings:
     layers: tuple[int, ...] = ()
     widths: tuple[int, ...] = ()
     steps: int = 0
+    stride: int = 1
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain values, those that only some heads have where they are not the defaults."""
-        some_heads = ("kind", "neighbours", "prototypes", "layers", "widths", "steps")
+        some_heads = ("kind", "neighbours", "prototypes", "layers", "widths", "steps", "stride")
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {name: value for name, (value, usual) in values.items() if name not in some_heads or value != usual}
 
@@ -180,7 +183,7 @@ def _create_head(train: Examples, labels: list[str], single: bool, settings: Fit
     arguments: dict[str, Any] = {"labels": labels, "activation": "softmax" if single else "sigmoid"}
     width = train.embeddings.shape[1] // max(settings.steps, 1)
     if settings.kind == PrototypeHead.kind:
-        arguments |= {"n_prototypes": settings.prototypes * len(labels), "steps": settings.steps}
+        arguments |= {"n_prototypes": settings.prototypes * len(labels), "stride": settings.stride}
     else:
         arguments |= {"layers": settings.layers, "widths": settings.widths}
     if settings.kind == NeighbourHead.kind:
@@ -229,8 +232,7 @@ class _Clips:
 
     def split(self, head: Head) -> Iterator[Tensor]:
         """Yield all clips in blocks of limited size, as indices."""
-        n_steps = getattr(head, "steps", 1)
-        row = max(self.x.shape[1], n_steps * head.width)
+        row = max(self.x.shape[1], self.x.shape[1] // head.embed_dim * head.width)
         size = max(1, min(8192, BLOCK // row))
         yield from torch.arange(len(self.y), device=self.x.device).split(size)
 

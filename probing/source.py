@@ -108,8 +108,8 @@ def choose_input(source: EmbeddingSource, clips: ProbeSet, options: ProbeOptions
     if model is None:
         return settings
     if settings.kind == PrototypeHead.kind:
-        n_chunks = sum(len(cut_chunks(pack, options.chunk_length)) for pack in clips.packs.values())
-        return replace(settings, steps=_choose_steps(model, options.chunk_length, n_chunks))
+        stride, steps = _choose_steps(model, clips, options.chunk_length)
+        return replace(settings, stride=stride, steps=steps)
     if choice == "last":
         return settings
     numbers = range(model.n_layers) if choice == "all" else [int(number) for number in choice.split(",")]
@@ -119,19 +119,20 @@ def choose_input(source: EmbeddingSource, clips: ProbeSet, options: ProbeOptions
     return replace(settings, layers=layers, widths=tuple(widths[layer] for layer in layers))
 
 
-def cut_chunks(pack: Pack, seconds: float) -> Chunks:
-    """Return the chunks of a pack's clips that are embedded."""
-    return Chunks.cut(pack.n_samples, pack.sample_rate, seconds, drop_short_tail=False)
+def _choose_steps(model: AudioTagger, clips: ProbeSet, seconds: float) -> tuple[int, int]:
+    """Return how many adjacent time steps of the model to average, and how many averages to store of each chunk.
 
-
-def _choose_steps(model: AudioTagger, seconds: float, n_chunks: int) -> int:
-    """Return the number of time steps to store of each chunk: the model's, within the limits of chunk and store."""
-    room = MAX_STORED_BYTES // (2 * model.embed_dim * max(n_chunks, 1))
-    n_steps = count_model_steps(model, seconds)
-    chosen = max(1, min(n_steps, MAX_STEPS, room))
-    if chosen < n_steps:
-        logger.info("%s has %d time steps in %g s: they are averaged to %d", model.name, n_steps, seconds, chosen)
-    return chosen
+    Those of the longest chunk, within `MAX_STEPS` and `MAX_STORED_BYTES`.
+    """
+    packs = clips.packs.values()
+    cut = [Chunks.cut(pack.n_samples, pack.sample_rate, seconds, drop_short_tail=False) for pack in packs]
+    longest = max(float(chunks.seconds.max()) for chunks in cut)
+    room = MAX_STORED_BYTES // (2 * model.embed_dim * sum(map(len, cut)))
+    n_steps = count_model_steps(model, longest)
+    stride = -(-n_steps // max(1, min(MAX_STEPS, room)))
+    if stride > 1:
+        logger.info("%s has %d time steps in %g s: %d at a time are averaged", model.name, n_steps, longest, stride)
+    return stride, -(-n_steps // stride)
 
 
 def embed(
@@ -152,7 +153,9 @@ def embed(
     model = source.model
     if settings.steps:
         assert model is not None
-        chunks = read_chunk_embeddings(_store(model, pack, options, HeadInput(steps=settings.steps)), pack)
+        chunks = read_chunk_embeddings(
+            _store(model, pack, options, HeadInput(stride=settings.stride, steps=settings.steps)), pack
+        )
         starts = np.searchsorted(chunks.clip, np.arange(len(pack) + 1))
         examples = Examples(pack.names, chunks.values, targets, ChunkRows(starts, chunks.shares))
         clips = chunks.clip
@@ -185,7 +188,7 @@ def _store(
     pack_folder = f"{pack.manifest.stem}_{sha256(pack.manifest)[:8]}_{compute_fingerprint(pack)[:8]}"
     chunk = f"chunk_{options.chunk_length:g}" + ("" if options.mode == "fp32" else f"_{options.mode}")
     if head_input is not None:
-        chunk += f"_steps_{head_input.steps}" if head_input.steps else "_layers"
+        chunk += f"_steps_{head_input.steps}_{head_input.stride}" if head_input.stride else "_layers"
     return store_embeddings(
         model,
         pack,

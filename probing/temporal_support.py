@@ -18,20 +18,18 @@ import numpy as np
 import torch
 
 from common.columns import align_columns
-from common.errors import Faults, UserError
+from common.errors import UserError
 from common.files import write_bytes, write_json
-from common.options import read_options
 from models import AudioTagger
 from models.devices import choose_device
-from models.weight_sources import needs_download
 from probing.baseline import fit_baselines
 from probing.cost import BATCH, ROUNDS, Cost, measure_costs
-from probing.data import ProbeSet, open_clips
+from probing.data import ProbeSet
 from probing.fit import predict
 from probing.options import ProbeOptions
-from probing.probe import Probe, check_probe, run_probe
+from probing.probe import Probe, check_probe, open_probe, run_probe
 from probing.scores import Score, compute_score
-from probing.source import EmbeddingSource, embed, open_source
+from probing.source import EmbeddingSource, embed
 from probing.support_picture import draw_supports
 from probing.trials import Trial, run_trials
 from training.baseline import Metric
@@ -97,18 +95,7 @@ def probe_supports(given: dict[str, Any], seed: int) -> str:
     Raises:
         UserError: with every fault of the options, the data and the model.
     """
-    faults = Faults("the probe")
-    options = read_options(ProbeOptions, {key: value for key, value in given.items() if value is not None}, faults)
-    clips = None if options is None else open_clips(options, faults)
-    source = None
-    with faults.noted():
-        # before a download, which may take long, other faults are reported
-        if options is not None and not (faults.sentences and needs_download(options.weights or options.model)):
-            source = open_source(options, faults)
-    faults.raise_if_any()
-    assert options is not None
-    assert clips is not None
-    assert source is not None
+    options, clips, source = open_probe(given)
     probes = check_supports(options, clips, source, seed)
     supports = compare_supports(probes, seed)
     baseline = fit_baselines(clips) if options.baseline else None
