@@ -64,7 +64,7 @@ class Choice:
     """The supports that a task's validation clips choose.
 
     Attributes:
-        best: of the best validation score; of equal ones, that of the least time.
+        best: of the best validation score; of equal ones, that of the fewest operations.
         cheapest: of the least time among those whose validation score is within the interval of the best.
     """
 
@@ -72,15 +72,15 @@ class Choice:
     cheapest: Support
 
     @property
-    def savings(self) -> dict[str, float]:
-        """What the cheapest saves of each cost of the best, as a part of it."""
+    def ratios(self) -> dict[str, float]:
+        """Each cost of the cheapest, divided by that of the best."""
         names, one, other = ("ms", "gflop", "megabytes"), asdict(self.cheapest.cost), asdict(self.best.cost)
-        return {name: 1 - one[name] / other[name] for name in names}
+        return {name: one[name] / other[name] for name in names}
 
 
 def choose_supports(supports: Sequence[Support]) -> Choice:
-    """Choose by validation scores and time; test scores are not used."""
-    best = min(supports, key=lambda support: (-support.valid.value, support.cost.ms))
+    """Choose by validation scores and costs; test scores are not used."""
+    best = min(supports, key=lambda support: (-support.valid.value, support.cost.gflop))
     sufficient = [support for support in supports if support.valid.value >= best.valid.interval[0]]
     return Choice(best, min(sufficient, key=lambda support: support.cost.ms))
 
@@ -233,7 +233,7 @@ def describe_supports(
         "supports": rows,
         "best": choice.best.seconds,
         "cheapest": choice.cheapest.seconds,
-        "savings": choice.savings,
+        "cost_ratios": choice.ratios,
         "made_with": made_with | {"settings": settings},
     }
 
@@ -271,10 +271,10 @@ def format_supports(supports: Sequence[Support], choice: Choice, clip_seconds: f
     if cheapest is best:
         lines.append("no cheaper one is within the interval of its validation score")
     else:
-        saved = choice.savings
+        ratios = choice.ratios
         lines.append(
             f"cheapest within the interval of its validation score: {cheapest.seconds:g} s, test {metric} "
-            f"{cheapest.test.value:.4f}; it saves {saved['ms']:.0%} of the time, {saved['gflop']:.0%} of the GFLOP and "
-            f"{saved['megabytes']:.0%} of the memory (--chunk_length {cheapest.seconds:g})"
+            f"{cheapest.test.value:.4f}: saves {1 - ratios['ms']:.0%} of the time, with {ratios['gflop']:.0%} of the GFLOP "
+            f"and {ratios['megabytes']:.0%} of the memory (--chunk_length {cheapest.seconds:g})"
         )
     return "\n".join(lines)

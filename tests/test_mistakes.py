@@ -327,6 +327,14 @@ COMMANDS = {
         f"{PROBE} --train_data single.tsv --name p --epoch 3",
         ["--epoch (did you mean 'epochs'?)"],
     ),
+    "one length of windows to compare": (
+        f"{PROBE} --train_data single.tsv --name p --temporal_support 1",
+        ["--temporal_support compares lengths: give two or more, 0.25,0.5,1,2,5,10 for example"],
+    ),
+    "lengths of windows in words": (
+        f"{PROBE} --train_data single.tsv --name p --temporal_support short,long",
+        ["--temporal_support is 'short'; expected list of number, above 0"],
+    ),
     "a probe's learning rate in words": (f"{PROBE} --train_data single.tsv --name p --lr fast", ["--lr is 'fast'"]),
     "targets of no classes": ("save_logits.py targets.yaml --topk 0", ["topk is 0"]),
     "targets of an unpacked list": ("save_logits.py targets.yaml --train_data list.tsv", ["not packed yet"]),
