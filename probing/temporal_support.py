@@ -274,7 +274,7 @@ def format_supports(supports: Sequence[Support], choice: Choice, clip_seconds: f
         ratios = choice.ratios
         lines.append(
             f"cheapest within the interval of its validation score: {cheapest.seconds:g} s, test {metric} "
-            f"{cheapest.test.value:.4f}: saves {1 - ratios['ms']:.0%} of the time, with {ratios['gflop']:.0%} of the GFLOP "
-            f"and {ratios['megabytes']:.0%} of the memory (--chunk_length {cheapest.seconds:g})"
+            f"{cheapest.test.value:.4f}: saves {1 - ratios['ms']:.0%} of the time, with {ratios['gflop']:.0%} of the "
+            f"GFLOP and {ratios['megabytes']:.0%} of the memory (--chunk_length {cheapest.seconds:g})"
         )
     return "\n".join(lines)
