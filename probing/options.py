@@ -90,7 +90,7 @@ class ProbeOptions(Options):
             yield "--hidden_sizes and --dropout are for --head mlp; other heads have no hidden layers"
         if not self.tasks and (len(self.head) > 1 or len(self.layer_choices) > 1):
             yield "several heads or choices of layers are compared with --tasks TASKS.yaml; give one of each without it"
-        if "prototypes" in self.head and self.layer_choices != ["last"]:
+        if "prototypes" in self.head and self.layer_choices != ["last"] and not self.tasks:
             yield "--head prototypes takes the time steps of the last layer; drop --layers, or give another head"
         if self.embeddings and (self.layer_choices != ["last"] or "prototypes" in self.head):
             yield "stores hold clip embeddings of the last layer: other layers, and prototypes, need a model"
