@@ -54,7 +54,7 @@ def _draw_scores(axis: "Axes", supports: Sequence["Support"], choice: "Choice", 
     axis.fill_between(lengths, low, high, color=COLOURS[0], alpha=0.15, linewidth=0, label="95 % interval")
     valid = [each.valid.value for each in supports]
     axis.plot(lengths, valid, color=COLOURS[2], marker="o", markersize=3, linewidth=1, label="validation clips")
-    for support, marker, label in ((choice.best, "*", "best"), (choice.cheapest, "o", "cheapest as good")):
+    for support, marker, label in ((choice.best, "*", "best"), (choice.cheapest, "o", "cheapest in its interval")):
         point: dict[str, Any] = {"color": COLOURS[1], "linestyle": "", "marker": marker, "markersize": 13}
         point |= {} if marker == "*" else {"markerfacecolor": "none"}
         axis.plot([support.seconds], [support.valid.value], **point, label=f"{label}: {support.seconds:g} s")

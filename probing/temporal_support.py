@@ -118,13 +118,12 @@ def check_supports(options: ProbeOptions, clips: ProbeSet, source: EmbeddingSour
     Raises:
         UserError: no length can be probed, for example since another head has the name.
     """
-    longest = max(float((pack.n_samples / pack.sample_rate).max()) for pack in clips.packs.values())
+    longest = measure_longest_seconds(clips)
     lengths = sorted(set(options.temporal_support or ()))
     n_used = min(sum(length < longest for length in lengths) + 1, len(lengths))
     if dropped := lengths[n_used:]:
-        names = ", ".join(f"{length:g}" for length in dropped)
-        logger.info("clips are at most %.2f s: windows of %s s are left out, as %g s holds them", longest, names,
-                    lengths[n_used - 1])  # fmt: skip
+        names, held = ", ".join(f"{length:g}" for length in dropped), lengths[n_used - 1]
+        logger.info("clips are at most %.2f s: %s s are left out, since they fit in %g s", longest, names, held)
     each = [options.model_copy(update={"chunk_length": length}) for length in lengths[:n_used]]
     probes = [check_probe(probed.model_copy(update={"overwrite": True}), clips, source, seed) for probed in each]
     # A head of that name may be of an earlier start of this command, made with the best length.
@@ -148,7 +147,7 @@ def compare_supports(probes: Sequence[Probe], seed: int) -> list[Support]:
         scores.append(_score(probe, seed))
     lengths, clip_seconds = [probe.options.chunk_length for probe in probes], measure_median_seconds(clips)
     costs = measure_costs(model, clip_seconds, lengths, probes[0].options.mode)
-    longest = max(float((pack.n_samples / pack.sample_rate).max()) for pack in clips.packs.values())
+    longest = measure_longest_seconds(clips)
     return [
         Support(
             seconds,
@@ -192,6 +191,11 @@ def _pool_validation(trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
     return scores, targets
 
 
+def measure_longest_seconds(clips: ProbeSet) -> float:
+    """Return the length of the longest clip in seconds."""
+    return max(float((pack.n_samples / pack.sample_rate).max()) for pack in clips.packs.values())
+
+
 def measure_median_seconds(clips: ProbeSet) -> float:
     """Return the median length of the test clips in seconds."""
     pack = clips.packs[clips.test_part]
@@ -229,7 +233,7 @@ def describe_supports(
         "baseline": baseline,
         "clip_seconds": clip_seconds,
         "threads": torch.get_num_threads(),
-        "device": str(next(probe.source.model.parameters()).device) if probe.source.model is not None else None,
+        "device": probe.options.device,
         "supports": rows,
         "best": choice.best.seconds,
         "cheapest": choice.cheapest.seconds,

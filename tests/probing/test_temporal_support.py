@@ -132,7 +132,24 @@ def test_the_same_command_computes_no_embedding_again(work, model, lists, capsys
     assert "padded to 0.15 s" in printed.out  # a patch of CED is 16 frames of 10 ms
     assert "whole clips" in printed.out
     assert f"best by the validation clips: {after['best']:g} s" in printed.out
-    assert "clips are at most 1.00 s: windows of 2, 10 s are left out, as 1 s holds them" in printed.err
+    assert "clips are at most 1.00 s: 2, 10 s are left out, since they fit in 1 s" in printed.err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [{"head": "prototypes"}, {"layers": "all"}, {"head": "mlp"}, {"several": True}])
+def test_heads_of_all_kinds_and_clips_of_several_labels_are_compared(more, model, lists, tmp_path):
+    given, given_lists = dict(more), dict(lists)
+    if given.pop("several", False):
+        for part, path in lists.items():
+            table = pd.read_csv(path, sep="\t", dtype=str)
+            table["labels"] += [f";kind {index % 2}" for index in range(len(table))]
+            table.to_csv(path + "_several.tsv", sep="\t", index=False)
+            given_lists[part] = path + "_several.tsv"
+    Runner().probe(model, name="n", temporal_support="0.5,1", **given, **given_lists, **places(tmp_path), **QUICK)
+    found = read(tmp_path, "n_support")
+    assert found["metric"] == ("mAP" if "several" in more else "accuracy")
+    Runner().probe(model, name="own", chunk_length=0.5, **given, **given_lists, **places(tmp_path), **QUICK)
+    assert found["supports"][0]["test"]["value"] == read(tmp_path, "own")["value"]
 
 
 def test_a_head_of_that_name_is_not_replaced(work, model, lists, capsys):
