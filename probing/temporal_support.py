@@ -37,6 +37,8 @@ from training.figures import render_png
 
 logger = logging.getLogger(__name__)
 
+MIN_SAVING = 0.1  # of time; less may be noise of the measurement
+
 
 @dataclass(frozen=True)
 class Support:
@@ -65,7 +67,8 @@ class Choice:
 
     Attributes:
         best: of the best validation score; of equal ones, that of the fewest operations.
-        cheapest: of the least time among those whose validation score is within the interval of the best.
+        cheapest: of the least time among those whose validation score is within the interval of the best; the best
+            itself where none saves `MIN_SAVING` of its time.
     """
 
     best: Support
@@ -81,8 +84,9 @@ class Choice:
 def choose_supports(supports: Sequence[Support]) -> Choice:
     """Choose by validation scores and costs; test scores are not used."""
     best = min(supports, key=lambda support: (-support.valid.value, support.cost.gflop))
-    sufficient = [support for support in supports if support.valid.value >= best.valid.interval[0]]
-    return Choice(best, min(sufficient, key=lambda support: support.cost.ms))
+    faster = [each for each in supports if each.cost.ms <= (1 - MIN_SAVING) * best.cost.ms]
+    sufficient = [each for each in faster if each.valid.value >= best.valid.interval[0]]
+    return Choice(best, min(sufficient, key=lambda support: support.cost.ms, default=best))
 
 
 def probe_supports(given: dict[str, Any], seed: int) -> str:
@@ -273,7 +277,7 @@ def format_supports(supports: Sequence[Support], choice: Choice, clip_seconds: f
         f"best by the validation clips: {best.seconds:g} s, test {metric} {best.test.value:.4f}",
     ]
     if cheapest is best:
-        lines.append("no cheaper one is within the interval of its validation score")
+        lines.append(f"no length within the interval of its validation score saves {MIN_SAVING:.0%} of the time")
     else:
         ratios = choice.ratios
         lines.append(

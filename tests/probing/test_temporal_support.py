@@ -179,6 +179,8 @@ def test_the_best_is_chosen_by_validation_and_the_cheapest_within_its_interval()
     assert choice.ratios == pytest.approx({"ms": 0.25, "gflop": 0.25, "megabytes": 0.25})
     equal = [replace(supports[2], seconds=4, cost=Cost(1, 1, 10, 1)), *supports[2:]]
     assert choose_supports(equal).best.seconds == 4  # of equal scores that of fewer operations
+    hardly = choose_supports([supports[2], make_support(2, 0.89, 0.7, test=1.0, ms=18.5)])  # less than a tenth
+    assert hardly.best is hardly.cheapest
     alone = choose_supports([supports[3], make_support(5, 0.99, 0.95, test=0.0, ms=40)])
     assert alone.best is alone.cheapest
 
