@@ -16,6 +16,7 @@ from run import Runner
 from tests.conftest import run_command, torchrun
 from tests.training.test_embedding_training import configure, train
 from tests.training.test_resume import lines_of, the_run, weights_of
+from training.figures import curves_figure
 from training.prepare import prepare_run
 from training.store_writer import store_embeddings
 from training.trainer import Trainer
@@ -73,6 +74,22 @@ def test_two_stores_teach_as_the_two_teachers_do(tone_pack, teachers, stores, tm
     assert 0 < epochs[0][0] < 1
     assert load_model(stored).num_classes == 0
     assert "projection" not in " ".join(weights_of(stored))
+
+
+def test_curves_show_the_losses_and_cosines_of_each_teacher():
+    values = {
+        "loss": 1.0,
+        "loss_teacher_1": 1.5,
+        "loss_teacher_2": 0.5,
+        "cosine": 0.4,
+        "cosine_1": 0.3,
+        "cosine_2": 0.5,
+    }
+    entries = [{"kind": kind, "step": step, "epoch": step, **values} for step in (1, 2) for kind in ("step", "epoch")]
+    losses, cosines = curves_figure(entries).axes[:2]
+    assert {"loss", "loss_teacher_1", "loss_teacher_2"} < set(losses.get_legend_handles_labels()[1])
+    assert not any("cosine" in label for label in losses.get_legend_handles_labels()[1])
+    assert cosines.get_legend_handles_labels()[1] == ["mean over the teachers", "teacher 1", "teacher 2"]
 
 
 def test_a_stopped_run_of_two_teachers_goes_on_to_the_same_bits(tone_pack, stores, tmp_path, monkeypatch):
