@@ -64,7 +64,8 @@ def probe_tasks(given: Mapping[str, Any], seed: int) -> str:
     faults = Faults(f"the probe of {given['tasks']}")
     tasks = read_tasks(str(given["tasks"]), faults)
     options = _read_shared(given, faults)
-    parts = {name: _open_task(name, task, given, faults) for name, task in tasks.items()}
+    shared = {} if options is None else {key: getattr(options, key) for key in TASK_KEYS if key in given}
+    parts = {name: _open_task(name, task, shared, faults) for name, task in tasks.items()}
     sources = [] if options is None else _open_sources(options, given, faults)
     faults.raise_if_any()
     assert options is not None
@@ -126,13 +127,19 @@ def split_names(given: Any) -> list[str | None]:
 
 
 def _open_task(
-    name: str, task: Mapping[str, Any], given: Mapping[str, Any], faults: Faults
+    name: str, task: Mapping[str, Any], shared: Mapping[str, Any], faults: Faults
 ) -> tuple[ProbeOptions | None, ProbeSet | None]:
-    """Read the options of a task and open its clips; its faults are added to `faults`."""
+    """Read the options of a task and open its clips; its faults are added to `faults`.
+
+    Args:
+        name: of the task.
+        task: its own options.
+        shared: those in `TASK_KEYS` that were given for all tasks.
+        faults: of the command.
+    """
     own = Faults(f"task {name}")
-    shared = {key: value for key, value in given.items() if key in TASK_KEYS}
-    shared |= {"model": "none", "name": "task", "head": ["mlp"]}  # replaced in every cell
-    options = read_options(ProbeOptions, shared | dict(task), own)
+    replaced = {"model": "none", "name": "task", "head": ["mlp"]}  # in every cell
+    options = read_options(ProbeOptions, dict(shared) | dict(task) | replaced, own)
     clips = None if options is None else open_clips(options, own)
     faults.add_all(own)
     return options, clips
