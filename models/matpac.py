@@ -13,7 +13,7 @@ Letters as in `models.vit`; E embedding width.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
