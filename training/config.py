@@ -131,7 +131,7 @@ class TrainConfig(Config):
 
     # --- targets
     # ours: a name from distill/objectives/: target = loss on the targets alone; cmkd = labels and teacher; mae, matpac,
-    # matpac++ = without labels; others are for embeddings
+    # matpac++, eat = without labels; others are for embeddings
     objective: str = "target"
     objective_args: dict[str, Any] = {}  # its settings: lambda, tau, temperature, hidden, dropout, weights
     # BCELoss needs a network that outputs probabilities, BCEWithLogitsLoss logits; CrossEntropyLoss one label a clip
