@@ -14,6 +14,8 @@ class Stream(IntEnum):
     PATCH_OUT = 4  # the step; the same on all ranks
     DROPOUT = 5  # the step and the rank; stochastic depth as well
     CHANCE = 6  # the epoch: the permutations of `training.chance`
+    TOKEN_MASK = 7  # epoch, item: masked tokens of self-supervised objectives
+    CROP = 8  # epoch, item: their part of a long clip
 
 
 def derive_seed(*key: int) -> int:

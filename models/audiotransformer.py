@@ -70,7 +70,7 @@ class AudioTransformer(SpectrogramTransformer):
         transformer, mel = take_settings(self.shared_settings, settings)
         self.pooling, self.n_prefix = pooling, int(pooling == "token")
         super().__init__(
-            CedMel(**asdict(mel), center=center, min_frames=transformer.patch_size),
+            CedMel(**asdict(mel), center=center, min_frames=transformer.patch_shape[1]),
             transformer,
             num_classes=num_classes,
             outputs="logits" if pooling == "logit" else "probabilities",

@@ -175,7 +175,7 @@ def get_network(model: AudioTagger) -> AudioTransformer | ResNet10:
         UserError: it is of another kind, or its head reads clips that are filled up.
     """
     network = model.model if isinstance(model, HeadedTagger) else model
-    if not isinstance(network, AudioTransformer | ResNet10):
+    if type(network) is not AudioTransformer and not isinstance(network, ResNet10):  # Dasheng is a subclass
         raise UserError(
             f"{network.name} is a {type(network).__name__}: only CED's audio transformers (ced_*, audiotransformer_*) "
             "and ResNet-10 (resnet10*), and checkpoints trained from them, can be written for transformers"

@@ -19,19 +19,20 @@ class PatchEmbed(nn.Module):
     which is faster than the convolution and leaves the tokens in one piece.
     """
 
-    def __init__(self, width: int, patch_size: int, patch_stride: int) -> None:
+    def __init__(self, width: int, patch_shape: tuple[int, int], patch_strides: tuple[int, int]) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(1, width, patch_size, patch_stride)
+        self.proj = nn.Conv2d(1, width, patch_shape, patch_strides)
 
     def forward(self, mel: Tensor) -> Tensor:
         """(R,F,T) -> (R,f,t,D)."""
-        size, stride = self.proj.kernel_size[0], self.proj.stride[0]
-        if stride != size:
+        (n_bands, n_frames), strides = self.proj.kernel_size, self.proj.stride
+        if strides != (n_bands, n_frames):
             return self.proj(mel[:, None]).permute(0, 2, 3, 1).contiguous()
-        n_rows, n_columns = mel.shape[1] // size, mel.shape[2] // size
-        mel = mel[:, : n_rows * size, : n_columns * size]
-        patches = mel.unflatten(2, (n_columns, size)).unflatten(1, (n_rows, size)).transpose(2, 3)  # (R,f,t,size,size)
-        return F.linear(patches.flatten(3), self.proj.weight.flatten(1), self.proj.bias)
+        n_rows, n_columns = mel.shape[1] // n_bands, mel.shape[2] // n_frames
+        mel = mel[:, : n_rows * n_bands, : n_columns * n_frames]
+        patches = mel.unflatten(2, (n_columns, n_frames)).unflatten(1, (n_rows, n_bands)).transpose(2, 3)
+        patches = patches.flatten(3)  # (R,f,t, bands x frames)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class DropPath(nn.Module):

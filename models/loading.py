@@ -24,6 +24,7 @@ from models.parametrizations import bake_parametrizations, fit_plain_weights, pl
 from models.quantization_recipe import Quantization
 from models.quantizers import FakeQuantize
 from models.registry import AUDIOSET_CLASSES, get_model_entry, list_models
+from models.source_errors import describe_network
 from models.tensor_files import read_tensors
 from models.weight_sources import find_model_by_url, find_published_weights, is_remote, read_weights
 
@@ -296,6 +297,12 @@ def _fit(model: AudioTagger, state: Mapping[str, Tensor], origin: str, pre_train
         logger.warning("%s: the last layers (%s) are missing and initialised anew", origin, some(head))
         missing = [key for key in missing if key not in head]
 
+    found = describe_network(state)
+    if (missing or differing) and found and found != describe_network(expected):
+        raise UserError(
+            f"{origin} holds the weights of {found}, not of {model.name!r}: found {some(unexpected or state, 2)}, "
+            f"expected {some(missing or differing, 2)}; give `-m NAME` of the network that it was made with"
+        )
     faults = Faults(f"{origin}: it does not fit {model.name!r} and")
     if missing:
         faults.add(f"{len(missing)} tensors are missing: {some(missing)}")

@@ -56,3 +56,8 @@ def triangles(bins: Tensor, edges: Tensor) -> Tensor:
     rise = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
     fall = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
     return torch.minimum(rise, fall).clamp(min=0)
+
+
+def equal_area_triangles(bins: Tensor, edges: Tensor) -> Tensor:
+    """Compute triangular filters of area 1: bins (N,), edges (F+2,) in hertz -> weights (N,F), as Slaney's are."""
+    return triangles(bins, edges) * 2 / (edges[2:] - edges[:-2])

@@ -231,7 +231,9 @@ def _to_int8(graph: onnx.ModelProto) -> onnx.ModelProto:
 _AUTHORS = {
     "AST": ("YuanGongND", "https://github.com/YuanGongND/ast"),
     "CED": ("RicherMans", "https://github.com/RicherMans/CED"),
+    "Dasheng": ("XiaoMi", "https://github.com/XiaoMi/dasheng"),
     "EfficientNet": ("YuanGongND", "https://github.com/YuanGongND/psla"),
+    "MATPAC": ("aurianworld", "https://github.com/aurianworld/matpac"),
     "MobileNetV3": ("fschmid56", "https://github.com/fschmid56/EfficientAT"),
     "PaSST": ("kkoutini", "https://github.com/kkoutini/PaSST"),
 }
@@ -243,7 +245,7 @@ def _describe(
 ) -> None:
     """Write the metadata of a file; all values are strings."""
     network = model.model if isinstance(model, HeadedTagger) else model
-    architecture = "CED" if isinstance(network, AudioTransformer) else type(network).__name__
+    architecture = "CED" if type(network) is AudioTransformer else type(network).__name__
     author, url = _AUTHORS.get(architecture, ("", ""))
     facts = {
         "model_type": architecture,  # this and the next three as in published exports

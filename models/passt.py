@@ -71,7 +71,7 @@ class PaSST(SpectrogramTransformer):
         **settings: Any,
     ) -> None:
         transformer, mel = take_settings(self.shared_settings, settings)
-        front_end = EfficientAtMel(**asdict(mel), min_frames=transformer.patch_size)
+        front_end = EfficientAtMel(**asdict(mel), min_frames=transformer.patch_shape[1])
         front_end.vary_edges(fmin_aug_range, fmax_aug_range)
         self.fill = front_end.power_db_to_value(SILENCE_DB)
         faults = Faults("the settings of PaSST")

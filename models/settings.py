@@ -23,6 +23,7 @@ class Bounds:
         ge: lowest value.
         gt: a value below all.
         le: highest value.
+        min_length: of a sequence.
         max_length: of a sequence.
         allow_inf_nan: whether a number may be infinite or NaN.
     """
@@ -30,6 +31,7 @@ class Bounds:
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
+    min_length: int | None = None
     max_length: int | None = None
     allow_inf_nan: bool | None = None
 
@@ -42,6 +44,8 @@ Bands = Annotated[int, Bounds(ge=1, le=1024)]
 Frames = Annotated[int, Bounds(ge=1, le=1_000_000)]
 Blocks = Annotated[int, Bounds(ge=1, le=256)]
 BlocksOfStages = Annotated[Sequence[Blocks], Bounds(max_length=16)]
+Edge = Annotated[int, Bounds(ge=1, le=1024)]
+Edges = Edge | Annotated[Sequence[Edge], Bounds(min_length=2, max_length=2)]  # of a square, or in bands and frames
 Factor = Annotated[float, Bounds(gt=0, le=64)]
 Rate = Annotated[float, Bounds(ge=0, le=1)]
 Number = Annotated[float, Bounds(allow_inf_nan=False)]
@@ -85,8 +89,8 @@ class TransformerSettings:
         mlp_ratio: hidden width of the MLPs in units of D.
         qkv_bias: whether queries, keys and values have a bias.
         target_length: longest input in frames; longer clips are split into chunks.
-        patch_size: edge of a patch, in bands and frames.
-        patch_stride: from one patch to the next.
+        patch_size: edge of a square patch, or [bands, frames].
+        patch_stride: from one patch to the next, or [bands, frames].
         eval_avg: how chunks of a long clip are joined, "mean" or "max" of their probabilities.
         drop_rate: dropout of tokens and projections.
         attn_drop_rate: dropout of attention weights.
@@ -104,8 +108,8 @@ class TransformerSettings:
     mlp_ratio: Factor = 4.0
     qkv_bias: bool = True
     target_length: Frames = 1012
-    patch_size: Annotated[int, Bounds(ge=1, le=1024)] = 16
-    patch_stride: Annotated[int, Bounds(ge=1, le=1024)] = 16
+    patch_size: Edges = 16
+    patch_stride: Edges = 16
     eval_avg: Average = "mean"
     drop_rate: Rate = 0.0
     attn_drop_rate: Rate = 0.0
@@ -115,6 +119,21 @@ class TransformerSettings:
     freq_patch_out: Annotated[int, Bounds(ge=0)] | None = None
     token_merging: MergingSetting = None
     token_merging_in_training: bool = True
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """Mel bands and frames of a patch."""
+        return _as_pair(self.patch_size)
+
+    @property
+    def patch_strides(self) -> tuple[int, int]:
+        """Mel bands and frames from one patch to the next."""
+        return _as_pair(self.patch_stride)
+
+
+def _as_pair(edges: Edges) -> tuple[int, int]:
+    bands, frames = (edges, edges) if isinstance(edges, int) else edges
+    return bands, frames
 
 
 def take_settings(defaults: Defaults, given: Mapping[str, Any]) -> Defaults:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.frontends import FrontEnd
-from models.mel_scales import SLANEY, band_edges, triangles
+from models.mel_scales import SLANEY, band_edges, equal_area_triangles
 from models.settings import Frames, MelSettings
 
 
@@ -31,8 +31,7 @@ class SlaneyMel(FrontEnd):
 
     def __init__(self, *, min_frames: Frames = 1, **settings: Any) -> None:
         super().__init__(settings, center=False, min_frames=min_frames)
-        edges = self.mel_edges_hz
-        weights = triangles(self._bins_hz, edges) * 2 / (edges[2:] - edges[:-2])
+        weights = equal_area_triangles(self._bins_hz, self.mel_edges_hz)
         self._register_filters(torch.hann_window(self.win_size), weights.float())
 
     @property

@@ -1,6 +1,9 @@
 """Error messages for a MODEL that cannot be loaded: a missing path, an unfinished run, a file of another kind."""
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from common.errors import did_you_mean, some
 from common.places import describe_elsewhere
@@ -20,6 +23,16 @@ _SIGNATURES = {
     b"%PDF": "a PDF",
 }
 _FIRST_BYTES = 512
+# Names of tensors of published networks, or what they begin with, in this project's names.
+_TELLTALES = {
+    "time_new_pos_embed": "PaSST",
+    "time_pos_embed": "CED",
+    "dist_token": "AST",
+    "v.dist_token": "AST",
+    "cls_token": "MATPAC or M2D, or of a ViT of images",
+    "features.": "a MobileNetV3 or DyMN",
+    "student_model.": "S-SONDO",
+}
 
 
 def describe_missing(source: str) -> str:
@@ -74,6 +87,15 @@ def describe_onnx(path: str | Path) -> str:
         f"{path} is an exported model, which can only tag (inference.py, run.py evaluate); give the checkpoint, run or "
         "name that it was exported from"
     )
+
+
+def describe_network(state: Mapping[str, Tensor]) -> str:
+    """Return the network that a state dict is of, such as "PaSST"; "" where it is not recognised."""
+    known = (kind for start, kind in _TELLTALES.items() if any(name.startswith(start) for name in state))
+    kind = next(known, "")
+    patches = state.get("patch_embed.proj.weight")
+    is_high = patches is not None and patches.ndim == 4 and patches.shape[2] != patches.shape[3]
+    return "Dasheng" if kind == "CED" and is_high else kind
 
 
 def describe_kind(path: Path) -> str:

@@ -37,6 +37,13 @@ class SpectrogramTransformer(AudioTagger):
         outputs: whether the head gives "logits" or "probabilities".
         norm_eps: of the layer norms.
         faults: what a subclass has found wrong with its own arguments.
+        embed_dim: width E of clip embeddings and time steps, None for that of a token.
+
+    Attributes:
+        width: D of a token.
+        n_rows: f.
+        patch_size: frames of a patch.
+        patch_stride: frames from one patch to the next.
 
     Raises:
         UserError: arguments contradict each other; all faults are listed at once.
@@ -45,6 +52,7 @@ class SpectrogramTransformer(AudioTagger):
     masks_padding = True
     fixed_length: ClassVar[bool] = False  # shorter clips are filled up to `target_length` too, and all of it takes part
     equal_chunks: ClassVar[bool] = False  # every chunk counts the same, however little of it is the clip's own
+    partial_columns: ClassVar[bool] = True  # columns of a filled-up chunk count that are its clip's in part
     fill: float = 0.0  # what is filled up reads, on the normalised scale
     n_prefix: int = 0  # P
 
@@ -57,27 +65,32 @@ class SpectrogramTransformer(AudioTagger):
         outputs: Outputs,
         norm_eps: float,
         faults: Faults,
+        embed_dim: int | None = None,
     ) -> None:
-        width, patch_size, target_length = settings.embed_dim, settings.patch_size, settings.target_length
+        width, target_length = settings.embed_dim, settings.target_length
+        (n_bands, patch_size), strides = settings.patch_shape, settings.patch_strides
         if settings.eval_avg not in get_args(Average):
             faults.add(f"eval_avg must be one of {some(get_args(Average))}, not {settings.eval_avg!r}")
         if settings.num_heads < 1 or width % settings.num_heads:
             faults.add(f"embed_dim {width} cannot be shared among {settings.num_heads} heads")
-        if target_length < patch_size or front_end.n_mels < patch_size:
-            faults.add(f"target_length {target_length} and n_mels {front_end.n_mels} must hold a patch of {patch_size}")
+        if target_length < patch_size or front_end.n_mels < n_bands:
+            patch = patch_size if n_bands == patch_size else f"{n_bands} bands and {patch_size} frames"
+            faults.add(f"target_length {target_length} and n_mels {front_end.n_mels} must hold a patch of {patch}")
         try:
             r, proportional = split_setting(settings.token_merging)
             schedule = merging_schedule(r, settings.depth)
         except UserError as error:
             faults.add(str(error))
         faults.raise_if_any()
-        super().__init__(front_end, num_classes=num_classes, embed_dim=width, outputs=outputs)
+        super().__init__(front_end, num_classes=num_classes, embed_dim=embed_dim or width, outputs=outputs)
+        self.width = width
         self.eval_avg, self.target_length = settings.eval_avg, target_length
-        self.patch_size, self.patch_stride = patch_size, settings.patch_stride
+        self.patch_size, self.patch_stride = patch_size, strides[1]
+        self.n_rows = (front_end.n_mels - n_bands) // strides[0] + 1
         self.time_patch_out, self.freq_patch_out = settings.time_patch_out or 0, settings.freq_patch_out or 0
         self.merges_in_training = settings.token_merging_in_training
-        self.patch_embed = PatchEmbed(width, patch_size, settings.patch_stride)
-        self._make_positions(self._n_patches(front_end.n_mels), self._n_patches(target_length))
+        self.patch_embed = PatchEmbed(width, settings.patch_shape, strides)
+        self._make_positions(self.n_rows, self._count_columns(target_length))
         self.pos_drop = nn.Dropout(settings.drop_rate)
         self.blocks = nn.ModuleList(
             Block(
@@ -214,7 +227,7 @@ class SpectrogramTransformer(AudioTagger):
         if clip is None:
             return columns.masked_fill(~own[..., None], 0.0), number
         number = number.new_zeros(encoded.n_clips).index_add_(0, clip, number)  # (B,)
-        joined = columns.new_zeros(encoded.n_clips, int(number.max()), self.embed_dim)
+        joined = columns.new_zeros(encoded.n_clips, int(number.max()), columns.shape[2])
         joined[torch.arange(joined.shape[1], device=columns.device) < number[:, None]] = columns[own]
         return joined, number
 
@@ -248,8 +261,9 @@ class SpectrogramTransformer(AudioTagger):
         if rows is not None:
             return self._mean_of_chunks(rows.unflatten(0, by_clip), inside)
         columns = self._columns(encoded)  # (R,t,D)
-        # A column of a chunk counts where its first frame is the clip's own: all of those of a chunk that is full.
-        counted = inside[:, :: self.patch_stride][:, : columns.shape[1]].repeat(n_clips, 1)  # (R,t)
+        # As `_count_covered_columns`: all of a chunk that is full.
+        counted = inside[:, self._needed_frames :: self.patch_stride][:, : columns.shape[1]]
+        counted = counted.repeat(n_clips, 1)  # (R,t)
         if encoded.valid is not None:
             counted = counted * encoded.valid
         total = (columns * counted[..., None]).unflatten(0, by_clip).sum((1, 2))
@@ -284,7 +298,7 @@ class SpectrogramTransformer(AudioTagger):
         if any(self.merged_tokens) and not self.fixed_length:
             # Numbers of tokens that hang on the clip's length, block after block, keep a tracer busy for hours: short
             # clips are padded, and masked as beside longer ones.
-            columns = torch.full((batch * n_chunks,), self._n_patches(chunk), device=mel.device)
+            columns = torch.full((batch * n_chunks,), self._count_columns(chunk), device=mel.device)
             chunk = self.target_length
         behind = (0, n_chunks * chunk - n_frames)
         inside = F.pad(mel.new_ones(n_frames), behind).reshape(n_chunks, chunk)
@@ -296,21 +310,27 @@ class SpectrogramTransformer(AudioTagger):
         """Patch columns that a clip of `n_samples` has, over all its chunks."""
         n_frames = self._count_usable_frames(self.front_end.n_frames(n_samples))
         if n_frames <= self.target_length and not self.fixed_length:
-            return self._n_patches(n_frames)
+            return self._count_columns(n_frames)
         n_full = (n_frames - 1) // self.target_length
         rest = torch.tensor(n_frames - n_full * self.target_length)
-        return n_full * self._n_patches(self.target_length) + int(self._count_covered_columns(rest))
+        return n_full * self._count_columns(self.target_length) + int(self._count_covered_columns(rest))
 
-    def _n_patches(self, size: int) -> int:
-        return (size - self.patch_size) // self.patch_stride + 1
+    def _count_columns(self, n_frames: int) -> int:
+        return (n_frames - self.patch_size) // self.patch_stride + 1
 
     def _count_usable_frames(self, n_frames: Count) -> Count:
         """Frames that take part, of clips of `n_frames`."""
         return n_frames if self.equal_chunks else drop_remainder(n_frames, self.target_length, self.patch_size)
 
     def _count_covered_columns(self, n_frames: Tensor) -> Tensor:
-        """Columns of filled-up chunks that hold any of their first `n_frames` (R,) frames."""
-        return (-(-n_frames // self.patch_stride)).clamp(max=self._n_patches(self.target_length))
+        """Columns that count of filled-up chunks, of which the first `n_frames` (R,) frames are the clip's."""
+        covered = -(-(n_frames - self._needed_frames) // self.patch_stride)
+        return covered.clamp(min=0, max=self._count_columns(self.target_length))
+
+    @property
+    def _needed_frames(self) -> int:
+        """Frames of its clip that a column of a filled-up chunk needs beyond the first one."""
+        return 0 if self.partial_columns else self.patch_size - 1
 
     def _split_chunks(self, mel: Tensor, n_frames: Tensor | None) -> tuple[Tensor, Tensor | None, Encoded]:
         """Normalise, and cut long clips into chunks; the padding of one chunk counts, padding of a batch does not.
@@ -347,7 +367,7 @@ class SpectrogramTransformer(AudioTagger):
             return chunks, None, encoded
         whole = (inside - self.patch_size) // self.patch_stride + 1
         encoded.n_steps = torch.where(alone, whole, self._count_covered_columns(inside))
-        return chunks, torch.where(alone, whole, self._n_patches(chunk)), encoded
+        return chunks, torch.where(alone, whole, self._count_columns(chunk)), encoded
 
     def _encode_rows(
         self,

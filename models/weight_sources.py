@@ -9,9 +9,11 @@ from torch import Tensor
 
 from common.errors import UserError, did_you_mean, some
 from common.parsing import format_value
+from models.dasheng import is_dasheng, read_dasheng
 from models.description import ModelDescription, check_description
 from models.downloads import download, file_name, find_copy
 from models.huggingface import is_huggingface_folder, read_huggingface
+from models.matpac_checkpoints import is_matpac, read_matpac
 from models.registry import get_model_entry, list_models
 from models.source_errors import ONNX, describe_folder, describe_missing, describe_onnx
 from models.ssondo_checkpoints import is_ssondo, read_ssondo
@@ -60,6 +62,10 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
+    if not config and is_matpac(content):
+        return read_matpac(content, str(path))
+    if not config.get("model") and is_dasheng(content):
+        return read_dasheng(content, config, str(path))
     if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         raise UserError(f"{path}: found entries {some(map(str, content))}; expected a state dict, or one under 'model'")
     if all(key.startswith("module.") for key in content):  # saved from torch.nn.DataParallel

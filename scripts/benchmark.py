@@ -3,6 +3,7 @@
     python scripts/benchmark.py train [--model ced_tiny] [--seconds 10] [--batch_size 16] [--compile] [--mode fp32]
     python scripts/benchmark.py train --device cuda --mode bf16 --compile --batch_size 128 --peak_tflops 989
     python scripts/benchmark.py tag [--sounds FOLDER] [--model ced_tiny] [--rounds 3]
+    python scripts/benchmark.py pretrain [--model audiotransformer_tiny] [--seconds 10] [--ratios 0.5,0.9]
     python scripts/benchmark.py quantize [--model lstm_small] [--seconds 10] [--batch_size 16]
     python scripts/benchmark.py export [--model lstm_small,ced_tiny] [--bits 8,4,2] [--rounds 30]
     python scripts/benchmark.py tome [--model ast_base] [--seconds 10] [--r 40] [--attention sdpa,naive]
@@ -11,6 +12,8 @@
 masks and mixup clip by clip, one tensor after another in the optimiser, the loss read every step. Weights, batch and
 random numbers are the same, so both have the same losses. All candidates run in one process and in alternation, so that
 other load on the machine affects them alike.
+
+`pretrain` times steps of MAE, MATPAC and MATPAC++ beside a step on labels; MAE with several shares of masked patches.
 
 `quantize` times the project's training step with float and with quantized weights, in alternation.
 
@@ -51,7 +54,14 @@ from scripts.benchmarks.export import benchmark_export
 from scripts.benchmarks.tag import benchmark_tagging
 from scripts.benchmarks.timing import compute_tflops, describe_device, format_table, time_steps
 from scripts.benchmarks.tome import Attention, benchmark_merging
-from scripts.benchmarks.train import count_flops, create_transformer, make_batch, make_plain_step, make_project_step
+from scripts.benchmarks.train import (
+    count_flops,
+    create_transformer,
+    make_batch,
+    make_plain_step,
+    make_pre_training_step,
+    make_project_step,
+)
 
 
 class Benchmark:
@@ -111,6 +121,53 @@ class Benchmark:
             f"{steps} steps"
         )
         print(format_table(measured, "plain", batch_size, "clips/s", columns))
+
+    @print_user_errors
+    def pretrain(
+        self,
+        model: str = "audiotransformer_tiny",
+        seconds: float = 10.0,
+        batch_size: int = 16,
+        ratios: Any = (0.5, 0.9),
+        steps: int = 1,
+        rounds: int = 10,
+        mode: str = "fp32",
+        compile: bool = False,
+        device: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        """Time the steps of self-supervised objectives: waveforms in, updated weights out.
+
+        Args:
+            model: a vision transformer whose patches do not overlap.
+            seconds: length of the clips.
+            batch_size: clips of a step.
+            ratios: shares of masked patches of further steps of MAE, with commas.
+            steps: of each candidate in a round.
+            rounds: of all candidates.
+            mode: precision, as in a training configuration.
+            compile: compile the student, as `compile: true`.
+            device: auto, cpu or cuda.
+            seed: of weights and sounds.
+        """
+        where = choose_device(device)
+        shares = ratios if isinstance(ratios, (list, tuple)) else [ratios]
+        objectives: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in ("mae", "matpac", "matpac++")}
+        objectives |= {f"mae, {share:g} masked": ("mae", {"mask_ratio": share}) for share in shares}
+        torch.manual_seed(seed)
+        pooling: dict[str, Any] = {"pooling": "logit"} if model.startswith(("ced_", "audiotransformer_")) else {}
+        network = create_model(model, **pooling).to(where)
+        batch = make_batch(network, batch_size, seconds, where, seed)
+        candidates = {"labels": make_project_step(copy.deepcopy(network), mode, where, compiled=compile)}
+        for name, (objective, arguments) in objectives.items():
+            copied = copy.deepcopy(network)
+            candidates[name] = make_pre_training_step(copied, objective, arguments, mode, where, compile)
+        measured = time_steps(candidates, batch, rounds, steps, where)
+        print(
+            f"pre-training steps of {model}, {mode}, {batch_size} clips of {seconds:g} s; PyTorch {torch.__version__}, "
+            f"{describe_device(where)}; medians of {rounds} rounds of {steps} steps"
+        )
+        print(format_table(measured, "labels", batch_size, "clips/s", {}))
 
     @print_user_errors
     def quantize(

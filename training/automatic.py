@@ -183,7 +183,7 @@ def _model_args(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
         arguments |= {"n_fft": 2 ** math.ceil(math.log2(window * rate)), "n_mels": 64, "f_max": limit}
     elif is_ced:
         arguments |= {"f_max": min(limit, 8000.0)} if limit < 8000 else {}
-        if seconds < 3:
+        if seconds < 3 and entry.defaults["patch_size"] == 16:  # Dasheng's patches are short as they are
             arguments |= {"patch_stride": 8, "target_length": _frames(min(facts.longest_seconds, MAX_SECONDS))}
     elif facts.band_limit < _highest_hz(entry, given):  # the same bands, those above the limit silent
         arguments["band_limit"] = usable_limit(facts.band_limit)

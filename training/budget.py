@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -85,13 +86,14 @@ def _time_validation(run: Run, valid: LabelledPack) -> float:
     return (time.perf_counter() - start_time) * len(valid.pack) / len(rows)
 
 
-def choose_epochs(config: TrainConfig, n_items: int, timing: Timing) -> dict[str, Choice]:
+def choose_epochs(config: TrainConfig, n_items: int, timing: Timing, *, saturates: bool = True) -> dict[str, Choice]:
     """Choose the number of epochs, the interval of validations, and the warm-up.
 
     Args:
         config: configuration of the run, with any number of epochs.
         n_items: number of training chunks.
         timing: see `time_run`.
+        saturates: whether more than `ENOUGH_CLIPS` gain little, which is so with labels or a teacher.
 
     Returns:
         `epochs`, `valid_every` and `warmup_epochs`, and `epoch_length` if the budget is less than a few passes.
@@ -105,6 +107,8 @@ def choose_epochs(config: TrainConfig, n_items: int, timing: Timing) -> dict[str
     enough = math.ceil(scale * passes)
     n_validations = min(MAX_VALIDATIONS, max(3, int(0.2 * seconds / max(valid_seconds, 1e-3))))
     training_seconds = max(seconds - n_validations * valid_seconds, 0.5 * seconds)
+    if not saturates:
+        enough = sys.maxsize
     affordable = training_seconds / (pass_steps * step_seconds)
     measured = f"{minutes:g} minutes at {step_seconds:.3g} s a step"
     chosen: dict[str, Choice] = {}

@@ -127,8 +127,8 @@ class TrainConfig(Config):
     freeze: list[str] = []  # ours: patterns of names of parameters that are not trained, `blocks.[0-5].*`
 
     # --- targets
-    # ours: a name from distill/objectives/: target = loss on the targets alone; cmkd = labels and teacher; others are
-    # for embeddings
+    # ours: a name from distill/objectives/: target = loss on the targets alone; cmkd = labels and teacher; mae, matpac,
+    # matpac++ = without labels; others are for embeddings
     objective: str = "target"
     objective_args: dict[str, Any] = {}  # its settings: lambda, tau, temperature, hidden, dropout
     # BCELoss needs a network that outputs probabilities, BCEWithLogitsLoss logits; CrossEntropyLoss one label a clip

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distill.objectives.collapse import MIN_VARIANCE, VARIANCE, WATCHED
+
 if TYPE_CHECKING:  # matplotlib takes a second to import: only functions that draw import it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -24,6 +26,7 @@ NOT_LOSSES: tuple[str, ...] = (
     "cosine",
     "grad_norm",
     "constant_loss",  # drawn as a dotted line
+    *WATCHED,
 )
 MAX_POINTS = 2000  # of a line: about the width of the plot in pixels
 MAX_EPOCH_MARKS = 12
@@ -170,6 +173,14 @@ def _draw_cosine(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[st
     axis.set_ylabel("cosine")
 
 
+def _draw_variance(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
+    for name, colour in zip(WATCHED, COLOURS[: len(WATCHED)], strict=True):
+        _draw_line(axis, epochs, name, color=colour, linewidth=1.8, label=name.replace("_", " "))
+    axis.axhline(MIN_VARIANCE, **REFERENCE_LINE, label="variance: collapse")
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("collapse")
+
+
 def _draw_validation(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
     _draw_line(axis, epochs, "valid_mAP", color=COLOURS[2], linewidth=1.8, label="validation")
     best = max((entry for entry in epochs if "valid_mAP" in entry), key=lambda entry: entry["valid_mAP"])
@@ -210,6 +221,7 @@ def _draw_speed(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str
 PANELS: tuple[tuple[str, float, Callable[["Axes", list[dict[str, Any]], list[dict[str, Any]]], None]], ...] = (
     ("valid_mAP", 2.2, _draw_validation),
     ("cosine", 1.8, _draw_cosine),
+    (VARIANCE, 1.8, _draw_variance),
     ("grad_norm", 1.3, _draw_gradient),
     ("lr", 1.3, _draw_learning_rate),
     ("clips_per_second", 1.3, _draw_speed),

@@ -108,8 +108,7 @@ def _check_network(run: "Run") -> list[str]:
     n_parameters, n_items = sum(p.numel() for p in model.parameters()), len(run.data.items)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     seconds = float(np.median(run.data.source.n_reference[run.data.items])) / REFERENCE_RATE
-    if (stride := getattr(model, "patch_stride", None)) is not None:
-        n_rows = (model.front_end.n_mels - getattr(model, "patch_size", stride)) // stride + 1
+    if (n_rows := getattr(model, "n_rows", None)) is not None:
         n_tokens = n_rows * model.n_steps(max(1, round(seconds * model.sample_rate)))
         if n_tokens < FEW_TOKENS:
             causes.append(

@@ -25,8 +25,8 @@ class LearningCheck:
 
     A run learns nothing if the mean loss of an epoch is less than 2 %, or less than two standard errors, below the loss
     of the best constant output for the targets of this epoch, and the last validation is not far above chance (the loss
-    of mixtures of soft labels cannot fall far); or if the metrics of a validation are within chance. Unknown values are
-    not checked. The check has no effect on training.
+    of mixtures of soft labels cannot fall far); if the metrics of a validation are within chance; or if the objective
+    reports that the embeddings have collapsed. Unknown values are not checked. The check has no effect on training.
 
     Args:
         targets: statistics of the targets of the current epoch.
@@ -34,11 +34,13 @@ class LearningCheck:
         total_epochs: number of epochs of the run.
         causes: returns the likely causes, as sentences, given whether the loss has not fallen either.
         ranks: the processes of the run; all get the same result, rank 0 logs.
+        describe_collapse: see `Objective.describe_collapse`.
         enabled: false for runs that are too short to learn anything.
         losses: means over a few steps each, of the current epoch.
         constant: whether the loss is still that of a constant output; None if unknown.
         by_chance: whether the metrics of the last validation are within chance; None if unknown.
         clear: whether they are far above chance.
+        collapse: what the objective reported of the last epoch, see `Objective.describe_collapse`.
         alarmed: whether the warning was logged, and no improvement after it.
         figures: the values of the last check, as text.
     """
@@ -48,24 +50,28 @@ class LearningCheck:
     total_epochs: int
     causes: Callable[[bool], list[str]]
     ranks: Ranks
+    describe_collapse: Callable[[Mapping[str, float]], str | None] = lambda means: None
     enabled: bool = True
     losses: list[float] = field(default_factory=list)
     constant: bool | None = None
     by_chance: bool | None = None
     clear: bool = False
+    collapse: str | None = None
     alarmed: bool = False
     figures: str = ""
 
     @property
     def learns(self) -> bool | None:
         """Whether the run learns; None if that is unknown."""
+        if self.collapse is not None:
+            return False
         failures = [failure for failure in (self.constant, self.by_chance) if failure is not None]
         return not any(failures) if failures else None
 
     @property
     def postfix(self) -> dict[str, str]:
         """Values for the progress bar."""
-        return {"learnt": "NOTHING"} if self.alarmed else {}
+        return {"learnt": "COLLAPSED" if self.collapse else "NOTHING"} if self.alarmed else {}
 
     def add_loss(self, loss: float) -> None:
         """Add the mean loss of a few steps."""
@@ -97,6 +103,7 @@ class LearningCheck:
         if not self.enabled or (entry["step"] < FIRST_SHARE * self.total_steps and not last):
             return more
         figures = []
+        self.collapse = self.describe_collapse(entry)
         if metrics is not None and chance is not None:
             self.clear = metrics.mAP >= CLEARLY * chance.mAP
         if constant_loss is not None:
@@ -113,18 +120,25 @@ class LearningCheck:
         return more if self.learns is None else more | {"learns": self.learns}
 
     def _log_change(self, epoch: int) -> None:
-        if self.learns is None or self.learns is not self.alarmed:
+        has_failed = self.learns is False
+        if has_failed is self.alarmed:
             return
-        self.alarmed = not self.learns
+        self.alarmed = has_failed
         if not self.ranks.is_main:
             return
-        if self.learns:
-            logger.info("the run learns from epoch %d on: %s", epoch, self.figures)
+        if not has_failed:
+            logger.info("the run learns from epoch %d on: %s", epoch, self.figures or "no collapse")
         else:
-            logger.warning("NOTHING IS LEARNT after epoch %d of %d: %s", epoch, self.total_epochs, self.explanation())
+            what = "COLLAPSED" if self.collapse else "NOTHING IS LEARNT"
+            logger.warning("%s after epoch %d of %d: %s", what, epoch, self.total_epochs, self.explanation())
 
     def explanation(self) -> str:
         """Return what was found and the likely causes, a line each."""
+        if self.collapse:
+            return (
+                f"{self.collapse}. The weights are of no use; start again with a lower learning rate, a longer warm-up "
+                "or a larger batch_size"
+            )
         if self.constant:
             found = "the loss is not clearly below that of a constant output"
         else:
@@ -134,11 +148,13 @@ class LearningCheck:
 
     def summary(self) -> str | None:
         """Return the warning for the end of the log and the report; None if the training works."""
-        return f"NOTHING WAS LEARNT: {self.explanation()}" if self.alarmed else None
+        if not self.alarmed:
+            return None
+        return f"{'THE RUN HAS COLLAPSED' if self.collapse else 'NOTHING WAS LEARNT'}: {self.explanation()}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the check, and the sums of targets over all ranks."""
-        names = ("losses", "constant", "by_chance", "clear", "alarmed", "figures")
+        names = ("losses", "constant", "by_chance", "clear", "collapse", "alarmed", "figures")
         return {name: getattr(self, name) for name in names} | {"targets": self.targets.over_ranks(self.ranks)}
 
     def load_state_dict(self, state: Mapping[str, Any] | None, device: Any) -> None:

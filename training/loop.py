@@ -126,7 +126,13 @@ class Run:
         self.window, self.epoch_tally, self.targets = Tally(), Tally(), TargetTally(objective)
         causes = partial(find_likely_causes, self)
         self.learning = LearningCheck(
-            self.targets, self.total_steps, config.epochs, causes, self.ranks, enabled=not config.smoke
+            self.targets,
+            self.total_steps,
+            config.epochs,
+            causes,
+            self.ranks,
+            objective.describe_collapse,
+            enabled=not config.smoke,
         )
         self.step, self.validations_without_improvement, self.seconds = 0, 0, 0.0
         self.epoch_is_open = False  # the last step ended an epoch, which is not validated yet
@@ -150,6 +156,8 @@ class Run:
         config, state = self.config, self.ranks.broadcast(state)
         if state is None and config.init_from_data:
             initialise_from_data(self)
+        if state is None:
+            self.objective.start(self.model)
         self.trainer = self.create_trainer()
         if state is not None:
             load_state(self, state)

@@ -196,7 +196,7 @@ def _time_and_choose(config: TrainConfig, given: dict[str, Any], parts: RunParts
     """Time the run, and choose the number of epochs and the keys that depend on it, as far as they are `auto`."""
     timing = ranks.broadcast(time_run(config, parts, ranks.world_size) if ranks.is_main else None)
     settings = {"epoch_length": AUTO} | given  # an epoch is a pass, unless the budget is shorter
-    choices = choose_epochs(config, len(parts.data.items), timing)
+    choices = choose_epochs(config, len(parts.data.items), timing, saturates=parts.needs.targets != "none")
     return {key: choice for key, choice in choices.items() if settings.get(key) == AUTO}
 
 

@@ -113,6 +113,9 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def start(self, student: AudioTagger) -> None:
+        """Prepare for the first step of a run, after the student was initialised from data; not called on resume."""
+
     def after_step(self, student: AudioTagger, step: int, n_steps: int) -> None:
         """Update everything that depends on the student or the step: moving-average teachers, temperatures.
 
@@ -121,6 +124,14 @@ class Objective(nn.Module):
             step: number of completed steps, from 1.
             n_steps: of the whole run.
         """
+
+    def describe_collapse(self, means: Mapping[str, float]) -> str | None:
+        """Return a sentence if the output of the student no longer depends on its input; None otherwise.
+
+        Args:
+            means: of what `forward` returned, over the steps of an epoch.
+        """
+        return None
 
     def target_statistics(self, batch: Batch) -> dict[str, Tensor]:
         """Return means over the clips of a batch for `constant_loss`, tensors by name; empty by default."""

@@ -3,17 +3,17 @@
 Letters: B batch, S samples, F mel bands, T frames, C classes.
 """
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
 from distill.batch import Batch
-from distill.objectives import plan_objective
+from distill.objectives import ObjectivePlan, plan_objective
 from distill.replay import REFERENCE_RATE, Replay
 from models import create_model
 from models.audiotransformer import AudioTransformer
@@ -70,16 +70,38 @@ def make_batch(model: AudioTagger, batch_size: int, seconds: float, device: torc
 
 
 def make_project_step(model: AudioTagger, mode: str, device: torch.device, compiled: bool) -> Step:
-    """Return the project's training step of `model`."""
-    plan = plan_objective("target", loss="BCEWithLogitsLoss")
-    objective = plan.build(model)
+    """Return the project's training step of `model` on labels."""
     replay = Replay(
         spectransforms=[
             {"TimeMasking": {"time_mask_param": TIME_MASK}},
             {"FrequencyMasking": {"freq_mask_param": FREQUENCY_MASK}},
         ]
     )
-    losses = LossModule(model, objective, plan.needs, replay, "spectrogram", compiled=compiled)
+    plan = plan_objective("target", loss="BCEWithLogitsLoss")
+    return _make_step(model, plan, replay, "spectrogram", mode, device, compiled)
+
+
+def make_pre_training_step(
+    model: AudioTagger, objective: str, arguments: Mapping[str, Any], mode: str, device: torch.device, compiled: bool
+) -> Step:
+    """Return the project's training step of `model` with a self-supervised objective and its settings."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
+            module.num_batches_tracked.fill_(1)  # for timing, any statistics will do
+    return _make_step(model, plan_objective(objective, **arguments), Replay(), None, mode, device, compiled)
+
+
+def _make_step(
+    model: AudioTagger,
+    plan: ObjectivePlan,
+    replay: Replay,
+    mixup_on: str | None,
+    mode: str,
+    device: torch.device,
+    compiled: bool,
+) -> Step:
+    objective = plan.build(model).to(device)
+    losses = LossModule(model, objective, plan.needs, replay, mixup_on, compiled=compiled)
     optimizer = create_optimizer("Adam", parameter_groups(model, objective), {"lr": LEARNING_RATE}, device)
     trainer = Trainer(losses, optimizer, None, Precision(mode, device), seed=0, total_steps=1)
     trainer.train_mode()

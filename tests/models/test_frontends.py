@@ -13,6 +13,7 @@ from models.ced_mel import CedMel
 from models.efficientat_mel import EfficientAtMel
 from models.frontends import build_front_end
 from models.kaldi_mel import KaldiMel
+from models.matpac_mel import MatpacMel
 from models.slaney_mel import SlaneyMel
 from tests.models.sounds import noise, padded
 
@@ -42,7 +43,9 @@ def test_ced_mel_numbers_of_frames_and_levels():
     assert abs(front_end(noise(160000)[None]).mean().item() - 6.7) < 0.3
 
 
-@pytest.mark.parametrize("front_end", [CedMel(), CedMel(center=False), CedMel(min_frames=16), EfficientAtMel()])
+@pytest.mark.parametrize(
+    "front_end", [CedMel(), CedMel(center=False), CedMel(min_frames=16), EfficientAtMel(), MatpacMel()]
+)
 def test_a_clip_in_a_padded_batch_has_the_features_it_has_alone(front_end):
     clips = [noise(n, seed=n) for n in (1, 2, 255, 256, 257, 2399, 2400, 9000, 16001)]
     batch, lengths = padded(clips)
@@ -161,6 +164,7 @@ DESCRIPTIONS = [
     ["CedMel", 8000, 40, 512, 400, 80, 20.0, 4000.0, {"center": False, "min_frames": 1, "band_limit": 3000.0}],
     ["EfficientAtMel", 32000, 128, 1024, 800, 320, 0.0, 15000.0, {"min_frames": 16}],
     ["KaldiMel", 16000, 128, 512, 400, 160, 20.0, 8000.0, {"mean": -4.2677393, "std": 4.5689974}],
+    ["MatpacMel", 16000, 80, 400, 400, 160, 50.0, 8000.0, {"mean": -7.056, "std": 4.193, "center": False}],
     ["SlaneyMel", 32000, 80, 1024, 1024, 512, 50.0, 16000.0, {"min_frames": 17}],
 ]
 
@@ -178,7 +182,7 @@ def test_descriptions_in_files_are_read_and_written_as_they_were(description):
         build_front_end({**given, "n_mel": 64})
 
 
-@pytest.mark.parametrize("kind", [CedMel, EfficientAtMel, KaldiMel, SlaneyMel])
+@pytest.mark.parametrize("kind", [CedMel, EfficientAtMel, KaldiMel, MatpacMel, SlaneyMel])
 def test_a_front_end_has_its_defaults_where_nothing_else_is_given(kind):
     front_end, n_mels = kind(n_mels=32), kind.defaults.n_mels
     for name, value in asdict(kind.defaults).items():
@@ -199,6 +203,8 @@ def test_a_front_end_has_its_defaults_where_nothing_else_is_given(kind):
         (EfficientAtMel(), 514),  # one more, which pre-emphasis takes away
         (EfficientAtMel(min_frames=16), 4801),
         (KaldiMel(), 400),  # a window
+        (MatpacMel(), 400),
+        (MatpacMel(center=True), 201),
         (SlaneyMel(min_frames=3), 2048),
     ],
 )

@@ -16,7 +16,7 @@ from models import create_model, list_models
 from models.onnx import export_onnx
 from tagging.onnx_engine import OnnxEngine
 from tests.models.sounds import noise, padded
-from tests.models.test_registry import WIDE
+from tests.models.test_registry import OF_PUBLISHED_SIZE, WIDE
 
 QUICK = {"audiotransformer_pico", "passt_pico", "mn01_as", "dymn04_as", "resnet10_small"}
 
@@ -39,7 +39,7 @@ POSITIONS = (0.0, 4.9, 9.9, 10.1, 19.8, 20.3, 29.9, 30.2, 34.6)  # at both sides
 @cache
 def build(name: str):
     """A model whose predictions differ from clip to clip, and its clips, of noise in bands of other levels."""
-    published_size = name.startswith(("ast_", "passt_")) and not name.endswith("_pico")
+    published_size = name.startswith(OF_PUBLISHED_SIZE) and not name.endswith("_pico")
     narrow = {"embed_dim": 64, "num_heads": 1, "depth": 1} if published_size else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)

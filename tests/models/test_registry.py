@@ -18,14 +18,17 @@ from tests.models.sounds import noise
 # Seconds to build and up to 300 MB to store; each is the twin of a model that is tested, but for its width or name.
 WIDE = {"mn30_as", "mn40_as", "mn40_as_ext", "mn40_as_no_im_pre"}
 WIDE |= {"audiotransformer_small", "audiotransformer_base", "audiotransformer_base_4740", "dymn20_as", "eres2net_base"}
-WIDE |= {"resnet50_audio"}
+WIDE |= {"resnet50_audio", "matpac_plus", "matpac_tiny", "matpac_small"}
+WIDE |= {"dasheng_tiny", "dasheng_small", "dasheng_06b", "dasheng_12b"}
 WIDE |= {f"{teacher}-{student}" for teacher in ("matpac", "m2d") for student in ("mobilenetv3", "dymn", "eres2net")}
+# transformers that are built narrow, except those called pico
+OF_PUBLISHED_SIZE = ("ast_", "passt_", "matpac", "m2d", "dasheng_")
 
 
 @pytest.mark.parametrize("name", sorted(set(list_models()) - WIDE))
 def test_every_model_learns_and_survives_a_checkpoint(name, tmp_path):
     torch.manual_seed(0)
-    of_published_size = name.startswith(("ast_", "passt_")) and not name.endswith("_pico")
+    of_published_size = name.startswith(OF_PUBLISHED_SIZE) and not name.endswith("_pico")
     narrow = {"embed_dim": 64, "num_heads": 1, "depth": 1} if of_published_size else {}
     model = create_model(name, labels=["rain", "dog, barking", "sea"], **narrow)
     wave = noise(2 * model.sample_rate).reshape(2, -1)

@@ -13,6 +13,7 @@ from models.audio_spectrogram_transformer import AST
 from models.audiotransformer import ARGUMENTS, AudioTransformer
 from models.dymn import DyMN
 from models.efficientnet import EfficientNet
+from models.matpac import MATPAC
 from models.mobilenetv3 import MobileNetV3
 from models.passt import PaSST
 from models.registry import get_model_entry
@@ -62,6 +63,17 @@ WANTED = {
         **{"target_length": 1000, "patch_stride": 10, "fmin_aug_range": 1, "fmax_aug_range": 1},
         **{"sample_rate": 32000, "n_mels": 128, "n_fft": 1024, "win_size": 800, "hop_size": 320},
         **{"f_min": 0.0, "f_max": 15000.0},
+    },
+    "dasheng_base": {
+        **{**TRANSFORMER, "target_length": 1008, "patch_size": (64, 4), "patch_stride": (64, 4)},
+        **{"pooling": "logit", "init_bn": True, "center": True},
+        **{"sample_rate": 16000, "n_mels": 64, "n_fft": 512, "win_size": 512, "hop_size": 160},
+        **{"f_min": 0.0, "f_max": 8000.0},
+    },
+    "matpac": {
+        **{**TRANSFORMER, **NORM, "target_length": 608, "pooling": "rows", "center": False},
+        **{"mean": -7.056, "std": 4.193, "sample_rate": 16000, "n_mels": 80, "n_fft": 400, "win_size": 400},
+        **{"hop_size": 160, "f_min": 50.0, "f_max": 8000.0},
     },
     "mn10_as": {**EFFICIENTAT, "width": 1.0},
     "mn10_as_hop_15": {**EFFICIENTAT, "width": 1.0, "hop_size": 480},
@@ -118,7 +130,7 @@ def test_every_setting_is_documented(settings):
 @pytest.mark.parametrize(
     "network",
     [
-        *(AudioTransformer, AST, PaSST, MobileNetV3, DyMN, EfficientNet, ResNet10),
+        *(AudioTransformer, AST, MATPAC, PaSST, MobileNetV3, DyMN, EfficientNet, ResNet10),
         *(MobileNetV3Student, DyMNStudent, ERes2NetStudent),
     ],
 )

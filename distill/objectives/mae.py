@@ -1,0 +1,133 @@
+"""The objective `mae`: a masked auto-encoder on spectrograms, without labels and without a teacher.
+
+Method: He et al., "Masked autoencoders are scalable vision learners", CVPR 2022, as CED's networks were pre-trained
+(RicherMans/SAT): a share of the patches is hidden, the encoder computes the others, a small decoder predicts the hidden
+patches of the spectrogram, each normalised to mean 0 and variance 1; the loss is the mean squared error of hidden
+patches alone.
+
+Differences to the published training: the decoder is smaller by default (512 x 4 has 9.5 times the multiplications of
+ced_tiny's encoder), its positions are fixed; and batch norms keep the statistics of the start, since those of a batch
+would depend on hidden patches.
+
+Letters: B clips, M masked tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import Faults
+from distill.batch import Batch
+from distill.objectives.base import Needs, Objective, TrainingFacts, register_objective
+from distill.objectives.collapse import VARIANCE, EmbeddingVariance, describe_collapse
+from distill.objectives.masking import (
+    TokenMask,
+    average_tokens,
+    check_student,
+    count_columns,
+    crop,
+    cut_patches,
+    draw_mask,
+    fix_norms,
+    get_patch_shape,
+)
+from distill.objectives.token_predictor import HEAD_WIDTH, TokenPredictor, check_memory, read_mask_ratio, read_size
+from models.base import AudioTagger
+from models.vit import SpectrogramTransformer
+
+_EPSILON = 1e-6  # of the variance of a patch
+
+
+@dataclass(frozen=True)
+class MaeSettings:
+    """Settings of `mae`.
+
+    Attributes:
+        mask_ratio: share of the patches that is hidden.
+        decoder_width: a multiple of 32; by default two thirds of the student's width, 64 to 512.
+        decoder_depth: number of blocks.
+        normalise_patches: whether the target is each patch with mean 0 and variance 1, instead of its values.
+    """
+
+    mask_ratio: Any = 0.75
+    decoder_width: Any = None
+    decoder_depth: Any = 2
+    normalise_patches: bool = True
+
+    def __post_init__(self) -> None:
+        faults = Faults("mae")
+        with faults.noted():
+            object.__setattr__(self, "mask_ratio", read_mask_ratio(self.mask_ratio))
+        with faults.noted():
+            read_size("decoder_width", self.decoder_width, HEAD_WIDTH)
+        with faults.noted():
+            read_size("decoder_depth", self.decoder_depth)
+        faults.raise_if_any()
+
+
+@register_objective("mae")
+class MaskedAutoEncoder(Objective):
+    """Predicts hidden patches of the spectrogram; clips longer than the student's window are cropped at random.
+
+    Attributes:
+        decoder: from visible tokens to hidden ones.
+        output: to the values of a patch.
+    """
+
+    Settings = MaeSettings
+
+    def __init__(self, settings: MaeSettings, student: AudioTagger, facts: TrainingFacts) -> None:
+        super().__init__(settings, student, facts)
+        self.seed = facts.seed
+        student = check_student(student)
+        width = settings.decoder_width or min(512, max(64, 64 * round(student.width / 96)))
+        depth = settings.decoder_depth or 2
+        check_memory("decoder", width, depth)
+        self.decoder = TokenPredictor(student.width, width, depth)
+        size, _ = get_patch_shape(student)
+        self.output = nn.Linear(width, size[0] * size[1])
+        self.variance = EmbeddingVariance(student)
+
+    @classmethod
+    def needs(cls, settings: MaeSettings) -> Needs:
+        """Return: nothing but sound."""
+        return Needs("none")
+
+    def start(self, student: AudioTagger) -> None:
+        """Check that batch norms have statistics."""
+        fix_norms(student, check=True)
+
+    def forward(self, student: AudioTagger, batch: Batch) -> dict[str, Tensor]:
+        """Return `loss`, and the variance of tokens among clips."""
+        student = cast(SpectrogramTransformer, student)
+        fix_norms(student)
+        batch = crop(self.seed, batch, student.target_length)
+        columns = count_columns(student, batch)
+
+        def draw(grid: tuple[int, int]) -> TokenMask:
+            return draw_mask(self.seed, batch, self.settings.mask_ratio, grid, columns)
+
+        encoded = student.encode(batch.mel, batch.n_frames, keep=lambda f, t, _: draw((f, t)).visible)
+        mask = draw(encoded.grid)
+        patches = cut_patches(student, batch.mel, encoded.grid)
+        target = patches.gather(1, mask.masked[..., None].expand(-1, -1, patches.shape[2])).float()  # (B,M,values)
+        if self.settings.normalise_patches:
+            variance, mean = torch.var_mean(target, dim=2, keepdim=True)
+            target = (target - mean) / (variance + _EPSILON).sqrt()
+        predicted = self.output(self.decoder(encoded, mask))
+        error = (predicted.float() - target).square().mean(2)  # (B,M)
+        return {
+            "loss": average_tokens(error, mask.is_target),
+            VARIANCE: self.variance.measure(encoded, mask.is_visible),
+        }
+
+    def after_step(self, student: AudioTagger, step: int, n_steps: int) -> None:
+        """Update the running means of the tokens."""
+        self.variance.running.update()
+
+    def describe_collapse(self, means: Mapping[str, float]) -> str | None:
+        """Return a sentence if the tokens of all clips are nearly the same."""
+        return describe_collapse(means)
