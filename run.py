@@ -26,6 +26,7 @@ from common.options import Options
 from probing.options import ProbeOptions
 from probing.probe import probe
 from probing.tasks import probe_tasks
+from probing.temporal_support import probe_supports
 from tagging.engines import open_engine
 from training.automatic import describe_train_config
 from training.config import TrainConfig
@@ -126,7 +127,9 @@ class Runner:
         """
         log_to(None)
         given = {"model": model or m, **options}
-        print((probe_tasks if options.get("tasks") else probe)(given, self.seed))
+        has_supports = options.get("temporal_support") not in (None, "null")
+        run_probe = probe_tasks if options.get("tasks") else probe_supports if has_supports else probe
+        print(run_probe(given, self.seed))
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class StoredEmbeddings(StoreItems):
     def __init__(self, store: EmbeddingStore, pack: Pack, max_epochs: int = 0, check: Check = "sample") -> None:
         super().__init__(store, pack, max_epochs, check)
         self.store: EmbeddingStore = store
-        self.width = store.width
+        self.widths = (store.width,)
         self._ends = {epoch: store.read_ends(epoch) for epoch in self.epochs}
 
     def target(self, epoch: int, item: int) -> np.ndarray:

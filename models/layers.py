@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.settings import TransformerSettings
+
 
 class PatchEmbed(nn.Module):
     """Project patches of the spectrogram: (R,F,T) -> (R,f,t,D).
@@ -168,6 +170,24 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Both halves: (B,N,D) -> (B,N,D)."""
         return self.feed_forward(self.attend(x, bias)[0])
+
+
+def build_blocks(settings: TransformerSettings, norm_eps: float) -> nn.ModuleList:
+    """Build the blocks of a transformer, stochastic depth rising linearly from 0."""
+    return nn.ModuleList(
+        Block(
+            settings.embed_dim,
+            settings.num_heads,
+            mlp_ratio=settings.mlp_ratio,
+            qkv_bias=settings.qkv_bias,
+            norm_eps=norm_eps,
+            dropout=settings.drop_rate,
+            attention_dropout=settings.attn_drop_rate,
+            drop_path=settings.drop_path_rate * index / max(settings.depth - 1, 1),
+            init_values=settings.init_values,
+        )
+        for index in range(settings.depth)
+    )
 
 
 def initialise(module: nn.Module) -> None:

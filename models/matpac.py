@@ -13,8 +13,8 @@ Letters as in `models.vit`; E embedding width.
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -154,6 +154,10 @@ class MATPAC(SpectrogramTransformer):
         """Patch columns that a clip of `n_samples` has, the last one padded."""
         return -(-self.front_end.n_frames(n_samples) // self.patch_size)
 
+    def grid(self, n_frames: int) -> tuple[int, int]:
+        """Rows and columns of the patches of spectrograms of `n_frames` frames, the last column padded."""
+        return self.n_rows, -(-n_frames // self.patch_size)
+
     def _split_chunks(self, mel: Tensor, n_frames: Tensor | None) -> tuple[Tensor, Tensor | None, Encoded]:
         """Pad clips to whole patches and cut long ones into chunks, of which only their own columns take part."""
         n_clips, n_mels, n_total = mel.shape
@@ -174,7 +178,7 @@ class MATPAC(SpectrogramTransformer):
             encoded.clip_of_row, encoded.weights = clip, inside
         return rows, columns, encoded
 
-    def _encode_shapes(self, mel: Tensor) -> tuple[Encoded, Tensor]:
+    def _encode_shapes(self, mel: Tensor, layers: Sequence[int] = ()) -> tuple[Encoded, Tensor]:
         """Encode spectrograms (B,F,T) as rows of B x chunks; which frames of a chunk are its clip's (chunks,frames)."""
         batch, _, n_frames = mel.shape
         n_columns = (n_frames + self.patch_size - 1) // self.patch_size
@@ -186,7 +190,7 @@ class MATPAC(SpectrogramTransformer):
         columns = (n_columns - torch.arange(n_chunks, device=mel.device) * chunk_columns).clamp(max=chunk_columns)
         mel = F.pad(mel, behind)
         chunks = mel.transpose(1, 2).reshape(batch * n_chunks, chunk, mel.shape[1]).transpose(1, 2)  # (R,F,chunk)
-        return self._encode_rows(chunks, columns.repeat(batch), Encoded(batch * n_chunks)), inside
+        return self._encode_rows(chunks, columns.repeat(batch), Encoded(batch), layers=layers), inside
 
     def _columns(self, encoded: Encoded) -> Tensor:
         """Columns (R,t,E), or the tokens that `keep` chose (R,N',D)."""
@@ -209,16 +213,6 @@ class MATPAC(SpectrogramTransformer):
             total = total.new_zeros(encoded.n_clips, *total.shape[1:]).index_add_(0, encoded.clip_of_row, total)
             number = number.new_zeros(encoded.n_clips, n_rows).index_add_(0, encoded.clip_of_row, number)
         return (total / number.clamp(min=1)[..., None]).flatten(1)
-
-    def pool_layers(self, encoded: Encoded) -> dict[int, Tensor]:
-        """Embed clips by each block in `encoded.layers`: (B,E) each, the last block's after the final norm."""
-        pooled = {}
-        for layer, output in encoded.layers.items():
-            tokens = output[:, self.n_prefix :]
-            grid = tokens if encoded.kept is not None else tokens.unflatten(1, encoded.grid)
-            is_last = layer % len(self.blocks) == len(self.blocks) - 1
-            pooled[layer] = self.pool(encoded if is_last else replace(encoded, tokens=grid))
-        return pooled
 
     def classify(self, encoded: Encoded) -> Tensor:
         """Classify the embeddings of clips: logits (B,C)."""

@@ -34,12 +34,11 @@ _PATCH, _N_BANDS, _TARGET_LENGTH, _CLASSES = 16, 80, 608, 527
 
 def is_matpac(state: Mapping[str, Any]) -> bool:
     """Whether a state dict is one of MATPAC's, MATPAC++'s or M2D's published ones."""
-    names = list(map(str, state))
-    if any(name.startswith(_STUDENT) or _M2D_FINE_TUNED in name for name in names):
+    if any(name.startswith(_STUDENT) or _M2D_FINE_TUNED in name for name in state):
         return True
     patches = state.get("patch_embed.proj.weight")
     is_spectral = isinstance(patches, Tensor) and patches.ndim == 4 and patches.shape[1] == 1
-    return is_spectral and set(names) >= _M2D and "dist_token" not in state
+    return is_spectral and state.keys() >= _M2D and "dist_token" not in state
 
 
 def read_matpac(state: Mapping[str, Any], origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -56,7 +55,7 @@ def read_matpac(state: Mapping[str, Any], origin: str) -> tuple[dict[str, Tensor
     Raises:
         UserError: M2D fine-tuned in EVAR, another front-end, or tensors of other shapes.
     """
-    if fine_tuned := [name for name in state if _M2D_FINE_TUNED in str(name)]:
+    if fine_tuned := [name for name in state if _M2D_FINE_TUNED in name]:
         raise UserError(
             f"{origin} is M2D fine-tuned in EVAR (found {fine_tuned[0]}), which is not read: give an M2D encoder "
             "(m2d_vit_base-80x608p16x16-*, names such as blocks.0.norm1.weight)"
@@ -72,9 +71,9 @@ def read_matpac(state: Mapping[str, Any], origin: str) -> tuple[dict[str, Tensor
     try:
         arguments = _find_arguments(kept, is_student)
         config = {"model": "matpac" if is_student else "m2d", "model_args": arguments} | _take_head(kept, arguments)
-    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{origin}: found tensors of MATPAC or M2D, of which {error!s:.200} is missing or has another shape"
+            f"{origin}: its tensors are not those of MATPAC or M2D ({type(error).__name__}: {error!s:.200})"
         ) from error
     return kept, config
 

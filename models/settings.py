@@ -7,8 +7,9 @@ keyword arguments, as in configurations and checkpoints (`model_args.embed_dim`)
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast, get_args
 
+from common.errors import Faults, some
 from models.chunks import Average
 from models.token_merging import MergingSetting
 
@@ -129,6 +130,17 @@ class TransformerSettings:
     def patch_strides(self) -> tuple[int, int]:
         """Mel bands and frames from one patch to the next."""
         return _as_pair(self.patch_stride)
+
+    def add_faults(self, faults: Faults, n_mels: int) -> None:
+        """Add settings that contradict each other or the number of mel bands."""
+        if self.eval_avg not in get_args(Average):
+            faults.add(f"eval_avg must be one of {some(get_args(Average))}, not {self.eval_avg!r}")
+        if self.num_heads < 1 or self.embed_dim % self.num_heads:
+            faults.add(f"embed_dim {self.embed_dim} cannot be shared among {self.num_heads} heads")
+        n_bands, n_frames = self.patch_shape
+        if self.target_length < n_frames or n_mels < n_bands:
+            patch = n_frames if n_bands == n_frames else f"{n_bands} bands and {n_frames} frames"
+            faults.add(f"target_length {self.target_length} and n_mels {n_mels} must hold a patch of {patch}")
 
 
 def _as_pair(edges: Edges) -> tuple[int, int]:

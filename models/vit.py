@@ -7,17 +7,17 @@ one.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, cast, get_args
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.errors import Faults, UserError, some
+from common.errors import Faults, UserError
 from models.base import AudioTagger, Encoded, Keep, Outputs
-from models.chunks import Average, Count, drop_remainder, join, join_logits, split
+from models.chunks import Count, drop_remainder, join, join_logits, split
 from models.frontends import SILENCE_DB, FrontEnd
-from models.layers import Block, PatchEmbed
+from models.layers import Block, PatchEmbed, build_blocks
 from models.patch_out import draw_patch_out
 from models.settings import TransformerSettings
 from models.token_merging import MergingSetting, TokenGroups, merging_schedule, split_setting, take_tokens
@@ -67,15 +67,9 @@ class SpectrogramTransformer(AudioTagger):
         faults: Faults,
         embed_dim: int | None = None,
     ) -> None:
-        width, target_length = settings.embed_dim, settings.target_length
-        (n_bands, patch_size), strides = settings.patch_shape, settings.patch_strides
-        if settings.eval_avg not in get_args(Average):
-            faults.add(f"eval_avg must be one of {some(get_args(Average))}, not {settings.eval_avg!r}")
-        if settings.num_heads < 1 or width % settings.num_heads:
-            faults.add(f"embed_dim {width} cannot be shared among {settings.num_heads} heads")
-        if target_length < patch_size or front_end.n_mels < n_bands:
-            patch = patch_size if n_bands == patch_size else f"{n_bands} bands and {patch_size} frames"
-            faults.add(f"target_length {target_length} and n_mels {front_end.n_mels} must hold a patch of {patch}")
+        width, strides = settings.embed_dim, settings.patch_strides
+        n_bands, patch_size = settings.patch_shape
+        settings.add_faults(faults, front_end.n_mels)
         try:
             r, proportional = split_setting(settings.token_merging)
             schedule = merging_schedule(r, settings.depth)
@@ -84,28 +78,15 @@ class SpectrogramTransformer(AudioTagger):
         faults.raise_if_any()
         super().__init__(front_end, num_classes=num_classes, embed_dim=embed_dim or width, outputs=outputs)
         self.width = width
-        self.eval_avg, self.target_length = settings.eval_avg, target_length
+        self.eval_avg, self.target_length = settings.eval_avg, settings.target_length
         self.patch_size, self.patch_stride = patch_size, strides[1]
         self.n_rows = (front_end.n_mels - n_bands) // strides[0] + 1
         self.time_patch_out, self.freq_patch_out = settings.time_patch_out or 0, settings.freq_patch_out or 0
         self.merges_in_training = settings.token_merging_in_training
         self.patch_embed = PatchEmbed(width, settings.patch_shape, strides)
-        self._make_positions(self.n_rows, self._count_columns(target_length))
+        self._make_positions(self.n_rows, self._count_columns(settings.target_length))
         self.pos_drop = nn.Dropout(settings.drop_rate)
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                settings.num_heads,
-                mlp_ratio=settings.mlp_ratio,
-                qkv_bias=settings.qkv_bias,
-                norm_eps=norm_eps,
-                dropout=settings.drop_rate,
-                attention_dropout=settings.attn_drop_rate,
-                drop_path=settings.drop_path_rate * index / max(settings.depth - 1, 1),
-                init_values=settings.init_values,
-            )
-            for index in range(settings.depth)
-        )
+        self.blocks = build_blocks(settings, norm_eps)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.merged_tokens, self.proportional_attention = schedule, proportional
 
@@ -262,8 +243,7 @@ class SpectrogramTransformer(AudioTagger):
             return self._mean_of_chunks(rows.unflatten(0, by_clip), inside)
         columns = self._columns(encoded)  # (R,t,D)
         # As `_count_covered_columns`: all of a chunk that is full.
-        counted = inside[:, self._needed_frames :: self.patch_stride][:, : columns.shape[1]]
-        counted = counted.repeat(n_clips, 1)  # (R,t)
+        counted = inside[:, self._needed_frames :: self.patch_stride][:, : columns.shape[1]].repeat(n_clips, 1)  # (R,t)
         if encoded.valid is not None:
             counted = counted * encoded.valid
         total = (columns * counted[..., None]).unflatten(0, by_clip).sum((1, 2))
@@ -314,6 +294,11 @@ class SpectrogramTransformer(AudioTagger):
         n_full = (n_frames - 1) // self.target_length
         rest = torch.tensor(n_frames - n_full * self.target_length)
         return n_full * self._count_columns(self.target_length) + int(self._count_covered_columns(rest))
+
+    def grid(self, n_frames: int) -> tuple[int, int]:
+        """Rows and columns of the patches of spectrograms of `n_frames` frames, at most `target_length`."""
+        n_frames = self.target_length if self.fixed_length else self._count_usable_frames(n_frames)
+        return self.n_rows, self._count_columns(n_frames)
 
     def _count_columns(self, n_frames: int) -> int:
         return (n_frames - self.patch_size) // self.patch_stride + 1

@@ -62,9 +62,10 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not config and is_matpac(content):
+    has_names = all(isinstance(key, str) for key in content)
+    if has_names and not config and is_matpac(content):
         return read_matpac(content, str(path))
-    if not config.get("model") and is_dasheng(content):
+    if has_names and not config.get("model") and is_dasheng(content):
         return read_dasheng(content, config, str(path))
     if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         raise UserError(f"{path}: found entries {some(map(str, content))}; expected a state dict, or one under 'model'")

@@ -25,6 +25,8 @@ class ProbeOptions(Options):
     weights: str | None = None  # for a model given by name
     embeddings: list[str] | None = None  # stores of embeddings, in place of a model
     chunk_length: float = Field(10.0, gt=0)  # seconds that are embedded at once; a clip is the mean over its chunks
+    # compare chunks of these lengths in seconds, 0.25,0.5,1,2,5,10, by score and cost, and keep the head of the best
+    temporal_support: list[Annotated[float, Field(gt=0)]] | None = None
     cache: str = "embeddings/"  # where the model's embeddings are kept
     num_workers: int = Field(4, ge=0)  # processes that read clips
     verify: bool = False  # compare every clip that is embedded with its checksum
@@ -92,6 +94,23 @@ class ProbeOptions(Options):
             yield "--head prototypes takes the time steps of the last layer; drop --layers, or give another head"
         if self.embeddings and (self.layer_choices != ["last"] or "prototypes" in self.head):
             yield "stores hold clip embeddings of the last layer: other layers, and prototypes, need a model"
+
+        if self.temporal_support is not None:
+            yield from self._support_conflicts()
+
+    def _support_conflicts(self) -> Iterator[str]:
+        if self.model is None:
+            yield "--temporal_support computes embeddings of windows of each length: give a model, not --embeddings"
+        if "chunk_length" in self.model_fields_set:
+            yield "--temporal_support and --chunk_length are both lengths of the chunks; drop one"
+        if len(set(self.temporal_support or ())) < 2:
+            yield "--temporal_support compares lengths: give two or more, 0.25,0.5,1,2,5,10 for example"
+        if self.tasks:
+            yield "--temporal_support compares lengths on one task; give its clips in place of --tasks"
+        if "knn" in self.head:
+            yield "--temporal_support chooses by validation clips, which --head knn has none of; give another head"
+        if not (self.valid_data or self.valid_fraction):
+            yield "--temporal_support chooses by validation clips; give --valid_data, or --valid_fraction above 0"
 
     @property
     def layer_choices(self) -> list[str]:

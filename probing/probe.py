@@ -80,6 +80,21 @@ def probe(given: dict[str, Any], seed: int) -> str:
     Raises:
         UserError: with every fault of the options, the data and the model.
     """
+    options, clips, source = open_probe(given)
+    checked = check_probe(options, clips, source, seed)
+    baseline = fit_baselines(clips) if options.baseline else None
+    return run_probe(checked, baseline)
+
+
+def open_probe(given: dict[str, Any]) -> tuple[ProbeOptions, ProbeSet, EmbeddingSource]:
+    """Read the options of a probe on one task, and open its clips and the source of its embeddings.
+
+    Args:
+        given: see `probing.options.ProbeOptions`.
+
+    Raises:
+        UserError: with every fault of the options, the data and the model.
+    """
     faults = Faults("the probe")
     options = read_options(ProbeOptions, {key: value for key, value in given.items() if value is not None}, faults)
     clips = None if options is None else open_clips(options, faults)
@@ -92,9 +107,7 @@ def probe(given: dict[str, Any], seed: int) -> str:
     assert options is not None
     assert clips is not None
     assert source is not None
-    checked = check_probe(options, clips, source, seed)
-    baseline = fit_baselines(clips) if options.baseline else None
-    return run_probe(checked, baseline)
+    return options, clips, source
 
 
 def check_probe(options: ProbeOptions, clips: ProbeSet, source: EmbeddingSource, seed: int) -> Probe:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Options that are the same for all tasks.
 SHARED = (
-    *("model", "weights", "embeddings", "cache", "num_workers", "device", "mode", "tasks"),
+    *("model", "weights", "embeddings", "cache", "num_workers", "device", "mode", "tasks", "temporal_support"),
     *("name", "head", "layers", "outputpath", "overwrite"),
 )
 TASK_KEYS = tuple(name for name in ProbeOptions.model_fields if name not in SHARED)

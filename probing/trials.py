@@ -30,12 +30,14 @@ class Trial:
         fitted: the head.
         rows: of the test clips among all tested clips.
         scores: probabilities (N,C) of these.
+        valid: validation clips, of the training part; None if the head was fitted without.
     """
 
     name: str
     fitted: FittedHead
     rows: np.ndarray
     scores: np.ndarray
+    valid: Examples | None = None
 
 
 def run_trials(
@@ -60,25 +62,25 @@ def run_trials(
     """
     groups = _find_groups(clips.packs.get(clips.train_part))
 
-    def fit_head(train: Examples, valid: Examples | None) -> FittedHead:
+    def fit_head(train: Examples, valid: Examples | None) -> tuple[FittedHead, Examples | None]:
         if valid is None and settings.kind != NeighbourHead.kind:  # which has no epochs
             labels = [np.flatnonzero(row) for row in train.targets]
             train_groups = None if groups is None else [groups[name] for name in train.names]
             held = hold_out(train.names, labels, train.targets.shape[1], valid_fraction, train_groups)
             train, valid = train.take(~held), train.take(held)
-        return fit(train, valid, clips.labels, clips.single, settings, device)
+        return fit(train, valid, clips.labels, clips.single, settings, device), valid or None
 
     if clips.folds is None:
-        fitted = fit_head(examples["train"], examples.get("valid"))
+        fitted, valid = fit_head(examples["train"], examples.get("valid"))
         test = examples["test"]
-        return [Trial("test", fitted, np.arange(len(test)), predict(fitted.head, test))], fitted
+        return [Trial("test", fitted, np.arange(len(test)), predict(fitted.head, test), valid)], fitted
     data, trials = examples["data"], []
     for name in sorted(set(clips.folds.tolist()), key=make_sort_key):
         tested = clips.folds == name
-        fitted = fit_head(data.take(~tested), None)
-        trials.append(Trial(name, fitted, np.flatnonzero(tested), predict(fitted.head, data.take(tested))))
+        fitted, valid = fit_head(data.take(~tested), None)
+        trials.append(Trial(name, fitted, np.flatnonzero(tested), predict(fitted.head, data.take(tested)), valid))
         logger.info("fold %s: %d clips, best of %d epochs: %d", name, tested.sum(), fitted.n_epochs, fitted.best_epoch)
-    return trials, fit_head(data, None)
+    return trials, fit_head(data, None)[0]
 
 
 def _find_groups(pack: Pack | None) -> dict[str, str] | None:

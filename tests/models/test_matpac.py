@@ -330,6 +330,26 @@ def test_files_of_other_systems_are_reported_in_one_sentence(matpac, tmp_path):
         load_model("matpac_pico", weights=tmp_path / "other.pt")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("norm_stats", torch.zeros(3), "not those of MATPAC or M2D"),
+        ("norm_stats", torch.tensor(1.0), "not those of MATPAC or M2D"),
+        ("norm_stats", torch.tensor([-7.0, 0.0]), "std is 0"),
+        ("pos_embed", torch.zeros(1), "not those of MATPAC or M2D"),
+        ("pos_embed", torch.zeros(1, 1, 64), "target_length is 0"),
+        ("head.weight", torch.tensor(1.0), "not those of MATPAC or M2D"),
+        ("norm.weight", "text", "holds values that are no tensors"),
+    ],
+)
+def test_damaged_files_are_reported(name, value, message, tmp_path):
+    state = create_model("matpac_pico", num_classes=0, depth=1).state_dict()
+    kept = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+    torch.save(kept | {"head.bias": torch.zeros(1)} | {name: value}, tmp_path / "m2d.pth")
+    with pytest.raises(UserError, match=message):
+        load_model("matpac_pico", weights=tmp_path / "m2d.pth", depth=1)
+
+
 def test_settings_that_contradict_each_other_are_listed():
     with pytest.raises(UserError, match=r"(?s)side by side.*freq_patch_out.*eval_avg must be mean.*multiple of 4"):
         create_model("matpac_pico", embed_dim=66, target_length=100, freq_patch_out=1, eval_avg="max")
