@@ -8,6 +8,7 @@ import yaml
 
 from common.errors import UserError
 from models import create_model, load_model, load_weights, save_checkpoint
+from scripts import wavlist_to_hdf5
 from tests.conftest import run_command, torchrun
 from tests.training.test_methods import SETTINGS, config, train  # noqa: F401 - a fixture
 from tests.training.test_report import Page
