@@ -119,6 +119,8 @@ def test_every_fault_is_reported_before_anything_is_computed(tmp_path, capsys):
     text = refused(capsys, Runner().probe, "cnn.pt", tasks="empty.yaml", name="x", data="a.tsv", **given)
     assert "it has no task" in text
     assert "--data: clips are those of the tasks" in text
+    text = refused(capsys, Runner().probe, "cnn.pt,cnn.pt", tasks="tasks.yaml", name="x", **given | {"lr": 1})
+    assert "several models would write" in text
     assert not list(tmp_path.iterdir())
 
 
