@@ -70,12 +70,11 @@ def probe_tasks(given: Mapping[str, Any], seed: int) -> str:
     sources = [] if options is None else _open_sources(options, given, faults)
     faults.raise_if_any()
     assert options is not None
-    cells = []
+    cells: list[Cell] = []
     for name, (task_options, clips) in parts.items():
         assert task_options is not None
         assert clips is not None
-        for cell in _list_cells(name, task_options, clips, sources, options, seed, faults):
-            cells.append(cell)
+        cells += _list_cells(name, task_options, clips, sources, options, seed, faults)
     files = Counter(str(cell.probe.target) for cell in cells)
     if repeated := [file for file, count in files.items() if count > 1]:
         faults.add(f"several models would write {some(repeated)}: give each once, from folders of different names")
