@@ -13,7 +13,7 @@ Letters as in `models.vit`; E embedding width.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -174,7 +174,7 @@ class MATPAC(SpectrogramTransformer):
             encoded.clip_of_row, encoded.weights = clip, inside
         return rows, columns, encoded
 
-    def _encode_shapes(self, mel: Tensor) -> tuple[Encoded, Tensor]:
+    def _encode_shapes(self, mel: Tensor, layers: Sequence[int] = ()) -> tuple[Encoded, Tensor]:
         """Encode spectrograms (B,F,T) as rows of B x chunks; which frames of a chunk are its clip's (chunks,frames)."""
         batch, _, n_frames = mel.shape
         n_columns = (n_frames + self.patch_size - 1) // self.patch_size
@@ -186,7 +186,7 @@ class MATPAC(SpectrogramTransformer):
         columns = (n_columns - torch.arange(n_chunks, device=mel.device) * chunk_columns).clamp(max=chunk_columns)
         mel = F.pad(mel, behind)
         chunks = mel.transpose(1, 2).reshape(batch * n_chunks, chunk, mel.shape[1]).transpose(1, 2)  # (R,F,chunk)
-        return self._encode_rows(chunks, columns.repeat(batch), Encoded(batch * n_chunks)), inside
+        return self._encode_rows(chunks, columns.repeat(batch), Encoded(batch), layers=layers), inside
 
     def _columns(self, encoded: Encoded) -> Tensor:
         """Columns (R,t,E), or the tokens that `keep` chose (R,N',D)."""
