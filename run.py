@@ -5,6 +5,7 @@
     python run.py config CONFIG.yaml [--key value ...]
     python run.py evaluate RUN_FOLDER_OR_CHECKPOINT_OR_NAME --test_data X.tsv [--head NAME] [--weights PATH]
     python run.py probe RUN_FOLDER_OR_CHECKPOINT_OR_NAME --data X.tsv --name NAME [--head mlp] [--key value ...]
+    python run.py probe MODEL[,MODEL] --tasks TASKS.yaml --name NAME [--head linear,knn] [--layers last,all]
 
 Any key of a configuration can be overridden on the command line, nested ones with a dot: `--optimizer_args.lr 3e-4`.
 """
@@ -24,6 +25,8 @@ from common.commands import run_commands
 from common.options import Options
 from probing.options import ProbeOptions
 from probing.probe import probe
+from probing.tasks import probe_tasks
+from probing.temporal_support import probe_supports
 from tagging.engines import open_engine
 from training.automatic import describe_train_config
 from training.config import TrainConfig
@@ -119,10 +122,14 @@ class Runner:
         Args:
             model: a run's folder, a checkpoint, or the name of a model; --embeddings STORE[,STORE] in its place.
             m: short for --model.
-            options: --name and either --data (tested by the folds of its column `fold`) or --train_data and --test_data
+            options: --name and either --data (tested by the folds of its column `fold`), --train_data and --test_data,
+                or --tasks TASKS.yaml for several tasks, models and heads in one table.
         """
         log_to(None)
-        print(probe({"model": model or m, **options}, self.seed))
+        given = {"model": model or m, **options}
+        has_supports = options.get("temporal_support") not in (None, "null")
+        run_probe = probe_tasks if options.get("tasks") else probe_supports if has_supports else probe
+        print(run_probe(given, self.seed))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,10 @@ class Faults:
         except UserError as error:
             self.add(str(error))
 
+    def add_all(self, others: "Faults") -> None:
+        """Add the faults of a part of the input, each behind its subject."""
+        self.sentences += [f"{others.subject}: {sentence}" for sentence in others.sentences]
+
     def raise_if_any(self) -> None:
         """Raise one `UserError` with all faults, if there are any."""
         if self.sentences:

@@ -14,7 +14,7 @@ from models.base import Encoded
 class Batch:
     """Clips, their augmentation and their targets, one row a clip; `dataclasses.replace` makes changed copies.
 
-    B clips, S samples of the longest, C classes, W width of a teacher's embedding, F mel bands, T
+    B clips, S samples of the longest, C classes, W width of a teacher's embedding (of several: the sum), F mel bands, T
     frames. A field is None if the run does not need it, or if it is not computed yet.
 
     Attributes:
@@ -26,8 +26,8 @@ class Batch:
         value: (B,) float32 in [0, 1), width of the masks, see `distill.replay`.
         min_value: (B,) float32 in [0, 1), position of the masks.
         n_reference: (B,) int64, samples of each clip at the reference rate of `distill.replay`.
-        target: (B, C) float32, labels or a teacher's probabilities; (B, W), a teacher's embeddings; (B, 0) before an
-            online teacher has run.
+        target: (B, C) float32, labels or a teacher's probabilities; (B, W), the embeddings of one teacher, or of
+            several side by side; (B, 0) before an online teacher has run.
         mixup_weight: (B,) float32, each clip's share in the mixture with its mirror in the batch; 1 without mixup.
         labels: (B, C) float32, of the clips, if they are needed besides the target.
         cluster: (B,) int64, of each clip.

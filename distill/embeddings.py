@@ -9,6 +9,7 @@ Letters: N chunks, M items, E embedding width.
 
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -96,7 +97,7 @@ class StoredEmbeddings(StoreItems):
     def __init__(self, store: EmbeddingStore, pack: Pack, max_epochs: int = 0, check: Check = "sample") -> None:
         super().__init__(store, pack, max_epochs, check)
         self.store: EmbeddingStore = store
-        self.width = store.width
+        self.widths = (store.width,)
         self._ends = {epoch: store.read_ends(epoch) for epoch in self.epochs}
 
     def target(self, epoch: int, item: int) -> np.ndarray:
@@ -108,8 +109,23 @@ class StoredEmbeddings(StoreItems):
         return self.store.read_row(stored, self.store.parts[stored][place], int(within))
 
 
-def compute_clip_embeddings(store: EmbeddingStore, pack: Pack) -> np.ndarray:
-    """Return an embedding for each clip of a pack: the mean of its chunks', weighted by their length, float32 (N, E).
+@dataclass(frozen=True)
+class ChunkEmbeddings:
+    """The embeddings of the chunks of a pack's clips.
+
+    Attributes:
+        values: float16 (M, E), the chunks of each clip one after the other, in the order of the pack.
+        clip: (M,) clip of each, int.
+        shares: (M,) length of each as a part of its clip, float64.
+    """
+
+    values: np.ndarray
+    clip: np.ndarray
+    shares: np.ndarray
+
+
+def read_chunk_embeddings(store: EmbeddingStore, pack: Pack) -> ChunkEmbeddings:
+    """Return the embeddings of the chunks of each clip of a pack.
 
     Args:
         store: the embeddings; its first epoch is used.
@@ -133,6 +149,22 @@ def compute_clip_embeddings(store: EmbeddingStore, pack: Pack) -> np.ndarray:
             f"{store.folder} lacks the embeddings of {len(missing)} of the {len(pack)} clips of {pack.manifest}: "
             f"{some(missing)}; make a store of that list, or remove these clips from it"
         )
+    order = np.argsort(clips, kind="stable")
+    values = store.read_arrays(epoch, "embedding")["embedding"][rows[order]]
+    return ChunkEmbeddings(values, clips[order], (seconds / total[clips])[order])
+
+
+def compute_clip_embeddings(store: EmbeddingStore, pack: Pack) -> np.ndarray:
+    """Return an embedding for each clip of a pack: the mean of its chunks', weighted by their length, float32 (N, E).
+
+    Args:
+        store: the embeddings; its first epoch is used.
+        pack: N clips; matched by name.
+
+    Raises:
+        UserError: clips without an embedding.
+    """
+    chunks = read_chunk_embeddings(store, pack)
     result = np.zeros((len(pack), store.width))
-    np.add.at(result, clips, store.read(epoch)[rows] * seconds[:, None])
-    return (result / total[:, None]).astype(np.float32)
+    np.add.at(result, chunks.clip, chunks.values * chunks.shares[:, None])
+    return result.astype(np.float32)

@@ -46,6 +46,7 @@ class Encoded:
         grid: f and t of `tokens`, after patch-out.
         kept: (R,N') indices into the f t patches that `keep` selected.
         layers: layer -> output of the requested layers, see `AudioTagger.encode`.
+        n_frames: (B,) frames of each clip, None where all are the clip's own; for the layers of a CNN.
     """
 
     n_clips: int
@@ -59,6 +60,7 @@ class Encoded:
     grid: tuple[int, int] = (0, 0)
     kept: Tensor | None = None
     layers: dict[int, Tensor] = field(default_factory=dict)
+    n_frames: Tensor | None = None
 
 
 class AudioTagger(nn.Module):
@@ -165,12 +167,40 @@ class AudioTagger(nn.Module):
         """Return embeddings of time steps (B,T',E), zero after a clip's `n_steps`. May synchronise with the device."""
         raise NotImplementedError
 
-    def _check_layers(self, layers: Sequence[int], n_layers: int) -> None:
+    @property
+    def n_layers(self) -> int:
+        """Number of layers that `encode` can return: blocks of a transformer, stages of a CNN.
+
+        Raises:
+            UserError: the network has no layers that can be returned.
+        """
+        raise UserError(f"{self.name} has no layers whose outputs could be returned: use its clip embeddings")
+
+    def pool_layers(self, encoded: Encoded) -> dict[int, Tensor]:
+        """Return the clip embeddings of each layer in `encoded.layers`, under the same numbers, (B,E_l) each.
+
+        Those of the last layer are `pool(encoded)`, after the final norm. Transformer: the output of an inner block,
+        without that norm, pooled as `pool` does. CNN: means of a stage over frequency and the clip's own time.
+
+        Raises:
+            UserError: the network has no layers that can be returned.
+        """
+        raise UserError(f"{self.name} has no layers that could be pooled: use its clip embeddings")
+
+    def count_steps(self, encoded: Encoded) -> Tensor | None:
+        """Return the number of time steps in `frames` that belong to each clip, (B,); None where all do."""
+        n_steps, clip = encoded.n_steps, encoded.clip_of_row
+        if n_steps is None or clip is None:
+            return n_steps
+        return n_steps.new_zeros(encoded.n_clips).index_add_(0, clip, n_steps)
+
+    def check_layers(self, layers: Sequence[int]) -> None:
         """Check that `layers` are numbers of layers.
 
         Raises:
             UserError: an unknown layer.
         """
+        n_layers = self.n_layers if layers else 0
         if unknown := [layer for layer in layers if not -n_layers <= layer < n_layers]:
             raise UserError(
                 f"{self.name} has no layer {unknown[0]}: it has {n_layers}, 0 to {n_layers - 1}; -1 is the last"
@@ -203,11 +233,11 @@ class AudioTagger(nn.Module):
         Returns:
             (B,C), logits or probabilities, see `outputs`.
         """
-        return self._run_waveform(lambda encoded: (self.classify(encoded),), waveform, lengths)[0]
+        return self.run_waveform(lambda encoded: (self.classify(encoded),), waveform, lengths)[0]
 
     def forward_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
         """Tag spectrograms: (B,F,T), frames of each clip (B,) or None -> (B,C), as `forward`."""
-        return self._run_spectrogram(lambda encoded: (self.classify(encoded),), mel, n_frames)[0]
+        return self.run_spectrogram(lambda encoded: (self.classify(encoded),), mel, n_frames)[0]
 
     def forward_features(self, mel: Tensor) -> Tensor:
         """Compute the input of pooling: (B,F,T) -> tokens (B,P+N,D), frequency-major, or maps (B,D,F',T').
@@ -244,45 +274,69 @@ class AudioTagger(nn.Module):
 
     def embed_waveform(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embed clips as `embed`, without checks: float32 (B,S) on the model's device."""
-        clip, frames = self._run_waveform(self._pool_and_frames, waveform, lengths)
+        clip, frames = self.run_waveform(self._pool_and_frames, waveform, lengths)
         return clip, frames
 
     def embed_spectrogram(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embed spectrograms: (B,F,T), frames of each clip (B,) or None -> (B,E), (B,T',E)."""
-        clip, frames = self._run_spectrogram(self._pool_and_frames, mel, n_frames)
+        clip, frames = self.run_spectrogram(self._pool_and_frames, mel, n_frames)
         return clip, frames
 
     def embed_clips(self, mel: Tensor, n_frames: Tensor | None = None) -> Tensor:
         """Return only the clip embeddings of `embed_spectrogram`: (B,F,T), frames (B,) or None -> (B,E)."""
-        return self._run_spectrogram(lambda encoded: (self.pool(encoded),), mel, n_frames)[0]
+        return self.run_spectrogram(lambda encoded: (self.pool(encoded),), mel, n_frames)[0]
+
+    def embed_layers(self, mel: Tensor, n_frames: Tensor | None = None, layers: Sequence[int] = (-1,)) -> list[Tensor]:
+        """Return the clip embeddings of layers: (B,F,T), frames (B,) or None -> (B,E_l) each, see `pool_layers`.
+
+        Raises:
+            UserError: an unknown layer.
+        """
+        return list(self.run_spectrogram(lambda encoded: self._pool_in_order(encoded, layers), mel, n_frames, layers))
+
+    def embed_layers_export(self, mel: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Return the clip embeddings of layers (B,E_l) of spectrograms (B,F,T) of one length, see `embed_export`."""
+        return self.embed_layers(mel, None, layers)
 
     def tag_and_embed(self, mel: Tensor, n_frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tag and embed in one pass: (B,F,T), frames (B,) or None -> (B,C) as `forward`, clip embeddings (B,E)."""
-        output, clip = self._run_spectrogram(self._classify_and_pool, mel, n_frames)
+        output, clip = self.run_spectrogram(self._classify_and_pool, mel, n_frames)
         return output, clip
 
     def _classify_and_pool(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         return self.classify(encoded), self.pool(encoded)
 
+    def _pool_in_order(self, encoded: Encoded, layers: Sequence[int]) -> tuple[Tensor, ...]:
+        pooled = self.pool_layers(encoded)
+        return tuple(pooled[layer] for layer in layers)
+
     def _pool_and_frames(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         return self.pool(encoded), self.frames(encoded)
 
-    def _run_waveform(
-        self, function: Callable[[Encoded], tuple[Tensor, ...]], waveform: Tensor, lengths: Tensor | None
+    def run_waveform(
+        self,
+        function: Callable[[Encoded], tuple[Tensor, ...]],
+        waveform: Tensor,
+        lengths: Tensor | None,
+        layers: Sequence[int] = (),
     ) -> tuple[Tensor, ...]:
         """Encode waveforms (B,S) and apply a function; each length alone where the network does not mask padding."""
         waveform, lengths = _trim_common_padding(waveform, lengths)
         if lengths is not None and not self.masks_padding:
-            return run_by_length(lambda clips: self._run_waveform(function, clips, None), waveform, lengths)
-        return function(self.encode(*self.front_end.spectrogram(waveform, lengths)))
+            return run_by_length(lambda clips: self.run_waveform(function, clips, None, layers), waveform, lengths)
+        return function(self.encode(*self.front_end.spectrogram(waveform, lengths), layers=layers))
 
-    def _run_spectrogram(
-        self, function: Callable[[Encoded], tuple[Tensor, ...]], mel: Tensor, n_frames: Tensor | None
+    def run_spectrogram(
+        self,
+        function: Callable[[Encoded], tuple[Tensor, ...]],
+        mel: Tensor,
+        n_frames: Tensor | None,
+        layers: Sequence[int] = (),
     ) -> tuple[Tensor, ...]:
         """Encode spectrograms (B,F,T) and apply a function; each length alone where padding is not masked."""
         if n_frames is not None and not self.masks_padding:
-            return run_by_length(lambda clips: function(self.encode(clips)), mel, n_frames)
-        return function(self.encode(mel, n_frames))
+            return run_by_length(lambda clips: function(self.encode(clips, layers=layers)), mel, n_frames)
+        return function(self.encode(mel, n_frames, layers=layers))
 
     def n_steps(self, n_samples: int) -> int:
         """Return the number of time steps T' that `embed` returns for a clip of `n_samples` samples."""

@@ -1,9 +1,10 @@
 """Descriptions of models in files, checked before anything is built: names, types and bounds of their entries."""
 
-import itertools
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from functools import partial
+from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
@@ -13,12 +14,22 @@ from common.parsing import describe_faults
 from models.base import Activation
 from models.headed import Head
 from models.labels import MAX_CLASSES
+from models.other_heads import create_head
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
 FORMAT_VERSION = 1
 Width = Annotated[int, Field(ge=1, le=65536)]
+Layer = Annotated[int, Field(ge=0, le=1023)]
+Count = Annotated[int, Field(ge=1, le=2**31)]
 _MAX_HIDDEN = 16  # layers of a head
+_MAX_LAYERS = 1024  # of a model that a head takes
+# arguments of each kind of head
+_ARGUMENTS = {
+    "mlp": ("hidden_sizes", "dropout", "layers", "widths"),
+    "knn": ("n_examples", "n_neighbours", "layers", "widths"),
+    "prototypes": ("n_prototypes", "stride"),
+}
 Labels = list[str] | tuple[str, ...]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
@@ -55,10 +66,17 @@ class HeadDescription(Description):
 
     embed_dim: Width
     num_classes: Annotated[int, Field(ge=1, le=MAX_CLASSES)]
-    hidden_sizes: Annotated[list[Width] | tuple[Width, ...], Field(max_length=_MAX_HIDDEN)]
     labels: Labels
     activation: Activation
-    dropout: Dropout
+    kind: Literal["mlp", "knn", "prototypes"] = "mlp"
+    hidden_sizes: Annotated[list[Width] | tuple[Width, ...], Field(max_length=_MAX_HIDDEN)] = ()
+    dropout: Dropout = 0.0
+    layers: Annotated[list[Layer] | tuple[Layer, ...], Field(max_length=_MAX_LAYERS)] = ()
+    widths: Annotated[list[Width] | tuple[Width, ...], Field(max_length=_MAX_LAYERS)] = ()
+    n_examples: Count = 1
+    n_neighbours: Count = 1
+    n_prototypes: Count = 1
+    stride: Count = 1
     padded: bool
     facts: HeadFacts
 
@@ -142,11 +160,13 @@ def restore_head(config: Mapping[str, Any], state: Mapping[str, Tensor], origin:
         UserError: entries are missing, or the tensors do not fit the config.
     """
     described = check_description(HeadDescription, config, f"{origin}: its head")
-    sizes = [described.embed_dim, *described.hidden_sizes, described.num_classes]
-    if sum(n_in * n_out for n_in, n_out in itertools.pairwise(sizes)) > sum(map(Tensor.numel, state.values())):
+    given = {name: getattr(described, name) for name in ("labels", "activation", *_ARGUMENTS[described.kind])}
+    make = partial(create_head, described.kind, described.embed_dim, described.num_classes, **given)
+    with torch.device("meta"):  # which allocates nothing
+        n_described = sum(map(Tensor.numel, make().state_dict().values()))
+    if n_described > sum(map(Tensor.numel, state.values())):
         raise UserError(f"{origin}: its head is described as larger than it is: train it again with `run.py probe`")
-    given = {name: config[name] for name in ("hidden_sizes", "labels", "activation", "dropout")}
-    head = Head(described.embed_dim, described.num_classes, **given)
+    head = make()
     try:
         head.load_state_dict(dict(state), strict=True)
     except RuntimeError as error:

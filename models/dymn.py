@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.mobilenetv3 import RELEASE, STAGES, STRIDE, EfficientAtTagger, Stage, conv_norm, make_divisible, n_features
+from models.mobilenetv3 import (
+    N_MAPS,
+    RELEASE,
+    STAGES,
+    STRIDE,
+    EfficientAtTagger,
+    Stage,
+    conv_norm,
+    make_divisible,
+    n_features,
+)
 from models.pooled_cnn import Backbone, run_stages
 from models.registry import register_model
 
@@ -174,6 +184,7 @@ class DyMNMaps(Backbone):
     """
 
     stride = STRIDE
+    n_stages = N_MAPS
 
     def __init__(self, width: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()

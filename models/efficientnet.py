@@ -118,6 +118,11 @@ class EfficientNet(PooledCNN):
         else:
             self.classifier = AttentionPooling(width, num_classes)
 
+    @property
+    def n_layers(self) -> int:
+        """Number of stages: timm's, and two convolutions."""
+        return len(cast(Any, self.body).blocks) + 2
+
     def stages(self, mel: Tensor, n_frames: Tensor | None) -> Iterator[Tensor]:
         """Yield the output of the first convolution, of each of timm's stages and of the last convolution."""
         body = cast(Any, self.body)

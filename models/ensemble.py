@@ -1,4 +1,4 @@
-"""Ensembles: the mean probabilities of one or several taggers, as a teacher or for tagging.
+"""Ensembles: the mean probabilities of one or several taggers, or their embeddings side by side.
 
 Letters: B batch, S samples, F mel bands, T frames, C classes, E embedding width.
 """
@@ -29,6 +29,8 @@ class Ensemble(nn.Module):
 
     Args:
         members: at least one tagger; all with the same classes in the same order.
+        same_labels: false for members of any classes, which give embeddings alone; the ensemble then has no labels,
+            unless there is one member.
 
     Raises:
         UserError: no members, or different labels.
@@ -36,12 +38,12 @@ class Ensemble(nn.Module):
 
     outputs = "probabilities"
 
-    def __init__(self, members: Sequence[AudioTagger]) -> None:
+    def __init__(self, members: Sequence[AudioTagger], *, same_labels: bool = True) -> None:
         super().__init__()
         if not members:
             raise UserError("an ensemble needs at least one member")
         first = members[0]
-        for member in members[1:]:
+        for member in members[1:] if same_labels else ():
             if member.labels != first.labels:
                 where = next(
                     (i for i, pair in enumerate(zip_longest(first.labels, member.labels)) if len(set(pair)) > 1), 0
@@ -52,7 +54,8 @@ class Ensemble(nn.Module):
                 )
         self.members = nn.ModuleList(members)
         self.eval().requires_grad_(False)
-        self.labels, self.num_classes = list(first.labels), first.num_classes
+        self.labels = list(first.labels) if same_labels or len(members) == 1 else []
+        self.num_classes = len(self.labels)
 
     def train(self, mode: bool = True) -> "Ensemble":
         """Stay in evaluation mode."""
@@ -74,6 +77,11 @@ class Ensemble(nn.Module):
         return sorted({member.sample_rate for member in self.taggers})
 
     @property
+    def embed_dims(self) -> tuple[int, ...]:
+        """Widths of the members' embeddings."""
+        return tuple(member.embed_dim for member in self.taggers)
+
+    @property
     def activations(self) -> set[str]:
         """Activations of the members: "sigmoid", "softmax", or both."""
         return {member.activation for member in self.taggers}
@@ -92,14 +100,15 @@ class Ensemble(nn.Module):
 
     @property
     def single(self) -> AudioTagger:
-        """The only member, for embeddings and layers, which cannot be averaged.
+        """The only member, for stores of embeddings and for layers, which cannot be averaged.
 
         Raises:
             UserError: there are several.
         """
         if len(self.members) > 1:
             raise UserError(
-                f"{len(self.members)} models are given, but embeddings and layers are those of a single one: give one"
+                f"{len(self.members)} models are given, but stored embeddings, and layers, are those of a single one: "
+                "give one (of several teachers, each has a store of its own: embeddingspath: [A, B])"
             )
         return self.taggers[0]
 
@@ -128,12 +137,12 @@ class Ensemble(nn.Module):
 
     @torch.no_grad()
     def embeddings(self, batch: Any, spectrogram: ComputeSpectrogram) -> Tensor:
-        """Return the embeddings of the clips (B,E), float32; arguments as in `probabilities`.
+        """Return the members' embeddings of the clips side by side, float32 (B, sum of `embed_dims`).
 
-        Raises:
-            UserError: there are several members.
+        Arguments as in `probabilities`.
         """
-        return self.single.embed_clips(*spectrogram(self.single.front_end, batch)).float()
+        each = [member.embed_clips(*spectrogram(member.front_end, batch)).float() for member in self.taggers]
+        return torch.cat(each, dim=1)
 
     @torch.no_grad()
     def encode(self, batch: Any, spectrogram: ComputeSpectrogram, layers: Sequence[int] = ()) -> Encoded:

@@ -15,6 +15,7 @@ from common.files import whole_file
 from models.base import Activation, AudioTagger
 from models.description import FORMAT_VERSION, restore_head
 from models.downloads import download
+from models.head_inputs import measure_layers
 from models.headed import Head, HeadedTagger
 from models.loading import load_model, weights_hash
 from models.source_errors import describe_onnx
@@ -146,8 +147,16 @@ def check_fit(model: AudioTagger, head: Head) -> None:
         UserError: the widths differ.
     """
     trained_on = head.facts.get("model")
-    if head.embed_dim != model.embed_dim:
-        hint = f"; it was trained on {trained_on!r}" if trained_on else ""
+    hint = f"; it was trained on {trained_on!r}" if trained_on else ""
+    if head.read_layers:
+        model.check_layers(head.read_layers)
+        widths = measure_layers(model)
+        if list(head.widths) != [widths[layer] for layer in head.read_layers]:
+            raise UserError(
+                f"the head takes layers {some(map(str, head.read_layers))} of widths {some(map(str, head.widths))}, "
+                f"those of {model.name!r} have others{hint}"
+            )
+    elif head.embed_dim != model.embed_dim:
         raise UserError(
             f"the head takes embeddings of width {head.embed_dim}, those of {model.name!r} have {model.embed_dim}{hint}"
         )

@@ -157,7 +157,9 @@ def write_huggingface(folder: str | Path, model: AudioTagger, extra: Mapping[str
     if isinstance(model, HeadedTagger):
         described = model.head.config()
         facts = {key: value for key, value in described["facts"].items() if key in _HEAD_FACTS}
-        config["head"] = {key: described[key] for key in ("hidden_sizes", "dropout")} | {"facts": facts}
+        config["head"] = (
+            {key: described[key] for key in ("kind", "embed_dim")} | model.head.arguments() | {"facts": facts}
+        )
         state = {key: value for key, value in state.items() if not key.startswith("outputlayer.")}
         state |= {f"outputlayer.{key}": value for key, value in model.head.state_dict().items()}
     state = {key: value.contiguous() for key, value in state.items()}

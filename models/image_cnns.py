@@ -86,6 +86,11 @@ class ImageCNN(PooledCNN):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
+    @property
+    def n_layers(self) -> int:
+        """Number of stages."""
+        return len(self.parts.stages)
+
     def stages(self, mel: Tensor, n_frames: Tensor | None) -> Iterator[Tensor]:
         """Yield the output of the first convolution with its norm, and of each of the four groups of blocks."""
         modules = [nn.Sequential(*map(self.body.get_submodule, names)) for names in self.parts.stages]

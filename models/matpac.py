@@ -14,7 +14,7 @@ Letters as in `models.vit`; E embedding width.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -154,6 +154,10 @@ class MATPAC(SpectrogramTransformer):
         """Patch columns that a clip of `n_samples` has, the last one padded."""
         return -(-self.front_end.n_frames(n_samples) // self.patch_size)
 
+    def grid(self, n_frames: int) -> tuple[int, int]:
+        """Rows and columns of the patches of spectrograms of `n_frames` frames, the last column padded."""
+        return self.n_rows, -(-n_frames // self.patch_size)
+
     def _split_chunks(self, mel: Tensor, n_frames: Tensor | None) -> tuple[Tensor, Tensor | None, Encoded]:
         """Pad clips to whole patches and cut long ones into chunks, of which only their own columns take part."""
         n_clips, n_mels, n_total = mel.shape
@@ -209,16 +213,6 @@ class MATPAC(SpectrogramTransformer):
             total = total.new_zeros(encoded.n_clips, *total.shape[1:]).index_add_(0, encoded.clip_of_row, total)
             number = number.new_zeros(encoded.n_clips, n_rows).index_add_(0, encoded.clip_of_row, number)
         return (total / number.clamp(min=1)[..., None]).flatten(1)
-
-    def pool_layers(self, encoded: Encoded) -> dict[int, Tensor]:
-        """Embed clips by each block in `encoded.layers`: (B,E) each, the last block's after the final norm."""
-        pooled = {}
-        for layer, output in encoded.layers.items():
-            tokens = output[:, self.n_prefix :]
-            grid = tokens if encoded.kept is not None else tokens.unflatten(1, encoded.grid)
-            is_last = layer % len(self.blocks) == len(self.blocks) - 1
-            pooled[layer] = self.pool(encoded if is_last else replace(encoded, tokens=grid))
-        return pooled
 
     def classify(self, encoded: Encoded) -> Tensor:
         """Classify the embeddings of clips: logits (B,C)."""

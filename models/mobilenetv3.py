@@ -48,6 +48,7 @@ STAGES = (
     Stage(5, 960, 160, True, True, 1),
     Stage(5, 960, 160, True, True, 1),
 )
+N_MAPS = len(STAGES) + 2  # of a convolution before them and one after them, too
 LAST_HIDDEN = 1280
 STRIDE = 32  # frames and bands to a position of the last map
 
@@ -139,6 +140,7 @@ class MobileNetV3Maps(Backbone):
     """
 
     stride = STRIDE
+    n_stages = N_MAPS
 
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
@@ -198,6 +200,11 @@ class EfficientAtTagger(PooledCNN):
             nn.Linear(n_hidden, num_classes),
         )
         self.apply(initialise)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of stages."""
+        return N_MAPS
 
     def _add_maps(self, width: float) -> None:
         """Make the layers of `stages`, under their published names."""

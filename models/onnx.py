@@ -73,6 +73,12 @@ def export_onnx(
             f"{model.full_name}: the head was trained on clips filled up with zeros, which no exported file can do; "
             "train one with `run.py probe`"
         )
+    network = model.model if isinstance(model, HeadedTagger) else model
+    if isinstance(model, HeadedTagger) and model.head.input.stride and isinstance(network, SpectrogramTransformer):
+        raise UserError(
+            f"{model.full_name}: the head takes time steps, which exported files of transformers do not have; train "
+            "another one with `run.py probe --head linear`"
+        )
     codes = choose_code_type(model, targets, opset, container)
     model = copy.deepcopy(model).cpu().float().eval()
     bake_parametrizations(model)  # a quantiser finds constants only

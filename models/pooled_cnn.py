@@ -25,10 +25,12 @@ class Backbone(nn.Module):
     Attributes:
         stride: frames and bands per position of the last maps.
         channels: D of the last maps.
+        n_stages: number of maps that `stages` yields.
     """
 
     stride: int
     channels: int
+    n_stages: int
 
     def stages(self, mel: Tensor) -> Iterator[Tensor]:
         """Yield the output of each stage: (B,F,T) -> (B,D,F',T') each, the last maps last."""
@@ -42,7 +44,7 @@ class Backbone(nn.Module):
 class PooledCNN(AudioTagger):
     """A CNN whose last maps are averaged over frequency for time steps, and over both axes for clips.
 
-    Clips of any length are computed in one piece. Subclasses implement `stages` and `tag`.
+    Clips of any length are computed in one piece. Subclasses implement `stages`, `n_layers` and `tag`.
 
     Attributes:
         stride: frames per column of the last maps.
@@ -69,13 +71,13 @@ class PooledCNN(AudioTagger):
         if keep is not None:
             raise UserError(f"{self.name} has no tokens to choose from: give a vision transformer")
         self.check_lengths(mel, n_frames)
+        self.check_layers(layers)
         outputs: list[Tensor] = []
         for x in self.stages(mel, n_frames):
             outputs = [*outputs, x] if layers else [x]  # frees the memory of stages that are not returned
-        self._check_layers(layers, len(outputs))
         n_steps = None if n_frames is None else (n_frames - 1) // self.stride + 1
         chosen = {layer: outputs[layer] for layer in layers}
-        return Encoded(mel.shape[0], maps=outputs[-1], n_steps=n_steps, layers=chosen)
+        return Encoded(mel.shape[0], maps=outputs[-1], n_steps=n_steps, layers=chosen, n_frames=n_frames)
 
     def classify(self, encoded: Encoded) -> Tensor:
         """Return (B,C), logits or probabilities, see `outputs`."""
@@ -85,6 +87,18 @@ class PooledCNN(AudioTagger):
         """Return clip embeddings, the means of the last maps (B,E)."""
         assert encoded.maps is not None
         return encoded.maps.mean((2, 3))
+
+    def pool_layers(self, encoded: Encoded) -> dict[int, Tensor]:
+        """Embed clips by each stage in `encoded.layers`: (B,D) each, see `AudioTagger.pool_layers`."""
+        last = self.n_layers - 1
+        return {
+            layer: self.pool(encoded) if layer % self.n_layers == last else self._pool_stage(encoded, layer)
+            for layer in encoded.layers
+        }
+
+    def _pool_stage(self, encoded: Encoded, layer: int) -> Tensor:
+        """Embed clips by the means of a stage other than the last: (B,D). Networks that mask padding override it."""
+        return encoded.layers[layer].mean((2, 3))
 
     def frames(self, encoded: Encoded) -> Tensor:
         """Return time step embeddings, the means over frequency of the columns of the last maps (B,T',E)."""

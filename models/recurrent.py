@@ -113,7 +113,7 @@ class RecurrentTagger(AudioTagger):
         """
         if keep is not None:
             raise UserError(f"{self.name} has no tokens to choose from: give a vision transformer")
-        self._check_layers(layers, len(self.layers))
+        self.check_layers(layers)
         steps, _ = self._stack(self._normalise(mel, n_frames), self._first_frames(mel))
         outputs, _ = self._run(steps, (None,) * len(self.layers))
         maps = [output.mT.unsqueeze(2) for output in outputs]
@@ -130,6 +130,15 @@ class RecurrentTagger(AudioTagger):
         if self.pooling == "last":
             return _take_last(states, encoded.n_steps)
         return _sum_steps(states, encoded.n_steps) / _count_steps(states, encoded.n_steps)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of recurrent layers."""
+        return len(self.layers)
+
+    def pool_layers(self, encoded: Encoded) -> dict[int, Tensor]:
+        """Embed clips by each layer in `encoded.layers`: (B,D) each, pooled as `pool` does."""
+        return {layer: self.pool(replace(encoded, maps=maps)) for layer, maps in encoded.layers.items()}
 
     def frames(self, encoded: Encoded) -> Tensor:
         """Return the states of the steps (B,T',D), zero after a clip's `n_steps`."""

@@ -25,6 +25,7 @@ from models.settings import Rate, Width, find_arguments, take_settings
 
 STRIDE = 16  # frames and bands to a position of the last maps
 _STAGES = (1, 2, 4, 8)  # channels of each, in units of the width
+_STRIDES = (2, 2, 4, 8, 16)  # frames to a column after the first convolution and each block
 
 
 class ConvNorm(nn.Module):
@@ -111,6 +112,11 @@ class ResNet10(PooledCNN):
         self.blocks = nn.ModuleList(blocks)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.embed_dim, num_classes))
 
+    @property
+    def n_layers(self) -> int:
+        """Number of stages."""
+        return len(_STRIDES)
+
     def stages(self, mel: Tensor, n_frames: Tensor | None) -> Iterator[Tensor]:
         """Yield the output of the first convolution and of each block."""
         x = normalise(self.bands, mel.unsqueeze(2), n_frames).transpose(1, 2)  # (B,1,F,T)
@@ -129,6 +135,13 @@ class ResNet10(PooledCNN):
         """Embed clips: the mean of their own columns (B,E)."""
         columns = self.frames(encoded)
         return columns.mean(1) if encoded.n_steps is None else columns.sum(1) / encoded.n_steps[:, None]
+
+    def _pool_stage(self, encoded: Encoded, layer: int) -> Tensor:
+        maps = encoded.layers[layer]
+        if encoded.n_frames is None:
+            return maps.mean((2, 3))
+        n_columns = (encoded.n_frames - 1) // _STRIDES[layer] + 1
+        return (maps.mean(2) * _valid(maps, n_columns)[:, None]).sum(2) / n_columns[:, None]
 
     def frames(self, encoded: Encoded) -> Tensor:
         """Embed time steps: the mean over frequency for every column (B,T',E), zero behind a clip's end."""

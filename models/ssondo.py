@@ -7,7 +7,8 @@ Letters: B batch, S samples, R segments of all clips, F mel bands, T frames, C c
 a teacher's space.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from common.errors import UserError
 from models.base import AudioTagger
 from models.devices import choose_device
+from models.head_inputs import HeadInput
 from models.headed import SEGMENT_SECONDS, Head, HeadedTagger
 from models.heads import FOLDER, check_fit, load_head
 from models.loading import load_model
@@ -28,6 +30,7 @@ from models.weight_sources import read_weights
 
 _AT_ONCE = 32  # segments that go through the network together, so that hours of sound fit
 _NEW_HEADS = ("linear", "mlp")
+Embed = Callable[[Tensor, Tensor | None], Tensor]  # waveforms (B,S), samples of each (B,) or None -> (B,I)
 
 
 class Ssondo(nn.Module):
@@ -95,10 +98,11 @@ class Ssondo(nn.Module):
             teacher's space (B,W) too. With a head: logits (B,C), and with `return_logits` clip embeddings (B,E) too.
         """
         if self.head is not None:
-            clip = self.get_embeddings(x)
-            logits = self.head(clip)
-            return (logits, clip) if self.return_logits else logits
-        segments, own = self._embed_segments(x, None)
+            found = _weighted_mean(*self._embed_segments(x, None, partial(self.head.embed_waveform, self.model)))
+            logits = self.head(found)
+            is_clip = self.head.input == HeadInput()
+            return (logits, found if is_clip else self.get_embeddings(x)) if self.return_logits else logits
+        segments, own = self._embed_segments(x, None, self._embed)
         if not self.return_logits:
             return segments
         projected = self.model.get_submodule("classification_head")(segments)
@@ -114,7 +118,7 @@ class Ssondo(nn.Module):
         Returns:
             (B,E), the mean over a clip's segments, each weighted by the sound in it.
         """
-        return _weighted_mean(*self._embed_segments(x, lengths))
+        return _weighted_mean(*self._embed_segments(x, lengths, self._embed))
 
     def preprocess(self, x: Any) -> Tensor:
         """Compute the spectrogram of each segment: (B,S) or (S,) -> (B, n_segments, F, T).
@@ -161,18 +165,21 @@ class Ssondo(nn.Module):
         starts = torch.arange(n_segments, device=x.device) * size
         return segments, (ends[:, None] - starts).clamp(0, size)
 
-    def _embed_segments(self, x: Any, lengths: Any) -> tuple[Tensor, Tensor]:
-        """(B,S) or (S,) -> one vector a segment (B, n_segments, E), and the samples of sound in each."""
+    def _embed(self, waveform: Tensor, lengths: Tensor | None) -> Tensor:
+        return self.model.embed_waveform(waveform, lengths)[0]
+
+    def _embed_segments(self, x: Any, lengths: Any, embed: Embed) -> tuple[Tensor, Tensor]:
+        """(B,S) or (S,) -> what `embed` gives of each segment (B, n_segments, I), and the samples of sound in each."""
         segments, own = self._split_segments(x, lengths)
         used = own > 0
         clips, n_own = segments[used], own[used]  # (R,samples), (R,)
         at_once = len(clips) if self.model.training else _AT_ONCE
         pieces = [
-            self.model.embed_waveform(piece, None if self.pad else n)[0]
+            embed(piece, None if self.pad else n)
             for piece, n in zip(clips.split(at_once), n_own.split(at_once), strict=True)
         ]
         rows = torch.cat(pieces)
-        return rows.new_zeros(*own.shape, self.embedding_dim).masked_scatter(used[..., None], rows), own
+        return rows.new_zeros(*own.shape, rows.shape[1]).masked_scatter(used[..., None], rows), own
 
 
 def get_segment_seconds(model: AudioTagger) -> float:

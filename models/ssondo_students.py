@@ -96,6 +96,11 @@ class Student(PooledCNN):
         self.model = backbone
         self.classification_head = ProjectionHead(width, n_hidden, num_classes, own.dropout)
 
+    @property
+    def n_layers(self) -> int:
+        """Number of stages of the backbone."""
+        return self.model.n_stages
+
     def stages(self, mel: Tensor, n_frames: Tensor | None) -> Iterator[Tensor]:
         """Yield the output of each stage of the backbone."""
         return self.model.stages(mel)

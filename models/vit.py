@@ -6,6 +6,7 @@ one.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from common.errors import Faults, UserError
 from models.base import AudioTagger, Encoded, Keep, Outputs
-from models.chunks import Count, drop_remainder, join, join_logits, split
+from models.chunks import Count, drop_remainder, join, join_logits, join_steps, mean_of_chunks, split
 from models.frontends import SILENCE_DB, FrontEnd
 from models.layers import Block, PatchEmbed, build_blocks
 from models.patch_out import draw_patch_out
@@ -76,10 +77,10 @@ class SpectrogramTransformer(AudioTagger):
             faults.add(str(error))
         faults.raise_if_any()
         super().__init__(front_end, num_classes=num_classes, embed_dim=embed_dim or width, outputs=outputs)
-        self.width = width
-        self.eval_avg, self.target_length = settings.eval_avg, settings.target_length
+        self.width, self.eval_avg, self.target_length = width, settings.eval_avg, settings.target_length
         self.patch_size, self.patch_stride = patch_size, strides[1]
         self.n_rows = (front_end.n_mels - n_bands) // strides[0] + 1
+        self._needed_frames = 0 if self.partial_columns else patch_size - 1  # of the clip, beyond a column's first one
         self.time_patch_out, self.freq_patch_out = settings.time_patch_out or 0, settings.freq_patch_out or 0
         self.merges_in_training = settings.token_merging_in_training
         self.patch_embed = PatchEmbed(width, settings.patch_shape, strides)
@@ -133,9 +134,7 @@ class SpectrogramTransformer(AudioTagger):
         Raises:
             UserError: another number of bands, too few frames for one patch, or no such block.
         """
-        depth = len(self.blocks)
-        if missing := [layer for layer in layers if not -depth <= layer < depth]:
-            raise UserError(f"{self.name} has no layer {missing[0]}: it has {depth}, 0 to {depth - 1}; -1 is the last")
+        self.check_layers(layers)
         rows, columns, encoded = self._split_chunks(mel, n_frames)
         return self._encode_rows(rows, columns, encoded, keep, layers)
 
@@ -160,6 +159,23 @@ class SpectrogramTransformer(AudioTagger):
         columns, n_columns = self._join_columns(encoded)
         return columns.mean(1) if n_columns is None else columns.sum(1) / n_columns.clamp(min=1)[:, None]
 
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def pool_layers(self, encoded: Encoded) -> dict[int, Tensor]:
+        """Embed clips by each block in `encoded.layers`: (B,D) each, see `AudioTagger.pool_layers`."""
+        return {layer: self.pool(self._replace_tokens(encoded, layer)) for layer in encoded.layers}
+
+    def _replace_tokens(self, encoded: Encoded, layer: int) -> Encoded:
+        """Put the tokens of an inner block in place of those after the final norm."""
+        if layer % self.n_layers == self.n_layers - 1:
+            return encoded
+        prefix, tokens = encoded.layers[layer].tensor_split([self.n_prefix], 1)
+        grid = tokens if encoded.kept is not None else tokens.unflatten(1, encoded.grid)
+        return replace(encoded, tokens=grid, prefix=prefix if self.n_prefix else None)
+
     def frames(self, encoded: Encoded) -> Tensor:
         """Embed time steps: the mean over frequency for every patch column (B,T',D), zero behind a clip's end.
 
@@ -181,20 +197,12 @@ class SpectrogramTransformer(AudioTagger):
 
         None for the number where all are the clip's own; chosen tokens are columns, too.
         """
-        columns, clip = self._columns(encoded), encoded.clip_of_row
+        columns = self._columns(encoded)
         if encoded.n_steps is None:
             return columns, None
-        step = torch.arange(columns.shape[1], device=columns.device)
-        if encoded.kept is not None:
-            step = encoded.kept % encoded.grid[1]
-        own = step < encoded.n_steps[:, None]  # (R,t)
-        number = own.sum(1)
-        if clip is None:
-            return columns.masked_fill(~own[..., None], 0.0), number
-        number = number.new_zeros(encoded.n_clips).index_add_(0, clip, number)  # (B,)
-        joined = columns.new_zeros(encoded.n_clips, int(number.max()), columns.shape[2])
-        joined[torch.arange(joined.shape[1], device=columns.device) < number[:, None]] = columns[own]
-        return joined, number
+        every = torch.arange(columns.shape[1], device=columns.device)
+        step = every if encoded.kept is None else encoded.kept % encoded.grid[1]
+        return join_steps(columns, step < encoded.n_steps[:, None], encoded.clip_of_row, encoded.n_clips)
 
     def forward_export(self, mel: Tensor) -> Tensor:
         """Probabilities of spectrograms of any length (B,F,T) -> (B,C), with operations on shapes alone, for graphs.
@@ -204,34 +212,38 @@ class SpectrogramTransformer(AudioTagger):
         encoded, inside = self._encode_shapes(mel)
         # Sizes by `shape`: `len` would make a tracer take that of its example for all.
         found = self.probabilities(self.classify_rows(encoded)).unflatten(0, (mel.shape[0], inside.shape[0]))
-        return found.amax(1) if self.eval_avg == "max" else self._mean_of_chunks(found, inside)
+        return found.amax(1) if self.eval_avg == "max" else self._mean_export(found, inside)
 
     def embed_export(self, mel: Tensor) -> Tensor:
         """Clip embeddings of spectrograms of any length (B,F,T) -> (B,D), with operations on shapes alone, for graphs.
 
         Chunks as in `embed_spectrogram`; fewer frames than one patch are followed by silence.
         """
-        encoded, inside = self._encode_shapes(mel)
-        rows, by_clip = self.pool_rows(encoded), (mel.shape[0], inside.shape[0])
+        return self._pool_shapes(*self._encode_shapes(mel))
+
+    def embed_layers_export(self, mel: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Clip embeddings of layers of spectrograms (B,F,T) -> (B,D) each; see `embed_export`."""
+        encoded, inside = self._encode_shapes(mel, layers)
+        return [self._pool_shapes(self._replace_tokens(encoded, layer), inside) for layer in layers]
+
+    def _pool_shapes(self, encoded: Encoded, inside: Tensor) -> Tensor:
+        """Embed clips as `pool`, with operations on shapes alone: rows of all clips, `inside` (chunks,T) -> (B,D)."""
+        n_clips = encoded.n_clips
+        rows, by_clip = self.pool_rows(encoded), (n_clips, inside.shape[0])
         if rows is not None:
-            return self._mean_of_chunks(rows.unflatten(0, by_clip), inside)
+            return self._mean_export(rows.unflatten(0, by_clip), inside)
         columns = self._columns(encoded)  # (R,t,D)
         # As `_count_covered_columns`: all of a chunk that is full.
-        counted = inside[:, self._needed_frames :: self.patch_stride][:, : columns.shape[1]]
-        counted = counted.repeat(mel.shape[0], 1)  # (R,t)
+        counted = inside[:, self._needed_frames :: self.patch_stride][:, : columns.shape[1]].repeat(n_clips, 1)  # (R,t)
         if encoded.valid is not None:
             counted = counted * encoded.valid
         total = (columns * counted[..., None]).unflatten(0, by_clip).sum((1, 2))
         return total / counted.unflatten(0, by_clip).sum((1, 2))[:, None]
 
-    def _mean_of_chunks(self, x: Tensor, inside: Tensor) -> Tensor:
-        """Mean over the chunks of each clip: (B,chunks,D), own frames of a chunk 1 (chunks,frames) -> (B,D)."""
-        if self.equal_chunks:
-            return x.mean(1)
-        share = inside.sum(1, keepdim=True) / inside.sum()  # (chunks,1)
-        return (x * share).sum(1)
+    def _mean_export(self, x: Tensor, inside: Tensor) -> Tensor:
+        return x.mean(1) if self.equal_chunks else mean_of_chunks(x, inside)
 
-    def _encode_shapes(self, mel: Tensor) -> tuple[Encoded, Tensor]:
+    def _encode_shapes(self, mel: Tensor, layers: Sequence[int] = ()) -> tuple[Encoded, Tensor]:
         """Encode spectrograms of any length (B,F,T) as rows of B x chunks; and which frames of a chunk are its clip's.
 
         Returns:
@@ -259,7 +271,7 @@ class SpectrogramTransformer(AudioTagger):
         inside = F.pad(mel.new_ones(n_frames), behind).reshape(n_chunks, chunk)
         mel = F.pad(self._normalise(mel, None), behind, value=self.fill)
         chunks = mel.transpose(1, 2).reshape(batch * n_chunks, chunk, mel.shape[1]).transpose(1, 2)  # (R,F,chunk)
-        return self._encode_rows(chunks, columns, Encoded(mel.shape[0])), inside
+        return self._encode_rows(chunks, columns, Encoded(mel.shape[0]), layers=layers), inside
 
     def n_steps(self, n_samples: int) -> int:
         """Patch columns that a clip of `n_samples` has, over all its chunks."""
@@ -269,6 +281,11 @@ class SpectrogramTransformer(AudioTagger):
         n_full = (n_frames - 1) // self.target_length
         rest = torch.tensor(n_frames - n_full * self.target_length)
         return n_full * self._count_columns(self.target_length) + int(self._count_covered_columns(rest))
+
+    def grid(self, n_frames: int) -> tuple[int, int]:
+        """Rows and columns of the patches of spectrograms of `n_frames` frames, at most `target_length`."""
+        n_frames = self.target_length if self.fixed_length else self._count_usable_frames(n_frames)
+        return self.n_rows, self._count_columns(n_frames)
 
     def _count_columns(self, n_frames: int) -> int:
         return (n_frames - self.patch_size) // self.patch_stride + 1
@@ -281,11 +298,6 @@ class SpectrogramTransformer(AudioTagger):
         """Columns that count of filled-up chunks, of which the first `n_frames` (R,) frames are the clip's."""
         covered = -(-(n_frames - self._needed_frames) // self.patch_stride)
         return covered.clamp(min=0, max=self._count_columns(self.target_length))
-
-    @property
-    def _needed_frames(self) -> int:
-        """Frames of its clip that a column of a filled-up chunk needs beyond the first one."""
-        return 0 if self.partial_columns else self.patch_size - 1
 
     def _split_chunks(self, mel: Tensor, n_frames: Tensor | None) -> tuple[Tensor, Tensor | None, Encoded]:
         """Normalise, and cut long clips into chunks; the padding of one chunk counts, padding of a batch does not.

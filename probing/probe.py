@@ -8,15 +8,12 @@ Letters: N clips, E embedding width, C classes.
 
 import contextlib
 import json
-import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from audio.dataset import Pack
 from common.columns import align_columns
 from common.errors import Faults, UserError
 from common.files import sha256, write_bytes, write_json
@@ -25,45 +22,75 @@ from common.parsing import load_json
 from models.devices import choose_device
 from models.headed import Head
 from models.heads import FOLDER, save_head
+from models.other_heads import NeighbourHead
 from models.weight_sources import needs_download
 from probing.baseline import fit_baselines
-from probing.data import ProbeSet, make_sort_key, open_clips
-from probing.fit import Examples, FitSettings, FittedHead, fit, predict
+from probing.data import ProbeSet, open_clips
+from probing.fit import FitSettings, FittedHead
 from probing.options import ProbeOptions
 from probing.pictures import draw_probe
 from probing.scores import COVERAGE, N_DRAWS, Score, compute_score
-from probing.source import EmbeddingSource, embed, open_source
-from training.baseline import Metric, get_value
+from probing.source import EmbeddingSource, choose_input, embed, open_source
+from probing.trials import count_training_clips, describe_trial, run_trials
+from training.baseline import Metric
 from training.figures import render_png
-from training.holdout import find_groups, hold_out
-from training.metrics import evaluate_scores
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One head that was fitted and tested: that of a fold, or the only one.
+class Probe:
+    """A probe that was checked: what it trains, on which clips, and where it writes.
 
     Attributes:
-        name: of the fold.
-        fitted: the head.
-        rows: of the test clips among all tested clips.
-        scores: probabilities (N,C) of these.
+        options: as given, with one head and one choice of layers.
+        clips: labelled clips.
+        source: of the embeddings.
+        settings: of the fits.
+        made_with: everything that the weights of the head depend on.
     """
 
-    name: str
-    fitted: FittedHead
-    rows: np.ndarray
-    scores: np.ndarray
+    options: ProbeOptions
+    clips: ProbeSet
+    source: EmbeddingSource
+    settings: FitSettings
+    made_with: dict[str, Any]
+
+    @property
+    def target(self) -> Path:
+        """The file of the head."""
+        return Path(self.options.outputpath) / f"{self.options.name}.pt"
+
+    @property
+    def record_path(self) -> Path:
+        """The file of its figures."""
+        return self.target.with_suffix(".json")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a head with the same provenance is there."""
+        return self.target.exists() and _read_provenance(self.record_path) == self.made_with
 
 
 def probe(given: dict[str, Any], seed: int) -> str:
-    """Run `run.py probe`, and return its report.
+    """Run `run.py probe` on one task, and return its report.
 
     Args:
         given: see `probing.options.ProbeOptions`.
         seed: of everything random.
+
+    Raises:
+        UserError: with every fault of the options, the data and the model.
+    """
+    options, clips, source = open_probe(given)
+    checked = check_probe(options, clips, source, seed)
+    baseline = fit_baselines(clips) if options.baseline else None
+    return run_probe(checked, baseline)
+
+
+def open_probe(given: dict[str, Any]) -> tuple[ProbeOptions, ProbeSet, EmbeddingSource]:
+    """Read the options of a probe on one task, and open its clips and the source of its embeddings.
+
+    Args:
+        given: see `probing.options.ProbeOptions`.
 
     Raises:
         UserError: with every fault of the options, the data and the model.
@@ -80,91 +107,66 @@ def probe(given: dict[str, Any], seed: int) -> str:
     assert options is not None
     assert clips is not None
     assert source is not None
-    settings = options.fitting(seed)
-    made_with = _collect_provenance(options, settings, clips, source)
-    _check_target(options, made_with)
-    examples = {
-        part: Examples(pack.names, embed(source, pack, options), clips.targets[part])
-        for part, pack in clips.packs.items()
-    }
+    return options, clips, source
+
+
+def check_probe(options: ProbeOptions, clips: ProbeSet, source: EmbeddingSource, seed: int) -> Probe:
+    """Check what a probe needs besides valid options, before anything is computed.
+
+    Args:
+        options: with one head and one choice of layers.
+        clips: of the task.
+        source: of the embeddings.
+        seed: of everything random.
+
+    Raises:
+        UserError: the model lacks what the head takes, there are fewer training clips than neighbours, or another head
+            has that name.
+    """
+    settings = choose_input(source, clips, options, options.fitting(seed))
+    n_train = count_training_clips(clips)
+    if settings.kind == NeighbourHead.kind and settings.neighbours > n_train:
+        raise UserError(
+            f"--neighbours is {settings.neighbours}, but a head has {n_train} training clips: give {n_train} or fewer, "
+            "or more clips"
+        )
+    checked = Probe(options, clips, source, settings, _collect_provenance(options, settings, clips, source))
+    _check_target(checked)
+    return checked
+
+
+def run_probe(checked: Probe, baseline: float | None) -> str:
+    """Fit and test the heads of a probe, write them, and return the report.
+
+    Args:
+        checked: the probe.
+        baseline: figure of simple features on the same clips, see `probing.baseline`; None if there is none.
+
+    Raises:
+        UserError: clips without valid embeddings.
+    """
+    options, clips, source, settings = checked.options, checked.clips, checked.source, checked.settings
+    examples = {part: embed(source, pack, clips.targets[part], options, settings) for part, pack in clips.packs.items()}
     trials, kept = run_trials(examples, clips, options.valid_fraction, settings, choose_device(options.device))
     tested = examples[clips.test_part]
     scores = np.empty_like(tested.targets)
     for trial in trials:
         scores[trial.rows] = trial.scores
     metric: Metric = "accuracy" if clips.single else "mAP"
-    result = compute_score(scores, tested.targets, clips.labels, metric, seed)
-    facts = _collect_facts(options, clips, source, kept, result)
-    facts["baseline"] = fit_baselines(clips) if options.baseline else None
+    result = compute_score(scores, tested.targets, clips.labels, metric, settings.seed)
+    facts = _collect_facts(options, clips, source, kept, result) | {"baseline": baseline}
     record: dict[str, Any] = facts | {"figures": result.metrics.as_dict()}
-    folds = [_describe_trial(trial, tested.targets, clips.labels, metric) for trial in trials]
+    folds = [describe_trial(trial, tested.targets, clips.labels, metric) for trial in trials]
     values = [fold["value"] for fold in folds]
     if len(folds) > 1:
         record |= {"folds_mean": float(np.mean(values)), "folds_std": float(np.std(values, ddof=1))}
     per_class = json.loads(result.metrics.per_class.to_json(orient="records"))
-    record |= {"folds": folds, "labels": clips.labels, "per_class": per_class, "made_with": made_with}
+    record |= {"folds": folds, "labels": clips.labels, "per_class": per_class, "made_with": checked.made_with}
+    if kept.head.layer_weights:
+        record["layer_weights"] = {str(layer): weight for layer, weight in kept.head.layer_weights.items()}
     kept.head.facts = facts
-    path = _write(options, kept.head, record, result)
-    return _format_report(options, source, result, record, path)
-
-
-def run_trials(
-    examples: dict[str, Examples],
-    clips: ProbeSet,
-    valid_fraction: float,
-    settings: FitSettings,
-    device: torch.device,
-) -> tuple[list[Trial], FittedHead]:
-    """Fit and test every head; test clips are used neither for training nor for early stopping.
-
-    Args:
-        examples: of each pack of `clips`.
-        clips: their labels and folds.
-        valid_fraction: part of the training clips that is held out for early stopping, without a pack of such clips.
-        settings: of the fits.
-        device: to compute on.
-
-    Returns:
-        A trial for each fold, or the only one; and the head to keep: without folds that of the trial, else another one,
-        fitted to all clips.
-    """
-    groups = _find_groups(clips.packs.get(clips.train_part))
-
-    def fit_head(train: Examples, valid: Examples | None) -> FittedHead:
-        if valid is None:
-            labels = [np.flatnonzero(row) for row in train.targets]
-            train_groups = None if groups is None else [groups[name] for name in train.names]
-            held = hold_out(train.names, labels, train.targets.shape[1], valid_fraction, train_groups)
-            train, valid = train.take(~held), train.take(held)
-        return fit(train, valid, clips.labels, clips.single, settings, device)
-
-    if clips.folds is None:
-        fitted = fit_head(examples["train"], examples.get("valid"))
-        test = examples["test"]
-        return [Trial("test", fitted, np.arange(len(test)), predict(fitted.head, test.embeddings))], fitted
-    data, trials = examples["data"], []
-    for name in sorted(set(clips.folds.tolist()), key=make_sort_key):
-        tested = clips.folds == name
-        fitted = fit_head(data.take(~tested), None)
-        trials.append(Trial(name, fitted, np.flatnonzero(tested), predict(fitted.head, data.embeddings[tested])))
-        logger.info("fold %s: %d clips, best of %d epochs: %d", name, tested.sum(), fitted.n_epochs, fitted.best_epoch)
-    return trials, fit_head(data, None)
-
-
-def _find_groups(pack: Pack | None) -> dict[str, str] | None:
-    """Return the group of each clip by its name; None without a column of groups."""
-    if pack is None:
-        return None
-    column, groups = find_groups(pack)
-    return None if column is None else {name: str(group) for name, group in zip(pack.names, groups, strict=True)}
-
-
-def _describe_trial(trial: Trial, targets: np.ndarray, labels: list[str], metric: Metric) -> dict[str, Any]:
-    """Return the facts of a trial as plain values."""
-    names = ("n_train", "n_valid", "best_epoch", "n_epochs", "valid_loss")
-    facts = {name: getattr(trial.fitted, name) for name in names}
-    value = get_value(evaluate_scores(trial.scores, targets[trial.rows], labels), metric)
-    return {"fold": trial.name, "n_test": len(trial.rows), **facts, "value": value}
+    _write(checked, kept.head, record, result)
+    return format_report(checked, result, record)
 
 
 def _collect_provenance(
@@ -179,23 +181,27 @@ def _collect_provenance(
         "embeddings": source.facts,
         "data": {part: sha256(pack.manifest) for part, pack in clips.packs.items()},
         "labels": clips.labels,
-        "settings": asdict(settings) | {name: getattr(options, name) for name in names},
+        "settings": settings.describe() | {name: getattr(options, name) for name in names},
     }
     return json.loads(json.dumps(provenance))  # as it is read back: lists for tuples
 
 
-def _check_target(options: ProbeOptions, made_with: dict[str, Any]) -> None:
+def _read_provenance(path: Path) -> dict[str, Any]:
+    """Return what the head of a record was made with; empty without a valid record."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return dict(load_json(path)["made_with"])
+    return {}
+
+
+def _check_target(checked: Probe) -> None:
     """Refuse to replace a head of the same name that was made otherwise.
 
     Raises:
         UserError: there is one.
     """
-    target = Path(options.outputpath) / f"{options.name}.pt"
-    if options.overwrite or not target.exists():
+    if checked.options.overwrite or not checked.target.exists():
         return
-    earlier: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # without a record, everything differs
-        earlier = dict(load_json(target.with_suffix(".json"))["made_with"])
+    made_with, earlier = checked.made_with, _read_provenance(checked.record_path)  # without a record, all differs
     differing = [key for key, value in made_with.items() if earlier.get(key) != value]
     if "settings" in differing and isinstance(earlier.get("settings"), dict):
         now, then = made_with["settings"], earlier["settings"]
@@ -203,8 +209,8 @@ def _check_target(options: ProbeOptions, made_with: dict[str, Any]) -> None:
         differing += [key for key in {**now, **then} if now.get(key) != then.get(key)]
     if differing:
         raise UserError(
-            f"{target} is a head made with other {', '.join(differing)}; choose another --name, or replace it with "
-            "--overwrite true"
+            f"{checked.target} is a head made with other {', '.join(differing)}; choose another --name, or replace it "
+            "with --overwrite true"
         )
 
 
@@ -229,32 +235,31 @@ def _collect_facts(
     }
 
 
-def _write(options: ProbeOptions, head: Head, record: dict[str, Any], result: Score) -> Path:
+def _write(checked: Probe, head: Head, record: dict[str, Any], result: Score) -> None:
     """Write NAME.json and NAME.png, then NAME.pt, so that a head always has its other files."""
-    target = Path(options.outputpath) / f"{options.name}.pt"
-    target.unlink(missing_ok=True)
-    write_json(target.with_suffix(".json"), record)
+    checked.target.unlink(missing_ok=True)
+    write_json(checked.record_path, record)
     low, high = result.interval
-    title = f"{options.name}: {result.metric} {result.value:.3f} ({low:.3f} to {high:.3f}), {record['data']}"
-    write_bytes(target.with_suffix(".png"), render_png(draw_probe(result, record["labels"], title)))
-    save_head(target, head)
-    return target
+    title = f"{record['name']}: {result.metric} {result.value:.3f} ({low:.3f} to {high:.3f}), {record['data']}"
+    write_bytes(checked.target.with_suffix(".png"), render_png(draw_probe(result, record["labels"], title)))
+    save_head(checked.target, head)
 
 
-def _format_report(
-    options: ProbeOptions, source: EmbeddingSource, result: Score, record: dict[str, Any], path: Path
-) -> str:
+def format_report(checked: Probe, result: Score, record: dict[str, Any]) -> str:
     """Lay out the figures, and the commands that use the head."""
+    options, source, path = checked.options, checked.source, checked.target
     n_folds = len(record["folds"])
     data = record["data"] + (f", {n_folds} folds" if n_folds > 1 else "")
     low, high = result.interval
     method = "Wilson" if result.metric == "accuracy" else f"bootstrap, {N_DRAWS} draws"
     rows = [
         ("embeddings", f"{source.name}, of chunks of {record['chunk_length']:g} s"),
-        ("head", f"{options.head}, {len(record['labels'])} classes"),
+        ("head", f"{options.head[0]}, {len(record['labels'])} classes"),
         ("tested on", f"{data}, {result.metrics.n_clips} clips"),
         (result.metric, f"{result.value:.4f}, {COVERAGE:.0%} interval {low:.4f} to {high:.4f} ({method})"),
     ]
+    if weights := record.get("layer_weights"):
+        rows.insert(1, ("weights of layers", ", ".join(f"{layer}: {weight:.2f}" for layer, weight in weights.items())))
     if n_folds > 1:
         rows.append(("of the folds", f"{record['folds_mean']:.4f} ± {record['folds_std']:.4f}"))
     rows.append(("chance", f"{result.chance:.4f}"))

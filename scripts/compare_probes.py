@@ -1,4 +1,4 @@
-"""Compare probes in one table: tasks side by side, their average, and the share of the teacher's average.
+"""Compare probes of several seeds in one table: tasks side by side, their average, and the share of the teacher's.
 
     python scripts/compare_probes.py --tasks esc,words --teacher 'heads/teacher_{task}_s*.json' --output FOLDER
         --rows 'MobileNetV3=heads/mn_{task}_s*.json,DyMN=heads/dymn_{task}_s*.json'
@@ -6,6 +6,7 @@
 Every row is a name and a pattern of the .json files that `run.py probe` wrote, in which `{task}` is replaced by each
 task; several files for one task (seeds, folds) give a mean and a standard deviation. Averages are over the tasks of
 each seed, with the files of a task in the order of their names. FOLDER gets probes.md, probes.csv and probes.png.
+`run.py probe --tasks` trains the heads of several tasks, and makes the same table and picture of them.
 """
 
 import sys
@@ -17,42 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.entry_points import print_user_errors  # isort: split
 
 import glob
-import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from common.columns import format_markdown_table
 from common.errors import Faults
-from common.files import write_bytes, write_text
+from common.files import write_text
 from common.options import Options, parse_arguments
 from common.parsing import load_json
+from probing.comparison import Row, write_comparison
 from scripts.sweeps.results import format_csv
-from scripts.sweeps.token_merging import Spread
-from training.figures import COLOURS, INK, render_png, style
-
-if TYPE_CHECKING:  # takes a second to import
-    from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Row:
-    """The figures of one network's probes, in percent.
-
-    Attributes:
-        name: as given.
-        values: task → one value for each seed; "average" → means over the tasks.
-    """
-
-    name: str
-    values: dict[str, list[float]]
-
-    @property
-    def average(self) -> float:
-        """The mean over tasks and seeds."""
-        return statistics.fmean(self.values["average"])
 
 
 def read_row(name: str, pattern: str, tasks: list[str], faults: Faults) -> Row:
@@ -71,20 +46,7 @@ def read_row(name: str, pattern: str, tasks: list[str], faults: Faults) -> Row:
     counts = [f"{len(found)} of {task}" for task, found in values.items()]
     if len({len(found) for found in values.values()}) > 1:
         faults.add(f"{name}: the tasks have different numbers of files: {', '.join(counts)}; expected as many of each")
-    else:
-        values["average"] = [statistics.fmean(seed) for seed in zip(*values.values(), strict=True)]
     return Row(name, values)
-
-
-def format_rows(rows: list[Row], teacher: Row | None) -> str:
-    """Lay out the rows as Markdown, the teacher's last; % of teacher compares the averages."""
-    lines = [["", *rows[0].values, *(["% of teacher"] if teacher else [])]]
-    for row in [*rows, *([teacher] if teacher else [])]:
-        line = [row.name, *(f"{Spread.of(values):.1f}" for values in row.values.values())]
-        if teacher:
-            line.append("" if row is teacher else f"{100 * row.average / teacher.average:.1f}")
-        lines.append(line)
-    return format_markdown_table(lines)
 
 
 def format_rows_csv(rows: list[Row]) -> str:
@@ -93,36 +55,9 @@ def format_rows_csv(rows: list[Row]) -> str:
         (row.name, task, seed, value)
         for row in rows
         for task, values in row.values.items()
-        if task != "average"
         for seed, value in enumerate(values, 1)
     ]
     return format_csv(lines, ["row", "task", "seed", "value"])
-
-
-def draw_rows(rows: list[Row], teacher: Row | None) -> "Figure":
-    """Draw the tasks side by side, one bar for each row, a point for each seed, and the teacher as a line."""
-    from matplotlib.figure import Figure
-
-    tasks = list(rows[0].values)
-    figure = Figure(figsize=(2.2 + 2.6 * len(tasks), 1.4 + 0.34 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    for index, (axis, task) in enumerate(zip(axes, tasks, strict=True)):
-        colour = COLOURS[index % len(COLOURS)]
-        style(axis)
-        for place, row in enumerate(rows):
-            values = row.values[task]
-            axis.barh(place, statistics.fmean(values), color=colour, alpha=0.75, height=0.66)
-            axis.plot(values, [place] * len(values), "o", color=INK, markersize=3)
-        if teacher:
-            value = statistics.fmean(teacher.values[task])
-            axis.axvline(value, color=INK, linewidth=1.2, linestyle="--")
-            task += f"   (dashed: {teacher.name}, {value:.1f})"
-        axis.set_title(task, fontsize=9, color=INK)
-        axis.set_xlim(0, 100)
-        axis.set_xlabel("%")
-    axes[0].set_yticks(range(len(rows)), [row.name for row in rows])
-    axes[0].invert_yaxis()
-    return figure
 
 
 class CompareOptions(Options):
@@ -155,10 +90,9 @@ def main(arguments: list[str] | None = None) -> None:
         teacher = read_row(name if equals else "teacher", pattern or name, options.tasks, faults)
     faults.raise_if_any()
     folder = Path(options.output)
-    text = format_rows(rows, teacher)
-    write_text(folder / "probes.md", text + "\n")
-    write_text(folder / "probes.csv", format_rows_csv([*rows, *([teacher] if teacher else [])]))
-    write_bytes(folder / "probes.png", render_png(draw_rows(rows, teacher)))
+    references = [teacher] if teacher else []
+    text = write_comparison(folder, rows, references, teacher)
+    write_text(folder / "probes.csv", format_rows_csv([*rows, *references]))
     print(f"{text}\n\nwritten: {folder / 'probes.md'}, probes.csv, probes.png")
 
 

@@ -49,11 +49,12 @@ def define_objective(
 
 
 def build_objective(
-    name: str, offered: dict[str, Any] | None = None, /, *, embed_dim: int = 5, width: int = 7, **arguments: Any
+    name: str, offered: dict[str, Any] | None = None, /, *, embed_dim: int = 5, width: Any = 7, **arguments: Any
 ) -> Objective:
-    """Build an objective for a student and a teacher of these widths."""
+    """Build an objective for a student and a teacher, or several, of these widths."""
     plan = plan_objective(name, offered, **arguments)
-    return plan.build(SimpleNamespace(embed_dim=embed_dim), TrainingFacts(target_width=width))
+    widths = width if isinstance(width, tuple) else (width,)
+    return plan.build(SimpleNamespace(embed_dim=embed_dim), TrainingFacts(target_widths=widths))
 
 
 def losses_of(

@@ -197,7 +197,7 @@ def test_the_commands_on_token_merging_run(packed):
 
 def test_the_commands_on_embeddings_end_with_a_head_on_a_student(packed):
     changes = {
-        r"(?<=save_logits\.py )\S+": r"\g<0> --model data/model.pt",
+        r"(?<=save_logits\.py )\S+(?=\s)(?! --model)": r"\g<0> --model data/model.pt",
         r'"STUDENT"': '"experiments/own_embedder/latest"',
     }
     run_page(ROOT / "docs/embeddings.md", packed, changes)

@@ -293,6 +293,18 @@ COMMANDS = {
         "run.py train mine.yaml --logitspath runs/done/latest",
         ["has no files logits_ep", "save_logits.py"],
     ),
+    "one store twice": (
+        "run.py train mine.yaml --objective cosine --embeddingspath here,here",
+        ["embeddingspath lists here more than once; give each teacher's store once"],
+    ),
+    "a negative weight of a teacher": (
+        "run.py train mine.yaml --objective cosine --teacher model.pt,audioset.pt --objective_args.weights 1,-1",
+        ["weights is -1; expected a number of at least 0 for each teacher, [1, 2] for example"],
+    ),
+    "two weights of one teacher": (
+        "run.py train mine.yaml --objective cosine --teacher model.pt --loss BCELoss --objective_args.weights 1,2",
+        ["number of weights: 2, of teachers: 1; give one weight for each teacher"],
+    ),
     "a run to go on with that is none": (
         "run.py train mine.yaml --resume nowhere",
         ["no run.json found; expected auto, never"],
@@ -314,6 +326,14 @@ COMMANDS = {
     "a probe's option misspelt": (
         f"{PROBE} --train_data single.tsv --name p --epoch 3",
         ["--epoch (did you mean 'epochs'?)"],
+    ),
+    "one length of windows to compare": (
+        f"{PROBE} --train_data single.tsv --name p --temporal_support 1",
+        ["--temporal_support compares lengths: give two or more, 0.25,0.5,1,2,5,10 for example"],
+    ),
+    "lengths of windows in words": (
+        f"{PROBE} --train_data single.tsv --name p --temporal_support short,long",
+        ["--temporal_support is 'short'; expected list of number, above 0"],
     ),
     "a probe's learning rate in words": (f"{PROBE} --train_data single.tsv --name p --lr fast", ["--lr is 'fast'"]),
     "targets of no classes": ("save_logits.py targets.yaml --topk 0", ["topk is 0"]),

@@ -6,13 +6,14 @@ Keys and defaults of CED's published files are kept, so that they run unchanged;
 import inspect
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from common.errors import did_you_mean
+from common.errors import did_you_mean, some
 from common.options import FileName, Options
 from distill.objectives.target import LOSSES
 from distill.targets import LABEL_TYPES
@@ -99,8 +100,10 @@ class TrainConfig(Config):
     valid_data: str | None = None  # ours: TSV of a pack with a `labels` column, to select checkpoints
     valid_fraction: float | None = Field(None, gt=0, lt=1)  # ours: hold out this part of the training clips for it
     logitspath: str | None = None  # folder of soft targets; null = the teacher's, or the `labels` column (ours)
-    embeddingspath: str | None = None  # ours: folder of a teacher's embeddings, for objectives with such targets
-    # ours: name, checkpoint or run's folder of a model that is run during training; outputs of several are averaged
+    # ours: folder of a teacher's embeddings, for objectives with such targets; several, a folder each: A,B
+    embeddingspath: str | list[str] | None = None
+    # ours: name, checkpoint or run's folder of a model that is run during training; of several, probabilities are
+    # averaged, and embeddings learned each with a projection and a loss of its own
     teacher: str | list[str] | None = None
     teacher_weights: str | list[str] | None = None  # ours: weights of each, for teachers given by name
     teacher_head: str | list[str | None] | None = None  # ours: a head on each (`run.py probe`); null = its own classes
@@ -128,9 +131,9 @@ class TrainConfig(Config):
 
     # --- targets
     # ours: a name from distill/objectives/: target = loss on the targets alone; cmkd = labels and teacher; mae, matpac,
-    # matpac++ = without labels; others are for embeddings
+    # matpac++, eat = without labels; others are for embeddings
     objective: str = "target"
-    objective_args: dict[str, Any] = {}  # its settings: lambda, tau, temperature, hidden, dropout
+    objective_args: dict[str, Any] = {}  # its settings: lambda, tau, temperature, hidden, dropout, weights
     # BCELoss needs a network that outputs probabilities, BCEWithLogitsLoss logits; CrossEntropyLoss one label a clip
     loss: str = "BCELoss"
     loss_args: dict[str, Any] = {}  # arguments of the loss of that name in torch.nn
@@ -200,6 +203,17 @@ class TrainConfig(Config):
     logfile: str = "train.log"  # in the run's folder
     debug: bool = False  # log more
 
+    @property
+    def embedding_stores(self) -> list[str]:
+        """Folders of the embeddings of each teacher."""
+        given = self.embeddingspath or []
+        return [given] if isinstance(given, str) else given
+
+    @property
+    def stores(self) -> list[str]:
+        """Folders of stored targets, of either kind."""
+        return [self.logitspath] if self.logitspath else self.embedding_stores
+
     def conflicts(self) -> Iterator[str]:
         """Yield a sentence for each group of keys that cannot be given together."""
         if self.valid_data and self.valid_fraction:
@@ -224,6 +238,9 @@ class TrainConfig(Config):
         stored = [key for key in ("logitspath", "embeddingspath") if getattr(self, key)]
         if len(stored) > 1:
             yield "logitspath and embeddingspath are both given; drop one: targets are probabilities or embeddings"
+        twice = [store for store, count in Counter(self.embedding_stores).items() if count > 1]
+        if twice:
+            yield f"embeddingspath lists {some(twice)} more than once; give each teacher's store once"
         if self.teacher and stored:
             yield (
                 f"teacher and {stored[0]} are both given; drop {stored[0]} to run the teacher during training, or "

@@ -12,6 +12,7 @@ from audio.labels import list_classes
 from common.errors import Faults, UserError, some
 from distill.clusters import Clusters, compute_balance
 from distill.embeddings import EmbeddingStore, StoredEmbeddings
+from distill.joined_embeddings import JoinedEmbeddings
 from distill.objectives import Needs
 from distill.replay import Replay
 from distill.sources import LabelTargets, SeededItems, TargetSource
@@ -143,7 +144,7 @@ def _complete(
         _describe_selection(config, on_eval, valid),
         weights,
         clusters,
-        source.chunk_seconds if isinstance(source, StoreItems) else config.chunk_length,
+        source.chunk_seconds if isinstance(source, StoreItems | JoinedEmbeddings) else config.chunk_length,
     )
 
 
@@ -188,25 +189,26 @@ def _open_source(
     faults: Faults,
 ) -> tuple[Pack, TargetSource, list[str]] | None:
     """Open the clips, their targets (stored, from labels, or computed while training), and the class names."""
-    path = {"classes": config.logitspath, "embeddings": config.embeddingspath, "none": None}[needs.targets]
-    from_labels = needs.targets == "classes" and not (path or config.teacher)
+    soft_targets = [config.logitspath] if config.logitspath else []
+    paths = {"classes": soft_targets, "embeddings": config.embedding_stores, "none": []}[needs.targets]
+    from_labels = needs.targets == "classes" and not (paths or config.teacher)
     labelled = from_labels or (needs.labels and needs.targets != "classes")
     pack = open_pack(config.train_data, faults, labelled=labelled, verify=config.verify)
-    store = replay = None
-    with faults.noted():
-        if path:
-            store = _open_store(config, needs, path, faults)
-        else:
+    replay = None
+    stores = _open_stores(config, needs, paths, faults)
+    if not paths:
+        with faults.noted():
             replay = Replay(config.wavtransforms, config.spectransforms, config.mask_fill)
     if from_labels:
         labels = None if pack is None else _choose_pack_labels(config, configured, pack, faults)
     elif needs.targets == "classes":
+        store = stores[0] if stores else None
         labels = _choose_teacher_labels(config, needs, configured, teacher_labels, store, faults)
     elif needs.labels:
         labels = None if pack is None else configured or list_pack_classes(pack)
     else:
         labels = []
-    if pack is None or labels is None or (store is None and replay is None):
+    if pack is None or labels is None or len(stores) < len(paths) or not (stores or replay):
         return None
     if replay is not None:
         chunks = Chunks.cut(pack.n_samples, pack.sample_rate, config.chunk_length)
@@ -223,19 +225,30 @@ def _open_source(
             return None
         return pack, LabelTargets(chunks, indices, len(labels), replay, seed), labels
     options = (config.max_aug_epochs, config.check_sounds)
+    sources: list[StoredEmbeddings] = []
+    for store in stores:
+        with faults.noted():
+            if isinstance(store, SoftTargetStore):
+                return pack, StoredTargets(store, pack, len(labels), config.label_type, *options), labels
+            sources.append(StoredEmbeddings(store, pack, *options))
     with faults.noted():
-        if isinstance(store, SoftTargetStore):
-            return pack, StoredTargets(store, pack, len(labels), config.label_type, *options), labels
-        assert isinstance(store, EmbeddingStore)
-        return pack, StoredEmbeddings(store, pack, *options), labels
+        if len(sources) == len(stores):
+            return pack, sources[0] if len(sources) == 1 else JoinedEmbeddings(sources, pack), labels
     return None
 
 
-def _open_store(config: TrainConfig, needs: Needs, path: str, faults: Faults) -> SoftTargetStore | EmbeddingStore:
-    if config.wavtransforms or config.spectransforms:
+def _open_stores(
+    config: TrainConfig, needs: Needs, paths: list[str], faults: Faults
+) -> list[SoftTargetStore | EmbeddingStore]:
+    """Open the stores of a configuration: that of soft targets, or that of the embeddings of each teacher."""
+    if paths and (config.wavtransforms or config.spectransforms):
         where = "soft targets of logitspath" if needs.targets == "classes" else "store of embeddingspath"
         faults.add(f"wavtransforms and spectransforms come with the {where}; drop them here")
-    return SoftTargetStore(path) if needs.targets == "classes" else EmbeddingStore(path)
+    stores: list[SoftTargetStore | EmbeddingStore] = []
+    for path in paths:
+        with faults.noted():
+            stores.append(SoftTargetStore(path) if needs.targets == "classes" else EmbeddingStore(path))
+    return stores
 
 
 def _choose_teacher_labels(

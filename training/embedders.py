@@ -258,4 +258,4 @@ def open_embedder(config: SoftTargetConfig, pack: Pack) -> Embedder:
     if config.callable is not None:
         return FunctionEmbedder(config.callable, config.callable_args, config.sample_rate or pack.sample_rate)
     assert config.model is not None
-    return load_teacher(config.model, config.weights, config.model_args)
+    return load_teacher(config.model, config.weights, config.model_args, same_labels=False)

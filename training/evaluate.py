@@ -50,9 +50,8 @@ def _collate(items: list[dict[str, Any]], sample_rate: int) -> tuple[torch.Tenso
 
 
 def _embed_as_stored(model: HeadedTagger, waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Embed clips for a head: (B,S), lengths (B,) -> (B,E), rounded as in `distill.embeddings.EmbeddingStore`."""
-    largest = torch.finfo(torch.float16).max
-    return model.embed_for_head(waveform, lengths).clamp(-largest, largest).half()
+    """Embed clips for a head: (B,S), lengths (B,) -> (B,I), rounded as in `distill.embeddings.EmbeddingStore`."""
+    return model.embed_for_head(waveform, lengths, as_stored=True)
 
 
 def group_by_length(order: np.ndarray, n_samples: np.ndarray, batch_size: int, long: int) -> list[list[int]]:
@@ -99,7 +98,7 @@ def predict_pack(
     compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     if isinstance(model, HeadedTagger):
         chunks = Chunks.cut(pack.n_samples, pack.sample_rate, model.head.chunk_seconds, drop_short_tail=False)
-        compute, width = partial(_embed_as_stored, model), model.embed_dim
+        compute, width = partial(_embed_as_stored, model), model.head.width
     else:
         chunks = Chunks.whole(pack.n_samples, pack.sample_rate)
         compute, width = model.predict, model.num_classes

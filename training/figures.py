@@ -139,7 +139,7 @@ def _draw_losses(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[st
     names = [
         name
         for name in dict.fromkeys(name for entry in [*steps[:1], *epochs[:1]] for name in entry)
-        if name not in NOT_LOSSES and not name.startswith("valid_")
+        if name not in NOT_LOSSES and not name.startswith(("valid_", "cosine_"))
     ]
     values = []
     for index, name in enumerate(names):
@@ -169,7 +169,12 @@ def _log_scale_if_wide(axis: "Axes", values: np.ndarray) -> None:
 
 
 def _draw_cosine(axis: "Axes", steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
-    _draw_line(axis, epochs, "cosine", color=COLOURS[2], linewidth=1.8, label="student and teacher")
+    each = [name for name in dict.fromkeys(name for entry in epochs[:1] for name in entry) if "cosine_" in name]
+    label = "student and teacher" if not each else "mean over the teachers"
+    _draw_line(axis, epochs, "cosine", color=COLOURS[2], linewidth=1.8, label=label)
+    for index, name in enumerate(each):
+        colour = COLOURS[(index + 3) % len(COLOURS)]
+        _draw_line(axis, epochs, name, color=colour, linewidth=1.2, label=f"teacher {name.removeprefix('cosine_')}")
     axis.set_ylabel("cosine")
 
 

@@ -119,7 +119,7 @@ def describe_targets(run: "Run") -> str:
     config = run.config
     targets = f"soft targets of {config.logitspath}" if config.logitspath else None
     if config.embeddingspath:
-        targets = f"embeddings of {config.embeddingspath}"
+        targets = f"embeddings of {' and '.join(config.stores)}"
     if run.teacher is not None:
         kind = {"classes": "probabilities", "embeddings": "embeddings", "none": "layers"}[run.needs.targets]
         targets = f"{kind} of {run.teacher.name}, computed while training"

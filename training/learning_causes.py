@@ -87,8 +87,8 @@ def _check_augmentation(run: "Run") -> list[str]:
     config, causes = run.config, []
     shares = compute_masked_shares(run.data.source.replay, run.data.source.n_reference[run.data.items])
     if shares.mean > MUCH_MASKED:
-        store = config.logitspath or config.embeddingspath
-        where = f"save the targets of {store} again with" if store else "set"
+        stores = " and ".join(config.stores)
+        where = f"save the targets of {stores} again with" if stores else "set"
         causes.append(
             f"masks: TimeMasking hides {shares.mean:.0%} of a clip's frames on average, up to "
             f"{shares.largest.max():.0%}; {where} max_share: 0.2 among its arguments, or a smaller time_mask_param"

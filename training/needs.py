@@ -52,8 +52,8 @@ def _check_targets(config: TrainConfig, needs: Needs, faults: Faults) -> None:
         if needs.targets == "embeddings":
             faults.add(
                 f"objective {name} learns a teacher's embeddings; give embeddingspath (stored ones, see save_logits.py "
-                "with targets: embeddings) or teacher (a model that computes them while the student learns)"
-                + ("; logitspath holds probabilities: drop it" if config.logitspath else "")
+                "with targets: embeddings) or teacher (a model that computes them while the student learns), "
+                "a list of several" + ("; logitspath holds probabilities: drop it" if config.logitspath else "")
             )
         else:
             beside = " beside the labels" if needs.labels else ""
@@ -96,7 +96,9 @@ def load_online_teacher(config: TrainConfig, needs: Needs) -> Ensemble:
     """
     assert config.teacher
     try:
-        teacher = load_teacher(config.teacher, config.teacher_weights, heads=config.teacher_head)
+        averaged = needs.targets == "classes"
+        heads = config.teacher_head
+        teacher = load_teacher(config.teacher, config.teacher_weights, heads=heads, same_labels=averaged)
     except UserError as error:
         raise UserError(f"teacher: {error}") from None
     if needs.targets != "classes" and config.teacher_head:
@@ -104,7 +106,7 @@ def load_online_teacher(config: TrainConfig, needs: Needs) -> Ensemble:
             f"teacher_head is for probabilities, but objective {config.objective} learns from the teacher's "
             "embeddings or layers, which do not depend on a head; drop it"
         )
-    if needs.targets == "embeddings" or needs.teacher_layers:
+    if needs.teacher_layers:
         teacher.single  # noqa: B018 - raises for several models
     if needs.targets != "classes":
         return teacher

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from common.errors import Faults, UserError
 from common.files import sha256
 from distill.embeddings import StoredEmbeddings
+from distill.joined_embeddings import JoinedEmbeddings
 from distill.mask_check import MaskFindings, check_masks
 from distill.objectives import TrainingFacts
 from distill.sound_check import compute_fingerprint
@@ -172,8 +173,8 @@ def _build_parts(
                 teacher = load_online_teacher(config, plan.needs) if config.teacher else None
             data = open_training(config, seed, faults, plan.needs, teacher.labels if teacher else None)
         if data and has_own_data:
-            store = config.logitspath or config.embeddingspath
-            masks = check_masks(data.source.replay, data.source.n_reference[data.items], store)
+            stores = " and ".join(config.stores) or None
+            masks = check_masks(data.source.replay, data.source.n_reference[data.items], stores)
             if masks.fault:
                 faults.add(masks.fault)
         with faults.noted():
@@ -183,10 +184,12 @@ def _build_parts(
     faults.raise_if_any()
     if data is None or plan is None or model is None or device is None:
         raise AssertionError("a part is missing, and no fault was noted")
-    width = 0
-    if plan.needs.targets == "embeddings":
-        width = teacher.single.embed_dim if teacher else cast(StoredEmbeddings, data.source).width
-    objective = plan.build(model, TrainingFacts(seed, width)).to(device)
+    widths: tuple[int, ...] = ()
+    if isinstance(data.source, StoredEmbeddings | JoinedEmbeddings):
+        widths = data.source.widths
+    elif plan.needs.targets == "embeddings" and teacher:
+        widths = teacher.embed_dims
+    objective = plan.build(model, TrainingFacts(seed, widths)).to(device)
     if teacher:
         teacher.to(device)
     return RunParts(data, model.to(device), objective, plan.needs, device, seed, teacher), masks.warning
@@ -209,7 +212,8 @@ def _hash_data(config: TrainConfig, data: TrainingData, teacher: Ensemble | None
     facts["soft_targets_sha256"] = sha256(meta) if config.logitspath and meta.is_file() else None
     facts["teacher_sha256"] = teacher.fingerprint() if teacher else None
     if config.embeddingspath:
-        facts["embeddings_sha256"] = sha256(Path(config.embeddingspath) / "meta.json")
+        hashes = [sha256(Path(store) / "meta.json") for store in config.stores]
+        facts["embeddings_sha256"] = hashes[0] if len(hashes) == 1 else hashes
     if config.clusters:
         facts["clusters_sha256"] = sha256(config.clusters)
     return facts
@@ -246,7 +250,12 @@ def _log_start(run: Run, is_resumed: bool, state: dict[str, Any] | None) -> None
     )
     if run.teacher is not None:
         logger.info("online teacher: %s", run.teacher.name)
+    teachers = config.embedding_stores
+    if run.teacher is not None and run.needs.targets == "embeddings":
+        teachers = [member.full_name for member in run.teacher.taggers]
+    for number, name in enumerate(teachers, start=1) if len(teachers) > 1 else ():
+        logger.info("teacher %d, of cosine_%d and loss_teacher_%d: %s", number, number, number, name)
     on_eval = data.valid is not None and data.valid is data.evaluation
     logger.log(logging.WARNING if on_eval and config.select_on is None else logging.INFO, "%s", data.selection)
-    if isinstance(data.source, StoreItems):
+    if isinstance(data.source, StoreItems | JoinedEmbeddings):
         logger.info("%d stored epochs of targets, used in order and then repeated", len(data.source.epochs))

@@ -17,6 +17,8 @@ from training.config import AUTO, Config, find_other_command
 logger = logging.getLogger(__name__)
 
 _EXAMPLE = "trainconfig/own_teacher.yaml"
+# Keys that take one name or path, or several with commas between.
+_NAMES = ("embeddingspath", "teacher", "teacher_weights", "teacher_head")
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -97,7 +99,7 @@ def _override(settings: dict[str, Any], key: str, value: Any) -> bool:
         settings = settings[parent]
         if not isinstance(settings, dict):
             return False
-    settings[last] = parse_value(value)
+    settings[last] = parse_value(value, str | list[str] | None) if key in _NAMES else parse_value(value)
     return True
 
 

@@ -95,9 +95,13 @@ def _shorten(config: TrainConfig) -> dict[str, object]:
 def _list_files(config: TrainConfig) -> list[str]:
     """Return every file and folder that a configuration names; teachers count by their weights, if these are given."""
     teachers = config.teacher_weights or config.teacher or []
-    keys = ("train_data", "valid_data", "eval_data", "logitspath", "embeddingspath", "clusters", "labels_csv")
-    named = [*(getattr(config, key) for key in keys), *([teachers] if isinstance(teachers, str) else teachers)]
+    keys = ("train_data", "valid_data", "eval_data", "clusters", "labels_csv")
+    named = [*(getattr(config, key) for key in keys), *config.stores, *_list(teachers)]
     return [path for path in named if path]
+
+
+def _list(given: str | list[str]) -> list[str]:
+    return [given] if isinstance(given, str) else given
 
 
 def _generate(config: TrainConfig, folder: Path) -> dict[str, object]:
@@ -118,15 +122,18 @@ def _generate(config: TrainConfig, folder: Path) -> dict[str, object]:
     with torch.random.fork_rng(devices=[]):  # the random start of the student stays what it is without --smoke
         torch.manual_seed(SEED)
         if config.teacher:
-            path = folder / "teacher.pt"
-            save_checkpoint(path, _create_teacher(labels, activation))
-            update |= {"teacher": str(path), "teacher_weights": None, "teacher_head": None}
+            paths = [folder / f"teacher{number}.pt" for number in range(len(_list(config.teacher)))]
+            for path in paths:
+                save_checkpoint(path, _create_teacher(labels, activation))
+            update |= {"teacher": list(map(str, paths)), "teacher_weights": None, "teacher_head": None}
         if config.logitspath:
             update["logitspath"] = _store_targets(folder / "logits", train_data, labels)
         if config.embeddingspath:
-            teacher, target = _create_teacher([], activation), folder / "embeddings"
-            store = store_embeddings(teacher, Pack.open(train_data), target, num_workers=0, device="cpu")
-            update["embeddingspath"] = str(store.folder)
+            targets = [folder / f"embeddings{number}" for number in range(len(config.embedding_stores))]
+            for target in targets:
+                teacher = _create_teacher([], activation)
+                store_embeddings(teacher, Pack.open(train_data), target, num_workers=0, device="cpu")
+            update["embeddingspath"] = list(map(str, targets))
     if config.clusters:
         update["clusters"] = str(folder / "clusters_k2.parquet")
         rows = pd.DataFrame({"filename": Pack.open(train_data).names, "start": 0.0, "end": SECONDS})

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,6 +34,7 @@ from distill.targets import SoftTargetStore
 from models import AudioTagger, Ensemble
 from models.devices import choose_device
 from models.ensemble import ComputeSpectrogram
+from models.head_inputs import HeadInput
 from models.heads import weights_sha256
 from training.config import SoftTargetConfig
 from training.embedders import Embedder
@@ -124,18 +126,20 @@ class EmbeddingContent(StoreContent):
     Args:
         source: computes them.
         part_size: number of chunks in one file.
+        head_input: what is stored of a model in place of its clip embeddings.
     """
 
     store, identity = EmbeddingStore, ("values", "parts")
 
-    def __init__(self, source: Embedder, part_size: int = 8192) -> None:
+    def __init__(self, source: Embedder, part_size: int = 8192, head_input: HeadInput | None = None) -> None:
         super().__init__(source)
-        self.part_size = part_size
+        self.part_size, self.head_input = part_size, head_input
         self.model = source.single if isinstance(source, Ensemble) else None  # raises for several
 
     def facts(self) -> dict[str, Any]:
         """Return the kind of the values, and the hash of the model."""
         facts: dict[str, Any] = {"values": "embeddings", "part_size": self.part_size}
+        facts |= {} if self.head_input is None else {"head_input": asdict(self.head_input)}
         return facts if self.model is None else facts | {"weights_sha256": weights_sha256(self.model)}  # for heads
 
     def n_parts(self, n_items: int, world_size: int) -> int:
@@ -151,7 +155,11 @@ class EmbeddingContent(StoreContent):
 
     def compute(self, batch: Batch, spectrogram: ComputeSpectrogram) -> dict[str, Tensor]:
         """Return the embeddings (B, E), clipped to the range of half precision with a warning."""
-        embeddings = self.source.embeddings(batch, spectrogram)
+        if self.head_input is None or self.model is None:
+            embeddings = self.source.embeddings(batch, spectrogram)
+        else:
+            with torch.no_grad():
+                embeddings = self.head_input.compute(self.model, *spectrogram(self.model.front_end, batch)).float()
         largest = torch.finfo(torch.float16).max
         n_clipped = int((embeddings.abs() > largest).any(dim=1).sum())
         if n_clipped:
@@ -376,13 +384,16 @@ class StoreWriter:
         return convert_rows(rows) if self.config.layout == "published" else rows
 
 
-def store_embeddings(model: AudioTagger, pack: Pack, folder: Path, **settings: Any) -> EmbeddingStore:
+def store_embeddings(
+    model: AudioTagger, pack: Pack, folder: Path, head_input: HeadInput | None = None, **settings: Any
+) -> EmbeddingStore:
     """Store a model's embeddings of all chunks of a pack, or those that are missing; return the store.
 
     Args:
         model: the model.
         pack: the clips.
-        folder: folder of the store.
+        folder: folder of the store, one for each `head_input`.
+        head_input: what to store in place of clip embeddings.
         **settings: keys of `SoftTargetConfig`, such as `chunk_length`, `batch_size`, `num_workers` and `device`.
 
     Raises:
@@ -391,4 +402,6 @@ def store_embeddings(model: AudioTagger, pack: Pack, folder: Path, **settings: A
     settings = {"batch_size": 32, "num_workers": 4, "keep_tails": True} | settings
     settings |= {"train_data": str(pack.manifest), "model": model.name, "targets": "embeddings"}
     config = SoftTargetConfig.model_validate(settings)
-    return EmbeddingStore(StoreWriter(config, pack, EmbeddingContent(Ensemble([model])), folder).save())
+    part_size = 8192 if head_input is None else 512  # rows of several layers or time steps are long
+    content = EmbeddingContent(Ensemble([model]), part_size, head_input)
+    return EmbeddingStore(StoreWriter(config, pack, content, folder).save())

@@ -1,4 +1,4 @@
-"""Loading a teacher: one tagger, or an ensemble whose probabilities are averaged."""
+"""Loading a teacher: one tagger, or several, whose probabilities are averaged or whose embeddings are side by side."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +14,8 @@ def load_teacher(
     weights: str | Sequence[str] | None = None,
     arguments: Mapping[str, Any] | None = None,
     heads: str | Sequence[str | None] | None = None,
+    *,
+    same_labels: bool = True,
 ) -> Ensemble:
     """Load the models of a teacher; draws nothing from the global random state.
 
@@ -22,6 +24,7 @@ def load_teacher(
         weights: for each model, in order, if it is not a checkpoint.
         arguments: for all models, in place of those of their checkpoints.
         heads: for each model, in order, see `models.heads.load_tagger`; None for its own classes.
+        same_labels: see `Ensemble`.
 
     Raises:
         UserError: a model or head cannot be loaded; the number of weights or heads is not that of models; the labels
@@ -42,4 +45,4 @@ def load_teacher(
             load_tagger(name, weights=file, head=head, **arguments or {})
             for name, file, head in zip(names, files, head_names, strict=True)
         ]
-    return Ensemble(members)
+    return Ensemble(members, same_labels=same_labels)

@@ -4,7 +4,7 @@ Adding one is a file in this folder: a dataclass of settings, and a subclass of 
 `@register_objective("name")`. A configuration names it with `objective: name` and gives its settings with
 `objective_args`.
 
-Shapes: B batch · C classes · E embedding width of the student · W of the teacher.
+Shapes: B batch · C classes · E embedding width of the student · W of the teacher, or of all teachers together.
 """
 
 import keyword
@@ -25,8 +25,8 @@ class Needs:
     """Requirements of an objective; the checks of a configuration, its data, teacher and student follow from them.
 
     Attributes:
-        targets: contents of `Batch.target`: of classes (B,C), a teacher's embeddings (B,W), or nothing. For none, an
-            unlabelled pack is enough.
+        targets: contents of `Batch.target`: of classes (B,C), the embeddings of one or several teachers (B,W), or
+            nothing. For none, an unlabelled pack is enough.
         output: output of the student's `classify`, for the classes of targets or labels; None if the objective does not
             use it: the student then has no classes and its last layers are frozen.
         activation: from logits of student and teacher to probabilities; None for any.
@@ -67,11 +67,11 @@ class TrainingFacts:
 
     Attributes:
         seed: of the run; random masks, for example, are functions of it, `Batch.epoch` and `Batch.item`.
-        target_width: W of the teacher's embeddings; 0 for other targets.
+        target_widths: width of each teacher's embeddings, W together; empty for other targets.
     """
 
     seed: int = 0
-    target_width: int = 0
+    target_widths: tuple[int, ...] = ()
 
 
 class Objective(nn.Module):

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.objectives.masking import get_largest_grid
 from models.base import Encoded
 from models.vit import SpectrogramTransformer
 
@@ -101,7 +100,7 @@ class EmbeddingVariance(nn.Module):
 
     def __init__(self, student: SpectrogramTransformer) -> None:
         super().__init__()
-        rows, self.columns = get_largest_grid(student)
+        rows, self.columns = student.grid(student.target_length)
         self.running = RunningMean(student.width, 0.99, rows * self.columns)
 
     @torch.no_grad()

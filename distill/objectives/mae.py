@@ -24,15 +24,13 @@ from distill.batch import Batch
 from distill.objectives.base import Needs, Objective, TrainingFacts, register_objective
 from distill.objectives.collapse import VARIANCE, EmbeddingVariance, describe_collapse
 from distill.objectives.masking import (
-    TokenMask,
     average_tokens,
     check_student,
-    count_columns,
-    crop,
     cut_patches,
-    draw_mask,
+    encode_tokens,
     fix_norms,
     get_patch_shape,
+    mask_clips,
 )
 from distill.objectives.token_predictor import HEAD_WIDTH, TokenPredictor, check_memory, read_mask_ratio, read_size
 from models.base import AudioTagger
@@ -103,15 +101,8 @@ class MaskedAutoEncoder(Objective):
     def forward(self, student: AudioTagger, batch: Batch) -> dict[str, Tensor]:
         """Return `loss`, and the variance of tokens among clips."""
         student = cast(SpectrogramTransformer, student)
-        fix_norms(student)
-        batch = crop(self.seed, batch, student.target_length)
-        columns = count_columns(student, batch)
-
-        def draw(grid: tuple[int, int]) -> TokenMask:
-            return draw_mask(self.seed, batch, self.settings.mask_ratio, grid, columns)
-
-        encoded = student.encode(batch.mel, batch.n_frames, keep=lambda f, t, _: draw((f, t)).visible)
-        mask = draw(encoded.grid)
+        batch, mask = mask_clips(self.seed, student, batch, self.settings.mask_ratio)
+        encoded = encode_tokens(student, batch, mask.visible)
         patches = cut_patches(student, batch.mel, encoded.grid)
         target = patches.gather(1, mask.masked[..., None].expand(-1, -1, patches.shape[2])).float()  # (B,M,values)
         if self.settings.normalise_patches:

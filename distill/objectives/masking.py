@@ -7,6 +7,7 @@ Letters: B clips, F mel bands, T frames, f and t rows and columns of the patch g
 masked ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from common.errors import UserError
 from distill.batch import Batch
 from distill.random_streams import Stream, derive_seed
-from models.base import AudioTagger
+from models.base import AudioTagger, Encoded
 from models.vit import SpectrogramTransformer
 
 _GOLDEN = -7046029254386353131  # 2^64 divided by the golden ratio, as int64
@@ -58,6 +59,28 @@ def _hash(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687  # `>>` copies the sign, a hash shifts in zeros
     x = (x ^ ((x >> 27) & (2**37 - 1))) * -7723592293110705685
     return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def mask_clips(seed: int, student: SpectrogramTransformer, batch: Batch, ratio: float) -> tuple[Batch, TokenMask]:
+    """Crop the clips of a batch to the student's window, and draw the tokens that are masked.
+
+    A column counts as a clip's if all of its frames are; its first one always does.
+
+    Raises:
+        UserError: as `draw_mask`.
+    """
+    fix_norms(student)
+    batch = crop(seed, batch, student.target_length)
+    columns = None
+    if batch.n_frames is not None:
+        size, stride = get_patch_shape(student)
+        columns = ((batch.n_frames.to(batch.mel.device) - size[1]) // stride[1] + 1).clamp(min=1)
+    return batch, draw_mask(seed, batch, ratio, student.grid(batch.mel.shape[2]), columns)
+
+
+def encode_tokens(student: SpectrogramTransformer, batch: Batch, places: Tensor, layers: Sequence[int] = ()) -> Encoded:
+    """Encode the tokens of some places alone: (B,K) indices into the f t patches."""
+    return student.encode(batch.mel, batch.n_frames, keep=lambda f, t, valid: places, layers=layers)
 
 
 def draw_mask(seed: int, batch: Batch, ratio: float, grid: tuple[int, int], n_columns: Tensor | None) -> TokenMask:
@@ -166,13 +189,6 @@ def get_patch_shape(student: SpectrogramTransformer) -> tuple[tuple[int, int], t
     return (projection.kernel_size[0], projection.kernel_size[1]), (projection.stride[0], projection.stride[1])
 
 
-def get_largest_grid(student: SpectrogramTransformer) -> tuple[int, int]:
-    """Return rows and columns of the patch grid of `target_length` frames."""
-    size, stride = get_patch_shape(student)
-    extent = student.front_end.n_mels, student.target_length
-    return (extent[0] - size[0]) // stride[0] + 1, (extent[1] - size[1]) // stride[1] + 1
-
-
 def crop(seed: int, batch: Batch, n_frames: int) -> Batch:
     """Crop spectrograms longer than `n_frames` to so many, from a random frame on, as MATPAC does."""
     longest = batch.mel.shape[2]
@@ -186,14 +202,6 @@ def crop(seed: int, batch: Batch, n_frames: int) -> Batch:
     mel = batch.mel.gather(2, index[:, None].expand(-1, batch.mel.shape[1], -1))
     # Shorter clips keep their length; without any, there is no padding left.
     return replace(batch, mel=mel, n_frames=None if batch.n_frames is None else own.clamp(max=n_frames))
-
-
-def count_columns(student: SpectrogramTransformer, batch: Batch) -> Tensor | None:
-    """Return the patch columns (B,) that contain nothing but frames of each clip, at least 1; None for all."""
-    if batch.n_frames is None:
-        return None
-    size, stride = get_patch_shape(student)
-    return ((batch.n_frames.to(batch.mel.device) - size[1]) // stride[1] + 1).clamp(min=1)
 
 
 def cut_patches(student: SpectrogramTransformer, mel: Tensor, grid: tuple[int, int]) -> Tensor:

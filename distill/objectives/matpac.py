@@ -36,15 +36,8 @@ from common.errors import Faults, UserError
 from distill.batch import Batch
 from distill.objectives.base import Needs, Objective, TrainingFacts, register_objective
 from distill.objectives.collapse import VARIANCE, EmbeddingVariance, RunningMean, describe_collapse, measure_classes
-from distill.objectives.masking import (
-    TokenMask,
-    average_tokens,
-    check_student,
-    count_columns,
-    crop,
-    draw_mask,
-    fix_norms,
-)
+from distill.objectives.masking import average_tokens, check_student, encode_tokens, fix_norms, mask_clips
+from distill.objectives.moving_average import follow, read_decay, shorten_decay
 from distill.objectives.numbers import read_number
 from distill.objectives.token_predictor import HEAD_WIDTH, TokenPredictor, check_memory, read_mask_ratio, read_size
 from models.base import AudioTagger
@@ -103,17 +96,8 @@ class MatpacSettings:
             if self.classes == 1:
                 raise UserError("classes is 1; expected at least 2")
         with faults.noted():
-            self._read_decay()
+            object.__setattr__(self, "decay", read_decay(self.decay))
         faults.raise_if_any()
-
-    def _read_decay(self) -> None:
-        if self.decay is None:
-            return
-        given = self.decay if isinstance(self.decay, list | tuple) else [self.decay]
-        decays = [read_number("decay", each, lambda d: 0 <= d <= 1, "a number from 0 to 1, or two") for each in given]
-        if len(decays) not in (1, 2):
-            raise UserError(f"decay is {self.decay!r}; expected one number, or two: at the start and at the end")
-        object.__setattr__(self, "decay", (decays[0], decays[-1]))
 
 
 class ClassHead(nn.Module):
@@ -200,19 +184,11 @@ class Matpac(Objective):
             tokens among clips, and the entropies of the classes, see `distill.objectives.collapse`.
         """
         student = cast(SpectrogramTransformer, student)
-        fix_norms(student)
-        batch = crop(self.seed, batch, student.target_length)
-        columns = count_columns(student, batch)
-
-        def draw(grid: tuple[int, int]) -> TokenMask:
-            return draw_mask(self.seed, batch, self.settings.mask_ratio, grid, columns)
-
-        encoded = student.encode(batch.mel, batch.n_frames, keep=lambda f, t, _: draw((f, t)).visible)
-        mask = draw(encoded.grid)
+        batch, mask = mask_clips(self.seed, student, batch, self.settings.mask_ratio)
+        encoded = encode_tokens(student, batch, mask.visible)
         predicted = self.output(self.predictor(encoded, mask)).unflatten(2, (self.settings.outputs, -1))  # (B,M,O,D)
         with torch.no_grad():
-            taught = self.teacher.encode(batch.mel, batch.n_frames, keep=lambda f, t, _: mask.masked)
-            target = cast(Tensor, taught.tokens)  # (B,M,D)
+            target = cast(Tensor, encode_tokens(self.teacher, batch, mask.masked).tokens)  # (B,M,D)
         error = 2 - 2 * F.cosine_similarity(predicted.float(), target.float()[:, :, None], dim=3, eps=1e-6)  # (B,M,O)
         best = error.argmin(2)[..., None, None].expand(-1, -1, 1, predicted.shape[3])
         prediction = average_tokens((self._weigh_outputs(error) * error).sum(2), mask.is_target)
@@ -250,30 +226,18 @@ class Matpac(Objective):
         progress = step / n_steps
         for running in (self.centre, self.class_mean, self.variance.running):
             running.update()
-        self._follow(self.teacher, student, self._compute_decay(progress, n_steps))
-        first, last = (_shorten(each, n_steps) for each in HEAD_DECAYS)
-        self._follow(self.teacher_head, self.head, first + (last - first) * progress)
+        follow(self.teacher, student, self._compute_decay(progress, n_steps))
+        first, last = (shorten_decay(each, PUBLISHED_STEPS, n_steps) for each in HEAD_DECAYS)
+        follow(self.teacher_head, self.head, first + (last - first) * progress)
         cast(Tensor, self.progress).fill_(progress)
 
     def _compute_decay(self, progress: float, n_steps: int) -> float:
-        first, last = self.settings.decay or (_shorten(each, n_steps) for each in DECAYS)
+        first, last = self.settings.decay or (shorten_decay(each, PUBLISHED_STEPS, n_steps) for each in DECAYS)
         return first + (last - first) * progress
-
-    @staticmethod
-    def _follow(average: nn.Module, module: nn.Module, decay: float) -> None:
-        """Move the average towards a module: decay * average + (1 - decay) * module; buffers are copied."""
-        torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-        for mine, new in zip(average.buffers(), module.buffers(), strict=True):
-            mine.copy_(new)
 
     def describe_collapse(self, means: Mapping[str, float]) -> str | None:
         """Return a sentence if embeddings or classes have collapsed."""
         return describe_collapse(means)
-
-
-def _shorten(decay: float, n_steps: int) -> float:
-    """Return a decay with the same horizon, as a share of the run, as the published one in its run."""
-    return max(0.0, 1 - (1 - decay) * max(1.0, PUBLISHED_STEPS / n_steps))
 
 
 @register_objective("matpac++")

@@ -15,7 +15,7 @@ class TaggerConfig(PretrainedConfig):
         **settings: those in `ARGUMENTS`, and those of every config: `id2label`, `num_labels`, and `problem_type`, which
             sets the activation: "multi_label_classification" by the sigmoid,
             "single_label_classification" by the softmax. `head`: where the classes are those of a head on the
-            embeddings, its `hidden_sizes` and `dropout`; None for the network's own last layer.
+            embeddings, its kind and arguments; None for the network's own last layer.
     """
 
     ARGUMENTS: ClassVar[dict[str, Any]] = {}

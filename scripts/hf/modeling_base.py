@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceCl
 from models.base import AudioTagger
 from models.ced_mel import CedMel
 from models.headed import Head
+from models.other_heads import create_head
 from scripts.hf.configuration_base import TaggerConfig
 
 
@@ -39,9 +40,12 @@ class TaggerPreTrainedModel(PreTrainedModel):
         own_head = network.last_layer.split(".")[0]
         head: nn.Module = getattr(network, own_head)
         if config.head is not None:
-            sizes = {name: config.head[name] for name in ("hidden_sizes", "dropout")}
-            sizes |= {"labels": config.labels, "activation": network.activation}
-            head = Head(network.embed_dim, len(config.labels), **sizes)
+            arguments = {
+                name: value for name, value in config.head.items() if name not in ("kind", "embed_dim", "facts")
+            }
+            arguments |= {"labels": config.labels, "activation": network.activation}
+            width = config.head.get("embed_dim", network.embed_dim)
+            head = create_head(config.head.get("kind", "mlp"), width, len(config.labels), **arguments)
         delattr(network, own_head)
         delattr(network.front_end, "0")  # the feature extractor has its tensors
         self._rename(network)
@@ -157,7 +161,10 @@ class TaggerForAudioClassification(TaggerPreTrainedModel):
 
     def _logits(self, mel: Tensor, n_frames: Tensor | None) -> Tensor:
         """(B,C) logits of the clips' probabilities; what reads more than embeddings overrides it."""
-        return self.outputlayer(self.encoder.embed_clips(mel, n_frames))
+        head = self.outputlayer
+        if not isinstance(head, Head):
+            return head(self.encoder.embed_clips(mel, n_frames))
+        return head(head.embed_spectrogram(self.encoder, mel, n_frames))
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.config.problem_type == "single_label_classification":

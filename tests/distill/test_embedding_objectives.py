@@ -1,6 +1,7 @@
 """Objectives over embeddings: each formula written out a clip at a time, in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ OFFERED = {"loss": "BCEWithLogitsLoss", "loss_args": {}, "label_smoothing": 0.0}
 CLUSTER = torch.tensor([3, 0, 3, 1, 0, 3])
 
 
-def create(kind, **arguments):
+def create(kind, width=W, **arguments):
     """An objective with a projection of fixed weights, at rest."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        return build_objective(kind, OFFERED, embed_dim=E, width=W, **arguments).eval()
+        return build_objective(kind, OFFERED, embed_dim=E, width=width, **arguments).eval()
 
 
 EMBEDDING = torch.randn(B, E, generator=torch.Generator().manual_seed(0))
@@ -165,6 +166,74 @@ def test_what_a_run_must_give_follows_from_the_settings():
     both = needs_of("cluster_contrastive", settings, **{"lambda": "1e-1"})  # as YAML reads it
     assert (both.targets, both.teacher, both.output, both.activation) == ("embeddings", "required", "logits", "softmax")
     assert (both.labels, both.clusters, both.mixup) == (True, True, False)
+
+
+WIDTHS = (7, 3)
+
+
+def create_alone(both, number, kind, **arguments):
+    """The objective of one of the two teachers of `both`, with its projection."""
+    alone = build_objective(kind, OFFERED, embed_dim=E, width=WIDTHS[number], **arguments).eval()
+    alone.projection.load_state_dict(both.projection[number].state_dict())
+    return alone
+
+
+def split_batch(batch, number):
+    return replace(batch, target=batch.target.split(WIDTHS, dim=1)[number])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("given", "shares"), [({}, (0.5, 0.5)), ({"weights": [1, 3]}, (0.25, 0.75))])
+def test_the_loss_of_two_teachers_is_the_mean_of_those_of_each_alone_by_their_weights(kind, given, shares):
+    both = build_objective(kind, OFFERED, embed_dim=E, width=WIDTHS, **given, **{"lambda": 0.2}).eval()
+    batch, output = batch_of(sum(WIDTHS)), torch.randn(B, C)
+    embedding = EMBEDDING.clone().requires_grad_()
+    losses = losses_of(both, batch, output, embedding)
+    losses["loss"].backward()
+    summed = {"loss": 0.0, "loss_teacher": 0.0, "cosine": 0.0, "constant": 0.0}
+    gradient = torch.zeros_like(EMBEDDING)
+    for number, share in enumerate(shares):
+        alone, own = create_alone(both, number, kind, **{"lambda": 0.2}), EMBEDDING.clone().requires_grad_()
+        each = losses_of(alone, split_batch(batch, number), output, own)
+        each["loss"].backward()
+        gradient += share * own.grad
+        for name in ("loss", "loss_teacher", "cosine"):
+            summed[name] += share * each[name].item()
+        constant = alone.constant_loss(alone.target_statistics(split_batch(batch, number)))
+        summed["constant"] += float("nan") if constant is None else share * constant
+        assert losses[f"loss_teacher_{number + 1}"].item() == pytest.approx(each["loss_teacher"].item(), rel=1e-6)
+        assert losses[f"cosine_{number + 1}"].item() == pytest.approx(each["cosine"].item(), rel=1e-6)
+        parameters = zip(both.projection[number].parameters(), alone.projection.parameters(), strict=True)
+        for one, other in parameters:
+            torch.testing.assert_close(one.grad, share * other.grad)
+    assert {name: losses[name].item() for name in ("loss", "loss_teacher", "cosine")} == pytest.approx(
+        {name: summed[name] for name in ("loss", "loss_teacher", "cosine")}, rel=1e-5
+    )
+    torch.testing.assert_close(embedding.grad, gradient)
+    constant = both.constant_loss(both.target_statistics(batch))
+    assert constant is None if math.isnan(summed["constant"]) else constant == pytest.approx(summed["constant"])
+
+
+def test_a_teacher_of_weight_0_is_not_learned():
+    both, batch = create("cosine", width=WIDTHS, weights=[1, 0]), batch_of(sum(WIDTHS))
+    losses_of(both, batch, embedding=EMBEDDING)["loss"].backward()
+    assert all(bool(parameter.grad.any()) for parameter in both.projection[0].parameters())
+    assert not any(bool(parameter.grad.any()) for parameter in both.projection[1].parameters())
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        ([1, 2, 3], "objective cosine: number of weights: 3, of teachers: 2; give one weight for each teacher"),
+        ("1,-2", "weights is '-2'; expected a number of at least 0 for each teacher"),
+        ([0, 0.0], r"weights is \[0, 0.0\], all zero, so nothing would be learned"),
+        ([1, float("inf")], "weights is inf; expected a number of at least 0"),
+        (2, r"weights is 2; expected a number of at least 0 for each teacher, \[1, 2\] for example"),
+    ],
+)
+def test_weights_that_cannot_be_are_a_sentence(weights, sentence):
+    with pytest.raises(UserError, match=sentence):
+        create("cosine", width=WIDTHS, weights=weights)
 
 
 def test_half_precision_around_it_changes_nothing():

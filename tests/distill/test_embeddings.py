@@ -10,6 +10,7 @@ from audio.dataset import Pack
 from audio.shard_writer import ShardWriter
 from common.errors import UserError
 from distill.embeddings import EmbeddingStore, StoredEmbeddings, compute_clip_embeddings
+from distill.joined_embeddings import JoinedEmbeddings
 
 RATE, WIDTH = 8000, 3
 
@@ -33,7 +34,7 @@ def value(epoch: int, row: int) -> np.ndarray:
     return np.array([epoch, row, 0.5 * row], np.float32)
 
 
-def make(folder, parts=((0, 1, 2), (3, 4)), epochs=2, chunks=CHUNKS):
+def make(folder, parts=((0, 1, 2), (3, 4)), epochs=2, chunks=CHUNKS, factor=1, first_seed=0, **facts):
     """A store whose epochs name the chunks in opposite orders."""
     for epoch in range(1, epochs + 1):
         order = list(range(len(chunks)))[:: 1 if epoch % 2 else -1]
@@ -41,18 +42,17 @@ def make(folder, parts=((0, 1, 2), (3, 4)), epochs=2, chunks=CHUNKS):
             rows = [order[place] for place in places]
             table = pd.DataFrame([chunks[row] for row in rows], columns=["filename", "start", "end"])
             table["n_reference"] = ((table["end"] - table["start"]) * 16000).astype(int)
-            embedding = np.stack([value(epoch, row) for row in rows])
-            EmbeddingStore.write(
-                folder, epoch, part, table, embedding=embedding, seeds=np.array([100 * epoch + r for r in rows])
-            )
-    facts = {"wavtransforms": {}, "spectransforms": [], "parts": len(parts), "config": {"chunk_length": 1.0}}
-    (folder / "meta.json").write_text(json.dumps(facts))
+            embedding = np.stack([factor * value(epoch, row) for row in rows])
+            seeds = np.array([first_seed + 100 * epoch + r for r in rows])
+            EmbeddingStore.write(folder, epoch, part, table, embedding=embedding, seeds=seeds)
+    meta = {"wavtransforms": {}, "spectransforms": [], "parts": len(parts), "config": {"chunk_length": 1.0}}
+    (folder / "meta.json").write_text(json.dumps(meta | facts))
     return EmbeddingStore(folder)
 
 
 def test_every_item_gets_its_own_row_from_any_part_and_epoch(pack, tmp_path):
     source = StoredEmbeddings(make(tmp_path / "s"), pack)
-    assert source.width == WIDTH
+    assert source.widths == (WIDTH,)
     assert list(source.chunks) == [
         (0, 0, 8000), (1, 0, 8000), (1, 8000, 16000), (1, 16000, 20000), (2, 0, 4000)
     ]  # fmt: skip
@@ -89,3 +89,51 @@ def test_a_store_that_lacks_a_part_or_mixes_teachers_is_refused(tmp_path):
         EmbeddingStore(tmp_path / "t")
     with pytest.raises(UserError, match="has no files embeddings_ep"):
         EmbeddingStore(tmp_path)
+
+
+MASKED = {"spectransforms": [{"TimeMasking": {"time_mask_param": 9}}]}
+
+
+def join(pack, *stores, **options):
+    return JoinedEmbeddings([StoredEmbeddings(store, pack, **options) for store in stores], pack)
+
+
+@pytest.mark.parametrize("facts", [{}, MASKED])
+def test_an_item_of_several_stores_has_the_embeddings_of_each_in_their_order(pack, tmp_path, facts):
+    """Whatever the order of their rows."""
+    one = make(tmp_path / "one", **facts)
+    other = make(tmp_path / "other", parts=((4, 0), (2, 1, 3)), factor=10, **facts)
+    source = join(pack, one, other)
+    assert (source.widths, source.chunk_seconds) == ((WIDTH, WIDTH), 1.0)
+    for epoch in (1, 2, 3):
+        stored = 2 - epoch % 2
+        for item, (clip, start, _) in enumerate(source.chunks):
+            row = next(i for i, c in enumerate(CHUNKS) if c[:2] == (pack.names[clip], start / RATE))
+            expected = [*value(stored, row), *(10 * value(stored, row))]
+            np.testing.assert_array_equal(source.target(epoch, item), expected)
+            assert source.seed(epoch, item) == 100 * stored + row
+
+
+@pytest.mark.parametrize(
+    ("facts", "sentence"),
+    [
+        (
+            {"chunks": CHUNKS[:4], "parts": ((0, 1), (2, 3))},
+            r"of 5 chunks .*of 4; 1 are in one .* first of c\.wav: make",
+        ),
+        ({"epochs": 1}, r"one has 2 epochs \(from 1\), .*other 1 .* or use those that all have: --max_aug_epochs"),
+        ({"config": {"chunk_length": 2.0}, "chunks": [("a.wav", 0, 1)], "parts": ((0,),)}, "are 1 s, those of .* 2 s"),
+        (MASKED, "one and .*other were stored with different transforms"),
+    ],
+)
+def test_stores_that_do_not_go_together_are_a_sentence(pack, tmp_path, facts, sentence):
+    with pytest.raises(UserError, match=sentence):
+        join(pack, make(tmp_path / "one"), make(tmp_path / "other", **facts))
+
+
+def test_stores_of_other_seeds_go_together_without_augmentation_alone(pack, tmp_path):
+    join(pack, make(tmp_path / "a"), make(tmp_path / "b", first_seed=1))
+    masked = [make(tmp_path / name, first_seed=seed, **MASKED) for name, seed in (("c", 0), ("d", 1))]
+    with pytest.raises(UserError, match="different augmentation seeds, so no student's input fits both; make both"):
+        join(pack, *masked)
+    join(pack, make(tmp_path / "e", epochs=3), make(tmp_path / "f"), max_epochs=2)

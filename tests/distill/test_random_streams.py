@@ -7,6 +7,7 @@ from distill.random_streams import Stream, derive_seed
 
 def test_numbers_stay_as_they_are():
     numbers = {"FRESH_MASKS": 1, "ORDER": 2, "MIXUP": 3, "PATCH_OUT": 4, "DROPOUT": 5, "CHANCE": 6}
+    numbers |= {"TOKEN_MASK": 7, "CROP": 8}
     assert {stream.name: stream.value for stream in Stream} == numbers
 
 
@@ -17,4 +18,4 @@ def test_a_stream_counts_as_its_number():
 
 
 def test_streams_differ_from_each_other():
-    assert len({derive_seed(42, stream, step) for stream in Stream for step in range(100)}) == 600
+    assert len({derive_seed(42, stream, step) for stream in Stream for step in range(100)}) == 100 * len(Stream)

@@ -1,4 +1,4 @@
-"""MAE, MATPAC and MATPAC++ against slow references; what the student sees, and what it must not see."""
+"""MAE, MATPAC, MATPAC++ and EAT against slow references; what the student sees, and what it must not see."""
 
 import math
 from dataclasses import replace
@@ -6,16 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
 from distill.objectives import TrainingFacts, list_objectives, plan_objective
 from distill.objectives.collapse import RunningMean, describe_collapse
 from distill.objectives.masking import cut_patches, draw_mask
+from distill.random_streams import derive_seed
 from models import create_model
 from tests.batches import make_batch
 
-NAMES = ("mae", "matpac", "matpac++")
+NAMES = ("mae", "matpac", "matpac++", "eat")
 
 
 def make_student(**arguments):
@@ -122,6 +124,37 @@ def test_the_losses_of_matpac_are_those_of_a_slow_reference(name, progress):
     assert float(found["loss"]) == pytest.approx((prediction + classification) / 2, rel=1e-4)
 
 
+def test_the_losses_of_eat_are_those_of_a_slow_reference():
+    student = make_student()
+    objective = build("eat", student, masks=3, clip_weight=0.5)
+    with torch.no_grad():
+        for parameter in objective.teacher.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    batch = clips()
+    found = objective(student, batch)
+    errors, clip_errors = [], []
+    for row in range(3):
+        one = take(batch, row)
+        teacher = objective.teacher
+        x = teacher._add_positions(teacher.patch_embed(teacher._normalise(one.mel, None))).flatten(1, 2)
+        outputs = []
+        for block in teacher.blocks:
+            x = block(x)
+            outputs.append(x)
+        target = F.layer_norm(sum(F.layer_norm(output[0], (64,)) for output in outputs) / len(outputs), (64,))
+        for number in range(3):
+            seed = 5 if number == 0 else derive_seed(5, number)
+            mask = draw_mask(seed, one, 0.8, (4, one.mel.shape[2] // 16), None)
+            encoded = student.encode(one.mel, keep=lambda f, t, v, mask=mask: mask.visible)
+            predicted = objective.output(objective.predictor(encoded, mask))[0]
+            errors.append((predicted - target[mask.masked[0]]).square().mean().item())
+            clip = objective.clip_output(encoded.tokens[0].mean(0)) - target.mean(0)
+            clip_errors.append(clip.square().mean().item())
+    assert found["loss_tokens"].item() == pytest.approx(np.mean(errors), rel=1e-4)
+    assert found["loss_clip"].item() == pytest.approx(np.mean(clip_errors), rel=1e-4)
+    assert found["loss"].item() == pytest.approx(np.mean(errors) + 0.5 * np.mean(clip_errors), rel=1e-4)
+
+
 def test_at_the_end_only_the_best_output_of_a_token_is_trained_and_at_first_all_are():
     student = make_student()
     objective = build("matpac++", student, alpha=0.0)
@@ -160,7 +193,7 @@ def test_no_gradient_goes_to_the_teacher_or_the_classes_and_every_other_weight_h
 def test_nothing_that_the_student_computes_depends_on_masked_patches_but_the_target_does(name):
     """Batch norms in particular keep their statistics."""
     student = make_student()
-    objective = build(name, student)
+    objective = build(name, student, **({"masks": 1} if name == "eat" else {}))
     batch = clips((64, 64))
     mask = mask_of(objective, batch)
     predictor = objective.decoder if name == "mae" else objective.predictor
@@ -348,6 +381,8 @@ def test_a_student_without_statistics_is_refused():
         ("matpac", {"classes": 1}, "classes is 1; expected at least 2"),
         ("matpac", {"decay": [0.9, 0.95, 0.99]}, "expected one number, or two: at the start and at the end"),
         ("matpac", {"outputs": 3}, "no argument 'outputs'"),
+        ("eat", {"masks": 0}, "masks is 0; expected a whole number above 0"),
+        ("eat", {"clip_weight": -1}, "clip_weight is -1; expected a number, 0 or more"),
         ("matpac++", {"outputs": 0}, "outputs is 0; expected a whole number above 0"),
     ],
 )
@@ -381,7 +416,7 @@ def test_other_transformers_with_patches_that_do_not_overlap_learn_as_well(model
     losses = objective(student, make_batch(item=torch.arange(2), mel=mel, n_frames=torch.tensor([208, 96])))
     losses["loss"].backward()
     assert all(p.grad is not None for p in student.blocks.parameters())
-    if model != "ast_pico":  # which is published without masks of padding
+    if model not in ("ast_pico", "passt_pico"):  # as published, no masks of padding; random positions
         alone = [
             objective(student, make_batch(item=torch.tensor([row]), mel=mel[row : row + 1, :, :n]))["loss"]
             for row, n in enumerate((208, 96))

@@ -263,6 +263,50 @@ def test_layers_are_what_the_blocks_gave(kind):
     assert not model.encode(mel, n_frames).layers
 
 
+@every_network
+@torch.no_grad()
+def test_pooled_layers_are_means_of_what_each_block_gave_for_the_clip_alone(kind):
+    model = network(kind)
+    mel, n_frames = spectrograms(model, 2, CHUNK), torch.tensor([CHUNK, 40])
+    encoded = model.encode(mel, n_frames, layers=[1, 0, -2, -1, 2])
+    pooled = model.pool_layers(encoded)
+    assert list(pooled) == list(encoded.layers)
+    assert torch.equal(pooled[-1], model.pool(encoded))
+    assert torch.equal(pooled[2], pooled[-1])
+    assert torch.equal(pooled[-2], pooled[1])
+    given: list[Tensor] = []
+    for block in model.blocks:
+        original = block.feed_forward
+        block.feed_forward = lambda x, original=original: given.append(original(x)) or given[-1]
+    for clip in range(2):
+        given.clear()
+        model.encode(mel[clip : clip + 1, :, : n_frames[clip]])
+        for layer in (0, 1):
+            tokens = given[layer][0].double()
+            own = tokens[: model.n_prefix] if kind in ("ast", "passt") else tokens[model.n_prefix :]
+            torch.testing.assert_close(pooled[layer][clip].double(), own.mean(0), atol=1e-5, rtol=1e-4)
+
+
+@every_network
+@torch.no_grad()
+def test_pooled_layers_of_long_clips_are_embeddings_of_the_network_cut_there(kind):
+    model = network(kind)
+    mel, n_frames = spectrograms(model, 2, 230), torch.tensor([230, 130])
+    for lengths, keep in ((None, None), (n_frames, None), (n_frames, keep_a_third)):
+        if keep and kind in ("ast", "passt"):
+            continue
+        pooled = model.pool_layers(model.encode(mel, lengths, keep=keep, layers=range(3)))
+        if keep is None:
+            together = model.embed_layers(mel, lengths, layers=range(3))
+            assert all(torch.equal(pooled[layer], together[layer]) for layer in range(3))
+        blocks, merged, norm = model.blocks, model.merged_tokens, model.norm
+        for layer in (0, 1):
+            model.blocks, model.merged_tokens = blocks[: layer + 1], merged[: layer + 1]
+            model.norm = nn.Identity()
+            torch.testing.assert_close(pooled[layer], model.pool(model.encode(mel, lengths, keep=keep)))
+        model.blocks, model.merged_tokens, model.norm = blocks, merged, norm
+
+
 @pytest.mark.parametrize("kind", ["mean", "passt"])
 @torch.no_grad()
 def test_layers_under_merging_have_a_place_for_every_token(kind):
@@ -331,6 +375,8 @@ def test_a_head_passes_chosen_tokens_and_layers_through():
     expected = model.encode(mel, keep=lambda f, t, _: keep_a_third(f, t, None)[:2], layers=[1])
     assert torch.equal(found.tokens, expected.tokens)
     assert torch.equal(found.layers[1], expected.layers[1])
+    assert headed.n_layers == model.n_layers == 3
+    assert torch.equal(headed.pool_layers(found)[1], model.pool_layers(expected)[1])
     assert torch.equal(headed.classify(found), headed.head(model.pool(expected)))
     tags, clips = headed.tag_and_embed(mel)
     assert torch.equal(tags, headed.forward_spectrogram(mel))

@@ -59,4 +59,8 @@ def test_layers_of_a_network_that_does_not_mask_padding_are_of_clips_of_one_leng
     whole = teacher.encode((waves, None), spectrogram, layers=(1,)).layers[1]
     alone = teacher.encode((waves[1:], None), spectrogram, layers=(1,)).layers[1]
     torch.testing.assert_close(whole[1:], alone, atol=1e-5, rtol=1e-4)
+    # each length is computed alone
+    pooled = teacher.single.embed_layers(*spectrogram(other.front_end, (waves, lengths)), layers=(1, -1))
+    torch.testing.assert_close(pooled[0][0], whole[0].mean((1, 2)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(pooled[1], teacher.embeddings((waves, lengths), spectrogram))
     assert len(Ensemble([masking]).encode((waves, lengths), spectrogram).valid) == 2

@@ -210,6 +210,9 @@ def test_exports_compute_chunks_and_padding_from_shapes(matpac):
         expected = matpac.forward_spectrogram(mel).sigmoid()
         torch.testing.assert_close(matpac.forward_export(mel), expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(matpac.embed_export(mel), matpac.embed_clips(mel), atol=1e-5, rtol=1e-4)
+        layers = zip(matpac.embed_layers_export(mel, [0, -1]), matpac.embed_layers(mel, layers=[0, -1]), strict=True)
+        for found, wanted in layers:
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_it_learns_from_single_clips_too_and_is_saved(matpac, tmp_path):

@@ -117,6 +117,24 @@ def test_layers_are_what_the_stages_gave(model):
     assert torch.equal(some.layers[1], encoded.layers[1])
 
 
+@torch.inference_mode()
+def test_pooled_layers_are_means_of_each_stage_over_the_clip_alone(model):
+    mel, n_frames = spectrogram(model)
+    assert model.n_layers == len(stages(model))
+    numbers = (*range(model.n_layers), -2)
+    together = model.embed_layers(mel, n_frames, layers=numbers)
+    assert torch.equal(together[model.n_layers - 1], model.embed_clips(mel, n_frames))
+    assert torch.equal(together[-1], together[model.n_layers - 2])
+    for row, length in enumerate(n_frames.tolist()):
+        encoded = model.encode(mel[row : row + 1, :, :length], layers=numbers)
+        for number, embeddings in zip(numbers[:-2], together, strict=False):
+            maps = encoded.layers[number][0]
+            expected = maps.double().sum((1, 2)) / maps[0].numel()
+            torch.testing.assert_close(embeddings[row].double(), expected, atol=1e-6, rtol=1e-4)
+    with pytest.raises(UserError, match=f"has no layer {model.n_layers}"):
+        model.embed_layers(mel, n_frames, layers=(model.n_layers,))
+
+
 def test_gradients_reach_the_stages_below_a_layer_and_no_others(model):
     trained = copy.deepcopy(model)
     trained.encode(spectrogram(trained)[0], layers=(1,)).layers[1].square().sum().backward()

@@ -145,6 +145,10 @@ def test_padding_never_counts(pooling):
         assert not model.frames(together)[row, n_steps:].any()
         for layer in (0, 1):
             torch.testing.assert_close(together.layers[layer][row, ..., :n_steps], alone.layers[layer][0])
+            steps = alone.layers[layer][0, :, 0]  # (D,T')
+            expected = steps[:, -1] if pooling == "last" else steps.sum(1) / steps.shape[1]
+            torch.testing.assert_close(model.pool_layers(together)[layer][row], expected, atol=1e-6, rtol=1e-5)
+    assert torch.equal(model.pool_layers(together)[1], model.pool(together))
 
 
 def test_padding_has_no_gradient_and_is_not_in_the_statistics_of_training():

@@ -106,6 +106,18 @@ def test_a_model_added_in_one_file_is_created_saved_and_loaded(tmp_path):
     torch.testing.assert_close(again.predict(clips, lengths)[1], again.predict(clips[1:, :4000])[0])
 
 
+@pytest.mark.usefixtures("toy")
+def test_a_model_without_layers_says_so():
+    model = create_model("toy", num_classes=4)
+    for use in (
+        lambda: model.n_layers,
+        lambda: model.embed_layers(torch.zeros(1, 64, 9)),
+        lambda: model.check_layers([0]),
+    ):
+        with pytest.raises(UserError, match="toy has no layers"):
+            use()
+
+
 def test_an_incomplete_model_cannot_be_registered():
     with pytest.raises(TypeError, match=r"Half lacks encode, classify, .*pool, frames.*last_layer"):
 

@@ -15,8 +15,8 @@ from probing.data import ProbeSet
 from probing.fit import Examples, FitSettings, compute_statistics, fit, predict
 from probing.options import ProbeOptions
 from probing.pictures import MAX_BARS, draw_probe
-from probing.probe import run_trials
 from probing.scores import bootstrap_interval, compute_score, draw_weights, wilson_interval
+from probing.trials import run_trials
 from tests.training.test_automatic import noise, write_pack
 from training.holdout import hold_out
 from training.metrics import evaluate_scores
@@ -50,13 +50,13 @@ def test_a_linear_head_is_as_good_as_logistic_regression():
     held = hold_out(train.names, [np.array([kind]) for kind in train.targets.argmax(1)], 4, 0.2)
     head = fitted(train.take(~held), train.take(held), FitSettings(epochs=100, lr=1e-2, patience=10)).head
     kinds = test.targets.argmax(1)
-    found = (predict(head, test.embeddings).argmax(1) == kinds).mean()
+    found = (predict(head, test).argmax(1) == kinds).mean()
     mean, scale = compute_statistics(train.embeddings)
     other = LogisticRegression().fit((train.embeddings - mean) / scale, train.targets.argmax(1))
     expected = other.score((test.embeddings - mean) / scale, kinds)
     assert 0.5 < expected < 0.95
     assert found == pytest.approx(expected, abs=0.03)
-    probabilities = predict(head, test.embeddings)
+    probabilities = predict(head, test)
     by_hand = F.linear(torch.from_numpy((test.embeddings - head.mean.numpy()) / head.scale.numpy()),
                        head.layers[0].weight, head.layers[0].bias).softmax(1)  # fmt: skip
     np.testing.assert_allclose(probabilities, by_hand.detach().numpy(), atol=1e-5)
@@ -66,7 +66,7 @@ def test_any_number_of_labels_gives_probabilities_of_each():
     train, test = clouds(240, 0, spread=0.3), clouds(80, 1, spread=0.3)
     both = [Examples(e.names, e.embeddings, np.maximum(e.targets, np.roll(e.targets, 1, 1))) for e in (train, test)]
     head = fitted(both[0], how=FitSettings(hidden_sizes=(8,), epochs=40, lr=1e-2), single=False).head
-    found = predict(head, both[1].embeddings)
+    found = predict(head, both[1])
     assert head.activation == "sigmoid"
     assert [layer.out_features for layer in head.layers if hasattr(layer, "out_features")] == [8, 4]
     assert ((found > 0.5) == (both[1].targets > 0.5)).mean() > 0.97
@@ -121,7 +121,7 @@ def test_every_clip_is_tested_once_and_never_by_a_head_that_it_could_influence()
     for trial in trials:
         assert (folds[trial.rows] == trial.name).all()
         assert trial.fitted.n_train + trial.fitted.n_valid + len(trial.rows) == 90
-        np.testing.assert_array_equal(trial.scores, predict(trial.fitted.head, data.embeddings[trial.rows]))
+        np.testing.assert_array_equal(trial.scores, predict(trial.fitted.head, data.take(trial.rows)))
     assert kept.n_train + kept.n_valid == 90
 
     spoilt = Examples(data.names, data.embeddings.copy(), data.targets.copy())
@@ -242,7 +242,7 @@ def test_clips_that_stop_the_training_are_of_other_groups(tmp_path, monkeypatch)
         seen.append((train, valid))
         return fit(train, valid, *rest)
 
-    monkeypatch.setattr("probing.probe.fit", spy)
+    monkeypatch.setattr("probing.trials.fit", spy)
     clips = ProbeSet({"train": pack}, {"train": targets}, ["a", "b"], None)
     few = np.arange(2)
     whole = Examples(pack.names, targets, targets)

@@ -101,6 +101,14 @@ def test_every_key_can_be_overridden_nested_ones_with_a_dot(tmp_path):
     assert config.label_type == "527"
 
 
+@pytest.mark.parametrize(("text", "stores"), [("a/b", ["a/b"]), ("a/b, c", ["a/b", "c"]), ("[a, b]", ["a", "b"])])
+def test_several_stores_on_the_command_line_have_commas_between(text, stores, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"train_data": "a.tsv", "model": "m", "teacher": "t"}))
+    config = read(TrainConfig, path, embeddingspath=text, teacher="null")
+    assert (config.embedding_stores, config.stores, config.teacher) == (stores, stores, None)
+
+
 def test_disable_consistency_needs_stored_targets(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({"train_data": "a.tsv", "model": "m", "disable_consistency": True}))
