@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # takes a second to import
     from matplotlib.figure import Figure
 
 AVERAGE = "average"
-_LINES = {"dashed": "--", "dotted": ":", "dash-dotted": "-."}  # of references in the picture
+_LINES = (("dashed", "--"), ("dotted", ":"), ("dash-dotted", "-."))  # of references in the picture, at most three
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Row:
     @property
     def averages(self) -> list[float]:
         """The mean over the tasks for each seed; empty unless every task has as many values."""
-        return [statistics.fmean(seed) for seed in zip(*self.values.values(), strict=False)]
+        counts = set(map(len, self.values.values()))
+        return [statistics.fmean(seed) for seed in zip(*self.values.values(), strict=True)] if len(counts) == 1 else []
 
     @property
     def average(self) -> float:
@@ -96,7 +97,7 @@ def draw_rows(rows: Sequence[Row], references: Sequence[Row] = ()) -> "Figure":
                 axis.plot(row.intervals[task], [place] * 2, color=INK, linewidth=1.4)
             axis.plot(values, [place] * len(values), "o", color=INK, markersize=3)
         notes = []
-        for (word, line), reference in zip(_LINES.items(), references, strict=False):
+        for (word, line), reference in zip(_LINES[: len(references)], references, strict=True):
             if found := reference.get(task):
                 axis.axvline(statistics.fmean(found), color=INK, linewidth=1.2, linestyle=line)
                 notes.append(f"{word}: {reference.name} {statistics.fmean(found):.1f}")

@@ -149,7 +149,9 @@ def _open_sources(options: ProbeOptions, given: Mapping[str, Any], faults: Fault
     """Open every model, or the stores; before a download, which may take long, other faults are reported."""
     sources = []
     names = split_names(given.get("model")) or [None]
-    for name, weights in zip(names, split_names(given.get("weights")) or [None] * len(names), strict=False):
+    weights_of = dict(enumerate(split_names(given.get("weights"))))
+    for number, name in enumerate(names):
+        weights = weights_of.get(number)
         one = options.model_copy(update={"model": name, "weights": weights})
         if faults.sentences and needs_download(weights or name):
             continue

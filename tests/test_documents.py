@@ -111,7 +111,8 @@ def models(tmp_path_factory) -> Path:
 @pytest.fixture
 def checkout(tmp_path, models) -> Path:
     """A folder that looks like a fresh checkout, with 21 sounds of three kinds in my_sounds/."""
-    for name in (*(path.name for path in ROOT.glob("*.py")), "scripts", "trainconfig", "logitconfig", "resources"):
+    configs = ("trainconfig", "logitconfig", "probeconfig")
+    for name in (*(path.name for path in ROOT.glob("*.py")), "scripts", *configs, "resources"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
@@ -300,7 +301,7 @@ def test_files_and_options_in_the_documents_exist():
     known += "inference trained"  # names of groups
     for page in PAGES:
         text = page.read_text()
-        for path in re.findall(r"(?:trainconfig|logitconfig|scripts|tests)/[\w./]+\.(?:yaml|py|sh)", text):
+        for path in re.findall(r"(?:trainconfig|logitconfig|probeconfig|scripts|tests)/[\w./]+\.(?:yaml|py|sh)", text):
             assert (ROOT / path).is_file(), f"{page.name}: {path}"
         for option in re.findall(r"[\s`]--(\w+)", text):
             assert option in known, f"{page.name}: {option}"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 N_CHECKED = 32  # items whose sound is read
 MUCH_MASKED = 0.15  # of the frames, on average
 LONG_WARMUP = 0.3  # of the run
+FEW_SOUNDS = 500  # without labels
 FEW_STEPS, FEW_CLIPS_A_CLASS, FEW_TOKENS, SMALL_SET = 300, 20, 16, 2000
 LARGE_NETWORK, PARAMETERS_A_CLIP = 3e6, 3000  # for networks that start from random weights
 HIGH_RATE = {"Adam": 5e-3, "Adam8bit": 5e-3, "AdamW": 5e-3, "SGD": 1.0}
@@ -38,7 +39,8 @@ def find_likely_causes(run: "Run", constant: bool) -> list[str]:
     return [*causes, f"otherwise: check {', '.join(settings)}, and that the labels belong to the clips"]
 
 
-def _check_data(run: "Run") -> list[str]:
+def check_sounds(run: "Run") -> list[str]:
+    """Return what is wrong with the sounds themselves, from some of them; few sounds matter in pre-training."""
     data, causes = run.data, []
     checked = data.items[np.unique(np.linspace(0, len(data.items) - 1, N_CHECKED).astype(int))]
     sounds = [data.pack.read(*data.source.chunks[item]) for item in checked]
@@ -46,6 +48,16 @@ def _check_data(run: "Run") -> list[str]:
         causes.append(f"sounds: the {len(sounds)} clips that were checked are silent; check how they were packed")
     elif len(sounds) > 1 and all(np.array_equal(sounds[0], sound) for sound in sounds[1:]):
         causes.append(f"sounds: the {len(sounds)} clips that were checked are all the same sound")
+    if run.needs.targets == "none" and len(data.items) < FEW_SOUNDS:
+        causes.append(
+            f"few sounds: {len(data.items)} chunks of at most {data.chunk_seconds:g} s; learning without labels needs "
+            "thousands"
+        )
+    return causes
+
+
+def _check_data(run: "Run") -> list[str]:
+    data, causes = run.data, check_sounds(run)
     labels = data.item_labels or data.source
     if isinstance(labels, LabelTargets):
         rows = [labels.labels[labels.chunks.clip[item]] for item in data.items]

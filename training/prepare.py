@@ -24,6 +24,7 @@ from training.band_limit import describe_unusable_bands, measure_band_limits
 from training.budget import choose_epochs, choose_pace, time_run
 from training.config import AUTO, TrainConfig
 from training.data import TrainingData, open_training
+from training.learning_causes import check_sounds
 from training.loop import Run, RunParts
 from training.needs import load_online_teacher, plan_run
 from training.parallel import Ranks
@@ -257,5 +258,8 @@ def _log_start(run: Run, is_resumed: bool, state: dict[str, Any] | None) -> None
         logger.info("teacher %d, of cosine_%d and loss_teacher_%d: %s", number, number, number, name)
     on_eval = data.valid is not None and data.valid is data.evaluation
     logger.log(logging.WARNING if on_eval and config.select_on is None else logging.INFO, "%s", data.selection)
+    if run.needs.targets == "none":  # with targets, the learning check reports them
+        for sentence in check_sounds(run):
+            logger.warning("%s", sentence)
     if isinstance(data.source, StoreItems | JoinedEmbeddings):
         logger.info("%d stored epochs of targets, used in order and then repeated", len(data.source.epochs))

@@ -109,7 +109,11 @@ def _describe_unreadable(path: Path, error: Exception) -> str:
         files = sorted(each.name for each in path.glob("*.yaml"))
         return "it is a folder; expected a file" + (f" of it: {some(files, 40)}" if files else f" such as {_EXAMPLE}")
     if not path.exists():
-        known = [each for folder in ("trainconfig", "logitconfig") for each in (PROJECT / folder).glob("*.yaml")]
+        known = [
+            each
+            for folder in ("trainconfig", "logitconfig", "probeconfig")
+            for each in (PROJECT / folder).glob("*.yaml")
+        ]
         near = difflib.get_close_matches(path.stem, {each.stem for each in known}, n=1)
         meant = [str(each.relative_to(PROJECT)) for each in known if each.stem in near]
         hint = f" (did you mean {' or '.join(meant)}?)" if meant else ""

@@ -73,7 +73,7 @@ def best_constant(objective, batch, probabilities):
 @pytest.mark.parametrize("name", CASES)
 def test_the_constant_loss_is_the_smallest_that_one_output_to_all_clips_has(name):
     kind, arguments = CASES[name]
-    objective = build_objective(kind, **arguments)
+    objective = build_objective(kind, width=5, **arguments)
     if hasattr(objective, "projection"):
         objective.projection = torch.nn.Identity()  # the answer itself is searched for
     batch = batch_of(name)
@@ -89,7 +89,7 @@ def test_the_constant_loss_is_the_smallest_that_one_output_to_all_clips_has(name
 def test_counting_targets_reads_nothing_from_the_device(name):
     """A tensor on the meta device has no values: whatever waited for one would raise."""
     kind, arguments = CASES[name]
-    tally = TargetTally(build_objective(kind, **arguments))
+    tally = TargetTally(build_objective(kind, width=5, **arguments))
     for _ in range(2):
         tally.add(batch_of(name).to(torch.device("meta")))
 
@@ -100,7 +100,7 @@ def test_what_is_not_known_is_not_evaluated():
         def needs(cls, settings):
             return Needs("classes")
 
-    contrastive, weighed = build_objective("contrastive"), CLASSES | {"loss_args": {"pos_weight": torch.ones(1)}}
+    contrastive, weighed = build_objective("contrastive", width=5), CLASSES | {"loss_args": {"pos_weight": torch.ones(1)}}
     for objective in (Custom(None, None, None), contrastive, build_objective("target", **weighed)):
         tally = TargetTally(objective)
         tally.add(batch_of("kl"))

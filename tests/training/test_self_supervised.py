@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 
 from common.errors import UserError
 from models import create_model, load_model, load_weights, save_checkpoint
+from scripts import wavlist_to_hdf5
 from tests.conftest import run_command, torchrun
 from tests.training.test_methods import SETTINGS, config, train  # noqa: F401 - a fixture
 from tests.training.test_report import Page
@@ -83,6 +85,17 @@ def test_a_collapsed_run_says_so_in_log_journal_curves_and_report(config, tmp_pa
     page = Page((folder / "report.html").read_text())
     assert "THE RUN HAS COLLAPSED" in page.text
     assert {"token variance", "class entropy", "class uncertainty"} <= set(curves_text(folder))
+
+
+def test_silence_and_few_sounds_are_reported(config, tmp_path):  # noqa: F811
+    for name, wave in (("a", np.zeros(8000)), ("b", np.zeros(400))):
+        soundfile.write(tmp_path / f"{name}.wav", wave, 16000)
+    (tmp_path / "silence.tsv").write_text("filename\na.wav\nb.wav\n")
+    wavlist_to_hdf5.main([str(tmp_path / "silence.tsv"), str(tmp_path / "pack")])
+    path = config("mae", num_workers=0, train_data=str(tmp_path / "pack/labels/silence.tsv"), **CHANGES)
+    log = (train(path, tmp_path / "runs") / "train.log").read_text()
+    assert "the 2 clips that were checked are silent; check how they were packed" in log
+    assert "few sounds: 2 chunks" in log
 
 
 def test_a_student_that_cannot_be_masked_is_refused_before_anything_is_written(config, tmp_path):  # noqa: F811

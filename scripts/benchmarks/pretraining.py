@@ -1,0 +1,215 @@
+"""Run the experiment of pre-training without labels: what embeddings are worth, and what a start is worth.
+
+    python scripts/benchmarks/pretraining.py --weights mn04_as_mAP_432.pt
+    python scripts/benchmarks/pretraining.py --weights mn04_as_mAP_432.pt --only 2    (another seed in another process)
+
+For each seed k a network is pre-trained with each objective for the same time on the sounds of ESC-10 without fold k
+and of the spoken words' training part, without their labels. Then, for both sets: heads on the frozen networks, on a
+network that is not trained and on a published one, beside log-mel statistics; the network fine-tuned from each start,
+and distilled from a ResNet-10, which is trained on the same labels, from each start. All trainings of one kind have the
+same time. What is finished is not run again. Tables are printed and written to OUTPUT/{probes,tuned,distilled}. The
+lists are those of docs/results.md.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+# First: signals are handled from here on, also during the slow imports.
+from common.entry_points import print_user_errors  # isort: split
+
+import logging
+import os
+from typing import Any
+
+# Before torch loads OpenMP, as in run.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from audio.dataset import Pack
+from common.errors import UserError, some
+from common.files import write_json
+from common.options import Options, parse_arguments
+from common.parsing import load_json
+from probing.comparison import Row, write_comparison
+from probing.data import collect_classes
+from probing.probe import probe
+from training.baseline_features import compute_features
+from training.baseline_variants import REGRESSION, Variant, class_scores
+from training.prepare import prepare_run
+
+logger = logging.getLogger(__name__)
+
+TASKS = ("esc", "words")
+RANDOM = "random"
+CONFIGS = {"mae": "mae_own", "matpac": "matpac_own", "matpac++": "matpac_plus_own", "eat": "eat_own"}
+LAYERS = ("last", "all")
+MOST_SECONDS = 60.0  # of a clip, for log-mel statistics
+
+
+class PretrainingOptions(Options):
+    """The options of pretraining.py."""
+
+    lists: str = "data/esc10_words/labels"  # folder of unlabelledK.tsv, esc_trainK.tsv and so on
+    model: str = "audiotransformer_pico"
+    model_args: dict[str, Any] = Field({"pooling": "logit"})  # in every training
+    objectives: list[str] = Field(list(CONFIGS))
+    budget: str = "10m"  # of each pre-training
+    tune_budget: str = "3m"  # of each fine-tuning and distillation, and of the teacher; 0 = none
+    published: str | None = "mn04_as"  # a network to compare embeddings with; null = none
+    weights: str | None = None  # its weights; null = downloaded
+    seeds: int = Field(3, ge=1)
+    only: list[int] = Field([])  # seeds to run; none are named = all
+    output: str = "experiments/pretraining"  # folder for everything
+
+
+class Experiment:
+    """The runs of the experiment; each leaves a file, whose existence is what makes it finished.
+
+    Args:
+        options: see `PretrainingOptions`.
+
+    Raises:
+        UserError: the folder has runs with other options, or an objective is unknown.
+    """
+
+    def __init__(self, options: PretrainingOptions) -> None:
+        self.options, self.folder = options, Path(options.output)
+        if unknown := [name for name in options.objectives if name not in CONFIGS]:
+            raise UserError(f"--objectives: {some(unknown)}; expected {some(CONFIGS)}")
+        path, free = self.folder / "options.json", {"only", "seeds", "output", "objectives", "weights"}
+        own = options.model_dump(mode="json", exclude=free)
+        before = load_json(path) if path.exists() else own
+        if differing := [name for name in own if before.get(name) != own[name]]:
+            raise UserError(f"{self.folder} has runs with other options ({some(differing)}): give another --output")
+        write_json(path, own)
+        self.starts = [RANDOM, *options.objectives]
+
+    def get_lists(self, task: str, seed: int) -> dict[str, str]:
+        """Return the lists of a task: part → TSV."""
+        names = {"train": f"esc_train{seed}", "test": f"esc_test{seed}"}
+        if task == "words":
+            names = {part: f"words_{part}" for part in ("train", "val", "test")}
+        return {part: str(Path(self.options.lists) / f"{name}.tsv") for part, name in names.items()}
+
+    def _record(self, kind: str, name: str, seed: int) -> Path:
+        return self.folder / kind / f"{name}_s{seed}.json"
+
+    def train(self, kind: str, name: str, seed: int, config: str, settings: dict[str, Any]) -> str:
+        """Train a network unless that is done; return the path of its weights."""
+        record = self._record(kind, name, seed)
+        if not record.exists():
+            torch.manual_seed(seed)
+            given = {"num_workers": 0, "baseline": False, "outputpath": str(self.folder / "runs" / name)} | settings
+            result = prepare_run(f"trainconfig/{config}.yaml", given, seed).fit()
+            write_json(record, {"weights": result["weights"], "accuracy": result.get("top1")})
+            logger.warning("%s %s, seed %s: %s", kind, name, seed, load_json(record))
+        return str(load_json(record)["weights"])
+
+    def pre_train(self, start: str, seed: int) -> str:
+        """Return the weights of a start: pre-trained, or random ones with the same statistics of the input."""
+        options = self.options
+        settings: dict[str, Any] = {"model": options.model, "model_args": options.model_args, "budget": options.budget}
+        settings["train_data"] = str(Path(options.lists) / f"unlabelled{seed}.tsv")
+        if start == RANDOM:
+            settings |= {"epochs": 1, "epoch_length": 1, "warmup_epochs": None, "optimizer_args.lr": 0.0}
+            del settings["budget"]
+        return self.train("starts", start, seed, CONFIGS.get(start, "mae_own"), settings)
+
+    def probe(self, name: str, seed: int, model: str, weights: str | None = None) -> None:
+        """Train and test heads on a network for each set, unless that is done."""
+        for task in TASKS:
+            lists = self.get_lists(task, seed)
+            for layers in LAYERS:
+                head = f"{name}_{task}_{layers}_s{seed}"
+                if (self.folder / "probes" / f"{head}.pt").exists():
+                    continue
+                given = {"model": model, "weights": weights, "name": head, "layers": layers, "baseline": False}
+                given |= {"train_data": lists["train"], "valid_data": lists.get("val"), "test_data": lists["test"]}
+                given |= {"outputpath": str(self.folder / "probes"), "cache": str(self.folder / "embeddings")}
+                logger.warning("%s:\n%s", head, probe(given | {"num_workers": 0}, seed))
+
+    def measure_statistics(self, seed: int) -> None:
+        """Train and test a logistic regression on log-mel statistics of whole clips, unless that is done."""
+        for task in TASKS:
+            record = self._record("statistics", task, seed)
+            if record.exists():
+                continue
+            lists = self.get_lists(task, seed)
+            packs = [Pack.open(lists[part], required=("filename", "labels")) for part in ("train", "test")]
+            cells = [pack.table["labels"].astype(str).tolist() for pack in packs]
+            classes = collect_classes(cells[0])
+            train, test = (np.array([classes.index(cell) for cell in part]) for part in cells)
+            features = [compute_features(pack, MOST_SECONDS)["log-mel", 1] for pack in packs]
+            variant = Variant("log-mel", 1, REGRESSION)
+            scores = class_scores(variant, features[0], np.eye(len(classes))[train], features[1], single=True)
+            write_json(record, {"accuracy": float((scores.argmax(1) == test).mean())})
+
+    def tune(self, seed: int) -> None:
+        """Fine-tune and distil the network from each start, unless that is done."""
+        options = self.options
+        for task in TASKS:
+            lists = self.get_lists(task, seed)
+            shared: dict[str, Any] = {"train_data": lists["train"], "eval_data": lists["test"], "select_on": "valid"}
+            shared |= {"valid_data": lists["val"]} if "val" in lists else {"valid_data": None, "valid_fraction": 0.15}
+            shared["budget"] = options.tune_budget
+            teacher = self.train("teachers", f"teacher_{task}", seed, "own_teacher", shared)
+            for start in self.starts:
+                weights = self.pre_train(start, seed)
+                given = shared | {"model": options.model, "model_args": options.model_args, "pretrained": weights}
+                given["optimizer_args"] = {"lr": 0.001, "weight_decay": 0.05}
+                self.train("tuned", f"{start}_{task}", seed, "own_teacher", given)
+                online = given | {"teacher": teacher, "logitspath": None}
+                self.train("distilled", f"{start}_{task}", seed, "own_student", online)
+
+    def run_seed(self, seed: int) -> None:
+        """Run everything that is missing of a seed."""
+        self.measure_statistics(seed)
+        for start in self.starts:
+            self.probe(start, seed, self.pre_train(start, seed))
+        if self.options.published:
+            self.probe("published", seed, self.options.published, self.options.weights)
+        if self.options.tune_budget != "0":
+            self.tune(seed)
+
+    def _collect(self, kind: str, name: str, pattern: str) -> Row:
+        """Return the accuracies of the seeds that are finished, in percent."""
+        values = {}
+        for task in TASKS:
+            paths = [self._record(kind, pattern.format(task=task), s) for s in range(1, self.options.seeds + 1)]
+            found = [load_json(path) for path in paths if path.exists()]
+            values[task] = [100 * float(each.get("value", each.get("accuracy"))) for each in found]
+        return Row(name, values)
+
+    def compare(self) -> str:
+        """Write the tables, and return them."""
+        named = [*self.starts, *(["published"] if self.options.published else [])]
+        probes = [
+            self._collect("probes", name if layers == "last" else f"{name}, all layers", f"{name}_{{task}}_{layers}")
+            for name in named
+            for layers in LAYERS
+        ]
+        tables = {"probes": [*probes, self._collect("statistics", "log-mel statistics", "{task}")]}
+        for kind in ("tuned", "distilled") if self.options.tune_budget != "0" else ():
+            rows = [self._collect(kind, f"{kind} from {start}", f"{start}_{{task}}") for start in self.starts]
+            tables[kind] = [*rows, self._collect("teachers", "ResNet-10 on labels", "teacher_{task}")]
+        return "\n\n".join(write_comparison(self.folder / "tables" / kind, rows) for kind, rows in tables.items())
+
+
+@print_user_errors
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing, and print and write the tables."""
+    options = parse_arguments(PretrainingOptions, __doc__, arguments)
+    torch.set_num_threads(1)
+    experiment = Experiment(options)
+    for seed in options.only or range(1, options.seeds + 1):
+        experiment.run_seed(seed)
+    print(f"{experiment.compare()}\n\nwritten: {experiment.folder}/tables")
+
+
+if __name__ == "__main__":
+    main()
