@@ -101,3 +101,31 @@ def join_logits(
     present = join(rows.sigmoid(), clip, n_clips, average, weights).clamp(min=tiny)
     absent = join((-rows).sigmoid(), clip, n_clips, average, weights).clamp(min=tiny)  # 1 - present would round to 0
     return present.log() - absent.log()
+
+
+def join_steps(steps: Tensor, own: Tensor, clip: Tensor | None, n_clips: int) -> tuple[Tensor, Tensor]:
+    """Join the time steps of the chunks of each clip.
+
+    Args:
+        steps: (R,t,D).
+        own: which of them are their clip's (R,t).
+        clip: (R,) clip of each row, ascending; None where every clip is one row.
+        n_clips: B.
+
+    Returns:
+        A clip's own steps, in the places that they have where every clip is one row, else side by side; zero elsewhere,
+        (B,T',D), and their number (B,).
+    """
+    number = own.sum(1)
+    if clip is None:
+        return steps.masked_fill(~own[..., None], 0.0), number
+    number = number.new_zeros(n_clips).index_add_(0, clip, number)
+    joined = steps.new_zeros(n_clips, int(number.max()), steps.shape[2])
+    joined[torch.arange(joined.shape[1], device=steps.device) < number[:, None]] = steps[own]
+    return joined, number
+
+
+def mean_of_chunks(x: Tensor, inside: Tensor) -> Tensor:
+    """Mean over the chunks of each clip, by their frames: (B,chunks,D), own frames 1 (chunks,frames) -> (B,D)."""
+    share = inside.sum(1, keepdim=True) / inside.sum()  # (chunks,1)
+    return (x * share).sum(1)

@@ -109,7 +109,8 @@ def _take_head(state: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str,
     """Rename the classifier's tensors, or add those of one without classes; return what describes its classes."""
     width = state["patch_embed.proj.weight"].shape[0]
     n_rows = _N_BANDS // _PATCH
-    state.pop("head_norm.num_batches_tracked", None)
+    # 0: a new head takes its statistics from data (training.student.start_from_data)
+    n_batches = state.pop("head_norm.num_batches_tracked", torch.tensor(int("head_norm.running_mean" in state)))
     weight, bias = state.pop("head.weight", None), state.pop("head.bias", None)
     if weight is None or bias is None:
         weight, bias = torch.zeros(0, n_rows * width), torch.zeros(0)
@@ -118,7 +119,7 @@ def _take_head(state: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str,
     state |= {"head.1.weight": weight, "head.1.bias": bias}
     state["head.0.running_mean"] = state.pop("head_norm.running_mean", torch.zeros(weight.shape[1]))
     state["head.0.running_var"] = state.pop("head_norm.running_var", torch.ones(weight.shape[1]))
-    state["head.0.num_batches_tracked"] = torch.tensor(0)
+    state["head.0.num_batches_tracked"] = n_batches
     labels = {"labels": list_sorted_labels()} if len(weight) == _CLASSES else {}
     return {"num_classes": len(weight)} | labels
 

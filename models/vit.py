@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from common.errors import Faults, UserError
 from models.base import AudioTagger, Encoded, Keep, Outputs
-from models.chunks import Count, drop_remainder, join, join_logits, split
+from models.chunks import Count, drop_remainder, join, join_logits, join_steps, mean_of_chunks, split
 from models.frontends import SILENCE_DB, FrontEnd
 from models.layers import Block, PatchEmbed, build_blocks
 from models.patch_out import draw_patch_out
@@ -77,10 +77,10 @@ class SpectrogramTransformer(AudioTagger):
             faults.add(str(error))
         faults.raise_if_any()
         super().__init__(front_end, num_classes=num_classes, embed_dim=embed_dim or width, outputs=outputs)
-        self.width = width
-        self.eval_avg, self.target_length = settings.eval_avg, settings.target_length
+        self.width, self.eval_avg, self.target_length = width, settings.eval_avg, settings.target_length
         self.patch_size, self.patch_stride = patch_size, strides[1]
         self.n_rows = (front_end.n_mels - n_bands) // strides[0] + 1
+        self._needed_frames = 0 if self.partial_columns else patch_size - 1  # of the clip, beyond a column's first one
         self.time_patch_out, self.freq_patch_out = settings.time_patch_out or 0, settings.freq_patch_out or 0
         self.merges_in_training = settings.token_merging_in_training
         self.patch_embed = PatchEmbed(width, settings.patch_shape, strides)
@@ -197,20 +197,12 @@ class SpectrogramTransformer(AudioTagger):
 
         None for the number where all are the clip's own; chosen tokens are columns, too.
         """
-        columns, clip = self._columns(encoded), encoded.clip_of_row
+        columns = self._columns(encoded)
         if encoded.n_steps is None:
             return columns, None
-        step = torch.arange(columns.shape[1], device=columns.device)
-        if encoded.kept is not None:
-            step = encoded.kept % encoded.grid[1]
-        own = step < encoded.n_steps[:, None]  # (R,t)
-        number = own.sum(1)
-        if clip is None:
-            return columns.masked_fill(~own[..., None], 0.0), number
-        number = number.new_zeros(encoded.n_clips).index_add_(0, clip, number)  # (B,)
-        joined = columns.new_zeros(encoded.n_clips, int(number.max()), columns.shape[2])
-        joined[torch.arange(joined.shape[1], device=columns.device) < number[:, None]] = columns[own]
-        return joined, number
+        every = torch.arange(columns.shape[1], device=columns.device)
+        step = every if encoded.kept is None else encoded.kept % encoded.grid[1]
+        return join_steps(columns, step < encoded.n_steps[:, None], encoded.clip_of_row, encoded.n_clips)
 
     def forward_export(self, mel: Tensor) -> Tensor:
         """Probabilities of spectrograms of any length (B,F,T) -> (B,C), with operations on shapes alone, for graphs.
@@ -220,15 +212,14 @@ class SpectrogramTransformer(AudioTagger):
         encoded, inside = self._encode_shapes(mel)
         # Sizes by `shape`: `len` would make a tracer take that of its example for all.
         found = self.probabilities(self.classify_rows(encoded)).unflatten(0, (mel.shape[0], inside.shape[0]))
-        return found.amax(1) if self.eval_avg == "max" else self._mean_of_chunks(found, inside)
+        return found.amax(1) if self.eval_avg == "max" else self._mean_export(found, inside)
 
     def embed_export(self, mel: Tensor) -> Tensor:
         """Clip embeddings of spectrograms of any length (B,F,T) -> (B,D), with operations on shapes alone, for graphs.
 
         Chunks as in `embed_spectrogram`; fewer frames than one patch are followed by silence.
         """
-        encoded, inside = self._encode_shapes(mel)
-        return self._pool_shapes(encoded, inside)
+        return self._pool_shapes(*self._encode_shapes(mel))
 
     def embed_layers_export(self, mel: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Clip embeddings of layers of spectrograms (B,F,T) -> (B,D) each; see `embed_export`."""
@@ -240,7 +231,7 @@ class SpectrogramTransformer(AudioTagger):
         n_clips = encoded.n_clips
         rows, by_clip = self.pool_rows(encoded), (n_clips, inside.shape[0])
         if rows is not None:
-            return self._mean_of_chunks(rows.unflatten(0, by_clip), inside)
+            return self._mean_export(rows.unflatten(0, by_clip), inside)
         columns = self._columns(encoded)  # (R,t,D)
         # As `_count_covered_columns`: all of a chunk that is full.
         counted = inside[:, self._needed_frames :: self.patch_stride][:, : columns.shape[1]].repeat(n_clips, 1)  # (R,t)
@@ -249,12 +240,8 @@ class SpectrogramTransformer(AudioTagger):
         total = (columns * counted[..., None]).unflatten(0, by_clip).sum((1, 2))
         return total / counted.unflatten(0, by_clip).sum((1, 2))[:, None]
 
-    def _mean_of_chunks(self, x: Tensor, inside: Tensor) -> Tensor:
-        """Mean over the chunks of each clip: (B,chunks,D), own frames of a chunk 1 (chunks,frames) -> (B,D)."""
-        if self.equal_chunks:
-            return x.mean(1)
-        share = inside.sum(1, keepdim=True) / inside.sum()  # (chunks,1)
-        return (x * share).sum(1)
+    def _mean_export(self, x: Tensor, inside: Tensor) -> Tensor:
+        return x.mean(1) if self.equal_chunks else mean_of_chunks(x, inside)
 
     def _encode_shapes(self, mel: Tensor, layers: Sequence[int] = ()) -> tuple[Encoded, Tensor]:
         """Encode spectrograms of any length (B,F,T) as rows of B x chunks; and which frames of a chunk are its clip's.
@@ -311,11 +298,6 @@ class SpectrogramTransformer(AudioTagger):
         """Columns that count of filled-up chunks, of which the first `n_frames` (R,) frames are the clip's."""
         covered = -(-(n_frames - self._needed_frames) // self.patch_stride)
         return covered.clamp(min=0, max=self._count_columns(self.target_length))
-
-    @property
-    def _needed_frames(self) -> int:
-        """Frames of its clip that a column of a filled-up chunk needs beyond the first one."""
-        return 0 if self.partial_columns else self.patch_size - 1
 
     def _split_chunks(self, mel: Tensor, n_frames: Tensor | None) -> tuple[Tensor, Tensor | None, Encoded]:
         """Normalise, and cut long clips into chunks; the padding of one chunk counts, padding of a batch does not.

@@ -57,7 +57,7 @@ def sound(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32) / 32768)
 
 
-@pytest.mark.long  # seconds; the next test computes the same clips
+@pytest.mark.long
 @torch.inference_mode()
 def test_embeddings_and_layers_are_the_published_ones_at_five_lengths(reference):
     model, published = reference
@@ -76,13 +76,14 @@ def test_embeddings_and_layers_are_the_published_ones_at_five_lengths(reference)
             assert torch.equal(pooled[11], model.pool(encoded))  # after the final norm
 
 
+@pytest.mark.parametrize("names", [("2s", "6.08s"), pytest.param(LENGTHS, marks=pytest.mark.long)], ids=["two", "all"])
 @torch.inference_mode()
-def test_embeddings_and_layers_are_the_published_ones_in_one_padded_batch(reference):
+def test_embeddings_and_layers_are_the_published_ones_in_one_padded_batch(reference, names):
     model, published = reference
-    mel, n_frames = model.front_end.spectrogram(*padded([sound(published[f"wav/{name}"]) for name in LENGTHS]))
+    mel, n_frames = model.front_end.spectrogram(*padded([sound(published[f"wav/{name}"]) for name in names]))
     encoded = model.encode(mel, n_frames, layers=(0, 5, -1))
     embeddings, pooled = model.pool(encoded), model.pool_layers(encoded)
-    for row, name in enumerate(LENGTHS):
+    for row, name in enumerate(names):
         np.testing.assert_allclose(embeddings[row], published[f"emb/{name}"], atol=1e-4)
         if f"layers/{name}" in published:
             for layer in (0, 5, -1):
@@ -210,6 +211,9 @@ def test_exports_compute_chunks_and_padding_from_shapes(matpac):
         expected = matpac.forward_spectrogram(mel).sigmoid()
         torch.testing.assert_close(matpac.forward_export(mel), expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(matpac.embed_export(mel), matpac.embed_clips(mel), atol=1e-5, rtol=1e-4)
+        layers = zip(matpac.embed_layers_export(mel, [0, -1]), matpac.embed_layers(mel, layers=[0, -1]), strict=True)
+        for found, wanted in layers:
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_it_learns_from_single_clips_too_and_is_saved(matpac, tmp_path):
@@ -291,11 +295,12 @@ def test_the_classifier_of_audioset_reads_longer_chunks_and_the_mean_over_rows(t
     model = create_model("matpac_pico", num_classes=527, pooling="mean", target_length=992).eval()
     nn.init.normal_(model.head[0].running_mean)
     head = {f"head.{key}": value for key, value in model.head[1].state_dict().items()}
-    head |= {f"head_norm.{key}": value for key, value in model.head[0].state_dict().items()}
+    head |= {f"head_norm.running_{key}": getattr(model.head[0], f"running_{key}") for key in ("mean", "var")}
     publish(model, tmp_path / "classifier.pt", **head)
     loaded = load_model("matpac_pico", weights=tmp_path / "classifier.pt")
     assert (loaded.target_length, loaded.embed_dim, loaded.activation) == (992, 64, "sigmoid")
     assert loaded.labels == list_sorted_labels()
+    assert loaded.head[0].num_batches_tracked > 0  # its statistics are not replaced in training
     clip = noise(170_000)[None]
     assert torch.equal(loaded.predict(clip), model.predict(clip))
 
