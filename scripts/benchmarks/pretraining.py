@@ -45,7 +45,8 @@ logger = logging.getLogger(__name__)
 
 RANDOM = "random"
 CONFIGS = {"mae": "mae_own", "matpac": "matpac_own", "matpac++": "matpac_plus_own", "eat": "eat_own"}
-LAYERS = ("last", "all")
+# name in tables → kind of head and layers
+HEADS = {"linear": ("linear", "last"), "linear, all layers": ("linear", "all"), "prototypes": ("prototypes", "last")}
 MOST_SECONDS = 60.0  # of a clip, for log-mel statistics
 
 
@@ -96,10 +97,11 @@ class Pretraining(Experiment):
         shared = {"num_workers": 0, "baseline": False}
         return self.train(kind, name, seed, f"trainconfig/{config}.yaml", shared | settings)
 
-    def probe_layers(self, name: str, seed: int, model: str, weights: str | None = None) -> None:
-        """Train and test heads on the last layer and on all."""
-        for layers in LAYERS:
-            self.probe(f"{name}_{layers}", seed, {"model": model, "weights": weights, "layers": layers})
+    def probe_heads(self, name: str, seed: int, model: str, weights: str | None = None) -> None:
+        """Train and test heads of each kind on a network."""
+        for head, layers in HEADS.values():
+            settings = {"model": model, "weights": weights, "head": head, "layers": layers}
+            self.probe(f"{name}_{head}_{layers}", seed, settings)
 
     def measure_statistics(self, seed: int) -> None:
         """Train and test a logistic regression on log-mel statistics of whole clips, unless that is done."""
@@ -138,9 +140,9 @@ class Pretraining(Experiment):
         """Run everything that is missing of a seed."""
         self.measure_statistics(seed)
         for start in self.starts:
-            self.probe_layers(start, seed, self.pre_train(start, seed))
+            self.probe_heads(start, seed, self.pre_train(start, seed))
         if self.options.published:
-            self.probe_layers("published", seed, self.options.published, self.options.weights)
+            self.probe_heads("published", seed, self.options.published, self.options.weights)
         if self.options.tune_budget != "0":
             self.tune(seed)
 
@@ -157,9 +159,9 @@ class Pretraining(Experiment):
         """Write the tables, and return them."""
         named = [*self.starts, *(["published"] if self.options.published else [])]
         probes = [
-            self._collect("heads", name if layers == "last" else f"{name}, all layers", f"{name}_{layers}_{{task}}")
+            self._collect("heads", f"{name}, {kind}", f"{name}_{head}_{layers}_{{task}}")
             for name in named
-            for layers in LAYERS
+            for kind, (head, layers) in HEADS.items()
         ]
         tables = {"probes": [*probes, self._collect("statistics", "log-mel statistics", "{task}")]}
         for kind in ("tuned", "distilled") if self.options.tune_budget != "0" else ():
