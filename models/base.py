@@ -3,64 +3,24 @@
 A network implements `encode`, from spectrograms to tokens or maps, and `classify`, `pool` and `frames` on the result.
 `forward`, `predict`, `embed`, and tags and embeddings in one pass are implemented here on top of these.
 
-Letters: B batch, S samples, F mel bands, T frames, R rows of the network's batch (a clip, or a chunk of a long one),
-f and t rows and columns of a patch grid, N tokens, P prefix tokens, D width, C classes, E embedding width; primes mark
-sizes after striding.
+Letters: B batch, S samples, F mel bands, T frames, R rows of the network's batch (a clip, or a chunk of a long one), N
+tokens, P prefix tokens, D width, C classes, E embedding width; primes mark sizes after striding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, some
+from models.encoded import Encoded, Keep
 from models.frontends import FrontEnd
 from models.labels import labels_for
-from models.waveforms import as_waveform
+from models.waveforms import as_waveform, run_by_length, trim_common_padding
 
 Activation = Literal["sigmoid", "softmax"]
 Outputs = Literal["logits", "probabilities"]
-
-
-# Selects the tokens to compute in each row: (f, t, mask of valid columns (R,t) or None for all) -> ascending indices
-# into the f t patches, frequency-major, (R,N').
-Keep = Callable[[int, int, Tensor | None], Tensor]
-
-
-@dataclass
-class Encoded:
-    """Output of a network before pooling and head; fields that an architecture does not have are None.
-
-    Attributes:
-        n_clips: B.
-        tokens: (R,f,t,D) after the final norm, or (R,N',D) where `keep` selected them.
-        prefix: (R,P,D) class and distillation tokens.
-        maps: (B,D,F',T') of a CNN.
-        valid: (R,t), or (R,N') with `keep`: which columns or tokens take part in attention and pooling; None for all.
-        n_steps: (R,) columns of `tokens` or of the last `maps` that contain frames of the clip, which differs from
-            `valid` in padded chunks; None where all do. `layers` of a CNN with other strides have other numbers.
-        clip_of_row: (R,) ascending, None where every clip is one row.
-        weights: (R,) weight of each row in the mean over the rows of a clip, None for equal weights.
-        grid: f and t of `tokens`, after patch-out.
-        kept: (R,N') indices into the f t patches that `keep` selected.
-        layers: layer -> output of the requested layers, see `AudioTagger.encode`.
-        n_frames: (B,) frames of each clip, None where all are the clip's own; for the layers of a CNN.
-    """
-
-    n_clips: int
-    tokens: Tensor | None = None
-    prefix: Tensor | None = None
-    maps: Tensor | None = None
-    valid: Tensor | None = None
-    n_steps: Tensor | None = None
-    clip_of_row: Tensor | None = None
-    weights: Tensor | None = None
-    grid: tuple[int, int] = (0, 0)
-    kept: Tensor | None = None
-    layers: dict[int, Tensor] = field(default_factory=dict)
-    n_frames: Tensor | None = None
 
 
 class AudioTagger(nn.Module):
@@ -321,7 +281,7 @@ class AudioTagger(nn.Module):
         layers: Sequence[int] = (),
     ) -> tuple[Tensor, ...]:
         """Encode waveforms (B,S) and apply a function; each length alone where the network does not mask padding."""
-        waveform, lengths = _trim_common_padding(waveform, lengths)
+        waveform, lengths = trim_common_padding(waveform, lengths)
         if lengths is not None and not self.masks_padding:
             return run_by_length(lambda clips: self.run_waveform(function, clips, None, layers), waveform, lengths)
         return function(self.encode(*self.front_end.spectrogram(waveform, lengths), layers=layers))
@@ -412,46 +372,3 @@ class AudioTagger(nn.Module):
 
     def _activate(self, logits: Tensor) -> Tensor:
         return logits.softmax(-1) if self.activation == "softmax" else logits.sigmoid()
-
-
-def _trim_common_padding(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Trim the padding that all clips share; lengths become None where no padding remains."""
-    if waveform.ndim != 2 or not waveform.is_floating_point():
-        raise UserError(
-            f"the waveform is {waveform.dtype} of shape {tuple(waveform.shape)}; expected (B,S), floats with full "
-            "scale 1.0: `predict` and `embed` take other types and shapes"
-        )
-    if lengths is None or lengths.numel() == 0:
-        return waveform, None
-    shortest, longest = int(lengths.min()), int(lengths.max())
-    if shortest < 1 or longest > waveform.shape[1] or lengths.shape != waveform.shape[:1]:
-        raise UserError(f"lengths {lengths.tolist()} must be one number per clip, 1 to {waveform.shape[1]} samples")
-    return waveform[:, :longest], None if shortest == longest else lengths
-
-
-def run_by_length(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    """Run the clips of each length as a batch of their own, for networks that do not mask padding.
-
-    Args:
-        function: takes a batch without padding, returns tensors whose first axis is the batch.
-        x: (B,...,T), padded along its last axis.
-        lengths: (B,) valid length of each clip along T.
-
-    Returns:
-        The results in the order of the batch, shorter axes zero-padded.
-    """
-    pieces: list[tuple[Tensor, ...]] = []
-    rows: list[Tensor] = []
-    for length in lengths.unique().tolist():
-        row = (lengths == length).nonzero().flatten().to(x.device)
-        pieces.append(function(x[row][..., :length]))
-        rows.append(row)
-    original_order = torch.cat(rows).argsort()
-    joined = []
-    for results in zip(*pieces, strict=True):
-        shape = [max(sizes) for sizes in zip(*(result.shape[1:] for result in results), strict=True)]
-        padded = [result.new_zeros(len(result), *shape) for result in results]
-        for target, result in zip(padded, results, strict=True):
-            target[tuple(slice(size) for size in result.shape)] = result
-        joined.append(torch.cat(padded)[original_order])
-    return tuple(joined)

@@ -95,9 +95,10 @@ class PrototypeHead(Head):
 
     Rauch et al., "Unmute the patch tokens: Rethinking probing in multi-label audio classification", ICLR 2026 (arXiv
     2509.24901): prototypes, shared by all classes, are binarised by their sign, with a straight-through gradient, and
-    compared with each token by cosine; the maximum over tokens is classified by a linear layer. This project's own
-    choices: tokens are time steps (means over frequency), standardised; cosines are multiplied by the root of E, which
-    gives those of chance a deviation of one; prototypes start from random numbers.
+    compared with each token; the result is pooled over tokens and classified by a linear layer. What abstract and
+    summaries leave open is this project's own choice: tokens are time steps (means over frequency), standardised;
+    cosines, multiplied by the root of E, which gives those of chance a deviation of one; their maximum over tokens;
+    prototypes start from random numbers.
 
     Args:
         embed_dim: E.

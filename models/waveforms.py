@@ -1,9 +1,9 @@
-"""Conversion of tensors, arrays and lists of clips to the waveform batches of networks.
+"""Conversion of clips to the waveform batches of networks, and batches of clips of several lengths.
 
-Letters: B batch, S samples.
+Letters: B batch, S samples, T frames or samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -145,3 +145,46 @@ def _is_unscaled(samples: Tensor, peak: float) -> bool:
         return True
     values = samples.abs()
     return peak > _MAX_PEAK and int((values > 1).sum()) * 2 >= int((values > 0).sum())
+
+
+def trim_common_padding(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Trim the padding that all clips share; lengths become None where no padding remains."""
+    if waveform.ndim != 2 or not waveform.is_floating_point():
+        raise UserError(
+            f"the waveform is {waveform.dtype} of shape {tuple(waveform.shape)}; expected (B,S), floats with full "
+            "scale 1.0: `predict` and `embed` take other types and shapes"
+        )
+    if lengths is None or lengths.numel() == 0:
+        return waveform, None
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if shortest < 1 or longest > waveform.shape[1] or lengths.shape != waveform.shape[:1]:
+        raise UserError(f"lengths {lengths.tolist()} must be one number per clip, 1 to {waveform.shape[1]} samples")
+    return waveform[:, :longest], None if shortest == longest else lengths
+
+
+def run_by_length(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    """Run the clips of each length as a batch of their own, for networks that do not mask padding.
+
+    Args:
+        function: takes a batch without padding, returns tensors whose first axis is the batch.
+        x: (B,...,T), padded along its last axis.
+        lengths: (B,) valid length of each clip along T.
+
+    Returns:
+        The results in the order of the batch, shorter axes zero-padded.
+    """
+    pieces: list[tuple[Tensor, ...]] = []
+    rows: list[Tensor] = []
+    for length in lengths.unique().tolist():
+        row = (lengths == length).nonzero().flatten().to(x.device)
+        pieces.append(function(x[row][..., :length]))
+        rows.append(row)
+    original_order = torch.cat(rows).argsort()
+    joined = []
+    for results in zip(*pieces, strict=True):
+        shape = [max(sizes) for sizes in zip(*(result.shape[1:] for result in results), strict=True)]
+        padded = [result.new_zeros(len(result), *shape) for result in results]
+        for target, result in zip(padded, results, strict=True):
+            target[tuple(slice(size) for size in result.shape)] = result
+        joined.append(torch.cat(padded)[original_order])
+    return tuple(joined)

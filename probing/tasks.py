@@ -6,12 +6,13 @@ TASKS.yaml ──► checked at once ──► a probe for each task, model, hea
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import Faults, did_you_mean
+from common.errors import Faults, did_you_mean, some
 from common.files import write_json
 from common.options import read_options
 from common.parsing import load_json, shorten
@@ -69,12 +70,14 @@ def probe_tasks(given: Mapping[str, Any], seed: int) -> str:
     sources = [] if options is None else _open_sources(options, given, faults)
     faults.raise_if_any()
     assert options is not None
-    cells = []
+    cells: list[Cell] = []
     for name, (task_options, clips) in parts.items():
         assert task_options is not None
         assert clips is not None
-        for cell in _list_cells(name, task_options, clips, sources, options, seed, faults):
-            cells.append(cell)
+        cells += _list_cells(name, task_options, clips, sources, options, seed, faults)
+    files = Counter(str(cell.probe.target) for cell in cells)
+    if repeated := [file for file, count in files.items() if count > 1]:
+        faults.add(f"several models would write {some(repeated)}: give each once, from folders of different names")
     faults.raise_if_any()
     baselines = _run(cells)
     return _write(Path(options.outputpath) / options.name, cells, baselines)

@@ -44,6 +44,8 @@ def work(tone_pack, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _there(work, monkeypatch):
     monkeypatch.chdir(work)
+    monkeypatch.setattr("probing.probe.draw_probe", lambda *_: None)  # pictures of heads would take most of the time
+    monkeypatch.setattr("probing.probe.render_png", lambda _: b"")
 
 
 def refused(capsys, function, *arguments, **options):
@@ -53,9 +55,7 @@ def refused(capsys, function, *arguments, **options):
     return capsys.readouterr().err
 
 
-def test_a_table_has_every_task_with_every_model_head_and_choice_of_layers(capsys, monkeypatch):
-    monkeypatch.setattr("probing.probe.draw_probe", lambda *_: None)  # pictures of each head take most of the time
-    monkeypatch.setattr("probing.probe.render_png", lambda _: b"")
+def test_a_table_has_every_task_with_every_model_head_and_choice_of_layers(capsys):
     given = {"tasks": "tasks.yaml", "name": "all", "head": "linear,knn", "layers": "all", **QUICK}
     Runner().probe("cnn.pt,vit.pt", **given)
     text = capsys.readouterr().out
@@ -119,6 +119,8 @@ def test_every_fault_is_reported_before_anything_is_computed(tmp_path, capsys):
     text = refused(capsys, Runner().probe, "cnn.pt", tasks="empty.yaml", name="x", data="a.tsv", **given)
     assert "it has no task" in text
     assert "--data: clips are those of the tasks" in text
+    text = refused(capsys, Runner().probe, "cnn.pt,cnn.pt", tasks="tasks.yaml", name="x", **given | {"lr": 1})
+    assert "several models would write" in text
     assert not list(tmp_path.iterdir())
 
 
@@ -145,7 +147,7 @@ def test_stores_hold_clip_embeddings_alone(capsys):
     assert "other layers, and prototypes, need a model" in text
 
 
-@pytest.mark.parametrize("head", ["knn", "layers", "prototypes"])
+@pytest.mark.parametrize("head", [pytest.param("knn", marks=pytest.mark.long), "layers", "prototypes"])
 def test_a_head_of_any_kind_is_evaluated_and_tags_as_the_probe_reported(head, tone_pack, tmp_path, capsys):
     """Clips have several chunks; the command that the report names tags one of them."""
     kind = {"layers": "0,4"} if head == "layers" else {"head": head}

@@ -37,14 +37,12 @@ from common.options import Options, parse_arguments
 from common.parsing import load_json
 from probing.comparison import Row, write_comparison
 from probing.data import collect_classes
-from probing.probe import probe
+from scripts.benchmarks.experiment import TASKS, Experiment
 from training.baseline_features import compute_features
 from training.baseline_variants import REGRESSION, Variant, class_scores
-from training.prepare import prepare_run
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("esc", "words")
 RANDOM = "random"
 CONFIGS = {"mae": "mae_own", "matpac": "matpac_own", "matpac++": "matpac_plus_own", "eat": "eat_own"}
 LAYERS = ("last", "all")
@@ -67,8 +65,8 @@ class PretrainingOptions(Options):
     output: str = "experiments/pretraining"  # folder for everything
 
 
-class Experiment:
-    """The runs of the experiment; each leaves a file, whose existence is what makes it finished.
+class Pretraining(Experiment):
+    """The runs of the experiment.
 
     Args:
         options: see `PretrainingOptions`.
@@ -78,65 +76,35 @@ class Experiment:
     """
 
     def __init__(self, options: PretrainingOptions) -> None:
-        self.options, self.folder = options, Path(options.output)
         if unknown := [name for name in options.objectives if name not in CONFIGS]:
             raise UserError(f"--objectives: {some(unknown)}; expected {some(CONFIGS)}")
-        path, free = self.folder / "options.json", {"only", "seeds", "output", "objectives", "weights"}
-        own = options.model_dump(mode="json", exclude=free)
-        before = load_json(path) if path.exists() else own
-        if differing := [name for name in own if before.get(name) != own[name]]:
-            raise UserError(f"{self.folder} has runs with other options ({some(differing)}): give another --output")
-        write_json(path, own)
+        super().__init__(options, free={"only", "seeds", "objectives", "weights"})
+        self.options = options
         self.starts = [RANDOM, *options.objectives]
-
-    def get_lists(self, task: str, seed: int) -> dict[str, str]:
-        """Return the lists of a task: part → TSV."""
-        names = {"train": f"esc_train{seed}", "test": f"esc_test{seed}"}
-        if task == "words":
-            names = {part: f"words_{part}" for part in ("train", "val", "test")}
-        return {part: str(Path(self.options.lists) / f"{name}.tsv") for part, name in names.items()}
-
-    def _record(self, kind: str, name: str, seed: int) -> Path:
-        return self.folder / kind / f"{name}_s{seed}.json"
-
-    def train(self, kind: str, name: str, seed: int, config: str, settings: dict[str, Any]) -> str:
-        """Train a network unless that is done; return the path of its weights."""
-        record = self._record(kind, name, seed)
-        if not record.exists():
-            torch.manual_seed(seed)
-            given = {"num_workers": 0, "baseline": False, "outputpath": str(self.folder / "runs" / name)} | settings
-            result = prepare_run(f"trainconfig/{config}.yaml", given, seed).fit()
-            write_json(record, {"weights": result["weights"], "accuracy": result.get("top1")})
-            logger.warning("%s %s, seed %s: %s", kind, name, seed, load_json(record))
-        return str(load_json(record)["weights"])
 
     def pre_train(self, start: str, seed: int) -> str:
         """Return the weights of a start: pre-trained, or random ones with the same statistics of the input."""
         options = self.options
         settings: dict[str, Any] = {"model": options.model, "model_args": options.model_args, "budget": options.budget}
-        settings["train_data"] = str(Path(options.lists) / f"unlabelled{seed}.tsv")
+        settings["train_data"] = self.get_list(f"unlabelled{seed}")
         if start == RANDOM:
             settings |= {"epochs": 1, "epoch_length": 1, "warmup_epochs": None, "optimizer_args.lr": 0.0}
             del settings["budget"]
-        return self.train("starts", start, seed, CONFIGS.get(start, "mae_own"), settings)
+        return self._train("starts", start, seed, CONFIGS.get(start, "mae_own"), settings)
 
-    def probe(self, name: str, seed: int, model: str, weights: str | None = None) -> None:
-        """Train and test heads on a network for each set, unless that is done."""
-        for task in TASKS:
-            lists = self.get_lists(task, seed)
-            for layers in LAYERS:
-                head = f"{name}_{task}_{layers}_s{seed}"
-                if (self.folder / "probes" / f"{head}.pt").exists():
-                    continue
-                given = {"model": model, "weights": weights, "name": head, "layers": layers, "baseline": False}
-                given |= {"train_data": lists["train"], "valid_data": lists.get("val"), "test_data": lists["test"]}
-                given |= {"outputpath": str(self.folder / "probes"), "cache": str(self.folder / "embeddings")}
-                logger.warning("%s:\n%s", head, probe(given | {"num_workers": 0}, seed))
+    def _train(self, kind: str, name: str, seed: int, config: str, settings: dict[str, Any]) -> str:
+        shared = {"num_workers": 0, "baseline": False}
+        return self.train(kind, name, seed, f"trainconfig/{config}.yaml", shared | settings)
+
+    def probe_layers(self, name: str, seed: int, model: str, weights: str | None = None) -> None:
+        """Train and test heads on the last layer and on all."""
+        for layers in LAYERS:
+            self.probe(f"{name}_{layers}", seed, {"model": model, "weights": weights, "layers": layers})
 
     def measure_statistics(self, seed: int) -> None:
         """Train and test a logistic regression on log-mel statistics of whole clips, unless that is done."""
         for task in TASKS:
-            record = self._record("statistics", task, seed)
+            record = self.find_record("statistics", task, seed)
             if record.exists():
                 continue
             lists = self.get_lists(task, seed)
@@ -157,22 +125,22 @@ class Experiment:
             shared: dict[str, Any] = {"train_data": lists["train"], "eval_data": lists["test"], "select_on": "valid"}
             shared |= {"valid_data": lists["val"]} if "val" in lists else {"valid_data": None, "valid_fraction": 0.15}
             shared["budget"] = options.tune_budget
-            teacher = self.train("teachers", f"teacher_{task}", seed, "own_teacher", shared)
+            teacher = self._train("teachers", f"teacher_{task}", seed, "own_teacher", shared)
             for start in self.starts:
                 weights = self.pre_train(start, seed)
                 given = shared | {"model": options.model, "model_args": options.model_args, "pretrained": weights}
                 given["optimizer_args"] = {"lr": 0.001, "weight_decay": 0.05}
-                self.train("tuned", f"{start}_{task}", seed, "own_teacher", given)
+                self._train("tuned", f"{start}_{task}", seed, "own_teacher", given)
                 online = given | {"teacher": teacher, "logitspath": None}
-                self.train("distilled", f"{start}_{task}", seed, "own_student", online)
+                self._train("distilled", f"{start}_{task}", seed, "own_student", online)
 
     def run_seed(self, seed: int) -> None:
         """Run everything that is missing of a seed."""
         self.measure_statistics(seed)
         for start in self.starts:
-            self.probe(start, seed, self.pre_train(start, seed))
+            self.probe_layers(start, seed, self.pre_train(start, seed))
         if self.options.published:
-            self.probe("published", seed, self.options.published, self.options.weights)
+            self.probe_layers("published", seed, self.options.published, self.options.weights)
         if self.options.tune_budget != "0":
             self.tune(seed)
 
@@ -180,7 +148,7 @@ class Experiment:
         """Return the accuracies of the seeds that are finished, in percent."""
         values = {}
         for task in TASKS:
-            paths = [self._record(kind, pattern.format(task=task), s) for s in range(1, self.options.seeds + 1)]
+            paths = [self.find_record(kind, pattern.format(task=task), s) for s in range(1, self.options.seeds + 1)]
             found = [load_json(path) for path in paths if path.exists()]
             values[task] = [100 * float(each.get("value", each.get("accuracy"))) for each in found]
         return Row(name, values)
@@ -189,7 +157,7 @@ class Experiment:
         """Write the tables, and return them."""
         named = [*self.starts, *(["published"] if self.options.published else [])]
         probes = [
-            self._collect("probes", name if layers == "last" else f"{name}, all layers", f"{name}_{{task}}_{layers}")
+            self._collect("heads", name if layers == "last" else f"{name}, all layers", f"{name}_{layers}_{{task}}")
             for name in named
             for layers in LAYERS
         ]
@@ -205,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, and print and write the tables."""
     options = parse_arguments(PretrainingOptions, __doc__, arguments)
     torch.set_num_threads(1)
-    experiment = Experiment(options)
+    experiment = Pretraining(options)
     for seed in options.only or range(1, options.seeds + 1):
         experiment.run_seed(seed)
     print(f"{experiment.compare()}\n\nwritten: {experiment.folder}/tables")

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 # First: signals are handled from here on, also during the slow imports.
 from common.entry_points import print_user_errors  # isort: split
 
-import logging
 import os
 from typing import Any
 
@@ -28,18 +27,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from pydantic import Field
 
-from common.errors import UserError, some
-from common.files import write_json
 from common.options import Options, parse_arguments
-from common.parsing import load_json
-from probing.probe import probe
 from scripts import compare_probes
-from training.prepare import prepare_run
+from scripts.benchmarks.experiment import TASKS, Experiment
 from training.prepare_store import prepare_store
-
-logger = logging.getLogger(__name__)
-
-TASKS = ("esc", "words")
 
 
 class TwoTeachersOptions(Options):
@@ -61,8 +52,8 @@ class TwoTeachersOptions(Options):
     output: str = "experiments/two_teachers"  # folder for everything
 
 
-class Experiment:
-    """The runs of the experiment; each leaves a file, whose existence is what makes it finished.
+class TwoTeachers(Experiment):
+    """The runs of the experiment.
 
     Args:
         options: see `TwoTeachersOptions`.
@@ -72,60 +63,29 @@ class Experiment:
     """
 
     def __init__(self, options: TwoTeachersOptions) -> None:
-        self.options, self.folder = options, Path(options.output)
-        path = self.folder / "options.json"
-        own = options.model_dump(mode="json", exclude={"only", "seeds", "output"})
-        before = load_json(path) if path.exists() else own
-        if differing := [name for name in own if before.get(name) != own[name]]:
-            raise UserError(f"{self.folder} has runs with other options ({some(differing)}): give another --output")
-        write_json(path, own)
-
-    def _list(self, name: str) -> str:
-        return str(Path(self.options.lists) / f"{name}.tsv")
-
-    def train(self, name: str, seed: int, config: str, settings: dict[str, Any]) -> str:
-        """Train a model unless that is done; return the path of its weights."""
-        record = self.folder / "models" / f"{name}_s{seed}.json"
-        if not record.exists():
-            torch.manual_seed(seed)
-            result = prepare_run(config, settings | {"outputpath": str(self.folder / "runs" / name)}, seed).fit()
-            write_json(record, {"weights": result["weights"]})
-            logger.warning("%s, seed %s is trained", name, seed)
-        return str(load_json(record)["weights"])
-
-    def probe(self, name: str, seed: int, model: str, weights: str | None = None) -> None:
-        """Train and test a head on a model for each set, unless that is done."""
-        words = {"train_data": "words_train", "valid_data": "words_val", "test_data": "words_test"}
-        lists = {"esc": {"train_data": f"esc_train{seed}", "test_data": f"esc_test{seed}"}, "words": words}
-        for task in TASKS:
-            head = f"{name}_{task}_s{seed}"
-            if (self.folder / "heads" / f"{head}.pt").exists():
-                continue
-            given: dict[str, Any] = {key: self._list(value) for key, value in lists[task].items()}
-            given |= {"outputpath": str(self.folder / "heads"), "cache": str(self.folder / "embeddings")}
-            given |= {"chunk_length": 1.0, "num_workers": 0, "baseline": False, "name": head}
-            report = probe({"model": model, "weights": weights} | given, seed)
-            logger.warning("%s:\n%s", head, report)
+        super().__init__(options, free={"only", "seeds"})
+        self.options = options
 
     def run_seed(self, seed: int) -> None:
         """Run everything that is missing of a seed; the second teacher only once."""
-        options, unlabelled = self.options, self._list(f"unlabelled{seed}")
+        options, unlabelled = self.options, self.get_list(f"unlabelled{seed}")
         parts = {"train_data": "train", "valid_data": "val", "eval_data": "test"}
-        words: dict[str, Any] = {key: self._list(f"words_{part}") for key, part in parts.items()}
+        words: dict[str, Any] = {key: self.get_list(f"words_{part}") for key, part in parts.items()}
         words["epochs"] = options.teacher_epochs
-        second = options.second or self.train("second", 1, options.teacher, words)
+        second = options.second or self.train("models", "second", 1, options.teacher, words)
         stores = {}
         for name, model, weights in (("first", options.first, options.weights), ("second", second, None)):
             given = {"train_data": unlabelled, "model": model, "weights": weights, "name": name}
             given["outputpath"] = str(self.folder / "stores")
             stores[name] = str(prepare_store(options.targets, given).save())  # what exists is not computed again
-            self.probe(f"teacher_{name}", seed, model, weights)
+            self.probe(f"teacher_{name}", seed, {"model": model, "weights": weights, "chunk_length": 1.0})
         changes = {key: getattr(options, key) for key in ("objective", "epochs") if getattr(options, key)}
         for name, given_stores in {**stores, "both": list(stores.values())}.items():
             settings: dict[str, Any] = changes | {"train_data": unlabelled, "embeddingspath": given_stores}
             if name == "both":
                 settings["objective_args.weights"] = options.teacher_weights
-            self.probe(f"student_{name}", seed, self.train(name, seed, options.student, settings))
+            student = self.train("models", name, seed, options.student, settings)
+            self.probe(f"student_{name}", seed, {"model": student, "chunk_length": 1.0})
 
     def compare(self) -> None:
         """Print and write the table of all probes."""
@@ -144,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, and print and write the table."""
     options = parse_arguments(TwoTeachersOptions, __doc__, arguments)
     torch.set_num_threads(1)
-    experiment = Experiment(options)
+    experiment = TwoTeachers(options)
     for seed in options.only or range(1, options.seeds + 1):
         experiment.run_seed(seed)
     experiment.compare()

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from common.errors import UserError
 from models import attach_head, create_model, get_ssondo, load_head, load_model, save_checkpoint
 from models.description import restore_head
-from models.head_inputs import HeadInput, average_steps, measure_layers
+from models.head_inputs import HeadInput, average_steps, count_model_steps, measure_layers
 from models.headed import Head
 from models.heads import save_head, weights_sha256
 from models.onnx import export_onnx
 from models.other_heads import NeighbourHead, PrototypeHead, create_head
+from models.pooled_cnn import PooledCNN
 from scripts.hf.folder import export
 from scripts.hf.modeling_ced import CedForAudioClassification
 from tests.models.sounds import noise
@@ -220,8 +221,13 @@ def test_transformers_computes_the_same(kind, tmp_path):
     torch.testing.assert_close(own_probabilities(load_model(tmp_path / "hf"), sounds), wanted, atol=1e-5, rtol=0)
 
 
-def test_what_does_not_fit_is_refused_with_a_sentence():
+def test_what_does_not_fit_is_refused_with_a_sentence(monkeypatch):
     model = build("cnn")
+    assert count_model_steps(model, 2.0) == model.n_steps(64000)
+    with monkeypatch.context() as patch:
+        patch.delattr(PooledCNN, "n_steps")  # as a network that has clip embeddings alone
+        with pytest.raises(UserError, match="mn01_as has no time steps, only clip embeddings"):
+            count_model_steps(model, 2.0)
     with pytest.raises(UserError, match="5 neighbours among 4 training clips: expected 1 to 4; give --neighbours"):
         NeighbourHead(8, 2, n_examples=4, n_neighbours=5)
     with pytest.raises(UserError, match="0 prototypes"):

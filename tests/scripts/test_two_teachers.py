@@ -9,7 +9,7 @@ import yaml
 
 from common.errors import UserError
 from models import create_model, save_checkpoint
-from scripts.benchmarks.two_teachers import Experiment, TwoTeachersOptions, main
+from scripts.benchmarks.two_teachers import TwoTeachers, TwoTeachersOptions, main
 from tests.training.test_embedding_training import SETTINGS
 
 
@@ -44,7 +44,7 @@ def test_students_of_each_teacher_and_of_both_are_probed_once(folder, capsys):
     table = capsys.readouterr().out
     for row in ("first teacher", "second teacher", "student of first", "student of second", "student of both"):
         assert f"| {row}" in table
-    (run,) = {path.parent for path in (folder / "out/runs/both").rglob("run.json")}
+    (run,) = {path.parent for path in (folder / "out/runs/models/both").rglob("run.json")}
     entry = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"cosine_1", "cosine_2"} <= entry.keys()
     files = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.pt")}
@@ -53,7 +53,7 @@ def test_students_of_each_teacher_and_of_both_are_probed_once(folder, capsys):
 
 
 def test_a_folder_of_other_options_is_refused(folder):
-    Experiment(TwoTeachersOptions(**options(folder)))
-    Experiment(TwoTeachersOptions(**options(folder, seeds=3, only=[2])))
+    TwoTeachers(TwoTeachersOptions(**options(folder)))
+    TwoTeachers(TwoTeachersOptions(**options(folder, seeds=3, only=[2])))
     with pytest.raises(UserError, match=r"has runs with other options \(teacher_weights\): give another --output"):
-        Experiment(TwoTeachersOptions(**options(folder, teacher_weights=[1, 2])))
+        TwoTeachers(TwoTeachersOptions(**options(folder, teacher_weights=[1, 2])))

@@ -100,7 +100,10 @@ def test_what_is_not_known_is_not_evaluated():
         def needs(cls, settings):
             return Needs("classes")
 
-    contrastive, weighed = build_objective("contrastive", width=5), CLASSES | {"loss_args": {"pos_weight": torch.ones(1)}}
+    contrastive, weighed = (
+        build_objective("contrastive", width=5),
+        CLASSES | {"loss_args": {"pos_weight": torch.ones(1)}},
+    )
     for objective in (Custom(None, None, None), contrastive, build_objective("target", **weighed)):
         tally = TargetTally(objective)
         tally.add(batch_of("kl"))
