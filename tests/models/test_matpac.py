@@ -276,7 +276,7 @@ def test_what_a_file_holds_of_training_is_dropped_with_a_notice(tmp_path, caplog
     assert "6 entries of its training are dropped" in caplog.text
 
 
-def test_m2d_brings_its_statistics_and_its_teacher_is_dropped(tmp_path, caplog):
+def test_statistics_of_m2d_are_read_and_its_teacher_is_dropped(tmp_path, caplog):
     model = create_model("matpac_pico", num_classes=0, mean=-7.1, std=4.2, center=True).eval()
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
     torch.save(state, tmp_path / "m2d.pth")
