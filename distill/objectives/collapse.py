@@ -125,13 +125,14 @@ def measure_classes(mean: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
     """Return the entropy of all tokens' classes, and the mean entropy of a token's, both in units of log C.
 
     Args:
-        mean: (C,) running mean of the probabilities.
+        mean: (C,) running mean of the probabilities; 0 before the first step, whose entropy is 1: no collapse is known.
         probabilities: (..., C) of tokens.
     """
-    most = math.log(probabilities.shape[-1])
-    entropy = torch.special.entr(mean / mean.sum().clamp(min=1e-12)).sum()
-    uncertainty = torch.special.entr(probabilities.float()).sum(-1).mean()
-    return {ENTROPY: entropy / most, UNCERTAINTY: uncertainty / most}
+    largest = math.log(probabilities.shape[-1])
+    total = mean.sum()
+    entropy = torch.special.entr(mean / total.clamp(min=1e-12)).sum() / largest
+    uncertainty = torch.special.entr(probabilities.float()).sum(-1).mean() / largest
+    return {ENTROPY: torch.where(total > 0, entropy, 1.0), UNCERTAINTY: uncertainty}
 
 
 def describe_collapse(means: Mapping[str, float]) -> str | None:

@@ -63,7 +63,7 @@ class EatSettings:
         with faults.noted():
             object.__setattr__(self, "mask_ratio", read_mask_ratio(self.mask_ratio))
         with faults.noted():
-            read_size("masks", self.masks)
+            read_size("masks", self.masks, optional=False)
         with faults.noted():
             weight = read_number("clip_weight", self.clip_weight, lambda w: 0 <= w < 1e6, "a number, 0 or more")
             object.__setattr__(self, "clip_weight", weight)
@@ -126,8 +126,8 @@ class Eat(Objective):
         encoded = encode_tokens(student, repeated, mask.visible)
         predicted = self.output(self.predictor(encoded, mask)).float()  # (G B,M,D)
         places = mask.masked[..., None].expand(-1, -1, targets.shape[2])
-        wanted = targets.repeat(copies, 1, 1).gather(1, places)
-        tokens = average_tokens((predicted - wanted).square().mean(2), mask.is_target)
+        target = targets.repeat(copies, 1, 1).gather(1, places)  # (G B,M,D)
+        tokens = average_tokens((predicted - target).square().mean(2), mask.is_target)
         visible = cast(Tensor, encoded.tokens).float()
         counted = visible.new_ones(mask.visible.shape) if mask.is_visible is None else mask.is_visible.float()
         mean = (visible * counted[..., None]).sum(1) / counted.sum(1, keepdim=True)
@@ -161,13 +161,13 @@ class Eat(Objective):
         return F.layer_norm(mean, width)
 
     def _average_targets(self, targets: Tensor, mask: TokenMask) -> Tensor:
-        """Return the mean of the targets of each clip's own tokens, for each mask: (G B, D)."""
-        own = torch.zeros(len(mask.visible), targets.shape[1], device=targets.device)
+        """Return the mean of the targets of each clip without its padding, for each mask: (B,N,D) -> (G B,D)."""
+        counts = torch.zeros(len(mask.visible), targets.shape[1], device=targets.device)  # (G B,N)
         for places, counted in ((mask.visible, mask.is_visible), (mask.masked, mask.is_target)):
-            values = torch.ones_like(places, dtype=own.dtype) if counted is None else counted.to(own.dtype)
-            own.scatter_reduce_(1, places, values, "amax")  # padding is in both
+            values = torch.ones_like(places, dtype=counts.dtype) if counted is None else counted.to(counts.dtype)
+            counts.scatter_reduce_(1, places, values, "amax")  # places of padding may be among both
         repeated = targets.repeat(self.settings.masks, 1, 1)
-        return (repeated * own[..., None]).sum(1) / own.sum(1, keepdim=True)
+        return (repeated * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
 
     def after_step(self, student: AudioTagger, step: int, n_steps: int) -> None:
         """Update the teacher and the running means of the tokens."""

@@ -89,7 +89,7 @@ class MatpacSettings:
             object.__setattr__(self, "alpha", alpha)
         for name in ("classes", "predictor_depth", "head_width", "outputs"):
             with faults.noted():
-                read_size(name, getattr(self, name))
+                read_size(name, getattr(self, name), optional=name != "outputs")
         with faults.noted():
             read_size("predictor_width", self.predictor_width, HEAD_WIDTH)
         with faults.noted():

@@ -27,9 +27,9 @@ def read_mask_ratio(value: Any) -> float:
     return read_number("mask_ratio", value, lambda share: 0 < share < 1, "a share between 0 and 1, both excluded")
 
 
-def read_size(name: str, value: Any, step: int = 1) -> int | None:
-    """Read a width or a number of blocks, a multiple of `step`; None stands for a choice by the student."""
-    if value is None:
+def read_size(name: str, value: Any, step: int = 1, *, optional: bool = True) -> int | None:
+    """Read a width or a number, a multiple of `step`; with `optional`, None stands for a choice by the student."""
+    if value is None and optional:
         return None
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     expected = f"a multiple of {step}" if step > 1 else "a whole number above 0"
