@@ -47,7 +47,8 @@ class Support:
     Attributes:
         seconds: length of the windows.
         n_steps: time steps of the model in a window.
-        valid: of the validation clips, which lie in the training part.
+        valid: of the validation clips, which lie in the training part; with folds, of all folds, whose training parts
+            have clips that others test.
         test: of the test clips.
         cost: of embedding a clip.
         note: what is particular about this length; empty if nothing is.
