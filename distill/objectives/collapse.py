@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,9 +25,10 @@ WATCHED = (VARIANCE, ENTROPY, UNCERTAINTY)
 
 
 class RunningMean(nn.Module):
-    """Exponential moving average of the means of groups of vectors, over all processes.
+    """Exponential moving average of the means of groups of vectors.
 
-    `add` collects the vectors of a step, `update` moves the means after it.
+    `add` collects the vectors of a step, `update` moves the means after it; in between the trainer adds the sums of all
+    processes.
 
     Args:
         width: of the vectors.
@@ -37,6 +37,8 @@ class RunningMean(nn.Module):
 
     Attributes:
         mean: (G, width), initially 0.
+        total: (G, width + 1), sums of the vectors of a step, and their number.
+        weight: (G,), sum of the weights of all updates, 1 after many.
     """
 
     mean: Tensor
@@ -47,7 +49,7 @@ class RunningMean(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(groups, width))
-        self.register_buffer("total", torch.zeros(groups, width + 1))  # sums of vectors, and their number
+        self.register_buffer("total", torch.zeros(groups, width + 1))
         self.register_buffer("weight", torch.zeros(groups))
 
     @torch.no_grad()
@@ -73,8 +75,6 @@ class RunningMean(nn.Module):
 
         That of a group without any, or with one that is not finite, stays as it is.
         """
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.total)
         count = self.total[:, -1]
         is_good = self.total.isfinite().all(1) & (count > 0)
         share = torch.where(is_good, 1 - self.momentum, 0.0)
