@@ -31,7 +31,7 @@ from probing.options import ProbeOptions
 from probing.pictures import draw_probe
 from probing.scores import COVERAGE, N_DRAWS, Score, compute_score
 from probing.source import EmbeddingSource, choose_input, embed, open_source
-from probing.trials import count_training_clips, describe_trial, run_trials
+from probing.trials import collect_scores, count_training_clips, describe_trial, run_trials
 from training.baseline import Metric
 from training.figures import render_png
 
@@ -149,9 +149,7 @@ def run_probe(checked: Probe, baseline: float | None) -> str:
     examples = {part: embed(source, pack, clips.targets[part], options, settings) for part, pack in clips.packs.items()}
     trials, kept = run_trials(examples, clips, options.valid_fraction, settings, choose_device(options.device))
     tested = examples[clips.test_part]
-    scores = np.empty_like(tested.targets)
-    for trial in trials:
-        scores[trial.rows] = trial.scores
+    scores = collect_scores(trials, tested.targets)
     metric: Metric = "accuracy" if clips.single else "mAP"
     result = compute_score(scores, tested.targets, clips.labels, metric, settings.seed)
     facts = _collect_facts(options, clips, source, kept, result) | {"baseline": baseline}

@@ -31,7 +31,7 @@ from probing.probe import Probe, check_probe, open_probe, run_probe
 from probing.scores import Score, compute_score
 from probing.source import EmbeddingSource, embed
 from probing.support_picture import draw_supports
-from probing.trials import Trial, run_trials
+from probing.trials import Trial, collect_scores, run_trials
 from training.baseline import Metric
 from training.figures import render_png
 
@@ -173,13 +173,11 @@ def _score(probe: Probe, seed: int) -> tuple[Score, Score]:
     }
     trials, _ = run_trials(examples, clips, options.valid_fraction, settings, choose_device(options.device))
     metric: Metric = "accuracy" if clips.single else "mAP"
-    test = np.empty_like(clips.targets[clips.test_part])
-    for trial in trials:
-        test[trial.rows] = trial.scores
+    tested = clips.targets[clips.test_part]
     valid, targets = _pool_validation(trials)
     return (
         compute_score(valid, targets, clips.labels, metric, seed),
-        compute_score(test, clips.targets[clips.test_part], clips.labels, metric, seed),
+        compute_score(collect_scores(trials, tested), tested, clips.labels, metric, seed),
     )
 
 
