@@ -21,6 +21,8 @@ from distill.sound_check import Check
 from distill.store import StoreItems, TargetStore
 from distill.store_checks import RowFault, find_non_finite
 
+_BLOCK = 2**24  # numbers of chunks that are averaged at once
+
 
 class EmbeddingStore(TargetStore):
     """A folder of embeddings, opened and checked; see `distill.store.TargetStore`."""
@@ -166,5 +168,8 @@ def compute_clip_embeddings(store: EmbeddingStore, pack: Pack) -> np.ndarray:
     """
     chunks = read_chunk_embeddings(store, pack)
     result = np.zeros((len(pack), store.width))
-    np.add.at(result, chunks.clip, chunks.values * chunks.shares[:, None])
+    size = max(1, _BLOCK // store.width)
+    for start in range(0, len(chunks.values), size):  # the products are float64, four times the size of the values
+        part = slice(start, start + size)
+        np.add.at(result, chunks.clip[part], chunks.values[part] * chunks.shares[part, None])
     return result.astype(np.float32)

@@ -233,7 +233,8 @@ class _Clips:
     def split(self, head: Head) -> Iterator[Tensor]:
         """Yield all clips in blocks of limited size, as indices."""
         row = max(self.x.shape[1], self.x.shape[1] // head.embed_dim * head.width)
-        size = max(1, min(8192, BLOCK // row))
+        n_rows = 1 if self.starts is None else int(self.starts.diff().max())  # of the longest clip
+        size = max(1, min(8192, BLOCK // (row * n_rows)))
         yield from torch.arange(len(self.y), device=self.x.device).split(size)
 
 

@@ -31,7 +31,7 @@ from probing.options import ProbeOptions
 from probing.pictures import draw_probe
 from probing.scores import COVERAGE, N_DRAWS, Score, compute_score
 from probing.source import EmbeddingSource, choose_input, embed, open_source
-from probing.trials import count_training_clips, describe_trial, run_trials
+from probing.trials import collect_scores, count_training_clips, describe_trial, run_trials
 from training.baseline import Metric
 from training.figures import render_png
 
@@ -45,14 +45,14 @@ class Probe:
         clips: labelled clips.
         source: of the embeddings.
         settings: of the fits.
-        made_with: everything that the weights of the head depend on.
+        provenance: everything that the weights of the head depend on.
     """
 
     options: ProbeOptions
     clips: ProbeSet
     source: EmbeddingSource
     settings: FitSettings
-    made_with: dict[str, Any]
+    provenance: dict[str, Any]
 
     @property
     def target(self) -> Path:
@@ -67,7 +67,7 @@ class Probe:
     @property
     def is_done(self) -> bool:
         """Whether a head with the same provenance is there."""
-        return self.target.exists() and _read_provenance(self.record_path) == self.made_with
+        return self.target.exists() and _read_provenance(self.record_path) == self.provenance
 
 
 def probe(given: dict[str, Any], seed: int) -> str:
@@ -149,9 +149,7 @@ def run_probe(checked: Probe, baseline: float | None) -> str:
     examples = {part: embed(source, pack, clips.targets[part], options, settings) for part, pack in clips.packs.items()}
     trials, kept = run_trials(examples, clips, options.valid_fraction, settings, choose_device(options.device))
     tested = examples[clips.test_part]
-    scores = np.empty_like(tested.targets)
-    for trial in trials:
-        scores[trial.rows] = trial.scores
+    scores = collect_scores(trials, tested.targets)
     metric: Metric = "accuracy" if clips.single else "mAP"
     result = compute_score(scores, tested.targets, clips.labels, metric, settings.seed)
     facts = _collect_facts(options, clips, source, kept, result) | {"baseline": baseline}
@@ -161,7 +159,7 @@ def run_probe(checked: Probe, baseline: float | None) -> str:
     if len(folds) > 1:
         record |= {"folds_mean": float(np.mean(values)), "folds_std": float(np.std(values, ddof=1))}
     per_class = json.loads(result.metrics.per_class.to_json(orient="records"))
-    record |= {"folds": folds, "labels": clips.labels, "per_class": per_class, "made_with": checked.made_with}
+    record |= {"folds": folds, "labels": clips.labels, "per_class": per_class, "made_with": checked.provenance}
     if kept.head.layer_weights:
         record["layer_weights"] = {str(layer): weight for layer, weight in kept.head.layer_weights.items()}
     kept.head.facts = facts
@@ -201,7 +199,7 @@ def _check_target(checked: Probe) -> None:
     """
     if checked.options.overwrite or not checked.target.exists():
         return
-    made_with, earlier = checked.made_with, _read_provenance(checked.record_path)  # without a record, all differs
+    made_with, earlier = checked.provenance, _read_provenance(checked.record_path)  # without a record, all differs
     differing = [key for key, value in made_with.items() if earlier.get(key) != value]
     if "settings" in differing and isinstance(earlier.get("settings"), dict):
         now, then = made_with["settings"], earlier["settings"]

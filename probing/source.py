@@ -30,7 +30,7 @@ from training.store_writer import store_embeddings
 
 logger = logging.getLogger(__name__)
 
-MAX_STORED_BYTES = 8 * 2**30  # of the time steps of all clips of a probe; more are averaged
+MAX_STORED_BYTES = 3 * 2**30  # of the time steps of all clips of a probe; more are averaged
 
 
 @dataclass(frozen=True)

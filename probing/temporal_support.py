@@ -31,7 +31,7 @@ from probing.probe import Probe, check_probe, open_probe, run_probe
 from probing.scores import Score, compute_score
 from probing.source import EmbeddingSource, embed
 from probing.support_picture import draw_supports
-from probing.trials import Trial, run_trials
+from probing.trials import Trial, collect_scores, run_trials
 from training.baseline import Metric
 from training.figures import render_png
 
@@ -47,7 +47,8 @@ class Support:
     Attributes:
         seconds: length of the windows.
         n_steps: time steps of the model in a window.
-        valid: of the validation clips, which lie in the training part.
+        valid: of the validation clips, which lie in the training part; with folds, of all folds, whose training parts
+            have clips that others test.
         test: of the test clips.
         cost: of embedding a clip.
         note: what is particular about this length; empty if nothing is.
@@ -172,13 +173,11 @@ def _score(probe: Probe, seed: int) -> tuple[Score, Score]:
     }
     trials, _ = run_trials(examples, clips, options.valid_fraction, settings, choose_device(options.device))
     metric: Metric = "accuracy" if clips.single else "mAP"
-    test = np.empty_like(clips.targets[clips.test_part])
-    for trial in trials:
-        test[trial.rows] = trial.scores
+    tested = clips.targets[clips.test_part]
     valid, targets = _pool_validation(trials)
     return (
         compute_score(valid, targets, clips.labels, metric, seed),
-        compute_score(test, clips.targets[clips.test_part], clips.labels, metric, seed),
+        compute_score(collect_scores(trials, tested), tested, clips.labels, metric, seed),
     )
 
 
@@ -229,8 +228,8 @@ def describe_supports(
         for each in supports
     ]
     first = supports[0].test
-    made_with = {key: value for key, value in probe.made_with.items() if key != "settings"}
-    settings = {key: value for key, value in probe.made_with["settings"].items() if key != "chunk_length"}
+    made_with = {key: value for key, value in probe.provenance.items() if key != "settings"}
+    settings = {key: value for key, value in probe.provenance["settings"].items() if key != "chunk_length"}
     return {
         "metric": first.metric,
         "chance": first.chance,

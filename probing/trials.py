@@ -4,6 +4,7 @@ Letters: N clips, C classes.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,14 @@ def run_trials(
         trials.append(Trial(name, fitted, np.flatnonzero(tested), predict(fitted.head, data.take(tested)), valid))
         logger.info("fold %s: %d clips, best of %d epochs: %d", name, tested.sum(), fitted.n_epochs, fitted.best_epoch)
     return trials, fit_head(data, None)[0]
+
+
+def collect_scores(trials: Sequence[Trial], targets: np.ndarray) -> np.ndarray:
+    """Return the probabilities of all tested clips, as `targets` (N,C) in shape and type."""
+    scores = np.empty_like(targets)
+    for trial in trials:
+        scores[trial.rows] = trial.scores
+    return scores
 
 
 def _find_groups(pack: Pack | None) -> dict[str, str] | None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distill.objectives.collapse import RunningMean
+
 
 class GuardedStep:
     """Steps an optimiser, and restores the buffers that a step with a bad gradient has changed.
@@ -94,7 +96,8 @@ def find_updated_buffers(model: nn.Module, objective: nn.Module) -> list[Tensor]
 
     Args:
         model: the student; running statistics of its batch norms, except frozen ones.
-        objective: its direct buffers, and running statistics of batch norms in its modules.
+        objective: its direct buffers, and running statistics of batch norms in its modules; of running means the sums,
+            from which `after_step` updates the rest.
     """
     buffers = list(objective.buffers(recurse=False))
     for module in (*model.modules(), *objective.modules()):
@@ -102,4 +105,6 @@ def find_updated_buffers(model: nn.Module, objective: nn.Module) -> list[Tensor]
         is_frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
         if isinstance(module, _BatchNorm) and not is_frozen:
             buffers += module.buffers(recurse=False)
+        elif isinstance(module, RunningMean):
+            buffers.append(module.total)
     return buffers

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.batch import Batch
+from distill.objectives.collapse import RunningMean
 from distill.random_streams import Stream, derive_seed
 from models.quantization import QuantizationSchedule
 from training.averaging import MovingAverage
@@ -57,6 +58,7 @@ class Trainer:
             share_batch_norm(model)
             unused = not loss_module.needs.whole_student
             self.wrapped = DistributedDataParallel(loss_module, broadcast_buffers=False, find_unused_parameters=unused)
+        self.running_means = [module for module in objective.modules() if isinstance(module, RunningMean)]
         self.quantization = QuantizationSchedule(model)
         self.guard = GuardedStep(optimizer, precision.scaler, find_updated_buffers(model, objective), grad_clip)
 
@@ -97,6 +99,8 @@ class Trainer:
             self.schedule.step()
         if self.average is not None:
             self.average.update()
+        for running in self.running_means:
+            running.total.copy_(self.ranks.sum(running.total))
         self.loss_module.objective.after_step(self.loss_module.model, number + 1, self.total_steps)
         return total
 

@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.objectives.masking import average_tokens
 from models.base import Encoded
 from models.vit import SpectrogramTransformer
 
@@ -26,9 +26,10 @@ WATCHED = (VARIANCE, ENTROPY, UNCERTAINTY)
 
 
 class RunningMean(nn.Module):
-    """Exponential moving average of the means of groups of vectors, over all processes.
+    """Exponential moving average of the means of groups of vectors.
 
-    `add` collects the vectors of a step, `update` moves the means after it.
+    `add` collects the vectors of a step, `update` moves the means after it; in between the trainer adds the sums of all
+    processes.
 
     Args:
         width: of the vectors.
@@ -37,6 +38,8 @@ class RunningMean(nn.Module):
 
     Attributes:
         mean: (G, width), initially 0.
+        total: (G, width + 1), sums of the vectors of a step, and their number.
+        weight: (G,), sum of the weights of all updates, 1 after many.
     """
 
     mean: Tensor
@@ -47,7 +50,7 @@ class RunningMean(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(groups, width))
-        self.register_buffer("total", torch.zeros(groups, width + 1))  # sums of vectors, and their number
+        self.register_buffer("total", torch.zeros(groups, width + 1))
         self.register_buffer("weight", torch.zeros(groups))
 
     @torch.no_grad()
@@ -73,8 +76,6 @@ class RunningMean(nn.Module):
 
         That of a group without any, or with one that is not finite, stays as it is.
         """
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.total)
         count = self.total[:, -1]
         is_good = self.total.isfinite().all(1) & (count > 0)
         share = torch.where(is_good, 1 - self.momentum, 0.0)
@@ -121,17 +122,19 @@ class EmbeddingVariance(nn.Module):
         return 1 - common
 
 
-def measure_classes(mean: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
+def measure_classes(mean: Tensor, probabilities: Tensor, is_target: Tensor) -> dict[str, Tensor]:
     """Return the entropy of all tokens' classes, and the mean entropy of a token's, both in units of log C.
 
     Args:
-        mean: (C,) running mean of the probabilities.
-        probabilities: (..., C) of tokens.
+        mean: (C,) running mean of the probabilities; 0 before the first step, whose entropy is 1: no collapse is known.
+        probabilities: (B,M,C) of tokens.
+        is_target: (B,M), which of them count.
     """
-    most = math.log(probabilities.shape[-1])
-    entropy = torch.special.entr(mean / mean.sum().clamp(min=1e-12)).sum()
-    uncertainty = torch.special.entr(probabilities.float()).sum(-1).mean()
-    return {ENTROPY: entropy / most, UNCERTAINTY: uncertainty / most}
+    largest = math.log(probabilities.shape[-1])
+    total = mean.sum()
+    entropy = torch.special.entr(mean / total.clamp(min=1e-12)).sum() / largest
+    uncertainty = average_tokens(torch.special.entr(probabilities.float()).sum(-1), is_target) / largest
+    return {ENTROPY: torch.where(total > 0, entropy, 1.0), UNCERTAINTY: uncertainty}
 
 
 def describe_collapse(means: Mapping[str, float]) -> str | None:

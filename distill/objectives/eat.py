@@ -27,9 +27,16 @@ from distill.batch import Batch
 from distill.objectives.base import Needs, Objective, TrainingFacts, register_objective
 from distill.objectives.collapse import VARIANCE, EmbeddingVariance, describe_collapse
 from distill.objectives.masking import TokenMask, average_tokens, check_student, encode_tokens, fix_norms, mask_clips
-from distill.objectives.moving_average import follow, read_decay, shorten_decay
+from distill.objectives.moving_average import read_decay, shorten_decay, update_average
 from distill.objectives.numbers import read_number
-from distill.objectives.token_predictor import HEAD_WIDTH, TokenPredictor, check_memory, read_mask_ratio, read_size
+from distill.objectives.token_predictor import (
+    HEAD_WIDTH,
+    TokenPredictor,
+    check_memory,
+    count_block_parameters,
+    read_mask_ratio,
+    read_size,
+)
 from distill.random_streams import derive_seed
 from models.base import AudioTagger
 from models.vit import SpectrogramTransformer
@@ -63,7 +70,7 @@ class EatSettings:
         with faults.noted():
             object.__setattr__(self, "mask_ratio", read_mask_ratio(self.mask_ratio))
         with faults.noted():
-            read_size("masks", self.masks)
+            read_size("masks", self.masks, optional=False)
         with faults.noted():
             weight = read_number("clip_weight", self.clip_weight, lambda w: 0 <= w < 1e6, "a number, 0 or more")
             object.__setattr__(self, "clip_weight", weight)
@@ -95,7 +102,7 @@ class Eat(Objective):
         student = check_student(student)
         width = settings.predictor_width or min(512, max(64, HEAD_WIDTH * (student.width // 64)))
         depth = settings.predictor_depth or 2
-        check_memory("predictor", width, depth)
+        check_memory(f"predictor_width {width} and predictor_depth {depth}", count_block_parameters(width, depth))
         self.teacher = copy.deepcopy(student).requires_grad_(False)
         self.predictor = TokenPredictor(student.width, width, depth)
         self.output = nn.Linear(width, student.width)
@@ -126,8 +133,8 @@ class Eat(Objective):
         encoded = encode_tokens(student, repeated, mask.visible)
         predicted = self.output(self.predictor(encoded, mask)).float()  # (G B,M,D)
         places = mask.masked[..., None].expand(-1, -1, targets.shape[2])
-        wanted = targets.repeat(copies, 1, 1).gather(1, places)
-        tokens = average_tokens((predicted - wanted).square().mean(2), mask.is_target)
+        target = targets.repeat(copies, 1, 1).gather(1, places)  # (G B,M,D)
+        tokens = average_tokens((predicted - target).square().mean(2), mask.is_target)
         visible = cast(Tensor, encoded.tokens).float()
         counted = visible.new_ones(mask.visible.shape) if mask.is_visible is None else mask.is_visible.float()
         mean = (visible * counted[..., None]).sum(1) / counted.sum(1, keepdim=True)
@@ -161,19 +168,19 @@ class Eat(Objective):
         return F.layer_norm(mean, width)
 
     def _average_targets(self, targets: Tensor, mask: TokenMask) -> Tensor:
-        """Return the mean of the targets of each clip's own tokens, for each mask: (G B, D)."""
-        own = torch.zeros(len(mask.visible), targets.shape[1], device=targets.device)
+        """Return the mean of the targets of each clip without its padding, for each mask: (B,N,D) -> (G B,D)."""
+        counts = torch.zeros(len(mask.visible), targets.shape[1], device=targets.device)  # (G B,N)
         for places, counted in ((mask.visible, mask.is_visible), (mask.masked, mask.is_target)):
-            values = torch.ones_like(places, dtype=own.dtype) if counted is None else counted.to(own.dtype)
-            own.scatter_reduce_(1, places, values, "amax")  # padding is in both
+            values = torch.ones_like(places, dtype=counts.dtype) if counted is None else counted.to(counts.dtype)
+            counts.scatter_reduce_(1, places, values, "amax")  # places of padding may be among both
         repeated = targets.repeat(self.settings.masks, 1, 1)
-        return (repeated * own[..., None]).sum(1) / own.sum(1, keepdim=True)
+        return (repeated * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
 
     def after_step(self, student: AudioTagger, step: int, n_steps: int) -> None:
         """Update the teacher and the running means of the tokens."""
         self.variance.running.update()
         first, last = self.settings.decay or (shorten_decay(each, PUBLISHED_STEPS, n_steps) for each in DECAYS)
-        follow(self.teacher, student, first + (last - first) * step / n_steps)
+        update_average(self.teacher, student, first + (last - first) * step / n_steps)
 
     def describe_collapse(self, means: Mapping[str, float]) -> str | None:
         """Return a sentence if the tokens of all clips are nearly the same."""

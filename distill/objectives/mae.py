@@ -32,7 +32,14 @@ from distill.objectives.masking import (
     get_patch_shape,
     mask_clips,
 )
-from distill.objectives.token_predictor import HEAD_WIDTH, TokenPredictor, check_memory, read_mask_ratio, read_size
+from distill.objectives.token_predictor import (
+    HEAD_WIDTH,
+    TokenPredictor,
+    check_memory,
+    count_block_parameters,
+    read_mask_ratio,
+    read_size,
+)
 from models.base import AudioTagger
 from models.vit import SpectrogramTransformer
 
@@ -83,7 +90,7 @@ class MaskedAutoEncoder(Objective):
         student = check_student(student)
         width = settings.decoder_width or min(512, max(64, 64 * round(student.width / 96)))
         depth = settings.decoder_depth or 2
-        check_memory("decoder", width, depth)
+        check_memory(f"decoder_width {width} and decoder_depth {depth}", count_block_parameters(width, depth))
         self.decoder = TokenPredictor(student.width, width, depth)
         size, _ = get_patch_shape(student)
         self.output = nn.Linear(width, size[0] * size[1])

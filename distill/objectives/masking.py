@@ -1,7 +1,8 @@
 """Random masks of self-supervised objectives: which tokens of a clip the student gets, and which it predicts.
 
 All numbers are functions of (seed, epoch, item) alone, computed on the device of the batch: neither the number of
-processes nor the batch that a clip is in changes its mask, and the host does not wait for the device.
+processes nor the batch that a clip is in changes its mask. The host waits for the device only where clips have several
+lengths, whose numbers of tokens are sizes of tensors.
 
 Letters: B clips, F mel bands, T frames, f and t rows and columns of the patch grid, N = f t tokens, K visible and M
 masked ones.
@@ -64,17 +65,25 @@ def _hash(x: Tensor) -> Tensor:
 def mask_clips(seed: int, student: SpectrogramTransformer, batch: Batch, ratio: float) -> tuple[Batch, TokenMask]:
     """Crop the clips of a batch to the student's window, and draw the tokens that are masked.
 
-    A column counts as a clip's if all of its frames are; its first one always does.
+    A column counts as a clip's if all of its frames are; its first one always does. Frames behind the last column are
+    cut off, and what a network fills up to its window is padding: a clip has the same mask alone and in any batch.
+
+    Returns:
+        The batch, of whole columns, and the partition of its tokens.
 
     Raises:
         UserError: as `draw_mask`.
     """
     fix_norms(student)
     batch = crop(seed, batch, student.target_length)
+    width = get_patch_shape(student)[0][1]  # patches lie side by side
     columns = None
-    if batch.n_frames is not None:
-        size, stride = get_patch_shape(student)
-        columns = ((batch.n_frames.to(batch.mel.device) - size[1]) // stride[1] + 1).clamp(min=1)
+    if batch.n_frames is not None or student.fixed_length:
+        lengths = _get_lengths(batch)
+        columns = (lengths // width).clamp(min=1)
+        if batch.n_frames is not None:
+            batch = replace(batch, n_frames=torch.minimum(lengths, columns * width))
+    batch = replace(batch, mel=batch.mel[:, :, : max(batch.mel.shape[2] // width, 1) * width])
     return batch, draw_mask(seed, batch, ratio, student.grid(batch.mel.shape[2]), columns)
 
 
@@ -194,14 +203,20 @@ def crop(seed: int, batch: Batch, n_frames: int) -> Batch:
     longest = batch.mel.shape[2]
     if longest <= n_frames:
         return batch
-    own = batch.n_frames
-    own = torch.full((len(batch),), longest, device=batch.mel.device) if own is None else own.to(batch.mel.device)
-    span = (own - n_frames).clamp(min=0) + 1
+    lengths = _get_lengths(batch)
+    span = (lengths - n_frames).clamp(min=0) + 1
     start = draw_random(seed, batch, Stream.CROP, 1)[:, 0] % span
     index = start[:, None] + torch.arange(n_frames, device=start.device)  # (B,T')
     mel = batch.mel.gather(2, index[:, None].expand(-1, batch.mel.shape[1], -1))
     # Shorter clips keep their length; without any, there is no padding left.
-    return replace(batch, mel=mel, n_frames=None if batch.n_frames is None else own.clamp(max=n_frames))
+    return replace(batch, mel=mel, n_frames=None if batch.n_frames is None else lengths.clamp(max=n_frames))
+
+
+def _get_lengths(batch: Batch) -> Tensor:
+    """Return the frames of each clip (B,), on the device of the spectrograms."""
+    if batch.n_frames is None:
+        return torch.full((len(batch),), batch.mel.shape[2], device=batch.mel.device)
+    return batch.n_frames.to(batch.mel.device)
 
 
 def cut_patches(student: SpectrogramTransformer, mel: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -214,7 +229,5 @@ def cut_patches(student: SpectrogramTransformer, mel: Tensor, grid: tuple[int, i
 
 
 def average_tokens(values: Tensor, is_target: Tensor) -> Tensor:
-    """Average over each clip's targets, then over the clips that have any: (B,M), (B,M) -> scalar."""
-    count = is_target.sum(1)
-    means = (values * is_target).sum(1) / count.clamp(min=1)
-    return means.sum() / (count > 0).sum().clamp(min=1)
+    """Average over each clip's targets, then over clips: (B,M), (B,M) -> scalar; a clip without targets counts as 0."""
+    return ((values * is_target).sum(1) / is_target.sum(1).clamp(min=1)).mean()

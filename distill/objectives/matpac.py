@@ -37,9 +37,16 @@ from distill.batch import Batch
 from distill.objectives.base import Needs, Objective, TrainingFacts, register_objective
 from distill.objectives.collapse import VARIANCE, EmbeddingVariance, RunningMean, describe_collapse, measure_classes
 from distill.objectives.masking import average_tokens, check_student, encode_tokens, fix_norms, mask_clips
-from distill.objectives.moving_average import follow, read_decay, shorten_decay
+from distill.objectives.moving_average import read_decay, shorten_decay, update_average
 from distill.objectives.numbers import read_number
-from distill.objectives.token_predictor import HEAD_WIDTH, TokenPredictor, check_memory, read_mask_ratio, read_size
+from distill.objectives.token_predictor import (
+    HEAD_WIDTH,
+    TokenPredictor,
+    check_memory,
+    count_block_parameters,
+    read_mask_ratio,
+    read_size,
+)
 from models.base import AudioTagger
 from models.layers import initialise
 from models.vit import SpectrogramTransformer
@@ -89,7 +96,7 @@ class MatpacSettings:
             object.__setattr__(self, "alpha", alpha)
         for name in ("classes", "predictor_depth", "head_width", "outputs"):
             with faults.noted():
-                read_size(name, getattr(self, name))
+                read_size(name, getattr(self, name), optional=name != "outputs")
         with faults.noted():
             read_size("predictor_width", self.predictor_width, HEAD_WIDTH)
         with faults.noted():
@@ -126,7 +133,8 @@ class ClassHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., C)."""
         x = F.normalize(self.layers(x).float(), dim=-1)
-        return F.linear(x, self.scale * F.normalize(self.directions, dim=1))
+        with torch.autocast(x.device.type, enabled=False):  # half precision is coarse for what a temperature divides
+            return F.linear(x, self.scale * F.normalize(self.directions, dim=1))
 
 
 @register_objective("matpac", outputs=1)
@@ -153,9 +161,11 @@ class Matpac(Objective):
         share = width / PUBLISHED_WIDTH
         inner = settings.predictor_width or min(512, HEAD_WIDTH * math.ceil(width / HEAD_WIDTH))
         depth = settings.predictor_depth or max(2, round(8 * share))
-        check_memory("predictor", inner, depth)
+        check_memory(f"predictor_width {inner} and predictor_depth {depth}", count_block_parameters(inner, depth))
         classes = settings.classes or max(256, round(2048 * share))
         hidden, bottleneck = settings.head_width or max(256, round(2048 * share)), max(64, round(256 * share))
+        n_parameters = hidden * (width + hidden + bottleneck) + classes * bottleneck
+        check_memory(f"head_width {hidden} and classes {classes}", n_parameters)
         self.teacher = copy.deepcopy(student).requires_grad_(False)
         self.predictor = TokenPredictor(width, inner, depth)
         self.output = nn.Linear(inner, settings.outputs * width)
@@ -215,7 +225,7 @@ class Matpac(Objective):
             temperature = first + (last - first) * (cast(Tensor, self.progress) / WARMUP).clamp(max=1)
             probabilities = ((output - self.centre.mean) / temperature).softmax(-1)
             self.centre.add(output, is_target)
-            watched = measure_classes(self.class_mean.value()[0], probabilities)
+            watched = measure_classes(self.class_mean.value()[0], probabilities, is_target)
             self.class_mean.add(probabilities, is_target)
         student = (self.head(predicted) / STUDENT_TEMPERATURE).log_softmax(-1)
         return average_tokens(-(probabilities * student).sum(-1), is_target), watched
@@ -226,9 +236,9 @@ class Matpac(Objective):
         progress = step / n_steps
         for running in (self.centre, self.class_mean, self.variance.running):
             running.update()
-        follow(self.teacher, student, self._compute_decay(progress, n_steps))
+        update_average(self.teacher, student, self._compute_decay(progress, n_steps))
         first, last = (shorten_decay(each, PUBLISHED_STEPS, n_steps) for each in HEAD_DECAYS)
-        follow(self.teacher_head, self.head, first + (last - first) * progress)
+        update_average(self.teacher_head, self.head, first + (last - first) * progress)
         cast(Tensor, self.progress).fill_(progress)
 
     def _compute_decay(self, progress: float, n_steps: int) -> float:

@@ -27,14 +27,14 @@ def read_decay(value: Any) -> tuple[float, float] | None:
 def shorten_decay(decay: float, published_steps: int, n_steps: int) -> float:
     """Return a decay whose horizon is the same share of a run as the published one's of its run.
 
-    The horizon of a decay d are 1 / (1 - d) steps; that of a longer run is not extended.
+    The horizon of a decay d is 1 / (1 - d) steps; that of a longer run is not extended.
     """
     return max(0.0, 1 - (1 - decay) * max(1.0, published_steps / n_steps))
 
 
 @torch.no_grad()
-def follow(average: nn.Module, module: nn.Module, decay: float) -> None:
+def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
     """Move an average towards a module: decay * average + (1 - decay) * module; buffers are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-    for mine, new in zip(average.buffers(), module.buffers(), strict=True):
-        mine.copy_(new)
+    for buffer, new in zip(average.buffers(), module.buffers(), strict=True):
+        buffer.copy_(new)

@@ -27,9 +27,9 @@ def read_mask_ratio(value: Any) -> float:
     return read_number("mask_ratio", value, lambda share: 0 < share < 1, "a share between 0 and 1, both excluded")
 
 
-def read_size(name: str, value: Any, step: int = 1) -> int | None:
-    """Read a width or a number of blocks, a multiple of `step`; None stands for a choice by the student."""
-    if value is None:
+def read_size(name: str, value: Any, step: int = 1, *, optional: bool = True) -> int | None:
+    """Read a width or a number, a multiple of `step`; with `optional`, None stands for a choice by the student."""
+    if value is None and optional:
         return None
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     expected = f"a multiple of {step}" if step > 1 else "a whole number above 0"
@@ -37,17 +37,26 @@ def read_size(name: str, value: Any, step: int = 1) -> int | None:
     return int(value)
 
 
-def check_memory(what: str, width: int, depth: int) -> None:
-    """Check that blocks can be trained in this machine's memory.
+def count_block_parameters(width: int, depth: int) -> int:
+    """Return the number of parameters of transformer blocks, without biases and norms."""
+    return 12 * width**2 * depth
+
+
+def check_memory(settings: str, n_parameters: int) -> None:
+    """Check that parameters can be trained in this machine's memory.
+
+    Args:
+        settings: their names and values, for the message.
+        n_parameters: number of parameters.
 
     Raises:
-        UserError: they are too large.
+        UserError: they are too many.
     """
-    needed, available = 12 * width**2 * depth * _BYTES, read_memory()
+    needed, available = _BYTES * n_parameters, read_memory()
     if needed > available:
         raise UserError(
-            f"{what}_width {width} and {what}_depth {depth} need {needed / 1e9:,.0f} GB to be trained, and this "
-            f"machine has {available / 1e9:,.0f} GB: choose smaller ones"
+            f"{settings} need {needed / 1e9:,.0f} GB to be trained, and this machine has {available / 1e9:,.0f} GB: "
+            "choose smaller ones"
         )
 
 

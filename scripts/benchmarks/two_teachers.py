@@ -6,7 +6,8 @@
 Teachers are a published network (`mn04_as`) and a network that is trained here on the labels of the training part of
 the spoken words. For each seed k, students are distilled from the embeddings of the first, of the second, and of both,
 on the words' training part and on ESC-10 without fold k; then `run.py probe` trains a linear head on each frozen
-student, and on each teacher, for each of the two sets. What is finished is not run again. The table is printed and
+student, and on each teacher, for each of the two sets. What is finished is not run again; start another process once
+the network on the words is trained, which all seeds share. The table is printed and
 written to OUTPUT/compared/probes.md, probes.csv and probes.png. The lists are those of docs/results.md.
 """
 

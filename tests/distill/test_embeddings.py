@@ -71,6 +71,13 @@ def test_a_clip_is_the_mean_of_its_chunks_by_their_length(pack, tmp_path):
     assert found.dtype == np.float32
 
 
+def test_clip_embeddings_do_not_depend_on_the_blocks_that_chunks_are_averaged_in(pack, tmp_path, monkeypatch):
+    store = make(tmp_path / "s")
+    whole = compute_clip_embeddings(store, pack)
+    monkeypatch.setattr("distill.embeddings._BLOCK", 2 * WIDTH)
+    assert np.array_equal(compute_clip_embeddings(store, pack), whole)
+
+
 def test_clips_without_an_embedding_are_named(pack, tmp_path):
     store = make(tmp_path / "s", parts=((0, 1, 2, 3),), epochs=1)
     with pytest.raises(UserError, match=r"lacks the embeddings of 1 of the 3 clips of .*p\.tsv: c\.wav"):

@@ -104,7 +104,7 @@ def test_patches_are_in_the_order_of_the_tokens():
 def test_each_clip_counts_the_same_however_many_tokens_it_has():
     values = torch.tensor([[1.0, 3.0, 9.0], [4.0, 9.0, 9.0], [5.0, 5.0, 5.0]])
     is_target = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
-    assert float(average_tokens(values, is_target)) == pytest.approx((2 + 4) / 2)
+    assert float(average_tokens(values, is_target)) == pytest.approx((2 + 4 + 0) / 3)
 
 
 def test_one_patch_cannot_be_masked():

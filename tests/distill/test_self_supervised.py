@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.errors import UserError
 from distill.objectives import TrainingFacts, list_objectives, plan_objective
 from distill.objectives.collapse import RunningMean, describe_collapse
-from distill.objectives.masking import cut_patches, draw_mask
+from distill.objectives.masking import cut_patches, draw_mask, mask_clips
 from distill.random_streams import derive_seed
 from models import create_model
 from tests.batches import make_batch
@@ -346,6 +346,14 @@ def test_collapses_are_described_and_healthy_runs_are_not():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_known_of_a_collapse_at_the_first_step(name):
+    student = make_student()
+    losses = build(name, student)(student, clips())
+    assert float(losses["token_variance"]) == 1
+    assert float(losses.get("class_entropy", 1)) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_tokens_of_a_collapsed_student_have_no_variance(name):
     student = make_student()
     objective = build(name, student)
@@ -377,11 +385,14 @@ def test_a_student_without_statistics_is_refused():
         ("mae", {"decoder_depth": 0}, "decoder_depth is 0; expected a whole number above 0"),
         ("mae", {"decoder_width": 3_200_000}, "this machine has .* GB: choose smaller ones"),
         ("matpac", {"predictor_width": 3_200_000}, "this machine has .* GB: choose smaller ones"),
+        ("matpac", {"classes": 10**9}, r"head_width 256 and classes 1000000000 need .* GB: choose smaller ones"),
         ("matpac", {"alpha": 2}, "alpha is 2; expected the share of the classification, 0 to 1"),
         ("matpac", {"classes": 1}, "classes is 1; expected at least 2"),
         ("matpac", {"decay": [0.9, 0.95, 0.99]}, "expected one number, or two: at the start and at the end"),
         ("matpac", {"outputs": 3}, "no argument 'outputs'"),
         ("eat", {"masks": 0}, "masks is 0; expected a whole number above 0"),
+        ("eat", {"masks": None}, "masks is None, not a number"),
+        ("matpac++", {"outputs": None}, "outputs is None, not a number"),
         ("eat", {"clip_weight": -1}, "clip_weight is -1; expected a number, 0 or more"),
         ("matpac++", {"outputs": 0}, "outputs is 0; expected a whole number above 0"),
     ],
@@ -422,3 +433,25 @@ def test_other_transformers_with_patches_that_do_not_overlap_learn_as_well(model
             for row, n in enumerate((208, 96))
         ]
         assert float(losses["loss"]) == pytest.approx(float(sum(alone)) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "n_mels"), [("matpac_pico", {}, 80), ("ast_pico", {"patch_stride": 16}, 128)]
+)
+def test_a_clip_that_ends_within_a_patch_has_the_same_mask_alone_and_in_a_batch(model, arguments, n_mels):
+    """MATPAC fills up the last patch, AST the whole window: what they fill up is neither visible nor predicted."""
+    student = create_model(model, num_classes=0, depth=1, **arguments)
+    mel = torch.randn(2, n_mels, 150)
+    n_frames = torch.tensor([70, 150])
+    together, mask = mask_clips(5, student, make_batch(item=torch.arange(2), mel=mel, n_frames=n_frames), 0.5)
+
+    def find_places(mask, row, n_columns):
+        visible = mask.visible[row] if mask.is_visible is None else mask.visible[row][mask.is_visible[row]]
+        masked = mask.masked[row][mask.is_target[row]]
+        return [[divmod(place, n_columns) for place in places.tolist()] for places in (visible, masked)]
+
+    for row, n in enumerate((70, 150)):
+        one, alone = mask_clips(5, student, make_batch(item=torch.tensor([row]), mel=mel[row : row + 1, :, :n]), 0.5)
+        found = find_places(alone, 0, student.grid(one.mel.shape[2])[1])
+        assert found == find_places(mask, row, student.grid(together.mel.shape[2])[1])
+        assert sum(map(len, found)) == n_mels // 16 * (n // 16)

@@ -1,5 +1,7 @@
 """Fits of heads on layers, of neighbours and of prototypes: what they store, learn, and do with few clips."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
@@ -77,6 +79,17 @@ def test_prototypes_find_an_event_in_any_chunk_and_a_mean_does_not():
 
     linear = fit(average(train), average(valid), LABELS, True, FitSettings(epochs=60, lr=1e-2), CPU).head
     assert (predict(linear, average(test)).argmax(1) == kinds).mean() < 0.5
+
+
+def test_the_size_of_a_block_follows_from_the_clip_of_most_chunks(monkeypatch):
+    examples = events(40, 1, chunks=(1, 30))
+    head = fit(examples, None, LABELS, True, replace(ON_STEPS, epochs=1), CPU).head
+    whole, reduce, sizes = predict(head, examples), head.reduce, []
+    row = examples.embeddings.shape[1] // head.embed_dim * head.width
+    monkeypatch.setattr("probing.fit.BLOCK", 40 * row)
+    monkeypatch.setattr(head, "reduce", lambda chunks: sizes.append(len(chunks)) or reduce(chunks))
+    np.testing.assert_allclose(predict(head, examples), whole, rtol=1e-5)
+    assert max(sizes) <= 40
 
 
 def test_the_chunks_of_a_clip_stay_together_in_any_choice_of_clips():

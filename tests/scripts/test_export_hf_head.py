@@ -12,8 +12,10 @@ import inference
 from audio.io import read_audio
 from common.errors import UserError
 from models import attach_head, create_model, load_model, save_checkpoint
+from models.head_inputs import measure_layers
 from models.headed import Head
 from models.heads import save_head, weights_sha256
+from models.other_heads import create_head
 from scripts import export_hf
 from scripts.hf.folder import export
 from scripts.hf.modeling_ced import CedForAudioClassification
@@ -72,6 +74,33 @@ def test_the_folder_gives_the_heads_probabilities_here_and_in_transformers(netwo
         assert (back.head.chunk_seconds, back.head.dropout) == (2.0, own.head.dropout)
     assert "/home/me" not in (tmp_path / "hf" / "config.json").read_text()
     assert "a head on its embeddings" in (tmp_path / "hf" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["layers", "knn", "prototypes"])
+@torch.inference_mode()
+def test_heads_of_other_kinds_give_the_same_probabilities_here_and_in_transformers(kind, tmp_path):
+    torch.manual_seed(0)
+    model = tagger(num_classes=7, target_length=248)
+    width, widths = model.embed_dim, measure_layers(model)[:2]
+    if kind == "layers":
+        head = create_head("mlp", sum(widths), len(NAMES), labels=NAMES, layers=[0, 1], widths=widths)
+        head.gate.copy_(torch.tensor([0.5, -0.5]))
+    elif kind == "knn":
+        head = create_head("knn", width, len(NAMES), labels=NAMES, n_examples=8, n_neighbours=3)
+        head.store(torch.randn(8, width), torch.eye(len(NAMES)).repeat(2, 1))
+    else:
+        head = create_head("prototypes", width, len(NAMES), labels=NAMES, n_prototypes=8, stride=2)
+    head.facts = {"name": "mine", "model": model.name}
+    own = attach_head(model, head.eval())
+    export(own, tmp_path / "hf")
+    hf, extractor = loaded(tmp_path / "hf", CedForAudioClassification)
+    sounds = clips(0.4, 1.0, 2.5, 9.3)  # of one chunk, and of several
+    wanted = own_probabilities(own, sounds)
+    found = hf(**extractor(sounds, sampling_rate=16000, return_tensors="pt")).logits.softmax(-1)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    back = load_model(tmp_path / "hf")
+    assert type(back.head) is type(head)
+    torch.testing.assert_close(own_probabilities(back, sounds), wanted, atol=1e-6, rtol=0)
 
 
 ELSEWHERE = """

@@ -117,6 +117,27 @@ def test_a_good_step_is_the_plain_one_to_the_bit(optimiser):
             assert torch.equal(trainer.loss_module.model.state_dict()[name], value), name
 
 
+def test_running_means_of_an_objective_leave_out_a_bad_step():
+    """The tokens themselves are finite in a step whose gradient is not."""
+    torch.manual_seed(0)
+    model = create_model("matpac_pico", num_classes=0, depth=1)
+    plan = plan_objective("matpac", classes=8)
+    losses = LossModule(model, plan.build(model), plan.needs, Replay(), None)
+    optimizer = create_optimizer("AdamW", parameter_groups(model, losses.objective), {"lr": 0.01}, CPU)
+    trainer = Trainer(losses, optimizer, None, Precision("fp32", CPU), 1, 9)
+    trainer.train_mode()
+    kept = {}
+    for step, scale in enumerate((1.0, math.inf, 1.0)):
+        hook = model.norm.bias.register_hook(lambda gradient, scale=scale: gradient * scale)
+        trainer.step(parts(bad=False, seed=step), [0.5, 0.5], step)
+        hook.remove()
+        means = {name: value for name, value in losses.objective.state_dict().items() if name.endswith("mean")}
+        changed = {name for name, value in means.items() if name in kept and not torch.equal(value, kept[name])}
+        assert bool(changed) == (step == 2), changed
+        kept = copy.deepcopy(means)
+    assert {"centre.mean", "class_mean.mean", "variance.running.mean"} <= kept.keys()
+
+
 def test_only_what_a_step_changes_is_kept():
     model = create_model("audiotransformer_pico", num_classes=2)
     objective = plan_objective("masked_reconstruction").build(model)

@@ -72,6 +72,16 @@ def test_two_processes_learn_as_one(config, tmp_path, name):  # noqa: F811
         np.testing.assert_allclose([line[key] for line in one], [line[key] for line in two], rtol=5e-4, err_msg=key)
 
 
+def test_two_processes_start_a_run_whose_budget_is_timed_by_one_of_them(config, tmp_path):  # noqa: F811
+    path = config(
+        "mae", num_workers=0, epochs="auto", budget="1s", **CHANGES | {"warmup_epochs": None, "rank_timeout": 60}
+    )
+    words = (*torchrun(), "run.py", "--seed", "1", "train", path, "--outputpath", tmp_path / "two")
+    result = run_command(*words)
+    assert result.returncode == 0, result.stderr
+    assert lines_of(the_run(tmp_path / "two"))
+
+
 def test_a_collapsed_run_says_so_in_log_journal_curves_and_report(config, tmp_path):  # noqa: F811
     """A large weight decay makes all weights 0, so that the output does not depend on the input."""
     decay = {"optimizer_args": {"lr": 0.02, "weight_decay": 49.0}, "schedule": "constant", "warmup_epochs": None}
