@@ -101,7 +101,7 @@ def draw_rows(rows: Sequence[Row], references: Sequence[Row] = ()) -> "Figure":
             if found := reference.get(task):
                 axis.axvline(statistics.fmean(found), color=INK, linewidth=1.2, linestyle=line)
                 notes.append(f"{word}: {reference.name} {statistics.fmean(found):.1f}")
-        axis.set_title("\n".join([task, "   ".join(notes)]), fontsize=9, color=INK, parse_math=False)
+        axis.set_title("\n".join([task, *notes]), fontsize=9, color=INK, parse_math=False)
         axis.set_xlim(0, 100)
         axis.set_xlabel("%")
     axes[0].set_yticks(range(len(rows)), [row.name for row in rows], parse_math=False)

@@ -28,7 +28,7 @@ from training.band_limit import measure_band_limits, usable_limit
 from training.config import AUTO, TrainConfig
 from training.labelled import open_pack
 from training.settings import check_settings, read_settings
-from training.student import starts_at_random
+from training.student import starts_at_random, starts_without_classes
 from training.teacher import load_teacher
 
 logger = logging.getLogger(__name__)
@@ -247,8 +247,9 @@ def _layer_decay(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
 
 def _optimizer_args(settings: Mapping[str, Any], facts: DataFacts) -> Choice:
     transformer = _is_transformer(settings)
-    if _starts_random(settings):
-        lr, reason = (0.001, "a transformer from random weights") if transformer else (0.002, "from random weights")
+    if starts_without_classes(str(settings.get("model")), settings.get("pretrained")):
+        start = "from random weights" if _starts_random(settings) else "from weights without classes"
+        lr, reason = (0.001, f"a transformer {start}") if transformer else (0.002, start)
     else:
         lr, reason = (0.0003, "a fine-tuned transformer") if transformer else (0.0005, "fine-tuned")
     return Choice({"lr": lr, "weight_decay": 0.05 if transformer else 0.01}, reason)

@@ -14,7 +14,7 @@ from training.automatic import Choice
 from training.config import TrainConfig
 from training.labelled import LabelledPack
 from training.loop import Run, RunParts
-from training.student import starts_at_random
+from training.student import starts_without_classes
 
 DEFAULT_MINUTES = 10.0
 TIMED_STEPS, TIMED_SECONDS = 12, 15.0  # at most, after two warm-up steps
@@ -102,7 +102,7 @@ def choose_epochs(config: TrainConfig, n_items: int, timing: Timing, *, saturate
     minutes = config.budget or DEFAULT_MINUTES
     seconds = RESERVE * 60 * minutes
     pass_steps = config.epoch_length or math.ceil(n_items / config.batch_size)
-    scale = 1.0 if starts_at_random(config.model, config.pretrained) else FINE_TUNING
+    scale = 1.0 if starts_without_classes(config.model, config.pretrained) else FINE_TUNING
     passes = np.clip(ENOUGH_CLIPS / (pass_steps * config.batch_size), MIN_PASSES, MAX_PASSES)
     enough = math.ceil(scale * passes)
     n_validations = min(MAX_VALIDATIONS, max(3, int(0.2 * seconds / max(valid_seconds, 1e-3))))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from distill.objectives.collapse import WATCHED
 from training.averaging import find_trained_norms, recompute_batch_norm
 from training.baseline import add_baseline
 from training.checkpoints import (
@@ -54,7 +55,7 @@ def finish_run(run: "Run") -> dict[str, Any]:
         report = write_report(
             run.folder,
             title=f"{config.model} trained on {Path(config.train_data).name}",
-            facts=describe_run(run, weights),
+            facts=describe_run(run, weights) | describe_last_epoch(run.journal.entries()),
             config=config.model_dump(),
             entries=run.journal.entries(),
             results=metrics,
@@ -112,6 +113,15 @@ def describe_run(run: "Run", weights: FinalWeights) -> dict[str, str]:
         "seed": str(run.seed),
         "command": shlex.join(sys.argv),
     }
+
+
+def describe_last_epoch(entries: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the losses of the last epoch as a fact; empty without a complete epoch."""
+    last = next((entry for entry in reversed(entries) if entry["kind"] == "epoch"), None)
+    if last is None:
+        return {}
+    values = [f"{name} {value:.4g}" for name, value in last.items() if name.startswith("loss") or name in WATCHED]
+    return {"last epoch": ", ".join(values)}
 
 
 def describe_targets(run: "Run") -> str:

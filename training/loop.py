@@ -20,6 +20,7 @@ from common.interrupts import StopSignal
 from distill.batch import Batch
 from distill.dataset import EpochBatches, ReplayDataset, collate
 from distill.objectives import Needs, Objective
+from distill.objectives.collapse import WATCHED
 from distill.random_streams import Stream, derive_seed
 from models import AudioTagger, Ensemble
 from training.averaging import MovingAverage
@@ -371,6 +372,8 @@ class Run:
                 f", mAP {metrics.mAP:.4f}" if metrics else "",
                 " (best)" if is_best else "",
             )
+        elif watched := [f"{name} {entry[name]:.3g}" for name in WATCHED if name in entry]:
+            logger.info("epoch %d: loss %.4g, %s", self.epoch, entry["loss"], ", ".join(watched))
         self._record(entry | self.learning.end_epoch(entry, metrics, chance, last=self.is_over))
         self.epoch_tally.reset()
         if metrics and self.journal is not None and time.perf_counter() >= self._next_drawing:

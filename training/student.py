@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from distill.batch import Batch
 from distill.objectives import Needs
 from models import AudioTagger, create_model, get_model_entry, list_models, load_weights
 from models.quantization_recipe import Quantization
-from models.weight_sources import needs_download
+from models.weight_sources import needs_download, read_weights
 from training.averaging import cumulative_statistics
 from training.config import TrainConfig
 
@@ -65,6 +66,26 @@ def starts_at_random(model: str, pretrained: bool | str | None) -> bool:
     return pretrained is False or (
         pretrained is None and model in list_models() and get_model_entry(model).initialisation is None
     )
+
+
+def starts_without_classes(model: str, pretrained: bool | str | None) -> bool:
+    """Return whether a model starts from random weights, or from a file of this project without classes.
+
+    The latter is the start that pre-training without labels gives: it has learned no classes, and is trained on with
+    the learning rate and for the time of random weights.
+
+    Args:
+        model: name of the model.
+        pretrained: as in `TrainConfig`.
+    """
+    if starts_at_random(model, pretrained):
+        return True
+    if not isinstance(pretrained, str) or pretrained in list_models() or not Path(pretrained).exists():
+        return False
+    try:
+        return read_weights(pretrained)[1].get("num_classes") == 0
+    except UserError:  # it is reported when the student is created
+        return False
 
 
 def downloads_start(config: TrainConfig) -> bool:

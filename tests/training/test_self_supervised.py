@@ -15,6 +15,7 @@ from tests.training.test_report import Page
 from tests.training.test_resume import assert_same, lines_of, the_run, weights_of
 from training.figures import curves_figure
 from training.prepare import prepare_run
+from training.student import starts_without_classes
 
 NAMES = ("mae", "matpac", "matpac++")
 CHANGES = {"ema": None, "select_by": None, "model_args": {"depth": 2}}
@@ -34,6 +35,10 @@ def test_the_loss_falls_and_the_run_gives_a_start_to_a_student_with_classes(conf
     key = "loss" if name == "mae" else "loss_prediction"
     assert epochs[-1][key] < 0.9 * epochs[0][key]
     assert 0.001 < epochs[-1]["token_variance"] <= 1
+    values = f"loss {epochs[-1]['loss']:.4g}, ", f"token_variance {epochs[-1]['token_variance']:.3g}"
+    assert all(f"{value}" in (folder / "train.log").read_text() for value in values)
+    assert f"token_variance {epochs[-1]['token_variance']:.4g}" in Page((folder / "report.html").read_text()).text
+    assert starts_without_classes("audiotransformer_pico", str(folder))
     weights = weights_of(folder)
     assert not any(part.startswith(("decoder", "teacher", "predictor", "head")) for part in weights)
     assert load_model(folder).num_classes == 0
@@ -51,6 +56,7 @@ def test_the_loss_falls_and_the_run_gives_a_start_to_a_student_with_classes(conf
         if not part.startswith(("init_bn", "outputlayer")):
             assert torch.equal(tuned[part], value), part
     assert tuned["outputlayer.1.weight"].shape == (7, 64)
+    assert not starts_without_classes("audiotransformer_pico", str(the_run(tmp_path / "tuned")))
 
 
 @pytest.mark.parametrize("name", [*(pytest.param(each, marks=pytest.mark.long) for each in NAMES[:2]), NAMES[2]])
