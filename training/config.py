@@ -105,7 +105,7 @@ class TrainConfig(Config):
     # ours: name, checkpoint or run's folder of a model that is run during training; of several, probabilities are
     # averaged, and embeddings learned each with a projection and a loss of its own
     teacher: str | list[str] | None = None
-    teacher_weights: str | list[str] | None = None  # ours: weights of each, for teachers given by name
+    teacher_weights: str | list[str | None] | None = None  # ours: of each, for those given by name; null for others
     teacher_head: str | list[str | None] | None = None  # ours: a head on each (`run.py probe`); null = its own classes
     labels_csv: str | None = None  # ours: table index,mid,display_name; null = from the store or the column
     num_classes: int | None = Field(None, ge=1)  # null = as many as the targets have

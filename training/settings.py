@@ -99,7 +99,7 @@ def _override(settings: dict[str, Any], key: str, value: Any) -> bool:
         settings = settings[parent]
         if not isinstance(settings, dict):
             return False
-    settings[last] = parse_value(value, str | list[str] | None) if key in _NAMES else parse_value(value)
+    settings[last] = parse_value(value, str | list[str | None] | None) if key in _NAMES else parse_value(value)
     return True
 
 

@@ -7,6 +7,8 @@ commands.
 
 import logging
 import shutil
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -94,13 +96,14 @@ def _shorten(config: TrainConfig) -> dict[str, object]:
 
 def _list_files(config: TrainConfig) -> list[str]:
     """Return every file and folder that a configuration names; teachers count by their weights, if these are given."""
-    teachers = config.teacher_weights or config.teacher or []
+    names, weights = _list(config.teacher or []), _list(config.teacher_weights or [])
+    teachers = [file or name for name, file in zip_longest(names, weights)]
     keys = ("train_data", "valid_data", "eval_data", "clusters", "labels_csv")
-    named = [*(getattr(config, key) for key in keys), *config.stores, *_list(teachers)]
+    named = [*(getattr(config, key) for key in keys), *config.stores, *teachers]
     return [path for path in named if path]
 
 
-def _list(given: str | list[str]) -> list[str]:
+def _list(given: str | Sequence[str | None]) -> Sequence[str | None]:
     return [given] if isinstance(given, str) else given
 
 

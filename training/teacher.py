@@ -11,7 +11,7 @@ from models import Ensemble, load_tagger
 
 def load_teacher(
     models: str | Sequence[str],
-    weights: str | Sequence[str] | None = None,
+    weights: str | Sequence[str | None] | None = None,
     arguments: Mapping[str, Any] | None = None,
     heads: str | Sequence[str | None] | None = None,
     *,
@@ -21,7 +21,7 @@ def load_teacher(
 
     Args:
         models: names, checkpoints or runs' folders, see `models.load_model`.
-        weights: for each model, in order, if it is not a checkpoint.
+        weights: for each model, in order; None for a checkpoint, or published weights.
         arguments: for all models, in place of those of their checkpoints.
         heads: for each model, in order, see `models.heads.load_tagger`; None for its own classes.
         same_labels: see `Ensemble`.
@@ -33,7 +33,9 @@ def load_teacher(
     names = [models] if isinstance(models, str) else list(models)
     files: Sequence[str | None] = [weights] if isinstance(weights, str) else weights or [None] * len(names)
     if len(files) != len(names):
-        raise UserError(f"found {len(files)} weights for {len(names)} models; give one file a model, in order")
+        raise UserError(
+            f"found {len(files)} weights for {len(names)} models; give one file a model, in order, null for none"
+        )
     head_names: Sequence[str | None] = [heads] if isinstance(heads, str) else heads or [None] * len(names)
     if len(head_names) != len(names):
         raise UserError(

@@ -133,6 +133,15 @@ def test_a_list_of_one_teacher_is_that_teacher(tone_pack, stores, tmp_path):
     assert isinstance(run.data.source, StoredEmbeddings)
 
 
+def test_of_two_teachers_one_may_be_a_name_with_weights(tone_pack, teachers, stores, tmp_path):
+    path = configure(tmp_path, tone_pack, stores, embeddingspath=None)
+    changes = {"teacher": f"mn01_as,{teachers[1]}", "teacher_weights": f"{teachers[0]},null"}
+    members = prepare_run(str(path), changes | {"outputpath": str(tmp_path / "runs")}, 0).run.teacher.members
+    assert [model.name for model in members] == ["mn01_as", "audiotransformer_pico"]
+    given = load_model(teachers[0]).state_dict()
+    assert all(torch.equal(given[key], value) for key, value in members[0].state_dict().items())
+
+
 @pytest.mark.parametrize(
     "change",
     [{"embeddingspath": ["a", "b"]}, pytest.param({"embeddingspath": None, "teacher": ["a", "b"]}, marks=LONG)],
