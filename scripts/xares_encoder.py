@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project i
 import os
 import re
 
+import torch
 from torch import Tensor, nn
 
 import models
@@ -57,6 +58,7 @@ class TaggerEncoder(nn.Module):
         name = re.sub(r"\W+", "_", self.model.full_name if isinstance(source, AudioTagger) else source)
         self.__class__ = type(f"{name}_{type(self).__name__}", (type(self),), {})
 
+    @torch.no_grad()
     def forward(self, audio: Tensor) -> Tensor:
         """Embed time steps of waveforms at `sampling_rate`: (B,S) -> (B,T,D)."""
         return self.model.embed_waveform(audio.float())[1]

@@ -73,8 +73,8 @@ def perform(kills: int, seed: int, processes: list[int], arguments: list[str]) -
         children = [fork(partial(tag, arguments, rank, world_size, attempt), logs[-1]) for rank in range(world_size)]
         if attempt < kills:
             n_clips, pause = draw.choice([0, *range(28)]), draw.uniform(0, 0.05)
-            if attempt == kills - 1:  # late enough for some files to be done, however slow the machine is
-                n_clips = 40
+            if attempt == kills - 1:  # late enough for some files to be done: rows are written behind the engine
+                n_clips = 80
             while count(logs[-1]) < n_clips and not os.waitid(
                 os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT
             ):
