@@ -205,6 +205,7 @@ def test_the_commands_on_embeddings_end_with_a_head_on_a_student(packed):
     assert (packed / "heads/embedded.pt").is_file()
 
 
+@pytest.mark.long
 def test_the_commands_without_labels_start_a_student(packed):
     run_page(ROOT / "docs/self_supervised.md", packed, {"mae_own.yaml": r"\g<0> --model audiotransformer_tiny"})
     assert (packed / "heads/pretrained.pt").is_file()

@@ -93,7 +93,8 @@ def test_it_learns_from_an_unlabelled_pack_and_keeps_what_was_best(config, tmp_p
     assert model.embed(torch.randn(2, 16000))[0].shape == (2, 64)
 
 
-@pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.long)])
+@pytest.mark.long  # tests/training/test_self_supervised.py does this every day
+@pytest.mark.parametrize("name", NAMES)
 def test_killed_it_goes_on_to_the_same_bits(config, tmp_path, name):
     words = ["tests/training/killing.py", config(name), tmp_path / "runs", "2", "3", "0", "2"]
     result = run_command(*words)
@@ -101,7 +102,8 @@ def test_killed_it_goes_on_to_the_same_bits(config, tmp_path, name):
     assert_same(the_run(tmp_path / "runs_whole"), the_run(tmp_path / "runs"))
 
 
-@pytest.mark.parametrize("name", [pytest.param(NAMES[0], marks=pytest.mark.long), NAMES[1]])
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_learn_as_one(config, tmp_path, name):
     path = config(name, num_workers=0, epochs=2, model_args={"depth": 3})  # no dropout: it is each process's own
     alone = train(path, tmp_path / "one")
