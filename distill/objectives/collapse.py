@@ -89,7 +89,7 @@ class RunningMean(nn.Module):
         return self.mean / self.weight.clamp(min=1e-12)[:, None]
 
 
-class EmbeddingVariance(nn.Module):
+class TokenVariance(nn.Module):
     """Variance of a student's normalised tokens among clips, at each position of the grid.
 
     From 0, where tokens depend on their position alone, to 1, where those at a position have no common direction.

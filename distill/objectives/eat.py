@@ -14,7 +14,6 @@ Letters: B clips, G masks of a clip, K visible and M masked tokens, N = f t toke
 """
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -24,9 +23,10 @@ from torch.nn import functional as F
 
 from common.errors import Faults
 from distill.batch import Batch
-from distill.objectives.base import Needs, Objective, TrainingFacts, register_objective
-from distill.objectives.collapse import VARIANCE, EmbeddingVariance, describe_collapse
-from distill.objectives.masking import TokenMask, average_tokens, check_student, encode_tokens, fix_norms, mask_clips
+from distill.objectives.base import TrainingFacts, register_objective
+from distill.objectives.collapse import VARIANCE
+from distill.objectives.masked import MaskedObjective
+from distill.objectives.masking import TokenMask, average_tokens, check_student, encode_tokens, mask_clips
 from distill.objectives.moving_average import read_decay, shorten_decay, update_average
 from distill.objectives.numbers import read_number
 from distill.objectives.token_predictor import (
@@ -84,7 +84,7 @@ class EatSettings:
 
 
 @register_objective("eat")
-class Eat(Objective):
+class Eat(MaskedObjective):
     """Predicts a moving average's output of masked tokens and of the clip, with several masks a clip.
 
     Attributes:
@@ -98,7 +98,6 @@ class Eat(Objective):
 
     def __init__(self, settings: EatSettings, student: AudioTagger, facts: TrainingFacts) -> None:
         super().__init__(settings, student, facts)
-        self.seed = facts.seed
         student = check_student(student)
         width = settings.predictor_width or min(512, max(64, HEAD_WIDTH * (student.width // 64)))
         depth = settings.predictor_depth or 2
@@ -107,16 +106,10 @@ class Eat(Objective):
         self.predictor = TokenPredictor(student.width, width, depth)
         self.output = nn.Linear(width, student.width)
         self.clip_output = nn.Linear(student.width, student.width)
-        self.variance = EmbeddingVariance(student)
-
-    @classmethod
-    def needs(cls, settings: EatSettings) -> Needs:
-        """Return: nothing but sound."""
-        return Needs("none")
 
     def start(self, student: AudioTagger) -> None:
-        """Check that batch norms have statistics, and copy them to the teacher."""
-        fix_norms(student, check=True)
+        """Check the batch norms, and copy their statistics to the teacher."""
+        super().start(student)
         self.teacher.load_state_dict(student.state_dict())
 
     def forward(self, student: AudioTagger, batch: Batch) -> dict[str, Tensor]:
@@ -178,10 +171,6 @@ class Eat(Objective):
 
     def after_step(self, student: AudioTagger, step: int, n_steps: int) -> None:
         """Update the teacher and the running means of the tokens."""
-        self.variance.running.update()
+        super().after_step(student, step, n_steps)
         first, last = self.settings.decay or (shorten_decay(each, PUBLISHED_STEPS, n_steps) for each in DECAYS)
         update_average(self.teacher, student, first + (last - first) * step / n_steps)
-
-    def describe_collapse(self, means: Mapping[str, float]) -> str | None:
-        """Return a sentence if the tokens of all clips are nearly the same."""
-        return describe_collapse(means)

@@ -12,7 +12,6 @@ would depend on hidden patches.
 Letters: B clips, M masked tokens.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,14 +20,14 @@ from torch import Tensor, nn
 
 from common.errors import Faults
 from distill.batch import Batch
-from distill.objectives.base import Needs, Objective, TrainingFacts, register_objective
-from distill.objectives.collapse import VARIANCE, EmbeddingVariance, describe_collapse
+from distill.objectives.base import TrainingFacts, register_objective
+from distill.objectives.collapse import VARIANCE
+from distill.objectives.masked import MaskedObjective
 from distill.objectives.masking import (
     average_tokens,
     check_student,
     cut_patches,
     encode_tokens,
-    fix_norms,
     get_patch_shape,
     mask_clips,
 )
@@ -74,7 +73,7 @@ class MaeSettings:
 
 
 @register_objective("mae")
-class MaskedAutoEncoder(Objective):
+class MaskedAutoEncoder(MaskedObjective):
     """Predicts hidden patches of the spectrogram; clips longer than the student's window are cropped at random.
 
     Attributes:
@@ -86,7 +85,6 @@ class MaskedAutoEncoder(Objective):
 
     def __init__(self, settings: MaeSettings, student: AudioTagger, facts: TrainingFacts) -> None:
         super().__init__(settings, student, facts)
-        self.seed = facts.seed
         student = check_student(student)
         width = settings.decoder_width or min(512, max(64, 64 * round(student.width / 96)))
         depth = settings.decoder_depth or 2
@@ -94,16 +92,6 @@ class MaskedAutoEncoder(Objective):
         self.decoder = TokenPredictor(student.width, width, depth)
         size, _ = get_patch_shape(student)
         self.output = nn.Linear(width, size[0] * size[1])
-        self.variance = EmbeddingVariance(student)
-
-    @classmethod
-    def needs(cls, settings: MaeSettings) -> Needs:
-        """Return: nothing but sound."""
-        return Needs("none")
-
-    def start(self, student: AudioTagger) -> None:
-        """Check that batch norms have statistics."""
-        fix_norms(student, check=True)
 
     def forward(self, student: AudioTagger, batch: Batch) -> dict[str, Tensor]:
         """Return `loss`, and the variance of tokens among clips."""
@@ -121,11 +109,3 @@ class MaskedAutoEncoder(Objective):
             "loss": average_tokens(error, mask.is_target),
             VARIANCE: self.variance.measure(encoded, mask.is_visible),
         }
-
-    def after_step(self, student: AudioTagger, step: int, n_steps: int) -> None:
-        """Update the running means of the tokens."""
-        self.variance.running.update()
-
-    def describe_collapse(self, means: Mapping[str, float]) -> str | None:
-        """Return a sentence if the tokens of all clips are nearly the same."""
-        return describe_collapse(means)

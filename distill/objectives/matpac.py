@@ -24,7 +24,6 @@ Letters: B clips, M masked tokens, D width of the student, C classes, O outputs 
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,9 +33,10 @@ from torch.nn import functional as F
 
 from common.errors import Faults, UserError
 from distill.batch import Batch
-from distill.objectives.base import Needs, Objective, TrainingFacts, register_objective
-from distill.objectives.collapse import VARIANCE, EmbeddingVariance, RunningMean, describe_collapse, measure_classes
-from distill.objectives.masking import average_tokens, check_student, encode_tokens, fix_norms, mask_clips
+from distill.objectives.base import TrainingFacts, register_objective
+from distill.objectives.collapse import VARIANCE, RunningMean, measure_classes
+from distill.objectives.masked import MaskedObjective
+from distill.objectives.masking import average_tokens, check_student, encode_tokens, mask_clips
 from distill.objectives.moving_average import read_decay, shorten_decay, update_average
 from distill.objectives.numbers import read_number
 from distill.objectives.token_predictor import (
@@ -138,7 +138,7 @@ class ClassHead(nn.Module):
 
 
 @register_objective("matpac", outputs=1)
-class Matpac(Objective):
+class Matpac(MaskedObjective):
     """Masked latent prediction and classification.
 
     Attributes:
@@ -155,7 +155,6 @@ class Matpac(Objective):
 
     def __init__(self, settings: MatpacSettings, student: AudioTagger, facts: TrainingFacts) -> None:
         super().__init__(settings, student, facts)
-        self.seed = facts.seed
         student = check_student(student)
         width = student.width
         share = width / PUBLISHED_WIDTH
@@ -173,17 +172,11 @@ class Matpac(Objective):
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
         self.centre = RunningMean(classes, CENTRE_MOMENTUM)
         self.class_mean = RunningMean(classes, 0.99)
-        self.variance = EmbeddingVariance(student)
         self.register_buffer("progress", torch.zeros(()))
 
-    @classmethod
-    def needs(cls, settings: MatpacSettings) -> Needs:
-        """Return: nothing but sound."""
-        return Needs("none")
-
     def start(self, student: AudioTagger) -> None:
-        """Check that batch norms have statistics, and copy them to the teacher."""
-        fix_norms(student, check=True)
+        """Check the batch norms, and copy their statistics to the teacher."""
+        super().start(student)
         self.teacher.load_state_dict(student.state_dict())
 
     def forward(self, student: AudioTagger, batch: Batch) -> dict[str, Tensor]:
@@ -234,8 +227,9 @@ class Matpac(Objective):
     def after_step(self, student: AudioTagger, step: int, n_steps: int) -> None:
         """Update the moving averages, the centre and what depends on the share of the run."""
         progress = step / n_steps
-        for running in (self.centre, self.class_mean, self.variance.running):
-            running.update()
+        super().after_step(student, step, n_steps)
+        self.centre.update()
+        self.class_mean.update()
         update_average(self.teacher, student, self._compute_decay(progress, n_steps))
         first, last = (shorten_decay(each, PUBLISHED_STEPS, n_steps) for each in HEAD_DECAYS)
         update_average(self.teacher_head, self.head, first + (last - first) * progress)
@@ -244,10 +238,6 @@ class Matpac(Objective):
     def _compute_decay(self, progress: float, n_steps: int) -> float:
         first, last = self.settings.decay or (shorten_decay(each, PUBLISHED_STEPS, n_steps) for each in DECAYS)
         return first + (last - first) * progress
-
-    def describe_collapse(self, means: Mapping[str, float]) -> str | None:
-        """Return a sentence if embeddings or classes have collapsed."""
-        return describe_collapse(means)
 
 
 @register_objective("matpac++")

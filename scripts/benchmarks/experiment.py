@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from common.errors import UserError, some
 from common.files import write_json
@@ -22,22 +23,30 @@ logger = logging.getLogger(__name__)
 TASKS = ("esc", "words")
 
 
+class ExperimentOptions(Options):
+    """The options that every experiment has."""
+
+    lists: str = "data/esc10_words/labels"  # folder of unlabelledK.tsv, esc_trainK.tsv and so on
+    seeds: int = Field(3, ge=1)
+    only: list[int] = Field([])  # seeds to run; none are named = all
+    output: str  # folder for everything
+
+
 class Experiment:
     """The runs of an experiment; each leaves a file, whose existence is what makes it finished.
 
     Args:
-        options: an `Options` with `lists` and `output`.
-        free: names of options that do not change results.
+        options: of the experiment.
+        free: names of further options that do not change results.
 
     Raises:
         UserError: the folder has runs with other options.
     """
 
-    def __init__(self, options: Options, free: Collection[str]) -> None:
-        named: Any = options
-        self.lists, self.folder = Path(named.lists), Path(named.output)
+    def __init__(self, options: ExperimentOptions, free: Collection[str] = ()) -> None:
+        self.lists, self.folder = Path(options.lists), Path(options.output)
         path = self.folder / "options.json"
-        own = options.model_dump(mode="json", exclude={"output", *free})
+        own = options.model_dump(mode="json", exclude={"output", "seeds", "only", *free})
         before = load_json(path) if path.exists() else own
         if differing := [name for name in own if before.get(name) != own[name]]:
             raise UserError(f"{self.folder} has runs with other options ({some(differing)}): give another --output")

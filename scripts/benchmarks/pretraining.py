@@ -7,7 +7,7 @@ For each seed k a network is pre-trained with each objective for the same time o
 and of the spoken words' training part, without their labels. Then, for both sets: heads on the frozen networks, on a
 network that is not trained and on a published one, beside log-mel statistics; the network fine-tuned from each start,
 and distilled from a ResNet-10, which is trained on the same labels, from each start. All trainings of one kind have the
-same time. What is finished is not run again. Tables are printed and written to OUTPUT/{probes,tuned,distilled}. The
+same time. What is finished is not run again. Tables are printed and written to OUTPUT/tables. The
 lists are those of docs/results.md.
 """
 
@@ -33,11 +33,11 @@ from pydantic import Field
 from audio.dataset import Pack
 from common.errors import UserError, some
 from common.files import write_json
-from common.options import Options, parse_arguments
+from common.options import parse_arguments
 from common.parsing import load_json
 from probing.comparison import Row, write_comparison
 from probing.data import collect_classes
-from scripts.benchmarks.experiment import TASKS, Experiment
+from scripts.benchmarks.experiment import TASKS, Experiment, ExperimentOptions
 from training.baseline_features import compute_features
 from training.baseline_variants import REGRESSION, Variant, class_scores
 
@@ -50,10 +50,9 @@ HEADS = {"linear": ("linear", "last"), "linear, all layers": ("linear", "all"), 
 MOST_SECONDS = 60.0  # of a clip, for log-mel statistics
 
 
-class PretrainingOptions(Options):
+class PretrainingOptions(ExperimentOptions):
     """The options of pretraining.py."""
 
-    lists: str = "data/esc10_words/labels"  # folder of unlabelledK.tsv, esc_trainK.tsv and so on
     model: str = "audiotransformer_pico"
     model_args: dict[str, Any] = Field({"pooling": "logit"})  # in every training
     objectives: list[str] = Field(list(CONFIGS))
@@ -61,8 +60,6 @@ class PretrainingOptions(Options):
     tune_budget: str = "3m"  # of each fine-tuning and distillation, and of the teacher; 0 = none
     published: str | None = "mn04_as"  # a network to compare embeddings with; null = none
     weights: str | None = None  # its weights; null = downloaded
-    seeds: int = Field(3, ge=1)
-    only: list[int] = Field([])  # seeds to run; none are named = all
     output: str = "experiments/pretraining"  # folder for everything
 
 
@@ -79,7 +76,7 @@ class Pretraining(Experiment):
     def __init__(self, options: PretrainingOptions) -> None:
         if unknown := [name for name in options.objectives if name not in CONFIGS]:
             raise UserError(f"--objectives: {some(unknown)}; expected {some(CONFIGS)}")
-        super().__init__(options, free={"only", "seeds", "objectives", "weights"})
+        super().__init__(options, free={"objectives", "weights"})
         self.options = options
         self.starts = [RANDOM, *options.objectives]
 

@@ -28,16 +28,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from pydantic import Field
 
-from common.options import Options, parse_arguments
+from common.options import parse_arguments
 from scripts import compare_probes
-from scripts.benchmarks.experiment import TASKS, Experiment
+from scripts.benchmarks.experiment import TASKS, Experiment, ExperimentOptions
 from training.prepare_store import prepare_store
 
 
-class TwoTeachersOptions(Options):
+class TwoTeachersOptions(ExperimentOptions):
     """The options of two_teachers.py."""
 
-    lists: str = "data/esc10_words/labels"  # folder of unlabelledK.tsv, esc_trainK.tsv and so on
     first: str = "mn04_as"  # the first teacher
     weights: str | None = None  # its weights; null = downloaded
     second: str | None = None  # the second teacher, a run or checkpoint; null = trained here on the words
@@ -48,8 +47,6 @@ class TwoTeachersOptions(Options):
     objective: str | None = None  # of the students, in place of that of their configuration
     teacher_weights: list[float] = Field([1, 1])  # of the two losses
     epochs: int | None = Field(None, ge=1)  # of the students, likewise
-    seeds: int = Field(3, ge=1)
-    only: list[int] = Field([])  # seeds to run; none are named = all
     output: str = "experiments/two_teachers"  # folder for everything
 
 
@@ -64,7 +61,7 @@ class TwoTeachers(Experiment):
     """
 
     def __init__(self, options: TwoTeachersOptions) -> None:
-        super().__init__(options, free={"only", "seeds"})
+        super().__init__(options)
         self.options = options
 
     def run_seed(self, seed: int) -> None:
