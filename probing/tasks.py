@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import Faults, did_you_mean, some
+from common.errors import Faults, UserError, did_you_mean, some
 from common.files import write_json
 from common.options import read_options
 from common.parsing import load_json, shorten
@@ -78,6 +78,8 @@ def probe_tasks(given: Mapping[str, Any], seed: int) -> str:
     files = Counter(str(cell.probe.target) for cell in cells)
     if repeated := [file for file, count in files.items() if count > 1]:
         faults.add(f"several models would write {some(repeated)}: give each once, from folders of different names")
+    with faults.noted():
+        _check_table(Path(options.outputpath) / options.name, cells, options.overwrite)
     faults.raise_if_any()
     baselines = _run(cells)
     return _write(Path(options.outputpath) / options.name, cells, baselines)
@@ -190,6 +192,23 @@ def _list_cells(
                         task, " ".join(words), check_probe(options.model_copy(update=update), clips, source, seed)
                     )
                 faults.add_all(probed)
+
+
+def _check_table(folder: Path, cells: list[Cell], overwrite: bool) -> None:
+    """Refuse to replace a table by one that lacks some of its probes.
+
+    Raises:
+        UserError: there is one.
+    """
+    path = folder / "probes.json"
+    if overwrite or not path.exists():
+        return
+    lost = {str(entry["file"]) for entry in load_json(path)["probes"]} - {str(cell.probe.target) for cell in cells}
+    if lost:
+        raise UserError(
+            f"{path} is of {len(lost)} other probes as well: {some(sorted(lost))}; add their models, heads and tasks, "
+            "choose another --name, or replace the table with --overwrite true"
+        )
 
 
 def _run(cells: list[Cell]) -> dict[str, float | None]:

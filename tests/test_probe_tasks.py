@@ -91,6 +91,9 @@ def test_a_table_has_every_task_with_every_model_head_and_choice_of_layers(capsy
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"parts-cnn.pt-knn-all.pt"}
     assert capsys.readouterr().out == text
+    text = refused(capsys, Runner().probe, "cnn.pt,vit.pt", **given | {"head": "linear"})
+    assert "heads/all/probes.json is of 4 other probes as well: heads/all/kinds-cnn.pt-knn-all.pt" in text
+    assert len(json.loads((folder / "probes.json").read_text())["probes"]) == 8
     text = refused(capsys, Runner(seed=9).probe, "cnn.pt,vit.pt", **given)
     assert "task kinds: heads/all/kinds-cnn.pt-linear-all.pt is a head made with other seed" in text
     assert "fault" in text
